@@ -1,0 +1,122 @@
+"""Which implementation an op runs: the Triton kernels or the plain PyTorch reference, and why."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "reference")
+_MINIMUM_CAPABILITY = (8, 0)
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
+
+# A plain global: a ContextVar would break full-graph compilation. Backward follows the choice that forward made.
+_backend = "auto"
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
+def set_backend(name: str) -> None:
+    """Chooses what the ops run from now on, in every thread.
+
+    Args:
+        name: "auto" (Triton kernels where they can run, the reference elsewhere), "triton" (kernels; an error where they cannot
+            run) or "reference" (plain PyTorch everywhere).
+
+    Raises:
+        ValueError: another name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    _backend = name
+
+
+def get_backend() -> str:
+    """The name that `set_backend` or `use_backend` last chose."""
+    return _backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """`set_backend(name)` for the length of a with statement. A backward pass follows the choice of its forward."""
+    previous = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+def why_reference(x: Tensor, *, products: bool = False) -> str | None:
+    """None when the kernels run on tensors like x, else why the reference does.
+
+    Args:
+        x: the op's main input; its device and dtype decide.
+        products: the op multiplies matrices. In IEEE fp32 those have no matrix instructions, so on a GPU they are left to the
+            libraries unless `torch.backends.cuda.matmul` allows TF32.
+
+    Raises:
+        RuntimeError: the backend "triton" is asked for and cannot run on x.
+    """
+    if _backend == "reference":
+        return "the backend is set to reference"
+    reason = _why_kernels_cannot_run(x, products)
+    if reason is not None and _backend == "triton":
+        raise RuntimeError(f"backend 'triton' cannot run here: {reason}. Use backend 'auto' or 'reference'.")
+    return reason
+
+
+def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
+    if not x.is_cuda:
+        return _why_not_interpreted(x)
+    dtype = x.dtype
+    if dtype not in _LOW_PRECISION:
+        if dtype is not torch.float32:
+            return f"{_name(dtype)} input"
+        if products and not _tf32_allowed():
+            return "float32 matrix products run on the libraries unless TF32 is allowed"
+    index = x.device.index
+    capability = _capabilities.get(index)
+    if capability is None:
+        if torch.version.hip is not None:
+            return "AMD GPUs are not supported"
+        capability = _capabilities[index] = torch.cuda.get_device_capability(index)
+    if capability < _MINIMUM_CAPABILITY:
+        return "compute capability {}.{} is below {}.{}".format(*capability, *_MINIMUM_CAPABILITY)
+    return None
+
+
+def _tf32_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _why_not_interpreted(x: Tensor) -> str | None:
+    """The interpreter is far slower than PyTorch: it runs only when asked for, by the backend "triton" and its own switch."""
+    if _backend != "triton" or x.device.type != "cpu":
+        return f"tensors on {x.device.type}"
+    if not interpreter_active():
+        return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"{_name(x.dtype)} input"
+    return None
+
+
+def interpreter_active() -> bool:
+    """Whether Triton's interpreter stands in for the GPU (TRITON_INTERPRET=1, Triton's own switch)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def registered_path(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through the op registered with torch.library rather than straight to the launchers.
+
+    True while Dynamo traces, under any dispatch mode (FakeTensorMode, make_fx, FlopCounterMode) and for tensor subclasses.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

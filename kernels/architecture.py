@@ -1,0 +1,54 @@
+"""What the kernels need to know about a GPU: its architecture number and its hardware limits. The only place that knows them."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+NOMINAL = 90  # stands in for the architecture of CPU tensors, which only the interpreter and launch tests use
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one streaming multiprocessor (CUDA C++ Programming Guide, table of technical specifications).
+
+    shared_per_block, shared_per_sm in bytes; a block also pays 1 KB of shared memory that the driver reserves.
+    """
+
+    name: str
+    shared_per_block: int
+    shared_per_sm: int
+    registers_per_sm: int = 65536
+    threads_per_sm: int = 2048
+    blocks_per_sm: int = 32
+
+
+LIMITS = {
+    80: Limits("sm_80", shared_per_block=163 * 1024, shared_per_sm=164 * 1024),
+    86: Limits("sm_86", shared_per_block=99 * 1024, shared_per_sm=100 * 1024, threads_per_sm=1536, blocks_per_sm=16),
+    89: Limits("sm_89", shared_per_block=99 * 1024, shared_per_sm=100 * 1024, threads_per_sm=1536, blocks_per_sm=24),
+    90: Limits("sm_90", shared_per_block=227 * 1024, shared_per_sm=228 * 1024),
+    100: Limits("sm_100", shared_per_block=227 * 1024, shared_per_sm=228 * 1024),
+    120: Limits("sm_120", shared_per_block=99 * 1024, shared_per_sm=100 * 1024, threads_per_sm=1536, blocks_per_sm=24),
+}
+
+
+@lru_cache
+def _capability(device_index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+@lru_cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def architecture(x: torch.Tensor) -> int:
+    """The compute capability of x's device as one number, such as 90; `NOMINAL` for a CPU tensor."""
+    return _capability(x.device.index) if x.is_cuda else NOMINAL
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """The number of streaming multiprocessors of x's device; an H100's 132 for a CPU tensor."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 132
