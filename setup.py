@@ -1,0 +1,73 @@
+"""Metadata of the distribution; the tools' settings are in pyproject.toml.
+
+``fastdeit/kernels`` and ``fastdeit/benchmarks`` are symbolic links to the directories beside ``fastdeit``, so the
+packages are found where they are imported from and no mapping of directories is needed. A built distribution holds
+plain files in their place.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Lower bounds are the oldest versions that the tests have run on, not the oldest that might work.
+CORE = [
+    "numpy>=2.2",
+    "torch>=2.11",
+    "triton>=3.6; sys_platform == 'linux'",
+    "timm>=1.0.31",
+]
+TRAIN = [
+    "torchvision>=0.26",
+    "matplotlib>=3.10",
+    "pyyaml>=6.0",
+    "safetensors>=0.8",
+    "scikit-learn>=1.7",
+    "tqdm>=4.67",
+]
+BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
+TEST = [
+    "numpy<2.4",  # Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4
+    "pytest>=9.0",
+    "pytest-benchmark>=5.2",
+    "pytest-xdist>=3.8",
+    "ruff>=0.15",
+    "setuptools>=65",  # the packaging tests build without isolation
+    "wheel>=0.45",
+]
+
+
+def version() -> str:
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "fastdeit/__init__.py").read_text(), re.MULTILINE).group(1)
+
+
+setup(
+    name="fastdeit",
+    version=version(),
+    description="Fused Triton kernels for training and running DeiT and ViT models in PyTorch",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author="fastdeit authors",
+    python_requires=">=3.10",
+    install_requires=CORE,
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
+    packages=find_namespace_packages(
+        include=["fastdeit", "fastdeit.*"],
+        exclude=["*.__pycache__", "*.__pycache__.*", "fastdeit.benchmarks.results*"],
+    ),
+    package_data={"": ["*.yaml", "*.json", "py.typed"]},
+    include_package_data=False,
+    zip_safe=False,
+    entry_points={"console_scripts": ["fastdeit = fastdeit.cli:main"]},
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
