@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ _KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
 
 # A plain global: a ContextVar would break full-graph compilation. Backward follows the choice that forward made.
 _backend = "auto"
-_capabilities: dict[int, tuple[int, int]] = {}
 
 
 def set_backend(name: str) -> None:
@@ -62,6 +62,8 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
     """
     if _backend == "reference":
         return "the backend is set to reference"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
     reason = _why_kernels_cannot_run(x, products)
     if reason is not None and _backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot run here: {reason}. Use backend 'auto' or 'reference'.")
@@ -77,19 +79,22 @@ def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
             return f"{_name(dtype)} input"
         if products and not _tf32_allowed():
             return "float32 matrix products run on the libraries unless TF32 is allowed"
-    index = x.device.index
-    capability = _capabilities.get(index)
-    if capability is None:
-        if torch.version.hip is not None:
-            return "AMD GPUs are not supported"
-        capability = _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _why_not_this_gpu(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache
+def _why_not_this_gpu(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "AMD GPUs are not supported"
+    capability = torch.cuda.get_device_capability(index)
     if capability < _MINIMUM_CAPABILITY:
         return "compute capability {}.{} is below {}.{}".format(*capability, *_MINIMUM_CAPABILITY)
     return None
 
 
 def _tf32_allowed() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _why_not_interpreted(x: Tensor) -> str | None:

@@ -13,7 +13,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# The direct call uses names of Triton's that are not public. On a version that it was not tested with, launches take the public way.
+# The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
 _TESTED_VERSIONS = ("3.6",)
 
 _compiled: dict[tuple, Any] = {}

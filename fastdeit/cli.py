@@ -1,0 +1,51 @@
+"""`fastdeit COMMAND ...`: a table of commands, each a module with `add_arguments(parser)` and `run(args) -> exit code`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import fastdeit
+
+
+class Command(NamedTuple):
+    module: str  # imported when the command is used, so that `--help` needs neither Triton nor scikit-learn
+    help: str
+
+
+COMMANDS = {
+    "train": Command(
+        "fastdeit.train.command_train", "train a DeiT, by default on handwritten digits with a convnet teacher"
+    ),
+    "eval": Command("fastdeit.train.command_eval", "accuracy of a checkpoint, per head and of both together"),
+    "explain": Command("fastdeit.explain_command", "what of a timm model runs fused, and why the rest does not"),
+    "kernels": Command("fastdeit.kernels.report", "what the compiler made of every kernel, without a GPU"),
+    "launch-cost": Command("fastdeit.kernels.launch_cost", "host microseconds per kernel launch, without a GPU"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Expected errors are printed without a traceback and give 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="fastdeit", description=fastdeit.__doc__)
+    parser.add_argument("--version", action="version", version=f"fastdeit {fastdeit.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((a for a in argv if not a.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(f"fastdeit {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fastdeit {args.command}: interrupted", file=sys.stderr)
+        return 130

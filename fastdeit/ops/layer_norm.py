@@ -1,0 +1,408 @@
+"""LayerNorm, alone and with the residual addition before it."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdeit import backends
+
+MAX_CHANNELS = 8192  # the longest row that the kernels hold in registers
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Layer normalisation over the last dimension (Ba, Kiros and Hinton 2016, eq. 4).
+
+    Args:
+        x: (..., C), a float dtype, any strides.
+        weight, bias: (C,) or None, a float dtype.
+        eps: added to the variance, >= 0.
+        out_dtype: dtype of the result; by default float32 under CUDA autocast, as PyTorch gives, else x's.
+
+    Returns:
+        (..., C). Statistics are float32 (float64 for float64 input) whatever the dtypes.
+
+    Raises:
+        TypeError: x, weight or bias is not a floating-point tensor, or out_dtype is not a floating-point dtype.
+        ValueError: the shape or device of weight or bias does not fit x, x has no dimension, or eps is negative or NaN.
+    """
+    _check(x, weight, bias, eps, out_dtype)
+    if why_reference(x) is not None:
+        return layer_norm_reference(x, weight, bias, eps, out_dtype=out_dtype)
+    out_dtype = out_dtype or _default_out_dtype(x)
+    if backends.registered_path(x, weight, bias):
+        return layer_norm_forward(x, weight, bias, eps, out_dtype)[0]
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
+        return _LayerNorm.apply(x, weight, bias, eps, out_dtype)
+    return _launch_forward(x, weight, bias, eps, out_dtype, keep_statistics=False)[1]
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    gamma: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual addition of a transformer block and the LayerNorm after it, each stream read and written once.
+
+        x_new = x + gamma * drop_path_scale * branch
+        normed = layer_norm(x_new, weight, bias, eps)
+
+    Args:
+        x: (..., C), the residual stream, a float dtype, any strides.
+        branch: the shape of x, a float dtype, any strides.
+        weight, bias, eps, out_dtype: as in `layer_norm`.
+        gamma: (C,), LayerScale (Touvron et al. 2021, eq. 1), or None.
+        drop_path_scale: (x.shape[0],) float32, stochastic depth's factor per sample, 0 or 1/keep, or None. It has no gradient.
+
+    Returns:
+        x_new in the promoted dtype of x and branch, and normed.
+
+    Raises:
+        TypeError, ValueError: as `layer_norm`, for branch, gamma and drop_path_scale too.
+    """
+    _check(x, weight, bias, eps, out_dtype)
+    _check_branch(x, branch, gamma, drop_path_scale)
+    if why_reference(x) is not None or not _kernel_dtype(branch):
+        return add_layer_norm_reference(
+            x, branch, weight, bias, eps, gamma=gamma, drop_path_scale=drop_path_scale, out_dtype=out_dtype
+        )
+    out_dtype = out_dtype or _default_out_dtype(torch.promote_types(x.dtype, branch.dtype), x)
+    args = (x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype)
+    if backends.registered_path(x, branch, weight, bias, gamma, drop_path_scale):
+        return add_layer_norm_forward(*args)[:2]
+    if torch.is_grad_enabled() and _any_requires_grad(x, branch, weight, bias, gamma):
+        return _AddLayerNorm.apply(*args)
+    return _launch_add_forward(*args, keep_statistics=False)[:2]
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """What `layer_norm` means, in plain PyTorch. Run in float64 it is the oracle."""
+    weight, bias = (p if p is None else p.to(x.dtype) for p in (weight, bias))
+    y = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def add_layer_norm_reference(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    gamma: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `add_layer_norm` means, in plain PyTorch."""
+    stream = torch.promote_types(x.dtype, branch.dtype)
+    if gamma is not None:
+        branch = branch * gamma
+    if drop_path_scale is not None:
+        branch = branch * drop_path_scale.to(branch.dtype).reshape(-1, *(1,) * (x.dim() - 1))
+    x_new = (x + branch).to(stream)
+    return x_new, layer_norm_reference(x_new, weight, bias, eps, out_dtype=out_dtype)
+
+
+def why_reference(x: Tensor) -> str | None:
+    """None when `layer_norm` and `add_layer_norm` run their kernels on x, else why they run the reference."""
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"{x.shape[-1]} channels are more than the kernel's {MAX_CHANNELS}"
+    if x.shape[-1] == 0:
+        return "no channels"
+    return backends.why_reference(x)
+
+
+def _kernel_dtype(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _default_out_dtype(x: Tensor | torch.dtype, device_of: Tensor | None = None) -> torch.dtype:
+    dtype, tensor = (x.dtype, x) if device_of is None else (x, device_of)
+    return torch.float32 if tensor.is_cuda and torch.is_autocast_enabled("cuda") else dtype
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---- argument checks
+
+
+def _check(x, weight, bias, eps, out_dtype) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _check_vector(name, parameter, x)
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"eps: expected a finite value >= 0, got {eps}")
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise TypeError(f"out_dtype: expected a floating-point dtype or None, got {out_dtype}")
+
+
+def _check_branch(x, branch, gamma, drop_path_scale) -> None:
+    if not isinstance(branch, Tensor) or not branch.is_floating_point():
+        raise TypeError(
+            f"branch: expected a floating-point tensor, got {getattr(branch, 'dtype', type(branch).__name__)}"
+        )
+    if branch.shape != x.shape:
+        raise ValueError(f"branch: expected the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
+    if branch.device != x.device:
+        raise ValueError(f"branch: expected device {x.device} as x has, got {branch.device}")
+    _check_vector("gamma", gamma, x)
+    if drop_path_scale is not None:
+        if drop_path_scale.dtype != torch.float32 and drop_path_scale.dtype != torch.float64:
+            raise TypeError(f"drop_path_scale: expected float32, got {drop_path_scale.dtype}")
+        if x.dim() < 2 or drop_path_scale.shape != x.shape[:1]:
+            raise ValueError(
+                f"drop_path_scale: expected one factor per sample of x {tuple(x.shape)}, got {tuple(drop_path_scale.shape)}"
+            )
+        if drop_path_scale.device != x.device:
+            raise ValueError(f"drop_path_scale: expected device {x.device} as x has, got {drop_path_scale.device}")
+        if drop_path_scale.requires_grad:
+            raise ValueError("drop_path_scale: expected a tensor without gradient, got one that requires it")
+
+
+def _check_vector(name, parameter, x) -> None:
+    if parameter is None:
+        return
+    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+        raise TypeError(
+            f"{name}: expected a floating-point tensor or None, got {getattr(parameter, 'dtype', type(parameter).__name__)}"
+        )
+    if parameter.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name}: expected shape ({x.shape[-1]},) to match x {tuple(x.shape)}, got {tuple(parameter.shape)}"
+        )
+    if parameter.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} as x has, got {parameter.device}")
+
+
+# ---- the launches, shared by both paths; the kernels are imported here so that importing fastdeit does not import Triton
+
+
+def _launch_forward(x, weight, bias, eps, out_dtype, **kwargs):
+    from fastdeit.kernels.layer_norm import layer_norm_forward
+
+    return layer_norm_forward(x, _dense(weight), _dense(bias), eps, out_dtype, **kwargs)
+
+
+def _launch_add_forward(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype, **kwargs):
+    kwargs |= dict(branch=branch, gamma=_dense(gamma), drop_path_scale=_dense(drop_path_scale))
+    return _launch_forward(x, weight, bias, eps, out_dtype, **kwargs)
+
+
+def _launch_backward(*args, **kwargs):
+    from fastdeit.kernels.layer_norm import layer_norm_backward
+
+    return layer_norm_backward(*args, **kwargs)
+
+
+def _dense(parameter):
+    return parameter if parameter is None else parameter.contiguous()
+
+
+def _wanted(tensor: Tensor | None, needed: bool) -> torch.dtype | None:
+    """The dtype of a tensor's gradient where one is needed, as the launcher takes it."""
+    return tensor.dtype if needed and tensor is not None else None
+
+
+# ---- eager: autograd straight onto the launchers
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, out_dtype):
+        _, y, mean, rstd = _launch_forward(x, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, mean, rstd, weight = ctx.saved_tensors
+        dx, _, dweight, dbias, _ = _launch_backward(
+            *(dy, x, mean, rstd, _dense(weight)),
+            dx_dtype=_wanted(x, ctx.needs_input_grad[0]),
+            dweight_dtype=_wanted(weight, ctx.needs_input_grad[1]),
+            dbias_dtype=ctx.bias_dtype if ctx.needs_input_grad[2] else None,
+        )
+        return dx, dweight, dbias, None, None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype):
+        x_new, y, mean, rstd = _launch_add_forward(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype)
+        keep_branch = gamma is not None and ctx.needs_input_grad[4]
+        ctx.save_for_backward(x_new, mean, rstd, weight, gamma, drop_path_scale, branch if keep_branch else None)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = (x.dtype, branch.dtype, *(None if p is None else p.dtype for p in (weight, bias, gamma)))
+        ctx.out_dtype = out_dtype
+        return x_new, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_new, dy):
+        x_new, mean, rstd, weight, gamma, drop_path_scale, branch = ctx.saved_tensors
+        wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+        if dy is None:
+            dy = torch.zeros_like(x_new, dtype=ctx.out_dtype)
+        gradients = _add_backward(dx_new, dy, x_new, mean, rstd, weight, gamma, drop_path_scale, branch, wanted)
+        return *gradients, None, None, None
+
+
+def _add_backward(dx_new, dy, x_new, mean, rstd, weight, gamma, drop_path_scale, branch, wanted):
+    """Gradients of x, branch, weight, bias and gamma. Unscaled and of one dtype, those of x and branch are one tensor."""
+    dx_dtype, dbranch_dtype, *parameter_dtypes = wanted
+    shared = dx_dtype == dbranch_dtype and gamma is None and drop_path_scale is None
+    dx, dbranch, *parameters = _launch_backward(
+        *(dy, x_new, mean, rstd, _dense(weight)),
+        dx_new=dx_new,
+        branch=branch,
+        gamma=_dense(gamma),
+        drop_path_scale=_dense(drop_path_scale),
+        dx_dtype=dx_dtype,
+        dbranch_dtype=None if shared else dbranch_dtype,
+        **dict(zip(("dweight_dtype", "dbias_dtype", "dgamma_dtype"), parameter_dtypes, strict=True)),
+    )
+    return dx, dx if shared else dbranch, *parameters
+
+
+# ---- compiled and exported: the registered ops. An op's outputs may be neither None nor each other, hence the empty tensors.
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+@torch.library.custom_op("fastdeit::layer_norm_forward", mutates_args=())
+def layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_forward(x, weight, bias, eps, out_dtype)[1:]
+
+
+@layer_norm_forward.register_fake
+def _(x, weight, bias, eps, out_dtype):
+    rows = x.numel() // x.shape[-1]
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastdeit::add_layer_norm_forward", mutates_args=())
+def add_layer_norm_forward(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    drop_path_scale: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _launch_add_forward(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype)
+
+
+@add_layer_norm_forward.register_fake
+def _(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype):
+    x_new = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+    return x_new, *torch.ops.fastdeit.layer_norm_forward(x, weight, bias, eps, out_dtype)
+
+
+@torch.library.custom_op("fastdeit::layer_norm_backward", mutates_args=())
+def layer_norm_backward(
+    dy: Tensor,
+    dx_new: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    gamma: Tensor | None,
+    drop_path_scale: Tensor | None,
+    branch: Tensor | None,
+    dx_dtype: torch.dtype | None,
+    dbranch_dtype: torch.dtype | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    dgamma_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _launch_backward(
+        *(dy, x, mean, rstd, _dense(weight)),
+        dx_new=dx_new,
+        branch=branch,
+        gamma=_dense(gamma),
+        drop_path_scale=_dense(drop_path_scale),
+        dx_dtype=dx_dtype,
+        dbranch_dtype=dbranch_dtype,
+        dweight_dtype=dweight_dtype,
+        dbias_dtype=dbias_dtype,
+        dgamma_dtype=dgamma_dtype,
+    )
+    return tuple(_or_empty(gradient, mean) for gradient in gradients)
+
+
+@layer_norm_backward.register_fake
+def _(dy, dx_new, x, mean, rstd, weight, gamma, drop_path_scale, branch, *dtypes):
+    sizes = (x.shape, x.shape, *(x.shape[-1:],) * 3)
+    return tuple(
+        mean.new_empty(0) if dtype is None else torch.empty(size, dtype=dtype, device=x.device)
+        for size, dtype in zip(sizes, dtypes, strict=True)
+    )
+
+
+def _keep_for_layer_norm(ctx, inputs, output):
+    x, weight, bias, _, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _registered_layer_norm_backward(ctx, dy, *_):
+    x, mean, rstd, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+    wanted = (
+        *(_wanted(x, need_x), None, _wanted(weight, need_weight)),
+        *(ctx.bias_dtype if need_bias else None, None),
+    )
+    gradients = layer_norm_backward(dy, None, x, mean, rstd, weight, None, None, None, *wanted)
+    dx, _, dweight, dbias, _ = _present(gradients, wanted)
+    return dx, dweight, dbias, None, None
+
+
+def _keep_for_add_layer_norm(ctx, inputs, output):
+    x, branch, weight, bias, gamma, drop_path_scale, _, _ = inputs
+    x_new, _, mean, rstd = output
+    keep_branch = gamma is not None and ctx.needs_input_grad[4]
+    ctx.save_for_backward(x_new, mean, rstd, weight, gamma, drop_path_scale, branch if keep_branch else None)
+    ctx.dtypes = (x.dtype, branch.dtype, *(None if p is None else p.dtype for p in (weight, bias, gamma)))
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _registered_add_layer_norm_backward(ctx, dx_new, dy, *_):
+    x_new, mean, rstd, weight, gamma, drop_path_scale, branch = ctx.saved_tensors
+    wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+    gradients = layer_norm_backward(dy, dx_new, x_new, mean, rstd, weight, gamma, drop_path_scale, branch, *wanted)
+    return *_present(gradients, wanted), None, None, None
+
+
+def _present(gradients, wanted):
+    return (g if dtype is not None else None for g, dtype in zip(gradients, wanted, strict=True))
+
+
+layer_norm_forward.register_autograd(_registered_layer_norm_backward, setup_context=_keep_for_layer_norm)
+add_layer_norm_forward.register_autograd(_registered_add_layer_norm_backward, setup_context=_keep_for_add_layer_norm)

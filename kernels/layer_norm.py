@@ -1,0 +1,379 @@
+"""LayerNorm over the last dimension, with the residual addition before it folded in where there is one.
+
+    x_new = x + gamma * drop_path_scale * branch
+    y     = (x_new - mean) * rstd * weight + bias
+
+A program owns ROWS rows; a row stays in registers, so each stream is read once and written once. Statistics and sums are fp32.
+Parameter gradients are summed in two steps, one partial row a program and then a reduction in fixed order: no atomics, so that
+repeated runs give the same bits. Plain loads, no descriptors: Triton 3.6 lost speed on a TMA load that feeds a reduction.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdeit.kernels.architecture import multiprocessors
+from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.launch import launch
+
+MAX_CHANNELS = 8192
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: int  # rows of x per step of a program
+    num_warps: int
+
+
+def select_config(channels: int) -> Config:
+    """Rows and warps for a row length: 16 values of each stream per thread, which leaves room for backward's accumulators."""
+    padded = triton.next_power_of_2(channels)
+    if padded <= 2048:
+        return Config(rows=2048 // max(padded, 256), num_warps=4)
+    return Config(rows=1, num_warps=padded // 512)
+
+
+@triton.jit
+def _row_offsets(row, TOKENS, sample_stride, token_stride, VECTOR: tl.constexpr):
+    # int64: B * N * C passes 2^31 at batch sizes people use
+    sample = (row // TOKENS).to(tl.int64)
+    token = (row % TOKENS).to(tl.int64)
+    return sample * tl.multiple_of(sample_stride, VECTOR) + token * tl.multiple_of(token_stride, VECTOR)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M",
+        "TOKENS",
+        "x_sample_stride",
+        "x_token_stride",
+        "branch_sample_stride",
+        "branch_token_stride",
+    ]
+)
+def layer_norm_forward_kernel(
+    x_ptr,  # (B, TOKENS, C), strides (x_sample_stride, x_token_stride, 1)
+    branch_ptr,  # (B, TOKENS, C) strided likewise, or None
+    gamma_ptr,  # (C,) or None
+    drop_path_scale_ptr,  # (B,) fp32 or None
+    weight_ptr,  # (C,) or None
+    bias_ptr,  # (C,) or None
+    x_new_ptr,  # (M, C), None without a branch
+    y_ptr,  # (M, C)
+    mean_ptr,  # (M,) fp32, None when no gradient will be asked for
+    rstd_ptr,  # (M,) fp32, likewise
+    M,  # B * TOKENS
+    TOKENS,
+    x_sample_stride,
+    x_token_stride,
+    branch_sample_stride,
+    branch_token_stride,
+    eps,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,  # C rounded up to a power of two
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides every stride and C: lets loads be 16 bytes wide
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, CHANNELS)[None, :]
+    inside = (row < M) & (col < C)
+
+    x_row = _row_offsets(row, TOKENS, x_sample_stride, x_token_stride, VECTOR)
+    x = tl.load(x_ptr + x_row + col, inside, other=0.0).to(tl.float32)
+    if branch_ptr is not None:
+        branch_row = _row_offsets(row, TOKENS, branch_sample_stride, branch_token_stride, VECTOR)
+        branch = tl.load(branch_ptr + branch_row + col, inside, other=0.0).to(tl.float32)
+        if gamma_ptr is not None:
+            branch *= tl.load(gamma_ptr + col, col < C, other=0.0).to(tl.float32)
+        if drop_path_scale_ptr is not None:
+            branch *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
+        # Rounded to the residual stream's dtype first, so that backward, which reads x_new, sees what the statistics saw.
+        x_new = (x + branch).to(x_new_ptr.dtype.element_ty)
+        tl.store(x_new_ptr + row * C + col, x_new, inside)
+        x = x_new.to(tl.float32)
+
+    mean = tl.sum(x, axis=1, keep_dims=True) / C
+    centred = tl.where(inside, x - mean, 0.0)  # padding must not count in the variance
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / C + eps)
+    y = centred * rstd
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + col, col < C, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + col, col < C, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * C + col, y.to(y_ptr.dtype.element_ty), inside)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, row < M)
+        tl.store(rstd_ptr + row, rstd, row < M)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("M", "TOKENS", "x_sample_stride", "x_token_stride", "branch_sample_stride", "branch_token_stride"),
+        *("dy_sample_stride", "dy_token_stride", "dx_new_sample_stride", "dx_new_token_stride"),
+    ]
+)
+def layer_norm_backward_kernel(
+    dy_ptr,  # (B, TOKENS, C), strided as x
+    dx_new_ptr,  # (B, TOKENS, C), the gradient of the residual stream after this layer, or None
+    x_ptr,  # (B, TOKENS, C), what was normalised
+    mean_ptr,  # (M,) fp32
+    rstd_ptr,  # (M,) fp32
+    weight_ptr,  # (C,) or None
+    branch_ptr,  # (B, TOKENS, C), only where gamma's gradient is wanted
+    gamma_ptr,  # (C,) or None
+    drop_path_scale_ptr,  # (B,) fp32 or None
+    dx_ptr,  # (M, C) or None
+    dbranch_ptr,  # (M, C) or None
+    dweight_partial_ptr,  # (programs, C) fp32 or None
+    dbias_partial_ptr,  # (programs, C) fp32 or None
+    dgamma_partial_ptr,  # (programs, C) fp32 or None
+    M,
+    TOKENS,
+    dy_sample_stride,
+    dy_token_stride,
+    dx_new_sample_stride,
+    dx_new_token_stride,
+    x_sample_stride,
+    x_token_stride,
+    branch_sample_stride,
+    branch_token_stride,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A program owns every num_programs-th block of ROWS rows, and one row of each table of partial sums."""
+    col = tl.arange(0, CHANNELS)[None, :]
+    dweight = tl.zeros([ROWS, CHANNELS], tl.float32)
+    dbias = tl.zeros([ROWS, CHANNELS], tl.float32)
+    dgamma = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+        row = (block * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        inside = (row < M) & (col < C)
+        dy_row = _row_offsets(row, TOKENS, dy_sample_stride, dy_token_stride, VECTOR)
+        x_row = _row_offsets(row, TOKENS, x_sample_stride, x_token_stride, VECTOR)
+        dy = tl.load(dy_ptr + dy_row + col, inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + x_row + col, inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, row < M, other=0.0)
+        rstd = tl.load(rstd_ptr + row, row < M, other=0.0)
+        x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
+        if dbias_partial_ptr is not None:
+            dbias += dy
+        if dweight_partial_ptr is not None:
+            dweight += dy * x_hat
+        if weight_ptr is not None:
+            dy *= tl.load(weight_ptr + col, col < C, other=0.0).to(tl.float32)
+        along_x_hat = tl.sum(dy * x_hat, axis=1, keep_dims=True) / C
+        along_one = tl.sum(dy, axis=1, keep_dims=True) / C
+        dx = (dy - x_hat * along_x_hat - along_one) * rstd
+        if dx_new_ptr is not None:
+            dx_new_row = _row_offsets(row, TOKENS, dx_new_sample_stride, dx_new_token_stride, VECTOR)
+            dx += tl.load(dx_new_ptr + dx_new_row + col, inside, other=0.0).to(tl.float32)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + row * C + col, dx.to(dx_ptr.dtype.element_ty), inside)
+        if drop_path_scale_ptr is not None:
+            dx *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
+        if dgamma_partial_ptr is not None:
+            branch_row = _row_offsets(row, TOKENS, branch_sample_stride, branch_token_stride, VECTOR)
+            branch = tl.load(branch_ptr + branch_row + col, inside, other=0.0).to(tl.float32)
+            dgamma += tl.where(inside, dx * branch, 0.0)
+        if dbranch_ptr is not None:
+            if gamma_ptr is not None:
+                dx *= tl.load(gamma_ptr + col, col < C, other=0.0).to(tl.float32)
+            tl.store(dbranch_ptr + row * C + col, dx.to(dbranch_ptr.dtype.element_ty), inside)
+
+    partial = tl.program_id(0) * C + tl.arange(0, CHANNELS)
+    column = tl.arange(0, CHANNELS) < C
+    if dweight_partial_ptr is not None:
+        tl.store(dweight_partial_ptr + partial, tl.sum(dweight, axis=0), column)
+    if dbias_partial_ptr is not None:
+        tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=0), column)
+    if dgamma_partial_ptr is not None:
+        tl.store(dgamma_partial_ptr + partial, tl.sum(dgamma, axis=0), column)
+
+
+@triton.jit(do_not_specialize=["PROGRAMS", "C"])
+def partial_sums_backward_kernel(
+    partial_ptr,  # (tables, PROGRAMS, C) fp32
+    out0_ptr,  # (C,) of any dtype; the tables' sums in order, None for those that are not there
+    out1_ptr,
+    out2_ptr,
+    PROGRAMS,
+    C,
+    BLOCK_PROGRAMS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A program owns BLOCK_C columns of one table (program id 1) and adds its rows in a fixed order."""
+    table = tl.program_id(1)
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_PROGRAMS, BLOCK_C], tl.float32)
+    for start in tl.range(0, PROGRAMS, BLOCK_PROGRAMS):
+        row = start + tl.arange(0, BLOCK_PROGRAMS)[:, None]
+        inside = (row < PROGRAMS) & (col[None, :] < C)
+        total += tl.load(partial_ptr + (table * PROGRAMS + row) * C + col[None, :], inside, other=0.0)
+    result = tl.sum(total, axis=0)
+    if table == 0:
+        tl.store(out0_ptr + col, result.to(out0_ptr.dtype.element_ty), col < C)
+    if out1_ptr is not None:
+        if table == 1:
+            tl.store(out1_ptr + col, result.to(out1_ptr.dtype.element_ty), col < C)
+    if out2_ptr is not None:
+        if table == 2:
+            tl.store(out2_ptr + col, result.to(out2_ptr.dtype.element_ty), col < C)
+
+
+def _as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """x (..., C) as (B, TOKENS, C) with unit stride along C: a view unless its layout has none."""
+    channels = x.shape[-1]
+    if x.dim() != 3:
+        x = x.reshape(x.shape[0] if x.dim() > 1 else 1, -1, channels)
+    return x if x.stride(-1) == 1 or channels == 1 else x.contiguous()
+
+
+def _vector(channels: int, *tensors: torch.Tensor | None) -> int:
+    """The largest power of two up to 16 that divides C and every stride. A dimension of size 1 has no say."""
+    vector = channels & -channels
+    for x in tensors:
+        if x is not None:
+            for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True):
+                if size > 1 and stride:
+                    vector = min(vector, stride & -stride)
+    return min(vector, 16)
+
+
+def layer_norm_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    *,
+    branch: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    drop_path_scale: torch.Tensor | None = None,
+    keep_statistics: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (..., C) of any strides, branch like x, drop_path_scale (x.shape[0],) fp32.
+
+    Returns x_new (None without a branch) in the promoted dtype of x and branch, y in out_dtype, mean and rstd (M,) in fp32,
+    which are empty without keep_statistics.
+    """
+    shape, channels = x.shape, x.shape[-1]
+    rows = x.numel() // channels
+    y = torch.empty(shape, dtype=out_dtype, device=x.device)
+    x_new = None
+    if branch is not None:
+        x_new = torch.empty(shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+    mean, rstd = torch.empty((2, rows if keep_statistics else 0), dtype=torch.float32, device=x.device)
+    if rows == 0:
+        return x_new, y, mean, rstd
+    x = _as_tokens(x)
+    branch = None if branch is None else _as_tokens(branch)
+    strides = branch if branch is not None else x
+    config = select_config(channels)
+    launch(
+        layer_norm_forward_kernel,
+        (triton.cdiv(rows, config.rows),),
+        (
+            *(x, branch, gamma, drop_path_scale, weight, bias, x_new, y),
+            *((mean, rstd) if keep_statistics else (None, None)),
+            *(rows, x.shape[1], x.stride(0), x.stride(1), strides.stride(0), strides.stride(1), eps),
+        ),
+        (channels, triton.next_power_of_2(channels), config.rows, _vector(channels, x, branch)),
+        config.num_warps,
+    )
+    return x_new, y, mean, rstd
+
+
+def layer_norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    dx_new: torch.Tensor | None = None,
+    branch: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    drop_path_scale: torch.Tensor | None = None,
+    dx_dtype: torch.dtype | None = None,
+    dbranch_dtype: torch.dtype | None = None,
+    dweight_dtype: torch.dtype | None = None,
+    dbias_dtype: torch.dtype | None = None,
+    dgamma_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x, branch, weight, bias and gamma, each in the dtype asked for and None where none is.
+
+    x is what was normalised (x_new where there was a branch); branch is needed for gamma's gradient only.
+    """
+    shape, channels = x.shape, x.shape[-1]
+    rows = x.numel() // channels
+
+    def empty(size, dtype):
+        return None if dtype is None else torch.empty(size, dtype=dtype, device=x.device)
+
+    dx, dbranch = empty(shape, dx_dtype), empty(shape, dbranch_dtype)
+    sums = [empty(channels, dtype) for dtype in (dweight_dtype, dbias_dtype, dgamma_dtype)]
+    if rows == 0:
+        return dx, dbranch, *(s if s is None else s.zero_() for s in sums)
+    wanted = [s for s in sums if s is not None]
+    config = select_config(channels)
+    # Four programs per multiprocessor hide each other's loads; more would only write more partial rows.
+    programs = min(triton.cdiv(rows, config.rows), 4 * multiprocessors(x))
+    partial = torch.empty((len(wanted), programs, channels), dtype=torch.float32, device=x.device)
+    tables = iter(partial.unbind(0))
+    dy, x = _as_tokens(dy), _as_tokens(x)
+    dx_new = None if dx_new is None else _as_tokens(dx_new)
+    branch = None if branch is None or dgamma_dtype is None else _as_tokens(branch)
+    strided = [t if t is not None else x for t in (dy, dx_new, x, branch)]
+    launch(
+        layer_norm_backward_kernel,
+        (programs,),
+        (
+            *(dy, dx_new, x, mean, rstd, weight, branch, gamma, drop_path_scale, dx, dbranch),
+            *(None if s is None else next(tables) for s in sums),
+            *(rows, x.shape[1]),
+            *(stride for t in strided for stride in t.stride()[:2]),
+        ),
+        (channels, triton.next_power_of_2(channels), config.rows, _vector(channels, dy, dx_new, x, branch)),
+        config.num_warps,
+    )
+    if wanted:
+        launch(
+            partial_sums_backward_kernel,
+            (triton.cdiv(channels, 32), len(wanted)),
+            (partial, *wanted, *(None,) * (3 - len(wanted)), programs, channels),
+            (64, 32),
+            4,
+        )
+    return dx, dbranch, *sums
+
+
+def shipped(arch: int) -> Iterator[Shipped]:
+    """The widths of DeiT and DeiT III, bf16 models and bf16 autocast with everything folded in, and the widest row there is."""
+    strides = ("x_sample_stride", "x_token_stride", "branch_sample_stride", "branch_token_stride")
+    backward_strides = ("dy_sample_stride", "dy_token_stride", "dx_new_sample_stride", "dx_new_token_stride", *strides)
+    for channels in (192, 384, 768, 1024, 1280, MAX_CHANNELS):
+        config = select_config(channels)
+        tile = dict(C=channels, CHANNELS=triton.next_power_of_2(channels), ROWS=config.rows, VECTOR=16)
+        for label, x, low, residual in (("bf16", "*bf16", "*bf16", False), ("autocast", "*fp32", "*bf16", True)):
+            if channels == MAX_CHANNELS and not residual:
+                continue
+            forward = dict(x_ptr=x, weight_ptr=x, bias_ptr=x, y_ptr=low, mean_ptr="*fp32", rstd_ptr="*fp32")
+            backward = dict(dy_ptr=low, x_ptr=x, mean_ptr="*fp32", rstd_ptr="*fp32", weight_ptr=x, dx_ptr=x)
+            backward |= dict(dweight_partial_ptr="*fp32", dbias_partial_ptr="*fp32")
+            if residual:
+                forward |= dict(branch_ptr=low, gamma_ptr=x, drop_path_scale_ptr="*fp32", x_new_ptr=x)
+                backward |= dict(dx_new_ptr=x, branch_ptr=low, gamma_ptr=x, drop_path_scale_ptr="*fp32")
+                backward |= dict(dbranch_ptr=low, dgamma_partial_ptr="*fp32")
+            forward |= dict(M="i32", TOKENS="i32", eps="fp32") | dict.fromkeys(strides, "i32")
+            backward |= dict(M="i32", TOKENS="i32") | dict.fromkeys(backward_strides, "i32")
+            label = f"C={channels} {label}"
+            yield Shipped(layer_norm_forward_kernel, forward, tile, config.num_warps, 1, label, matrix=False)
+            yield Shipped(layer_norm_backward_kernel, backward, tile, config.num_warps, 1, label, matrix=False)
+    sums = dict(partial_ptr="*fp32", out0_ptr="*fp32", out1_ptr="*fp32", out2_ptr="*fp32", PROGRAMS="i32", C="i32")
+    tile = dict(BLOCK_PROGRAMS=64, BLOCK_C=32)
+    yield Shipped(partial_sums_backward_kernel, sums, tile, 4, 1, "fp32", matrix=False)
