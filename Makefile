@@ -1,0 +1,53 @@
+# make train and make test need git, make and Python 3.10 to 3.12, nothing else. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for the command that a target runs, as in: make train ARGS="--epochs 5 --seed 1"
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.fastdeit-installed
+# One thread in each of the test processes, of which there is one per core.
+WORKERS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint kernels bench clean
+
+help:
+	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
+	@echo "make train     install, then train a small distilled DeiT on real digits (about 5 minutes on 2 cores)"
+	@echo "make test      install, then run all tests"
+	@echo "make lint      install, then ruff check and ruff format --check"
+	@echo "make kernels   install, then compile every kernel configuration and report on it"
+	@echo "make bench     install, then run the benchmarks"
+	@echo "make clean     remove what builds and tools left; keeps $(VENV) and runs/"
+
+install: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastdeit needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Use: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "$(PYTHON) cannot create virtual environments (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[train,test,bench]'
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/fastdeit train $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+kernels: $(STAMP)
+	$(BIN)/fastdeit kernels $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/fastdeit bench $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	find fastdeit kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,8 @@
+"""`python -m fastdeit` is the `fastdeit` command."""
+
+import sys
+
+from fastdeit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
