@@ -1,0 +1,153 @@
+"""Imports go downwards only, so that a kernel can be read, tested and replaced without what is built on it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TREES = {
+    "fastdeit": ROOT / "fastdeit",
+    "fastdeit.kernels": ROOT / "kernels",
+    "fastdeit.benchmarks": ROOT / "benchmarks",
+}
+
+# From the bottom up: a file imports from its own layer and from those below it. A name stands for all that it contains.
+LAYERS = (
+    ("fastdeit.kernels",),
+    ("fastdeit.backends",),
+    ("fastdeit.ops",),
+    ("fastdeit.nn", "fastdeit.losses"),
+    ("fastdeit.patching", "fastdeit.costs", "fastdeit.testing"),
+    ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
+    ("fastdeit.train", "fastdeit.cli", "fastdeit.explain_command", "fastdeit.benchmarks", "fastdeit.__main__"),
+)
+KERNEL_LIBRARIES = {"torch", "triton"}
+CORE_LIBRARIES = {"numpy", "torch", "triton", "timm"}
+WITH_EXTRAS = ("fastdeit.train", "fastdeit.benchmarks")  # what the extras `train` and `bench` are for
+
+
+def python_files() -> dict[str, Path]:
+    """Every module of the package by its dotted name; the symbolic links are entered under the name they give."""
+    files = {}
+    for package, directory in TREES.items():
+        for path in sorted(directory.rglob("*.py")):  # rglob does not follow links, so that no file is met twice
+            parts = path.relative_to(directory).with_suffix("").parts
+            files[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return files
+
+
+def layer_of(module: str) -> int:
+    """Index into LAYERS by the longest entry that contains the module."""
+    parts = module.split(".")
+    for length in range(len(parts), 1, -1):
+        for index, layer in enumerate(LAYERS):
+            if ".".join(parts[:length]) in layer:
+                return index
+    if module != "fastdeit":
+        raise LookupError(f"{module} is in no layer: give it one in LAYERS")
+    return next(index for index, layer in enumerate(LAYERS) if "fastdeit" in layer)
+
+
+def imported_modules(source: str, module: str, modules: set[str], is_package: bool = False) -> set[str]:
+    """Modules that a file imports anywhere, in functions too; `from a import b` is an import of a.b if that is a module."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".") if is_package else module.split(".")[:-1]
+            parent = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names}
+    return names
+
+
+def upward_imports(source: str, module: str, modules: set[str], is_package: bool = False) -> list[str]:
+    ours = (name for name in imported_modules(source, module, modules, is_package) if name.split(".")[0] == "fastdeit")
+    return sorted(name for name in ours if layer_of(name) > layer_of(module))
+
+
+def outside_libraries(source: str, module: str) -> set[str]:
+    """Top-level names that a file imports and that are neither Python's own nor ours."""
+    names = {name.split(".")[0] for name in imported_modules(source, module, set())}
+    return names - set(sys.stdlib_module_names) - {"fastdeit"}
+
+
+def test_no_file_imports_from_a_layer_above_its_own():
+    files = python_files()
+    modules = set(files) | {".".join(name.split(".")[:n]) for name in files for n in (1, 2, 3)}
+    upward = {m: upward_imports(p.read_text(), m, modules, p.name == "__init__.py") for m, p in files.items()}
+    assert {m: names for m, names in upward.items() if names} == {}
+
+
+def test_kernels_use_torch_and_triton_only():
+    files = {m: p for m, p in python_files().items() if m.startswith("fastdeit.kernels.")}
+    assert files
+    beyond = {m: outside_libraries(p.read_text(), m) - KERNEL_LIBRARIES for m, p in files.items()}
+    assert {m: names for m, names in beyond.items() if names} == {}
+
+
+def test_the_core_needs_no_library_of_the_extras():
+    files = {m: p for m, p in python_files().items() if not m.startswith(WITH_EXTRAS)}
+    beyond = {m: outside_libraries(p.read_text(), m) - CORE_LIBRARIES for m, p in files.items()}
+    assert {m: names for m, names in beyond.items() if names} == {}
+
+
+MODULES = {"fastdeit", "fastdeit.ops", "fastdeit.ops.mlp", "fastdeit.backends", "fastdeit.nn", "fastdeit.kernels.mlp"}
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("fastdeit.kernels.mlp", "from fastdeit.ops import mlp"),
+        ("fastdeit.kernels.mlp", "from fastdeit import backends"),
+        ("fastdeit.kernels.mlp", "def f():\n    import fastdeit.ops.mlp"),
+        ("fastdeit.ops.mlp", "from ..nn import Mlp"),
+        ("fastdeit.ops.mlp", "import fastdeit"),
+        ("fastdeit.nn", "from fastdeit import accelerate"),
+        ("fastdeit.patching", "from fastdeit.train.config import Config"),
+    ],
+)
+def test_an_upward_import_is_found(module, source):
+    assert upward_imports(source, module, MODULES)
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("fastdeit.ops.mlp", "def f():\n    from fastdeit.kernels.mlp import mlp_forward"),
+        ("fastdeit.ops.mlp", "from fastdeit import backends"),
+        ("fastdeit.ops.mlp", "from . import layer_norm"),
+        ("fastdeit.nn", "from fastdeit.ops import mlp"),
+        ("fastdeit.cli", "import fastdeit"),
+        ("fastdeit.kernels.mlp", "from fastdeit.kernels.launch import launch"),
+    ],
+)
+def test_a_downward_import_is_let_through(module, source):
+    assert upward_imports(source, module, MODULES) == []
+
+
+def test_a_file_without_a_layer_is_refused():
+    with pytest.raises(LookupError, match=r"fastdeit\.stray"):
+        layer_of("fastdeit.stray")
+
+
+def test_an_outside_library_is_found():
+    assert outside_libraries("import math\ndef f():\n    from einops import rearrange", "fastdeit.ops.mlp") == {
+        "einops"
+    }
+
+
+def test_everything_but_the_kernels_imports_without_triton():
+    """timm brings Triton into the process by itself where there is one, so here there is none."""
+    kernels = layer_of("fastdeit.kernels")
+    modules = [m for m in python_files() if layer_of(m) > kernels and not m.startswith((*WITH_EXTRAS, "fastdeit.__"))]
+    code = (
+        f"import sys, importlib\nsys.modules['triton'] = None\nfor m in {modules}: importlib.import_module(m)\n"
+        "print([m for m in sys.modules if m.startswith('fastdeit.kernels')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr
