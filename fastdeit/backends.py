@@ -54,8 +54,8 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
 
     Args:
         x: the op's main input; its device and dtype decide.
-        products: the op multiplies matrices. In IEEE fp32 those have no matrix instructions, so on a GPU they are left to the
-            libraries unless `torch.backends.cuda.matmul` allows TF32.
+        products: the op multiplies matrices, in `product_dtype(x)`. In IEEE fp32 those have no matrix instructions, so on a GPU
+            they are left to the libraries unless `torch.backends.cuda.matmul` allows TF32.
 
     Raises:
         RuntimeError: the backend "triton" is asked for and cannot run on x.
@@ -73,13 +73,21 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
 def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
     if not x.is_cuda:
         return _why_not_interpreted(x)
-    dtype = x.dtype
+    dtype = product_dtype(x) if products else x.dtype
     if dtype not in _LOW_PRECISION:
         if dtype is not torch.float32:
             return f"{_name(dtype)} input"
         if products and not _tf32_allowed():
             return "float32 matrix products run on the libraries unless TF32 is allowed"
     return _why_not_this_gpu(x.device.index)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of x runs in: under autocast the low precision that PyTorch's own products take."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in _KERNEL_DTYPES:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 @torch.compiler.assume_constant_result
