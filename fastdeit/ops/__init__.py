@@ -1,5 +1,15 @@
 """Fused operations. Each has a plain PyTorch twin, `<op>_reference`, beside it in its file."""
 
+from fastdeit.ops.attention import attention, attention_qkv, attention_qkv_reference, attention_reference
 from fastdeit.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
 
-__all__ = ["add_layer_norm", "add_layer_norm_reference", "layer_norm", "layer_norm_reference"]
+__all__ = [
+    "add_layer_norm",
+    "add_layer_norm_reference",
+    "attention",
+    "attention_qkv",
+    "attention_qkv_reference",
+    "attention_reference",
+    "layer_norm",
+    "layer_norm_reference",
+]
