@@ -1,6 +1,10 @@
 """Fused operations. Each has a plain PyTorch twin, `<op>_reference`, beside it in its file."""
 
 from fastdeit.ops.attention import attention, attention_qkv, attention_qkv_reference, attention_reference
+from fastdeit.ops.distillation_cross_entropy import (
+    distillation_cross_entropy,
+    distillation_cross_entropy_reference,
+)
 from fastdeit.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
 
 __all__ = [
@@ -10,6 +14,8 @@ __all__ = [
     "attention_qkv",
     "attention_qkv_reference",
     "attention_reference",
+    "distillation_cross_entropy",
+    "distillation_cross_entropy_reference",
     "layer_norm",
     "layer_norm_reference",
 ]

@@ -1,0 +1,213 @@
+"""Losses for training DeiT: DistillationLoss as facebookresearch/deit calls it, and DistillationCrossEntropy on logits in hand."""
+
+from typing import Any
+
+import timm.loss
+import torch
+from torch import Tensor, nn
+
+from fastdeit import costs
+from fastdeit.ops.distillation_cross_entropy import KINDS, distillation_cross_entropy
+
+__all__ = ["DistillationCrossEntropy", "DistillationLoss"]
+
+costs.register_flop_formulas()  # timm has imported Triton already, which is all that PyTorch's FLOP counter costs
+
+
+class DistillationCrossEntropy(nn.Module):
+    """`fastdeit.ops.distillation_cross_entropy` as a module, for teacher logits or labels already in hand.
+
+    Args:
+        kind, alpha, tau, label_smoothing, reduction, base, soft_divisor, check_indices: as the op's.
+    """
+
+    def __init__(
+        self,
+        kind: str = "hard",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        *,
+        base: str = "cross_entropy",
+        soft_divisor: str = "numel",
+        check_indices: bool = False,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.alpha = alpha
+        self.tau = tau
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.base = base
+        self.soft_divisor = soft_divisor
+        self.check_indices = check_indices
+
+    def forward(
+        self, outputs: Tensor | tuple[Tensor, Tensor], target: Tensor | None, teacher: Tensor | None = None
+    ) -> Tensor:
+        """The loss of outputs, a (class, distillation) pair of (B, C) logits or one tensor for both.
+
+        Args:
+            outputs: the student's. Of a pair, kind "none" takes the first and base "none" the second.
+            target: (B,) class indices or (B, C) soft targets; None with base "none".
+            teacher: (B, C) logits or (B,) class indices; None with kind "none".
+        """
+        logits, dist_logits = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
+        return distillation_cross_entropy(
+            None if self.base == "none" else logits,
+            None if self.kind == "none" else dist_logits,
+            target,
+            teacher,
+            kind=self.kind,
+            alpha=self.alpha,
+            tau=self.tau,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            base=self.base,
+            soft_divisor=self.soft_divisor,
+            check_indices=self.check_indices,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"kind={self.kind!r}, alpha={self.alpha}, tau={self.tau}, label_smoothing={self.label_smoothing}, "
+            f"reduction={self.reduction!r}, base={self.base!r}, soft_divisor={self.soft_divisor!r}"
+        )
+
+
+class DistillationLoss(nn.Module):
+    """A criterion on the class head plus distillation from a teacher: facebookresearch/deit's class, fused.
+
+        loss = (1 - alpha) * base_criterion(class output, labels) + alpha * distillation(distillation output, teacher(inputs))
+
+    The criteria of DeiT training (timm's SoftTargetCrossEntropy, LabelSmoothingCrossEntropy and BinaryCrossEntropy, PyTorch's
+    CrossEntropyLoss and BCEWithLogitsLoss) run inside the fused loss where their options allow. Any other criterion, or one with
+    class weights, a positive weight, ignore_index, another reduction, a threshold or hooks, is called as it is; then the
+    distillation term alone is fused. A fused loss is NaN for a class index out of range (with -100, CrossEntropyLoss's default
+    ignore_index, among them), where PyTorch's own ends the process on a GPU and raises on a CPU, as this one does there.
+
+    The teacher is kept in eval mode and runs without gradient, under the autocast of the caller.
+
+    Args:
+        base_criterion: called as (class output, labels).
+        teacher_model: called as (inputs); returns (B, C) logits. May be None with distillation_type "none".
+        distillation_type: "none", "soft" or "hard".
+        alpha: the weight of the distillation term, in [0, 1].
+        tau: the temperature of soft distillation, > 0.
+        check_indices: raise IndexError for labels out of range on a GPU too, which makes each call wait for it.
+
+    Raises:
+        ValueError: distillation_type is unknown, alpha or tau is out of range, or the teacher is missing.
+    """
+
+    def __init__(
+        self,
+        base_criterion: nn.Module,
+        teacher_model: nn.Module | None,
+        distillation_type: str,
+        alpha: float,
+        tau: float,
+        *,
+        check_indices: bool = False,
+    ) -> None:
+        super().__init__()
+        if distillation_type not in KINDS:
+            raise ValueError(f"distillation_type: expected one of {', '.join(KINDS)}, got {distillation_type!r}")
+        if distillation_type != "none" and teacher_model is None:
+            raise ValueError(f"teacher_model: expected a model with distillation_type {distillation_type!r}, got None")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: expected a weight in [0, 1], got {alpha}")
+        if not tau > 0:
+            raise ValueError(f"tau: expected a temperature > 0, got {tau}")
+        self.base_criterion = base_criterion
+        self.teacher_model = teacher_model
+        self.distillation_type = distillation_type
+        self.alpha = alpha
+        self.tau = tau
+        self.check_indices = check_indices
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "DistillationLoss":
+        super().train(mode)
+        if isinstance(self.teacher_model, nn.Module):
+            self.teacher_model.eval()
+        return self
+
+    def forward(self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            inputs: what the teacher sees: the student's own images, after augmentation and mixup.
+            outputs: (B, C) logits, or a (class, distillation) pair of them.
+            labels: what the base criterion takes: (B,) class indices or (B, C) soft targets.
+
+        Raises:
+            ValueError: outputs is a single tensor and distillation is on.
+        """
+        outputs, dist_outputs = (outputs, None) if isinstance(outputs, Tensor) else outputs
+        distils = self.distillation_type != "none"
+        if distils and dist_outputs is None:
+            raise ValueError(
+                "outputs: with knowledge distillation on, the model must return a pair, the outputs of the class token and of the "
+                "distillation token; got one tensor (timm: model.set_distilled_training(True), and train mode)"
+            )
+        base = _fusible_base(self.base_criterion, outputs, labels)
+        if not distils and base is None:
+            return self.base_criterion(outputs, labels)
+
+        options: dict[str, Any] = dict(kind=self.distillation_type, tau=self.tau, check_indices=self.check_indices)
+        if not distils:
+            return distillation_cross_entropy(outputs, None, labels, None, **options, **base)
+        if base is not None:
+            teacher = self._teach(inputs)
+            return distillation_cross_entropy(
+                outputs, dist_outputs, labels, teacher, alpha=self.alpha, **options, **base
+            )
+        base_loss = self.base_criterion(outputs, labels)
+        dist_loss = distillation_cross_entropy(None, dist_outputs, None, self._teach(inputs), base="none", **options)
+        return base_loss * (1 - self.alpha) + dist_loss * self.alpha
+
+    @torch.no_grad()
+    def _teach(self, inputs: Tensor) -> Tensor:
+        return self.teacher_model(inputs)
+
+    def extra_repr(self) -> str:
+        return f"distillation_type={self.distillation_type!r}, alpha={self.alpha}, tau={self.tau}"
+
+
+def _fusible_base(criterion: nn.Module, outputs: Tensor, labels: Tensor) -> dict[str, Any] | None:
+    """The op's options that mean what criterion(outputs, labels) computes, or None where it must be called as it is."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if (
+        not isinstance(criterion, nn.Module)
+        or "forward" in vars(criterion)
+        or any(getattr(criterion, h) for h in hooks)
+    ):
+        return None
+    if outputs.dim() != 2 or labels.requires_grad:
+        return None
+    soft = labels.is_floating_point() and labels.shape == outputs.shape
+    indices = labels.dtype == torch.int64 and labels.shape == outputs.shape[:1]
+    if not (soft or indices):
+        return None
+    cross_entropy = dict(base="cross_entropy")
+    binary = dict(base="binary_cross_entropy")
+    kind = type(criterion)
+    if kind is timm.loss.SoftTargetCrossEntropy:
+        return cross_entropy if soft else None
+    if kind is timm.loss.LabelSmoothingCrossEntropy:
+        return dict(cross_entropy, label_smoothing=criterion.smoothing) if indices else None
+    if kind is nn.CrossEntropyLoss:
+        plain = criterion.weight is None and criterion.ignore_index == -100 and criterion.reduction == "mean"
+        if not plain or (soft and criterion.label_smoothing):
+            return None
+        return dict(cross_entropy, label_smoothing=criterion.label_smoothing) if criterion.label_smoothing < 1 else None
+    if kind is nn.BCEWithLogitsLoss:
+        plain = criterion.weight is None and criterion.pos_weight is None and criterion.reduction == "mean"
+        return binary if plain and soft else None
+    if kind is timm.loss.BinaryCrossEntropy:
+        plain = criterion.weight is None and criterion.pos_weight is None and criterion.reduction == "mean"
+        smooths = criterion.smoothing > 0 and (indices or criterion.smooth_dense)
+        return binary if plain and criterion.target_threshold is None and not smooths else None
+    return None

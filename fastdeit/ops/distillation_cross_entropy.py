@@ -1,0 +1,295 @@
+"""DeiT's distillation loss: cross-entropy of the class head, and the distillation head against the teacher, in one pass.
+
+    loss_i = (1 - alpha) * base(logits_i, target_i) + alpha * distillation(dist_logits_i, teacher_i)
+
+(Touvron et al. 2021, eq. 2 and 3.) Labels and teacher are constants: no gradient flows to them.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdeit import backends
+
+KINDS = ("none", "hard", "soft")
+BASES = ("cross_entropy", "binary_cross_entropy", "none")
+REDUCTIONS = ("mean", "sum", "none")
+SOFT_DIVISORS = ("numel", "batch")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Options(NamedTuple):
+    kind: str
+    base: str
+    alpha: float
+    tau: float
+    label_smoothing: float
+    soft_divisor: str
+    reduction: str
+
+
+def distillation_cross_entropy(
+    logits: Tensor | None,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    *,
+    kind: str = "hard",
+    alpha: float = 0.5,
+    tau: float = 1.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    base: str = "cross_entropy",
+    soft_divisor: str = "numel",
+    check_indices: bool = False,
+) -> Tensor:
+    """The loss of a student with a class head and a distillation head.
+
+    Per sample, the base term is one of
+        cross_entropy         -sum_c t_c log softmax(logits)_c; label smoothing makes t_y = 1 - s + s/C and t_c = s/C elsewhere
+        binary_cross_entropy  the mean over the classes of -t_c log sigmoid(logits_c) - (1 - t_c) log(1 - sigmoid(logits_c))
+    and the distillation term, which is never smoothed, one of
+        hard   -log softmax(dist_logits)_k, where k is the teacher's label or the first of its largest logits
+        soft   tau^2 / C * KL(softmax(teacher / tau) || softmax(dist_logits / tau)), without the 1/C where soft_divisor is "batch"
+    A class masked by a logit of -inf adds nothing where its probability in the target or the teacher is zero.
+
+    Args:
+        logits: (B, C), the class head, a float dtype, any strides. None with base "none".
+        dist_logits: (B, C), the distillation head; it may be `logits` itself, for distillation without a token. None with kind
+            "none".
+        target: (B,) class indices of an integer dtype, or (B, C) floats, which need not sum to one. None with base "none".
+        teacher: (B, C) logits of any float dtype or, for hard distillation, (B,) class indices. None with kind "none".
+        kind: "none", "hard" or "soft".
+        alpha: the weight of the distillation term, in [0, 1]. A term of weight zero counts as zero, whatever its value. With kind
+            or base "none" the other term counts alone, unweighted.
+        tau: the temperature of soft distillation, > 0.
+        label_smoothing: in [0, 1), only with class indices and cross-entropy.
+        reduction: "mean" or "sum" over the batch, or "none". The mean of an empty batch is NaN, as PyTorch's.
+        base: "cross_entropy", "binary_cross_entropy" or "none".
+        soft_divisor: "numel" divides the soft term by B * C as DeiT's code does, "batch" by B as `kl_div` with batchmean.
+        check_indices: raise IndexError for a class index outside [0, C). That waits for the GPU, so it is for debugging. Without
+            it such an index, -100 included, makes its sample's loss and gradient NaN; nothing outside the tensors is read. On a
+            CPU, where the check costs nothing, it is always made, except in compiled graphs.
+
+    Returns:
+        The loss: a scalar, or (B,) for reduction "none". Its dtype is that of the logits and soft targets together, float32
+        under autocast; it is computed in float32 at least by the kernels.
+
+    Raises:
+        TypeError: an argument is not a tensor of a dtype that is allowed.
+        ValueError: shapes or devices disagree, an option is unknown or out of range, an argument is missing or superfluous for
+            the kind and base chosen, or target or teacher requires a gradient.
+        IndexError: see check_indices.
+    """
+    options = _Options(kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
+    _check_options(options)
+    _check_tensors(logits, dist_logits, target, teacher, options)
+    head = dist_logits if logits is None else logits
+    if check_indices or head.device.type == "cpu":
+        _check_indices(head, target, teacher)
+    return distillation_cross_entropy_reference(
+        *(logits, dist_logits, target, teacher),
+        kind=kind,
+        alpha=alpha,
+        tau=tau,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        base=base,
+        soft_divisor=soft_divisor,
+    )
+
+
+def distillation_cross_entropy_reference(
+    logits: Tensor | None,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    *,
+    kind: str = "hard",
+    alpha: float = 0.5,
+    tau: float = 1.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    base: str = "cross_entropy",
+    soft_divisor: str = "numel",
+) -> Tensor:
+    """What `distillation_cross_entropy` means, in plain PyTorch. Run in float64 it is the oracle."""
+    logits, dist_logits, target, teacher = (_autocast(t) for t in (logits, dist_logits, target, teacher))
+    terms = []
+    base_weight, dist_weight = _weights(kind, base, alpha)
+    if base_weight != 0:
+        if base == "binary_cross_entropy":
+            rows = _binary_cross_entropy_rows(logits, target)
+        else:
+            rows = _cross_entropy_rows(logits, target, label_smoothing)
+        terms.append(base_weight * rows)
+    if dist_weight != 0:
+        if kind == "soft":
+            rows = _soft_rows(dist_logits, teacher, tau)
+            rows = rows / dist_logits.shape[1] if soft_divisor == "numel" else rows
+        else:
+            label = teacher.detach().argmax(dim=1) if teacher.is_floating_point() else teacher
+            rows = _cross_entropy_rows(dist_logits, label, 0.0)
+        terms.append(dist_weight * rows)
+    loss = sum(terms)
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def why_reference(*tensors: Tensor | None) -> str | None:
+    """None when `distillation_cross_entropy` runs its kernels on these tensors, else why it runs the reference."""
+    return "no kernel yet"
+
+
+def _weights(kind: str, base: str, alpha: float) -> tuple[float, float]:
+    """The weights of the base and of the distillation term."""
+    if kind == "none":
+        return 1.0, 0.0
+    return (0.0, 1.0) if base == "none" else (1.0 - alpha, alpha)
+
+
+# ---- the reference's terms, each (B,)
+
+
+def _cross_entropy_rows(logits, target, label_smoothing):
+    log_probability = logits.log_softmax(dim=1)
+    if target.is_floating_point():
+        masked = (target == 0) & (log_probability == -math.inf)
+        return -torch.where(masked, 0.0, target * log_probability).sum(dim=1)
+    index, nan_outside = _index(target, logits)
+    rows = -log_probability.gather(1, index)[:, 0] * nan_outside
+    if label_smoothing == 0:
+        return rows
+    return (1 - label_smoothing) * rows - label_smoothing * log_probability.mean(dim=1)
+
+
+def _binary_cross_entropy_rows(logits, target):
+    nan_outside = 1.0
+    if not target.is_floating_point():
+        index, nan_outside = _index(target, logits)
+        target = torch.zeros_like(logits).scatter(1, index, 1.0)
+    yes = torch.where(target == 0, 0.0, target * torch.nn.functional.logsigmoid(logits))
+    no = torch.where(target == 1, 0.0, (1 - target) * torch.nn.functional.logsigmoid(-logits))
+    return -(yes + no).mean(dim=1) * nan_outside
+
+
+def _soft_rows(dist_logits, teacher, tau):
+    log_student = (dist_logits / tau).log_softmax(dim=1)
+    log_teacher = (teacher / tau).log_softmax(dim=1)
+    probability = log_teacher.exp()
+    return torch.where(probability == 0, 0.0, probability * (log_teacher - log_student)).sum(dim=1) * tau**2
+
+
+def _index(label, logits):
+    """Class indices as (B, 1) that are safe to gather with, and a factor (B,), NaN where the index given was not."""
+    label = label.long()
+    inside = (label >= 0) & (label < logits.shape[1])
+    return torch.where(inside, label, 0)[:, None], torch.where(inside, 1.0, math.nan).to(logits.dtype)
+
+
+def _autocast(t):
+    """Autocast computes losses in float32."""
+    if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.float() if torch.is_autocast_enabled(t.device.type) else t
+
+
+# ---- argument checks
+
+
+def _check_options(options: _Options) -> None:
+    for name, allowed in (
+        ("kind", KINDS),
+        ("base", BASES),
+        ("reduction", REDUCTIONS),
+        ("soft_divisor", SOFT_DIVISORS),
+    ):
+        given = getattr(options, name)
+        if given not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {given!r}")
+    if options.kind == "none" and options.base == "none":
+        raise ValueError("kind, base: expected at least one term, got 'none' for both")
+    if not 0 <= options.alpha <= 1:
+        raise ValueError(f"alpha: expected a weight in [0, 1], got {options.alpha}")
+    if not (options.tau > 0 and math.isfinite(options.tau)):
+        raise ValueError(f"tau: expected a finite temperature > 0, got {options.tau}")
+    if not 0 <= options.label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a value in [0, 1), got {options.label_smoothing}")
+    if options.label_smoothing > 0 and options.base != "cross_entropy":
+        raise ValueError(f"label_smoothing: expected 0 with base {options.base!r}, got {options.label_smoothing}")
+
+
+def _check_tensors(logits, dist_logits, target, teacher, options: _Options) -> None:
+    given = dict(logits=logits, dist_logits=dist_logits, target=target, teacher=teacher)
+    for name, option, value in (
+        ("logits", "base", options.base),
+        ("target", "base", options.base),
+        ("dist_logits", "kind", options.kind),
+        ("teacher", "kind", options.kind),
+    ):
+        if value == "none" and given[name] is not None:
+            raise ValueError(f"{name}: expected None with {option} 'none', got {_described(given[name])}")
+        if value != "none" and not isinstance(given[name], Tensor):
+            raise TypeError(f"{name}: expected a tensor with {option} {value!r}, got {_described(given[name])}")
+    head_name, head = ("dist_logits", dist_logits) if logits is None else ("logits", logits)
+    for name, x in (("logits", logits), ("dist_logits", dist_logits)):
+        if x is None:
+            continue
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        if x.dim() != 2 or x.shape[1] == 0:
+            raise ValueError(f"{name}: expected shape (B, C) with at least one class, got {tuple(x.shape)}")
+        if x.shape != head.shape:
+            raise ValueError(f"{name}: expected the shape of {head_name} {tuple(head.shape)}, got {tuple(x.shape)}")
+    for name, labels in (("target", target), ("teacher", teacher)):
+        if labels is not None:
+            _check_labels(name, labels, head_name, head)
+    for name, x in given.items():
+        if x is not None and x.device != head.device:
+            raise ValueError(f"{name}: expected device {head.device} as {head_name} has, got {x.device}")
+    if options.kind == "soft" and not teacher.is_floating_point():
+        raise TypeError(f"teacher: expected floating-point logits with kind 'soft', got {teacher.dtype} labels")
+    if options.label_smoothing > 0 and target.is_floating_point():
+        raise ValueError(f"label_smoothing: expected 0 with soft targets, got {options.label_smoothing}")
+
+
+def _check_labels(name, labels, head_name, head) -> None:
+    if labels.dtype == torch.bool or labels.is_complex():
+        raise TypeError(f"{name}: expected integer class indices or floats, got {labels.dtype}")
+    if labels.is_floating_point():
+        if labels.shape != head.shape:
+            raise ValueError(
+                f"{name}: expected shape {tuple(head.shape)} to match {head_name}, got {tuple(labels.shape)} of {labels.dtype}"
+            )
+        if labels.requires_grad:
+            raise ValueError(
+                f"{name}: it is a constant of the loss; expected a tensor without gradient, got one requiring it"
+            )
+    elif labels.shape != head.shape[:1]:
+        raise ValueError(
+            f"{name}: expected one class index per row of {head_name} {tuple(head.shape)}, got shape {tuple(labels.shape)} "
+            f"of {labels.dtype}"
+        )
+
+
+def _described(value) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _check_indices(head, target, teacher) -> None:
+    if torch.compiler.is_compiling() or backends.registered_path(head, target, teacher):
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    classes = head.shape[1]
+    for name, labels in (("target", target), ("teacher", teacher)):
+        if labels is None or labels.is_floating_point():
+            continue
+        labels = labels.long()
+        outside = ((labels < 0) | (labels >= classes)).nonzero()
+        if len(outside):
+            row = outside[0].item()
+            raise IndexError(f"{name}: expected class indices in [0, {classes}), got {labels[row].item()} in row {row}")
