@@ -106,6 +106,23 @@ def test_any_layout(layout):
     testing.assert_close_to_oracle("added", z, expected, eager, 10.0)
 
 
+def test_offsets_pass_two_to_the_31():
+    """Rows 2^30 elements apart in memory that is reserved but, but for the rows themselves, never touched."""
+    stride = 2**30 + 16
+    x = torch.empty(2 * stride + 8, dtype=torch.float16, device=DEVICE).as_strided((3, 1, 8), (stride, 8, 1))
+    x.copy_(randn(3, 1, 8))
+    dense = x.contiguous()
+
+    def run(x):
+        x = x.detach().requires_grad_()
+        with backends.use_backend("triton"):
+            x_new, y = ops.add_layer_norm(x, x, None, None)
+        y.backward(torch.arange(24.0, device=DEVICE).reshape(3, 1, 8).half())
+        return x_new, y, x.grad
+
+    assert all(torch.equal(a, b) for a, b in zip(run(x), run(dense), strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 197, 192), (4, 0, 192), (0, 192)])
 def test_empty_input_gives_empty_output_and_zero_gradients(shape):
     x, weight, bias = randn(*shape).requires_grad_(), *(p.requires_grad_() for p in parameters(192))
