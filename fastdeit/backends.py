@@ -62,7 +62,7 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
     """
     if _backend == "reference":
         return "the backend is set to reference"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_functional_transform():
         return "inside a torch.func transform"
     reason = _why_kernels_cannot_run(x, products)
     if reason is not None and _backend == "triton":
@@ -73,13 +73,21 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
 def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
     if not x.is_cuda:
         return _why_not_interpreted(x)
-    dtype = product_dtype(x) if products else x.dtype
+    dtype = x.dtype
+    if products and dtype not in _LOW_PRECISION:
+        dtype = product_dtype(x)
     if dtype not in _LOW_PRECISION:
         if dtype is not torch.float32:
             return f"{_name(dtype)} input"
         if products and not _tf32_allowed():
             return "float32 matrix products run on the libraries unless TF32 is allowed"
-    return _why_not_this_gpu(x.device.index)
+    return _why_not_this_gpu(x.get_device())
+
+
+@torch.compiler.assume_constant_result  # Dynamo guards the stack of transforms itself
+def in_functional_transform() -> bool:
+    """Whether torch.func's grad, vmap or another of its transforms surrounds the call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
