@@ -1,0 +1,76 @@
+"""Multi-head self-attention on the packed projection."""
+
+import timm.layers
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit import ops
+from fastdeit.nn.eligibility import (
+    FusedModule,
+    forward_of,
+    why_global_hook,
+    why_not_bypassed,
+    why_not_inactive_dropout,
+    why_not_linear,
+    why_not_plain_call,
+)
+from fastdeit.ops.attention import why_reference
+
+_TIMM_FORWARD = forward_of(timm.layers.Attention)
+
+
+class Attention(FusedModule, timm.layers.Attention):
+    """timm.layers.Attention (Vaswani et al. 2017, section 3.2) on the fused kernel, with timm's constructor.
+
+    The kernel reads queries, keys and values where the qkv projection wrote them and writes their gradient in the same form.
+    `forward` takes (B, N, C) and returns (B, N, dim_out). Masks, causal attention, active attention dropout, query-key
+    normalisation, gates and `fused_attn = False` run timm's code.
+    """
+
+    def why_not_fused(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+        """Why `forward` would run timm's code, None if it would run the kernel."""
+        return why_not_plain_call(x) or why_global_hook() or self.why_not_inlined(x, attn_mask, is_causal)
+
+    def why_not_inlined(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+        """The same for a caller that has already looked at x, at global hooks and at this module's own hooks."""
+        if timm.layers.Attention.forward is not _TIMM_FORWARD:
+            return "the forward of timm's Attention was replaced"
+        if attn_mask is not None:
+            return "an attention mask"
+        if is_causal:
+            return "causal attention"
+        if not self.fused_attn:
+            return "fused_attn is off"
+        if x.dim() != 3:
+            return "the input is not (B, N, C)"
+        reason = why_reference(x, self.head_dim)
+        if reason is not None:
+            return reason
+        children = self._modules
+        if not (
+            type(children["q_norm"]) is nn.Identity
+            and type(children["k_norm"]) is nn.Identity
+            and type(children["norm"]) is nn.Identity
+        ):
+            return "queries and keys, or the output, are normalised"
+        if children.get("gate") is not None:
+            return "its output is gated"
+        return (
+            why_not_bypassed(children.values())
+            or why_not_linear(children["qkv"])
+            or why_not_linear(children["proj"])
+            or why_not_inactive_dropout(children["attn_drop"])
+        )
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.why_not_fused(x, attn_mask, is_causal) is not None:
+            return super().forward(x, attn_mask, is_causal)
+        return self.forward_inlined(x)
+
+    def forward_inlined(self, x: Tensor) -> Tensor:
+        """The fused forward, for a caller that has asked `why_not_inlined`."""
+        children = self._modules
+        qkv, proj = children["qkv"]._parameters, children["proj"]._parameters
+        out = ops.attention(F.linear(x, qkv["weight"], qkv["bias"]), self.num_heads)
+        out = F.linear(out, proj["weight"], proj["bias"])
+        return children["proj_drop"](out)

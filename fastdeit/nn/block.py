@@ -1,0 +1,122 @@
+"""The pre-norm transformer block, fused across its residual additions."""
+
+import timm.layers
+import torch
+from timm.models import vision_transformer
+from torch import Tensor, nn
+
+from fastdeit import ops
+from fastdeit.nn.attention import Attention
+from fastdeit.nn.eligibility import (
+    PLAIN,
+    FusedModule,
+    autocast_dtype,
+    forward_of,
+    why_global_hook,
+    why_not_bypassed,
+    why_not_plain_call,
+)
+from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
+from fastdeit.nn.mlp import Mlp
+from fastdeit.ops.layer_norm import why_reference
+
+_TIMM_FORWARD = forward_of(vision_transformer.Block)
+
+
+class Block(FusedModule, vision_transformer.Block):
+    """timm's vision transformer block (Dosovitskiy et al. 2021, eqs. 2-3) with timm's constructor.
+
+        x = x + drop_path1(ls1(attn(norm1(x))))
+        x = x + drop_path2(ls2(mlp(norm2(x))))
+
+    LayerScale, stochastic depth, the first addition and norm2 are one kernel. `forward` takes and returns (B, N, C). Attention and
+    MLP of any class are called as they are; this package's own are fused without a call between. Under autocast the residual stream
+    keeps its dtype, as in timm. Stochastic depth draws timm's masks from the same random numbers.
+    """
+
+    def why_not_fused(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+        """Why `forward` would run timm's code around its children, None if it would run the kernels."""
+        return why_not_plain_call(x) or why_global_hook() or self._why_not_around_children(x)
+
+    def _why_not_around_children(self, x: Tensor) -> str | None:
+        if vision_transformer.Block.forward is not _TIMM_FORWARD:
+            return "the forward of timm's Block was replaced"
+        if x.dim() != 3:
+            return "the input is not (B, N, C)"
+        children = self._modules
+        norm1, norm2 = children["norm1"], children["norm2"]
+        ls1, drop_path1 = children["ls1"], children["drop_path1"]
+        for norm in (norm1, norm2):
+            if type(norm) is not LayerNorm and type(norm) is not TorchLayerNorm:
+                return f"a norm is a {type(norm).__name__} that is not accelerated"
+        return (
+            why_reference(x)
+            or norm1.why_not_inlined()
+            or norm2.why_not_inlined()
+            or why_not_bypassed((norm1, norm2, ls1, drop_path1))
+            or _why_not_layer_scale(ls1, x)
+            or _why_not_drop_path(drop_path1)
+        )
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.why_not_fused(x, attn_mask, is_causal) is not None:
+            return super().forward(x, attn_mask, is_causal)
+        children = self._modules
+        norm1, attn, norm2, mlp = (children[name] for name in ("norm1", "attn", "norm2", "mlp"))
+        # Only a fused child's matrix product reads the normalised tokens: it takes them in the dtype that it multiplies in.
+        products = autocast_dtype(x)
+
+        inline = type(attn) is Attention and not (
+            why_not_bypassed((attn,)) or attn.why_not_inlined(x, attn_mask, is_causal)
+        )
+        tokens = ops.layer_norm(x, *_affine(norm1), norm1.eps, out_dtype=products if inline else None)
+        branch = attn.forward_inlined(tokens) if inline else attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
+
+        gamma = children["ls1"]._parameters.get("gamma")
+        scale = drop_path_scale(children["drop_path1"], branch, gamma)
+        inline = type(mlp) is Mlp and not (why_not_bypassed((mlp,)) or mlp.why_not_inlined(x))
+        x, tokens = ops.add_layer_norm(
+            *(x, branch, *_affine(norm2), norm2.eps),
+            gamma=gamma,
+            drop_path_scale=scale,
+            out_dtype=products if inline else None,
+        )
+        branch = mlp.forward_inlined(tokens) if inline else mlp(tokens)
+        return x + children["drop_path2"](children["ls2"](branch))
+
+
+def drop_path_scale(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
+    """Stochastic depth's factor per sample, (B,) float32: 0, or 1/keep in full precision. None if it does nothing.
+
+    The mask is drawn by timm's operations on a tensor of the shape and dtype that timm would draw it for (the branch after
+    LayerScale), so that it and the generator's state afterwards are timm's.
+    """
+    if type(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
+        return None
+    keep = 1 - drop_path.drop_prob
+    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+    mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1), dtype=dtype).bernoulli_(keep)
+    scale = mask.to(torch.float32).reshape(-1)
+    return scale / keep if keep > 0.0 and drop_path.scale_by_keep else scale
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    parameters = norm._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def _why_not_layer_scale(scale: nn.Module, x: Tensor) -> str | None:
+    if type(scale) is nn.Identity:
+        return None
+    if type(scale) is not timm.layers.LayerScale or scale.inplace:
+        return f"ls1 is a {type(scale).__name__}" + (" that works in place" if getattr(scale, "inplace", False) else "")
+    gamma = scale._parameters.get("gamma")
+    if type(gamma) not in PLAIN:
+        return f"a weight is a {type(gamma).__name__}"
+    return None if gamma.dtype is x.dtype else f"ls1 is in {gamma.dtype}, the input in {x.dtype}"
+
+
+def _why_not_drop_path(drop_path: nn.Module) -> str | None:
+    if type(drop_path) is nn.Identity or type(drop_path) is timm.layers.DropPath:
+        return None
+    return f"drop_path1 is a {type(drop_path).__name__}"

@@ -1,0 +1,104 @@
+"""When a fused module runs its kernels and when timm's forward. `forward` and `explain` ask the same functions.
+
+A fused forward calls functional ops where timm calls child modules. It may do so only if nothing that a user put between would be
+skipped: a hook, a replaced forward, a LoRA layer, a quantized weight. These come and go at any time, so nothing is remembered from
+call to call; the functions read instance dictionaries, which costs a fraction of nn.Module's attribute access. They return None, or
+the reason as a short phrase.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+
+PLAIN = {nn.Parameter, Tensor}  # torch.func.functional_call puts tensors in the place of parameters
+_is_tracing = torch._C._is_tracing
+
+
+class FusedModule:
+    """Mixed into every drop-in, before timm's class."""
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"torch.jit.script cannot compile the accelerated {type(self).__name__}: call fastdeit.restore(model) first"
+        )
+
+
+def forward_of(cls: type) -> Callable | None:
+    """The class's own forward, None if something replaced it before fastdeit was imported."""
+    return cls.forward if cls.forward.__module__ == cls.__module__ else None
+
+
+_LINEAR_FORWARD = forward_of(nn.Linear)
+
+
+def why_not_plain_call(x: object) -> str | None:
+    """Proxies of torch.fx, tensor subclasses and recorders are to see timm's own operations. Transforms are the ops' to notice."""
+    if type(x) is not Tensor:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if _is_tracing():
+        return "torch.jit.trace is recording"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    return None
+
+
+def why_global_hook() -> str | None:
+    if (
+        module_hooks._global_forward_pre_hooks
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_backward_pre_hooks
+        or module_hooks._global_backward_hooks
+    ):
+        return "a hook is registered on all modules"
+    return None
+
+
+def why_not_bypassed(children: Iterable[nn.Module | None]) -> str | None:
+    """None if computing what these modules compute without calling them skips nothing. Global hooks are `why_global_hook`'s."""
+    for child in children:
+        state = child.__dict__
+        if (
+            state["_forward_pre_hooks"]
+            or state["_forward_hooks"]
+            or state["_backward_pre_hooks"]
+            or state["_backward_hooks"]
+        ):
+            return f"a hook is registered on its {type(child).__name__}"
+        if "forward" in state:
+            return f"its {type(child).__name__} has a forward of its own"
+        if "_compiled_call_impl" in state:
+            return f"its {type(child).__name__} is compiled on its own"
+    return None
+
+
+def why_not_linear(layer: nn.Module) -> str | None:
+    """None if layer is PyTorch's own Linear with plain weights: no LoRA, no parametrization, no quantized or sharded tensor."""
+    if type(layer) is not nn.Linear:
+        return f"a projection is a {type(layer).__name__}"
+    if nn.Linear.forward is not _LINEAR_FORWARD:
+        return "the forward of torch.nn.Linear was replaced"
+    parameters = layer._parameters
+    return why_not_plain_weights(parameters.get("weight"), parameters["bias"])
+
+
+def why_not_plain_weights(weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """None if weight is a parameter and bias one too, or None. Other tensor classes bring operations of their own."""
+    kind, bias_kind = type(weight), type(bias)
+    if kind in PLAIN and (bias_kind in PLAIN or bias is None):
+        return None
+    return f"a weight is a {(bias_kind if kind in PLAIN else kind).__name__}"
+
+
+def why_not_inactive_dropout(dropout: nn.Module) -> str | None:
+    if type(dropout) is not nn.Dropout:
+        return None if type(dropout) is nn.Identity else f"a dropout is a {type(dropout).__name__}"
+    return "dropout is active" if dropout.training and dropout.p != 0.0 else None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast runs matrix products in on x's device, None without autocast."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,0 +1,78 @@
+"""The two-layer perceptron of a transformer block."""
+
+import timm.layers
+import timm.layers.activations as timm_activations
+from torch import Tensor, nn
+
+from fastdeit import ops
+from fastdeit.nn.eligibility import (
+    FusedModule,
+    forward_of,
+    why_global_hook,
+    why_not_bypassed,
+    why_not_inactive_dropout,
+    why_not_linear,
+    why_not_plain_call,
+)
+from fastdeit.ops.mlp import why_reference
+
+_TIMM_FORWARD = forward_of(timm.layers.Mlp)
+
+
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+_ACTIVATIONS = {
+    timm_activations.GELU: "gelu",
+    timm_activations.GELUTanh: "gelu_tanh",
+    timm_activations.QuickGELU: "quick_gelu",
+}
+
+
+def activation_name(activation: nn.Module) -> str | None:
+    """The op's name for an activation module, None for one that it does not know."""
+    kind = type(activation)
+    return _GELUS.get(activation.approximate) if kind is nn.GELU else _ACTIVATIONS.get(kind)
+
+
+class Mlp(FusedModule, timm.layers.Mlp):
+    """timm.layers.Mlp (Vaswani et al. 2017, section 3.3) on the fused op, with timm's constructor.
+
+    `forward` takes (..., in_features) and returns (..., out_features). Active dropout between the layers, a hidden norm, 1 x 1
+    convolutions and other activations than GELU run timm's code.
+    """
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """Why `forward(x)` would run timm's code, None if it would run the kernels."""
+        return why_not_plain_call(x) or why_global_hook() or self.why_not_inlined(x)
+
+    def why_not_inlined(self, x: Tensor) -> str | None:
+        """The same for a caller that has already looked at x, at global hooks and at this module's own hooks."""
+        if timm.layers.Mlp.forward is not _TIMM_FORWARD:
+            return "the forward of timm's Mlp was replaced"
+        children = self._modules
+        activation = activation_name(children["act"])
+        if activation is None:
+            return f"the activation is {children['act']}"
+        reason = why_reference(x, activation)
+        if reason is not None:
+            return reason
+        if type(children["norm"]) is not nn.Identity:
+            return f"norm is a {type(children['norm']).__name__}"
+        return (
+            why_not_bypassed(children.values())
+            or why_not_linear(children["fc1"])
+            or why_not_linear(children["fc2"])
+            or why_not_inactive_dropout(children["drop1"])
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_not_fused(x) is not None:
+            return super().forward(x)
+        return self.forward_inlined(x)
+
+    def forward_inlined(self, x: Tensor) -> Tensor:
+        """The fused forward, for a caller that has asked `why_not_inlined`."""
+        children = self._modules
+        fc1, fc2 = children["fc1"]._parameters, children["fc2"]._parameters
+        activation = activation_name(children["act"])
+        out = ops.mlp(x, fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"], activation=activation)
+        return children["drop2"](out)

@@ -1,0 +1,130 @@
+"""Swap the classes of a model's modules for fused ones, and back."""
+
+import sys
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from fastdeit.explanation import Report, explain_modules
+
+
+def accelerate(model: nn.Module, *, exclude: Iterable[str] = ()) -> nn.Module:
+    """Gives every module that has a fused twin (`fastdeit.nn.FUSED_CLASSES`) that class, in place.
+
+    Parameters, buffers, hooks, names and the modules themselves stay what they are; only `forward` changes, and it runs timm's own
+    code wherever the kernels do not cover the call. Calling it again is harmless, and brings modules made since into line. Compiled
+    code is dropped (`torch.compiler.reset`): it would go on running the other class.
+
+    Args:
+        model: any module; may itself be one to swap.
+        exclude: names of modules to leave (or make) timm's, with everything inside them, as `model.named_modules()` has them;
+            `*`, `?` and `[...]` match as in file names.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is not a module, or is a scripted one.
+        ValueError: an exclude pattern matches no module.
+        RuntimeError: a module's class was derived at run time from one that would be swapped, as `fully_shard` and
+            `parametrize` do.
+    """
+    named = _named_modules(model)
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    excluded = _excluded(named, patterns)
+    fused = _fused_classes()
+    source = {twin: cls for cls, twin in fused.items()}
+    _check_not_derived(named, "accelerate")
+    _swap((module, source if name in excluded else fused) for name, module in named.items())
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `accelerate`, in place: every fused module gets timm's or PyTorch's own class again.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError, RuntimeError: as `accelerate`.
+    """
+    named = _named_modules(model)
+    _check_not_derived(named, "restore")
+    source = {twin: cls for cls, twin in _fused_classes().items()}
+    _swap((module, source) for module in named.values())
+    return model
+
+
+def explain(model: nn.Module) -> Report:
+    """What runs fused in model, and why the rest does not.
+
+    Each module is asked as its forward asks, for an input of its parameters' device and dtype in the present state: training or
+    evaluation, backend, autocast. So call it inside `torch.autocast` if that is where the model runs.
+
+    Returns:
+        A `Report`: rows (name, kind, fused, reason) in the order of `model.named_modules()`; `str()` of it is a table.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    return explain_modules(_named_modules(model))
+
+
+def _fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    from fastdeit.nn import FUSED_CLASSES  # imports timm, which `import fastdeit` need not
+
+    return FUSED_CLASSES
+
+
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: expected a plain module, got a scripted one, whose forward is already compiled")
+    return dict(model.named_modules())
+
+
+def _excluded(named: dict[str, nn.Module], patterns: tuple[str, ...]) -> set[str]:
+    excluded: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name in named if fnmatchcase(name, pattern)]
+        if not matches:
+            raise ValueError(f"exclude: no module of the model matches {pattern!r}")
+        for match in matches:
+            excluded.update(name for name in named if match in ("", name) or name.startswith(match + "."))
+    return excluded
+
+
+def _check_not_derived(named: dict[str, nn.Module], function: str) -> None:
+    """Raises for a class that something derived from a known one at run time: swapping it would undo what it added."""
+    fused = _fused_classes()
+    known = (*fused, *fused.values())
+    for name, module in named.items():
+        cls = type(module)
+        if cls in known or not isinstance(module, known) or not _made_at_run_time(cls):
+            continue
+        base = next(c for c in cls.__mro__ if c in known)
+        raise RuntimeError(
+            f"{function}: {name or 'the model'} is a {cls.__name__}, derived from {base.__name__} at run time "
+            f"(fully_shard and parametrize do that). Call {function} before that, or after it is undone."
+        )
+
+
+def _made_at_run_time(cls: type) -> bool:
+    """Whether no statement defines the class: its module has none of that name, and it is no function's local."""
+    return "<locals>" not in cls.__qualname__ and not hasattr(
+        sys.modules.get(cls.__module__), cls.__qualname__.split(".")[0]
+    )
+
+
+def _swap(choices: Iterable[tuple[nn.Module, dict[type, type]]]) -> None:
+    changed = False
+    for module, classes in choices:
+        new = classes.get(type(module))
+        if new is not None:
+            module.__class__ = new
+            changed = True
+    if changed:
+        torch.compiler.reset()  # Dynamo does not guard a module's class
