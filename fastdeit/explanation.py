@@ -78,7 +78,9 @@ def explain_modules(named: dict[str, nn.Module]) -> Report:
             rows.append(Row(name, cls.__name__, False, "not accelerated"))
         elif isinstance(module, known):
             base = next(c for c in cls.__mro__ if c in known)
-            rows.append(Row(name, cls.__name__, False, f"a class derived from {base.__name__}, with a forward of its own"))
+            rows.append(
+                Row(name, cls.__name__, False, f"a class derived from {base.__name__}, with a forward of its own")
+            )
         elif module._parameters and not name.startswith(tuple(explained)):
             rows.append(Row(name, cls.__name__, False, f"no fused class for {cls.__name__}"))
         if isinstance(module, known):
@@ -90,7 +92,9 @@ def _why_not_fused(module: nn.Module, fallback: Tensor) -> str | None:
     if "forward" in module.__dict__:
         return "it has a forward of its own"
     parameter = next(module.parameters(), fallback)
-    channels = module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else (*parameter.shape, 1)[parameter.dim() - 1]
+    channels = (
+        module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else (*parameter.shape, 1)[parameter.dim() - 1]
+    )
     try:
         return module.why_not_fused(torch.empty(1, 1, channels, device=parameter.device, dtype=parameter.dtype))
     except RuntimeError as error:  # the backend "triton" where it cannot run: so would forward

@@ -12,9 +12,7 @@ ACTIVATIONS = {
 }
 
 
-def mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu"
-) -> Tensor:
+def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu") -> Tensor:
     """activation(x W1^T + b1) W2^T + b2 (Vaswani et al. 2017, eq. 2, with Hendrycks and Gimpel 2016 for GELU).
 
     Args:
