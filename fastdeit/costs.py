@@ -4,10 +4,7 @@ An addition, multiplication, comparison, division, exponential or logarithm coun
 that must cross memory: every input read once, every output written once.
 """
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -101,28 +98,3 @@ def _labels_bytes(batch, classes, kind, base, soft_target, teacher_labels, targe
     target = 0 if base == "none" else batch * (classes if soft_target else 1) * target_bytes
     teacher = 0 if kind == "none" else batch * (1 if teacher_labels else classes) * teacher_bytes
     return target + teacher
-
-
-# ---- PyTorch's FlopCounterMode. Its module imports Triton, so formulas wait here until something has imported it.
-
-_pending: list[tuple[Any, Callable[..., int]]] = []
-
-
-def register_flop_formula(op: Any, formula: Callable[..., int]) -> None:
-    """Makes FlopCounterMode count op, a packet such as torch.ops.fastdeit.layer_norm_forward.
-
-    Args:
-        formula: called with the op's arguments, tensors replaced by their shapes, and out_shape.
-    """
-    _pending.append((op, formula))
-    if "torch.utils.flop_counter" in sys.modules:
-        register_flop_formulas()
-
-
-def register_flop_formulas() -> None:
-    """Hands the formulas to FlopCounterMode. Needed where `fastdeit.ops` alone was imported, and before PyTorch's counter."""
-    from torch.utils import flop_counter
-
-    while _pending:
-        op, formula = _pending.pop()
-        flop_counter.register_flop_formula(op)(formula)

@@ -6,12 +6,9 @@ import timm.loss
 import torch
 from torch import Tensor, nn
 
-from fastdeit import costs
 from fastdeit.ops.distillation_cross_entropy import KINDS, distillation_cross_entropy
 
 __all__ = ["DistillationCrossEntropy", "DistillationLoss"]
-
-costs.register_flop_formulas()  # timm has imported Triton already, which is all that PyTorch's FLOP counter costs
 
 
 class DistillationCrossEntropy(nn.Module):

@@ -5,19 +5,23 @@
 (Touvron et al. 2021, eq. 2 and 3.) Labels and teacher are constants: no gradient flows to them.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
-from fastdeit import backends
+from fastdeit import backends, costs
 
 KINDS = ("none", "hard", "soft")
 BASES = ("cross_entropy", "binary_cross_entropy", "none")
 REDUCTIONS = ("mean", "sum", "none")
 SOFT_DIVISORS = ("numel", "batch")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STATISTICS = 7  # values per row that forward keeps for backward
 
 
 class _Options(NamedTuple):
@@ -86,19 +90,30 @@ def distillation_cross_entropy(
     options = _Options(kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
     _check_options(options)
     _check_tensors(logits, dist_logits, target, teacher, options)
+    reason = why_reference(logits, dist_logits, target, teacher)
     head = dist_logits if logits is None else logits
-    if check_indices or head.device.type == "cpu":
+    if check_indices or (reason is not None and head.device.type == "cpu"):
         _check_indices(head, target, teacher)
-    return distillation_cross_entropy_reference(
-        *(logits, dist_logits, target, teacher),
-        kind=kind,
-        alpha=alpha,
-        tau=tau,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        base=base,
-        soft_divisor=soft_divisor,
-    )
+    if reason is not None:
+        return distillation_cross_entropy_reference(
+            *(logits, dist_logits, target, teacher),
+            kind=kind,
+            alpha=alpha,
+            tau=tau,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            base=base,
+            soft_divisor=soft_divisor,
+        )
+    out_dtype = _out_dtype(logits, dist_logits, target, teacher, options)
+    if dist_logits is logits:
+        dist_logits = None  # to the launchers: the distillation term reads logits
+    tensors = (logits, dist_logits, target, teacher)
+    if backends.registered_path(*tensors):
+        return distillation_cross_entropy_forward(*tensors, *options, out_dtype)[0]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logits, dist_logits)):
+        return _DistillationCrossEntropy.apply(*tensors, options, out_dtype)
+    return _launch_forward(*tensors, *options, out_dtype, keep=False)[0]
 
 
 def distillation_cross_entropy_reference(
@@ -141,7 +156,17 @@ def distillation_cross_entropy_reference(
 
 def why_reference(*tensors: Tensor | None) -> str | None:
     """None when `distillation_cross_entropy` runs its kernels on these tensors, else why it runs the reference."""
-    return "no kernel yet"
+    values = [x for x in tensors if x is not None and x.is_floating_point()]
+    return backends.why_reference(next((x for x in values if x.dtype not in _KERNEL_DTYPES), values[0]))
+
+
+def _out_dtype(logits, dist_logits, target, teacher, options: _Options) -> torch.dtype:
+    """What PyTorch's own ops promote to: all that enters the loss by value, hence a teacher for soft distillation only."""
+    valued = [logits, dist_logits, target, teacher if options.kind == "soft" else None]
+    dtypes = [x.dtype for x in valued if x is not None and x.is_floating_point()]
+    if torch.is_autocast_enabled(next(x for x in valued if x is not None).device.type):
+        return torch.float32
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _weights(kind: str, base: str, alpha: float) -> tuple[float, float]:
@@ -280,10 +305,8 @@ def _described(value) -> str:
 
 
 def _check_indices(head, target, teacher) -> None:
-    if torch.compiler.is_compiling() or backends.registered_path(head, target, teacher):
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return
+    if backends.registered_path(head, target, teacher) or backends.in_functional_transform():
+        return  # values cannot be looked at
     classes = head.shape[1]
     for name, labels in (("target", target), ("teacher", teacher)):
         if labels is None or labels.is_floating_point():
@@ -293,3 +316,158 @@ def _check_indices(head, target, teacher) -> None:
         if len(outside):
             row = outside[0].item()
             raise IndexError(f"{name}: expected class indices in [0, {classes}), got {labels[row].item()} in row {row}")
+
+
+# ---- the launches, shared by both paths; the kernels are imported here so that importing fastdeit does not import them
+
+
+def _launch_forward(*args, **kwargs):
+    from fastdeit.kernels.distillation_cross_entropy import distillation_cross_entropy_forward
+
+    return distillation_cross_entropy_forward(*args, **kwargs)
+
+
+def _launch_backward(*args, **kwargs):
+    from fastdeit.kernels.distillation_cross_entropy import distillation_cross_entropy_backward
+
+    return distillation_cross_entropy_backward(*args, **kwargs)
+
+
+# ---- eager: autograd straight onto the launchers
+
+
+class _DistillationCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, dist_logits, target, teacher, options, out_dtype):
+        loss, statistics, labels = _launch_forward(logits, dist_logits, target, teacher, *options, out_dtype)
+        # Of a hard teacher backward needs the label alone.
+        ctx.save_for_backward(
+            *(logits, dist_logits, target, teacher if options.kind == "soft" else None, statistics, labels)
+        )
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        need_logits, need_dist, *_ = ctx.needs_input_grad
+        gradients = _launch_backward(
+            dloss, *ctx.saved_tensors, *ctx.options, need_logits=need_logits, need_dist=need_dist
+        )
+        return *gradients, None, None, None, None
+
+
+# ---- compiled and exported: the registered ops. An op's outputs may not be None, hence the empty tensors.
+
+
+@torch.library.custom_op("fastdeit::distillation_cross_entropy_forward", mutates_args=())
+def distillation_cross_entropy_forward(
+    logits: Tensor | None,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    kind: str,
+    base: str,
+    alpha: float,
+    tau: float,
+    label_smoothing: float,
+    soft_divisor: str,
+    reduction: str,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
+    loss, statistics, labels = _launch_forward(logits, dist_logits, target, teacher, *options, out_dtype)
+    return loss, statistics, statistics.new_empty(0, dtype=torch.int32) if labels is None else labels
+
+
+@distillation_cross_entropy_forward.register_fake
+def _(logits, dist_logits, target, teacher, kind, base, alpha, tau, smoothing, soft_divisor, reduction, out_dtype):
+    head = dist_logits if logits is None else logits
+    batch = head.shape[0]
+    loss = head.new_empty((batch,) if reduction == "none" else (), dtype=out_dtype)
+    labels = head.new_empty(batch if kind == "hard" else 0, dtype=torch.int32)
+    return loss, head.new_empty((batch, _STATISTICS), dtype=torch.float32), labels
+
+
+@torch.library.custom_op("fastdeit::distillation_cross_entropy_backward", mutates_args=())
+def distillation_cross_entropy_backward(
+    dloss: Tensor,
+    logits: Tensor | None,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    statistics: Tensor,
+    labels: Tensor,
+    kind: str,
+    base: str,
+    alpha: float,
+    tau: float,
+    label_smoothing: float,
+    soft_divisor: str,
+    reduction: str,
+    need_logits: bool,
+    need_dist: bool,
+) -> tuple[Tensor, Tensor]:
+    options = (kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
+    gradients = _launch_backward(
+        *(dloss, logits, dist_logits, target, teacher, statistics, labels, *options),
+        need_logits=need_logits,
+        need_dist=need_dist,
+    )
+    return tuple(statistics.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@distillation_cross_entropy_backward.register_fake
+def _(dloss, logits, dist_logits, target, teacher, statistics, labels, *options):
+    *_, need_logits, need_dist = options
+    return tuple(
+        x.new_empty(x.shape) if x is not None and need else statistics.new_empty(0)
+        for x, need in ((logits, need_logits), (dist_logits, need_dist))
+    )
+
+
+def _keep(ctx, inputs, output):
+    logits, dist_logits, target, teacher, *options, _ = inputs
+    _, statistics, labels = output
+    ctx.options = _Options(*options)
+    kept_teacher = teacher if ctx.options.kind == "soft" else None
+    ctx.save_for_backward(logits, dist_logits, target, kept_teacher, statistics, labels)
+    ctx.mark_non_differentiable(statistics, labels)
+
+
+def _registered_backward(ctx, dloss, *_):
+    needs = ctx.needs_input_grad[:2]
+    gradients = distillation_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, *needs)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 10
+
+
+distillation_cross_entropy_forward.register_autograd(_registered_backward, setup_context=_keep)
+
+
+# ---- what PyTorch's FlopCounterMode counts
+
+
+@register_flop_formula(torch.ops.fastdeit.distillation_cross_entropy_forward)
+def _forward_flops(logits, dist_logits, target, teacher, kind, base, *args, **kwargs) -> int:
+    return costs.distillation_cross_entropy_forward(
+        *(dist_logits if logits is None else logits),
+        kind=kind,
+        base=base,
+        soft_target=target is not None and len(target) == 2,
+        teacher_labels=teacher is not None and len(teacher) == 1,
+        reduction=args[-2],
+    ).flops
+
+
+@register_flop_formula(torch.ops.fastdeit.distillation_cross_entropy_backward)
+def _backward_flops(
+    dloss, logits, dist_logits, target, teacher, statistics, labels, kind, base, *args, **kwargs
+) -> int:
+    *_, need_logits, need_dist = args
+    one_head = dist_logits is None
+    return costs.distillation_cross_entropy_backward(
+        *(dist_logits if logits is None else logits),
+        kind=kind if need_dist or one_head else "none",
+        base=base if need_logits else "none",
+        soft_target=target is not None and len(target) == 2,
+    ).flops
