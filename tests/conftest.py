@@ -1,6 +1,7 @@
 """Runs before any test module is imported: without a GPU, kernels run under Triton's interpreter from here on."""
 
 import os
+from collections import Counter
 
 import torch
 
@@ -32,3 +33,29 @@ def _fresh_state():
     backends.set_backend("auto")
     yield
     backends.set_backend("auto")
+
+
+@pytest.fixture
+def kernels_stood_in(monkeypatch) -> Counter:
+    """Lets the drop-in modules take their fused forward on the CPU, each op running its reference. Counts the ops' calls."""
+    import importlib
+
+    from fastdeit import ops
+
+    def why_reference(x, *_):
+        return "inside a torch.func transform" if backends.in_functional_transform() else None
+
+    for name in ("attention", "block", "layer_norm", "mlp"):
+        monkeypatch.setattr(importlib.import_module(f"fastdeit.nn.{name}"), "why_reference", why_reference)
+    calls = Counter()
+
+    def counted(name, op):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return op(*args, **kwargs)
+
+        return call
+
+    for name in ("add_layer_norm", "attention", "layer_norm", "mlp"):
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    return calls

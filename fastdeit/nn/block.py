@@ -71,6 +71,11 @@ class Block(FusedModule, vision_transformer.Block):
         )
         tokens = ops.layer_norm(x, *_affine(norm1), norm1.eps, out_dtype=products if inline else None)
         branch = attn.forward_inlined(tokens) if inline else attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
+        if (
+            type(branch) is not Tensor or branch.shape != x.shape
+        ):  # a custom attention's, which PyTorch's addition takes
+            x = x + children["drop_path1"](children["ls1"](branch))
+            return x + children["drop_path2"](children["ls2"](mlp(norm2(x))))
 
         gamma = children["ls1"]._parameters.get("gamma")
         scale = drop_path_scale(children["drop_path1"], branch, gamma)

@@ -1,0 +1,157 @@
+"""accelerate, restore: which classes they swap, and what they refuse."""
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.layers import LayerNorm2d
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastdeit
+from fastdeit.nn import FUSED_CLASSES, Attention, Block, LayerNorm, Mlp, TorchLayerNorm
+
+
+def tiny(**kwargs):
+    return timm.create_model("deit_tiny_patch16_224", img_size=32, depth=2, num_classes=3, **kwargs)
+
+
+def classes(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+class AttentionOfMyOwn(TimmAttention):
+    pass
+
+
+def test_every_module_of_a_known_class_gets_its_twin_and_nothing_else_changes():
+    model = tiny()
+    before = classes(model)
+    assert fastdeit.accelerate(model) is model
+    assert classes(model) == {name: FUSED_CLASSES.get(cls, cls) for name, cls in before.items()}
+    assert {type(m) for m in model.blocks.modules()} >= {Block, Attention, Mlp, LayerNorm}
+
+
+def test_accelerating_twice_is_accelerating_once():
+    model = fastdeit.accelerate(tiny())
+    once = classes(model)
+    assert classes(fastdeit.accelerate(model)) == once
+
+
+def test_restore_gives_timm_its_classes_again():
+    model = tiny(norm_layer=nn.LayerNorm)
+    before = classes(model)
+    assert fastdeit.restore(model) is model
+    assert classes(model) == before
+    fastdeit.accelerate(model)
+    assert type(model.norm) is TorchLayerNorm
+    assert classes(fastdeit.restore(model)) == before
+
+
+def test_a_module_by_itself_can_be_swapped():
+    norm = fastdeit.accelerate(nn.LayerNorm(8))
+    assert type(norm) is TorchLayerNorm
+    assert type(fastdeit.restore(norm)) is nn.LayerNorm
+
+
+def test_drop_ins_made_directly_have_timms_signature_and_state():
+    for fused, args in ((Attention, (32, 2)), (Mlp, (32, 64)), (LayerNorm, (32,)), (Block, (32, 2))):
+        timms = fused.__mro__[2]
+        made, expected = fused(*args), timms(*args)
+        assert FUSED_CLASSES[timms] is fused
+        assert made.state_dict().keys() == expected.state_dict().keys()
+        assert vars(made).keys() == vars(expected).keys()
+
+
+@pytest.mark.parametrize("exclude", [["blocks.1"], ("blocks.1", "blocks.1.*"), "blocks.1", ["*.1"]])
+def test_excluded_modules_and_what_is_inside_them_stay_timms(exclude):
+    model = fastdeit.accelerate(tiny(), exclude=exclude)
+    assert type(model.blocks[0]) is Block
+    assert not set(map(type, model.blocks[1].modules())) & set(FUSED_CLASSES.values())
+
+
+def test_excluding_from_an_accelerated_model_restores_those_modules():
+    model = fastdeit.accelerate(fastdeit.accelerate(tiny()), exclude=["blocks.*.attn"])
+    assert type(model.blocks[0].attn) is TimmAttention
+    assert type(model.blocks[0]) is Block
+
+
+def test_an_exclude_pattern_without_a_match_is_named():
+    model = tiny()
+    before = classes(model)
+    with pytest.raises(ValueError, match=r"exclude: no module of the model matches 'block\.0'"):
+        fastdeit.accelerate(model, exclude=["blocks.0", "block.0"])
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("function", [fastdeit.accelerate, fastdeit.restore, fastdeit.explain])
+@pytest.mark.parametrize("given", [None, {}, nn.LayerNorm, torch.zeros(2)])
+def test_what_is_no_module_is_refused(function, given):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got"):
+        function(given)
+
+
+def test_a_scripted_model_is_refused():
+    with pytest.raises(TypeError, match="scripted"):
+        fastdeit.accelerate(torch.jit.script(nn.LayerNorm(4)))
+
+
+def test_classes_that_someone_wrote_are_left_alone():
+    class Local(TimmBlock):
+        pass
+
+    model = nn.Sequential(AttentionOfMyOwn(32, 2), Local(32, 2), LayerNorm2d(32))
+    fastdeit.accelerate(model)
+    assert [type(m) for m in model] == [AttentionOfMyOwn, Local, LayerNorm2d]
+    assert type(model[1].attn) is Attention  # the standard children of a custom block are still swapped
+
+
+@pytest.mark.parametrize("accelerated_first", [True, False])
+@pytest.mark.parametrize("function", [fastdeit.accelerate, fastdeit.restore])
+def test_a_parametrized_module_is_refused_before_anything_is_swapped(function, accelerated_first):
+    model = tiny()
+    if accelerated_first:
+        fastdeit.accelerate(model)
+    parametrizations.weight_norm(model.blocks[1].norm1, dim=None)
+    before = classes(model)
+    with pytest.raises(
+        RuntimeError, match=r"blocks\.1\.norm1 is a ParametrizedLayerNorm, derived from LayerNorm at run"
+    ):
+        function(model)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("function", [fastdeit.accelerate, fastdeit.restore])
+def test_a_sharded_block_is_refused(function):
+    """fully_shard derives a class per module; it needs a process group, so its class is built here the way it does."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for base in (TimmBlock, Block):
+        model = nn.Sequential(base(32, 2))
+        model[0].__class__ = type(f"FSDP{base.__name__}", (FSDPModule, base), {})
+        type(model[0]).__module__ = "torch.distributed.fsdp._fully_shard._fully_shard"
+        with pytest.raises(RuntimeError, match=r"0 is a FSDPBlock, derived from Block at run time \(fully_shard"):
+            function(model)
+
+
+def test_a_swap_after_compiling_is_seen_both_ways(kernels_stood_in):
+    model = tiny().eval()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(2):
+            fastdeit.restore(model)
+            kernels_stood_in.clear()
+            compiled(x)
+            assert not kernels_stood_in
+            fastdeit.accelerate(model)
+            compiled(x)
+            assert kernels_stood_in["attention"] > 0  # counted while Dynamo traces
+
+
+def test_scripting_names_restore():
+    model = fastdeit.accelerate(tiny())
+    with pytest.raises(RuntimeError, match=r"fastdeit\.restore\(model\)"):
+        torch.jit.script(model)
+    torch.jit.script(fastdeit.restore(model))
