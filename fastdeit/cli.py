@@ -22,7 +22,7 @@ COMMANDS = {
     "explain": Command("fastdeit.explain_command", "what of a timm model runs fused, and why the rest does not"),
     "kernels": Command("fastdeit.kernels.report", "what the compiler made of every kernel, without a GPU"),
     "bench": Command("fastdeit.benchmarks.command", "time the fused ops beside PyTorch's own"),
-    "launch-cost": Command("fastdeit.kernels.launch_cost", "host microseconds per kernel launch, without a GPU"),
+    "launch-cost": Command("fastdeit.benchmarks.launch_cost", "host microseconds per kernel launch, without a GPU"),
 }
 
 

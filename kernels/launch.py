@@ -1,37 +1,40 @@
 """Launching a compiled kernel for a few microseconds of host time.
 
-`kernel[grid](...)` binds and specialises every argument anew, 15 us and more a call. Here the `CompiledKernel` that a first call
+`kernel[grid](...)` binds and specialises every argument anew, 12 us and more a call. Here the `CompiledKernel` that a first call
 made is kept under the few facts that it depends on, and later calls go straight to its launcher. The kernels make that sound:
 their run-time integers are declared `do_not_specialize`, so that only an integer's width is left of its value.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.knobs import HookChain, runtime
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
-_TESTED_VERSIONS = ("3.6",)
+_TESTED_VERSIONS = ("3.6.",)
+_DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
-_compiled: dict[tuple, Any] = {}
+# kernel's id -> the kernel, positions of the arguments whose type matters, and what was compiled so far
+_kernels: dict[int, "_Kernel"] = {}
 
 
-def _tested_version() -> bool:
-    return triton.__version__.startswith(tuple(v + "." for v in _TESTED_VERSIONS))
+class _Kernel(NamedTuple):
+    function: JITFunction  # kept, so that its id stays its own
+    typed: tuple[int, ...]  # positions of all run-time arguments but `do_not_specialize` integers
+    compiled: dict[tuple, "_Compiled"]
 
 
-def _trait(arg: Any) -> Any:
-    """What the compiled code depends on in one run-time argument."""
-    if isinstance(arg, torch.Tensor):
-        return arg.dtype if arg.data_ptr() % 16 == 0 else (arg.dtype, "unaligned")
-    if isinstance(arg, int):
-        return -(2**31) <= arg < 2**31
-    if isinstance(arg, TensorDescriptor):
-        return (arg.base.dtype, *arg.block_shape)
-    return type(arg)
+class _Compiled(NamedTuple):
+    kernel: CompiledKernel
+    run: Any  # the launcher, which takes what follows after grid and stream
+    leading: tuple  # function handle, launch attributes, scratch memory, packed metadata
 
 
 def launch(
@@ -46,35 +49,100 @@ def launch(
         constexprs: every constexpr value in the order of the signature.
         num_warps, num_stages: compile options.
     """
-    if not isinstance(kernel, JITFunction) or kernel.pre_run_hooks or not _tested_version():
-        kernel[grid](*args, *constexprs, num_warps=num_warps, num_stages=num_stages)
-        return
-    driver = triton.runtime.driver.active
-    device = driver.get_current_device()
-    home = _home(args)
-    if home is not None and home != device:
+    home = _device_index(args)
+    if home >= 0 and home != torch.cuda.current_device():
         with torch.cuda.device(home):
-            launch(kernel, grid, args, constexprs, num_warps, num_stages)
-        return
+            _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+    else:
+        _launch(kernel, grid, args, constexprs, num_warps, num_stages)
 
-    key = (id(kernel), device, num_warps, num_stages, constexprs, *map(_trait, args))
-    compiled = _compiled.get(key)
+
+def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks or not _DIRECT:
+        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+        return
+    device = driver.active.get_current_device()
+    known = _kernels.get(id(kernel)) or _register(kernel)
+    key = [device, num_warps, num_stages, constexprs]
+    for i in known.typed:
+        arg = args[i]
+        kind = type(arg)
+        if kind in _TENSORS:
+            key.append(arg.dtype if arg.data_ptr() % 16 == 0 else (arg.dtype,))
+        elif kind is TensorDescriptor:
+            key += (arg.base.dtype, *arg.block_shape)
+        elif arg is None or kind is float:
+            key.append(kind)
+        else:  # whatever else Triton takes
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+            return
+
+    key = tuple(key)
+    compiled = known.compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*args, *constexprs, num_warps=num_warps, num_stages=num_stages)
+        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+        known.compiled[key] = _direct_call(kept)
         return
-    stream = driver.get_current_stream(device)
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    metadata = None if enter is None else compiled.launch_metadata(grid, stream, *args, *constexprs)
-    x, y, z = (*grid, 1, 1)[:3]
-    compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *args, *constexprs
-    )
+    stream = driver.active.get_current_stream(device)
+    enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
+    # A chain without hooks is left out: calling it would cost as much as the rest of the launch.
+    if type(enter) is HookChain and not enter.calls:
+        enter = None
+    if type(leave) is HookChain and not leave.calls:
+        leave = None
+    if enter is not None or leave is not None:
+        metadata = compiled.kernel.launch_metadata(grid, stream, *args, *constexprs)
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    try:
+        compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *args, *constexprs)
+    except OverflowError:  # an integer too wide for the kept variant: nothing has run yet, and Triton picks another
+        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
 
 
-def _home(args: tuple) -> int | None:
-    """The CUDA device of the first tensor among the arguments; None for a CPU tensor."""
+def descriptor(tensor: torch.Tensor, block_shape: Sequence[int]) -> TensorDescriptor:
+    """`TensorDescriptor.from_tensor` without its checks, which cost more than a launch's other arguments together.
+
+    For tensors that a launcher has already found fit: 16-byte aligned base and strides, last dimension dense, no empty dimension.
+    """
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = tensor, tensor.shape, tensor.stride()
+    made.block_shape, made.padding = block_shape, "zero"
+    return made
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own are functions for kernels too, and cost a launcher 2 us a call."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def _device_index(args: tuple) -> int:
+    """The CUDA device of the first tensor among the arguments; -1 for a CPU tensor."""
     for arg in args:
-        tensor = arg.base if isinstance(arg, TensorDescriptor) else arg
-        if isinstance(tensor, torch.Tensor):
-            return tensor.device.index if tensor.is_cuda else None
-    return None
+        if type(arg) is TensorDescriptor:
+            arg = arg.base
+        if isinstance(arg, torch.Tensor):
+            return arg.get_device()
+    return -1
+
+
+def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages):
+    return kernel[grid](*args, *constexprs, num_warps=num_warps, num_stages=num_stages)
+
+
+def _register(kernel: JITFunction) -> _Kernel:
+    typed = tuple(p.num for p in kernel.params if not p.is_constexpr and not p.do_not_specialize)
+    return _kernels.setdefault(id(kernel), _Kernel(kernel, typed, {}))
+
+
+def _direct_call(kernel: CompiledKernel) -> _Compiled:
+    launcher = kernel.run
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        # It allocates scratch memory at each launch.
+        return _Compiled(kernel, launcher, (kernel.function, kernel.packed_metadata))
+    attributes = (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    return _Compiled(kernel, launcher.launch, (kernel.function, *attributes, None, None, kernel.packed_metadata))
