@@ -5,18 +5,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
-HEAD_DIMS = (
-    32,
-    48,
-    64,
-    72,
-    80,
-    88,
-    96,
-    104,
-    128,
-)  # what timm's vision transformers have, and what the kernels are shaped for
+from fastdeit import backends
+
+HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)  # of timm's vision transformers
+_LARGEST_TF32_HEAD_DIM = 64  # in twice the bytes, the backward of larger heads spills registers
 
 
 def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
@@ -36,7 +31,16 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
             scale is not finite.
     """
     _check_packed(qkv, num_heads, scale)
-    return attention_reference(qkv, num_heads, scale=scale)
+    (low,) = _as_autocast(qkv)
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if why_reference(low, head_dim, scale) is not None:
+        return attention_reference(qkv, num_heads, scale=scale)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if backends.registered_path(low):
+        return attention_forward(low, num_heads, scale)[0]
+    if torch.is_grad_enabled() and low.requires_grad:
+        return _Attention.apply(low, num_heads, scale)
+    return _launch_forward(low, num_heads, scale)[0]
 
 
 def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -55,7 +59,16 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
         ValueError: q, k or v is not of rank 4, their shapes or devices do not fit, D is 0, or scale is not finite.
     """
     _check_separate(q, k, v, scale)
-    return attention_qkv_reference(q, k, v, scale=scale)
+    low = _as_autocast(q, k, v)
+    if k.shape[1] == 0 or why_reference(low[0], q.shape[-1], scale) is not None:
+        return attention_qkv_reference(q, k, v, scale=scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    low = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in low)
+    if backends.registered_path(*low):
+        return attention_qkv_forward(*low, scale)[0]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in low):
+        return _AttentionQKV.apply(*low, scale)
+    return _launch_qkv_forward(*low, scale)[0]
 
 
 def attention_reference(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
@@ -71,14 +84,29 @@ def attention_qkv_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float | N
 
 
 def why_reference(x: Tensor, head_dim: int, scale: float | None = None) -> str | None:
-    """None when attention runs its kernels on tensors like x, else why it runs the reference.
+    """None when attention runs its kernels on tensors like x, else why it runs the reference, PyTorch's own attention.
 
     Args:
-        x: any tensor of the inputs' device and dtype.
+        x: any tensor of the inputs' device and of their dtype, under autocast of autocast's.
         head_dim: D.
         scale: as given to the op.
     """
-    return "no kernel yet"
+    if head_dim not in HEAD_DIMS:
+        return f"head dimension {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    if scale is not None and scale <= 0:
+        return f"scale {scale} is not positive"
+    if x.is_cuda and x.dtype == torch.float32 and head_dim > _LARGEST_TF32_HEAD_DIM:
+        return f"head dimension {head_dim} in TF32 is over the kernel's {_LARGEST_TF32_HEAD_DIM}"
+    return backends.why_reference(x, products=True)
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast makes of the inputs of scaled_dot_product_attention."""
+    device = tensors[0].device.type
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 # ---- argument checks
@@ -132,3 +160,164 @@ def _check_scale(scale) -> None:
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+# ---- the launches, shared by both paths; the kernels are imported here so that importing fastdeit does not import Triton
+
+
+def _launch_forward(qkv, num_heads, scale):
+    from fastdeit.kernels.attention import attention_forward
+
+    return attention_forward(qkv, num_heads, scale)
+
+
+def _launch_backward(dout, qkv, out, lse, num_heads, scale):
+    from fastdeit.kernels.attention_backward import attention_backward
+
+    return attention_backward(dout, qkv, out, lse, num_heads, scale)
+
+
+def _launch_qkv_forward(q, k, v, scale):
+    from fastdeit.kernels.attention import attention_qkv_forward
+
+    return attention_qkv_forward(q, k, v, scale)
+
+
+def _launch_qkv_backward(dout, q, k, v, out, lse, scale, *, keys_wanted=True):
+    from fastdeit.kernels.attention_backward import attention_qkv_backward
+
+    return attention_qkv_backward(dout, q, k, v, out, lse, scale, keys_wanted=keys_wanted)
+
+
+# ---- eager: autograd straight onto the launchers
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, num_heads, scale):
+        out, lse = _launch_forward(qkv, num_heads, scale)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.num_heads, ctx.scale = num_heads, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return _launch_backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
+
+
+class _AttentionQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, lse = _launch_qkv_forward(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        keys_wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        return *_launch_qkv_backward(dout, *ctx.saved_tensors, ctx.scale, keys_wanted=keys_wanted), None
+
+
+# ---- compiled and exported: the registered ops
+
+
+@torch.library.custom_op("fastdeit::attention_forward", mutates_args=())
+def attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    return _launch_forward(qkv, num_heads, scale)
+
+
+@attention_forward.register_fake
+def _(qkv, num_heads, scale):
+    batch, tokens, width = qkv.shape
+    out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
+    return out, torch.empty((batch, num_heads, tokens), dtype=torch.float32, device=qkv.device)
+
+
+@torch.library.custom_op("fastdeit::attention_backward", mutates_args=())
+def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
+    return _launch_backward(dout, qkv, out, lse, num_heads, scale)
+
+
+@attention_backward.register_fake
+def _(dout, qkv, out, lse, num_heads, scale):
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+
+
+@torch.library.custom_op("fastdeit::attention_qkv_forward", mutates_args=())
+def attention_qkv_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _launch_qkv_forward(q, k, v, scale)
+
+
+@attention_qkv_forward.register_fake
+def _(q, k, v, scale):
+    batch, queries, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+
+
+@torch.library.custom_op("fastdeit::attention_qkv_backward", mutates_args=())
+def attention_qkv_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_qkv_backward(dout, q, k, v, out, lse, scale)
+
+
+@attention_qkv_backward.register_fake
+def _(dout, q, k, v, out, lse, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_for_attention(ctx, inputs, output):
+    qkv, ctx.num_heads, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _registered_attention_backward(ctx, dout, _):
+    return attention_backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
+
+
+def _keep_for_attention_qkv(ctx, inputs, output):
+    q, k, v, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _registered_attention_qkv_backward(ctx, dout, _):
+    return *attention_qkv_backward(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+attention_forward.register_autograd(_registered_attention_backward, setup_context=_keep_for_attention)
+attention_qkv_forward.register_autograd(_registered_attention_qkv_backward, setup_context=_keep_for_attention_qkv)
+
+
+# Multiply-adds counted twice, as PyTorch counts its own attention: two products forward, five backward. Shapes stand for tensors.
+
+
+@register_flop_formula(torch.ops.fastdeit.attention_forward)
+def _(qkv, num_heads, scale, *, out_shape=None, **_) -> int:
+    batch, tokens, width = qkv
+    return 4 * batch * tokens * tokens * (width // 3)
+
+
+@register_flop_formula(torch.ops.fastdeit.attention_backward)
+def _(dout, qkv, *_, out_shape=None, **__) -> int:
+    batch, tokens, width = qkv
+    return 10 * batch * tokens * tokens * (width // 3)
+
+
+@register_flop_formula(torch.ops.fastdeit.attention_qkv_forward)
+def _(q, k, *_, out_shape=None, **__) -> int:
+    batch, queries, heads, head_dim = q
+    return 4 * batch * heads * queries * k[1] * head_dim
+
+
+@register_flop_formula(torch.ops.fastdeit.attention_qkv_backward)
+def _(dout, q, k, *_, out_shape=None, **__) -> int:
+    batch, queries, heads, head_dim = q
+    return 10 * batch * heads * queries * k[1] * head_dim

@@ -1,0 +1,100 @@
+"""Which form of the attention kernels runs where, with which tiles: plain tables, chosen from without a GPU.
+
+The tables rest on what the compiler makes of them: no spills, then the most resident blocks. Nothing in them was timed.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+# Head dimensions that are no power of two are cut in two pieces rather than padded: 80 = 64 + 16 does five eighths of the work of
+# 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 in two halves spills on sm_80 where whole it would; on sm_90
+# both forms compile equally well.
+PIECES = {
+    **{32: (32, 0), 48: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16)},
+    **{88: (64, 32), 96: (64, 32), 104: (64, 64), 128: (64, 64)},
+}
+
+# Up to this many tokens backward runs as one kernel, a head a program. None yet: the two-kernel form is the one that is safe to
+# choose without a measurement.
+WHOLE_BACKWARD_TOKENS = {90: 0, 100: 0}
+_WHOLE_LONGEST = 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    own: int  # rows of a program's own tile: queries, or keys for dK and dV
+    block: int  # rows of a step of its loop
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    descriptors: bool  # load and store through tensor descriptors
+    forward: Tiles
+    dq: Tiles
+    dkv: Tiles
+    whole: Tiles | None = None  # backward in one kernel instead of dq and dkv; `own` holds all keys
+
+
+def tail(length: int, block: int) -> int:
+    """The width of the masked last block, 16 at least: a loop over full blocks leaves 1 ... block rows to it."""
+    rest = (length - 1) % block + 1
+    return max(16, 1 << (rest - 1).bit_length())
+
+
+def has_descriptors(arch: int) -> bool:
+    """Where tensor descriptors are hardware and products read shared memory. Elsewhere they become int64 pointer arithmetic, and
+    spill."""
+    return 90 <= arch < 120
+
+
+@lru_cache(maxsize=1024)
+def select_config(
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    itemsize: int,
+    arch: int,
+    multiprocessors: int,
+    describable: bool,
+) -> Config:
+    """The configuration for a call.
+
+    Args:
+        batch, heads, queries, keys, head_dim: B, H, N, M and D; D is one of PIECES.
+        itemsize: bytes per element, 2, or 4 for TF32.
+        arch: compute capability such as 90.
+        multiprocessors: of the GPU.
+        describable: q, k and v lie packed in one tensor that a descriptor can express.
+    """
+    narrow = batch * heads * (-(-queries // 64)) < multiprocessors
+    descriptors = describable and has_descriptors(arch) and itemsize == 2 and not narrow
+    config = Config(descriptors, *_tiles(head_dim, itemsize, arch, descriptors, narrow))
+    if descriptors and whole_fits(keys, head_dim) and keys <= WHOLE_BACKWARD_TOKENS.get(arch, 0):
+        return Config(descriptors, config.forward, config.dq, config.dkv, whole_tiles(keys))
+    return config
+
+
+def whole_fits(keys: int, head_dim: int) -> bool:
+    return keys <= _WHOLE_LONGEST and head_dim == 64
+
+
+def whole_tiles(keys: int) -> Tiles:
+    """Two stages: one leaves the loads uncovered and, oddly, spills."""
+    return Tiles(128, 32, 4) if keys <= 128 else Tiles(256, 32, 8)
+
+
+def _tiles(head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: bool) -> tuple[Tiles, Tiles, Tiles]:
+    """Forward, dQ, and dK and dV."""
+    piece0, piece1 = PIECES[head_dim]
+    # A grid that does not fill the machine gets programs of half the size.
+    own = 32 if narrow else 64
+    if itemsize == 4:
+        return Tiles(64, 32), Tiles(64, 32), Tiles(64, 32 if has_descriptors(arch) else 16)
+    if has_descriptors(arch):
+        return Tiles(own, 64), Tiles(own, 64), Tiles(own, 64 if descriptors or piece1 < 64 else 32)
+    wide = piece0 + piece1 > 64
+    return Tiles(own, 32), Tiles(own, 32), Tiles(own, 16 if wide else 32)
