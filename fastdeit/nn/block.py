@@ -1,5 +1,7 @@
 """The pre-norm transformer block, fused across its residual additions."""
 
+import functools
+
 import timm.layers
 import torch
 from timm.models import vision_transformer
@@ -20,6 +22,13 @@ from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp
 from fastdeit.ops.layer_norm import why_reference
 
+# Source class -> fused class, of what a block is made of.
+PARTS: dict[type[nn.Module], type[nn.Module]] = {
+    timm.layers.Attention: Attention,
+    timm.layers.Mlp: Mlp,
+    timm.layers.LayerNorm: LayerNorm,
+    nn.LayerNorm: TorchLayerNorm,
+}
 _TIMM_FORWARD = forward_of(vision_transformer.Block)
 
 
@@ -33,6 +42,12 @@ class Block(FusedModule, vision_transformer.Block):
     MLP of any class are called as they are; this package's own are fused without a call between. Under autocast the residual stream
     keeps its dtype, as in timm. Stochastic depth draws timm's masks from the same random numbers.
     """
+
+    @functools.wraps(vision_transformer.Block.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for part in self.modules():
+            part.__class__ = PARTS.get(type(part), type(part))
 
     def why_not_fused(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         """Why `forward` would run timm's code around its children, None if it would run the kernels."""
@@ -56,6 +71,17 @@ class Block(FusedModule, vision_transformer.Block):
             or why_not_bypassed((norm1, norm2, ls1, drop_path1))
             or _why_not_layer_scale(ls1, x)
             or _why_not_drop_path(drop_path1)
+        )
+
+    def why_not_carried(self, x: Tensor) -> str | None:
+        """Why a model may not run this block's parts itself and leave its last addition to whatever comes next."""
+        children = self._modules
+        ls2, drop_path2 = children["ls2"], children["drop_path2"]
+        return (
+            why_not_bypassed((self, ls2, drop_path2))
+            or self._why_not_around_children(x)
+            or _why_not_layer_scale(ls2, x)
+            or _why_not_drop_path(drop_path2)
         )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 PLAIN = {nn.Parameter, Tensor}  # torch.func.functional_call puts tensors in the place of parameters
-_is_tracing = torch._C._is_tracing
+_tracing_state = torch._C._get_tracing_state
 
 
 class FusedModule:
@@ -38,7 +38,7 @@ def why_not_plain_call(x: object) -> str | None:
     """Proxies of torch.fx, tensor subclasses and recorders are to see timm's own operations. Transforms are the ops' to notice."""
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}, not a plain tensor"
-    if _is_tracing():
+    if _tracing_state() is not None:
         return "torch.jit.trace is recording"
     if forward_ad._current_level >= 0:
         return "inside forward-mode differentiation"
