@@ -180,7 +180,7 @@ def distillation_cross_entropy_forward_kernel(
             dist_sum = dist_sum * tl.exp(dist_max - dist_shift) + tl.sum(tl.exp(v - dist_shift), axis=0)
             dist_max = new_max
             if not TEACHER_LABELS:
-                best = tl.maximum(best, tl.max(_argmax_key(u, col), axis=0))
+                best = tl.maximum(best, tl.max(_argmax_key(u, col), axis=0))  # no NaN: integers
         if KIND == "soft":
             previous_dist, previous_teacher = dist_shift, teacher_shift
             new_max, dist_shift = _shifted(v, dist_max)
@@ -238,17 +238,13 @@ def distillation_cross_entropy_forward_kernel(
     tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty))
     if statistics_ptr is not None:
         statistics_row = statistics_ptr + row * 7
-        if BASE == "cross_entropy":
-            tl.store(statistics_row, base_max)
-            tl.store(statistics_row + 1, base_log)
-            if SOFT_TARGET:
-                tl.store(statistics_row + 2, target_sum)
-        if KIND != "none":
-            tl.store(statistics_row + 3, dist_max)
-            tl.store(statistics_row + 4, dist_log)
-        if KIND == "soft":
-            tl.store(statistics_row + 5, teacher_max)
-            tl.store(statistics_row + 6, teacher_log)
+        tl.store(statistics_row, base_max)
+        tl.store(statistics_row + 1, base_log)
+        tl.store(statistics_row + 2, target_sum)
+        tl.store(statistics_row + 3, dist_max)
+        tl.store(statistics_row + 4, dist_log)
+        tl.store(statistics_row + 5, teacher_max)
+        tl.store(statistics_row + 6, teacher_log)
 
 
 @triton.jit(do_not_specialize=["B"])

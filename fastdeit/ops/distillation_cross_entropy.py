@@ -133,21 +133,20 @@ def distillation_cross_entropy_reference(
     """What `distillation_cross_entropy` means, in plain PyTorch. Run in float64 it is the oracle."""
     logits, dist_logits, target, teacher = (_autocast(t) for t in (logits, dist_logits, target, teacher))
     terms = []
-    base_weight, dist_weight = _weights(kind, base, alpha)
-    if base_weight != 0:
+    if base != "none":
         if base == "binary_cross_entropy":
             rows = _binary_cross_entropy_rows(logits, target)
         else:
             rows = _cross_entropy_rows(logits, target, label_smoothing)
-        terms.append(base_weight * rows)
-    if dist_weight != 0:
+        terms.append(_weighted(rows, 1.0 if kind == "none" else 1.0 - alpha))
+    if kind != "none":
         if kind == "soft":
             rows = _soft_rows(dist_logits, teacher, tau)
             rows = rows / dist_logits.shape[1] if soft_divisor == "numel" else rows
         else:
             label = teacher.detach().argmax(dim=1) if teacher.is_floating_point() else teacher
             rows = _cross_entropy_rows(dist_logits, label, 0.0)
-        terms.append(dist_weight * rows)
+        terms.append(_weighted(rows, 1.0 if base == "none" else alpha))
     loss = sum(terms)
     if reduction == "none":
         return loss
@@ -169,14 +168,12 @@ def _out_dtype(logits, dist_logits, target, teacher, options: _Options) -> torch
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _weights(kind: str, base: str, alpha: float) -> tuple[float, float]:
-    """The weights of the base and of the distillation term."""
-    if kind == "none":
-        return 1.0, 0.0
-    return (0.0, 1.0) if base == "none" else (1.0 - alpha, alpha)
-
-
 # ---- the reference's terms, each (B,)
+
+
+def _weighted(rows, weight):
+    """weight * rows. Weighted by zero, a term that is infinite or NaN counts as zero too, and its gradient is zero, not absent."""
+    return weight * rows if weight != 0 else torch.where(torch.zeros_like(rows, dtype=torch.bool), rows, 0.0)
 
 
 def _cross_entropy_rows(logits, target, label_smoothing):
@@ -348,13 +345,18 @@ class _DistillationCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss):
-        need_logits, need_dist, *_ = ctx.needs_input_grad
-        gradients = _launch_backward(
-            dloss, *ctx.saved_tensors, *ctx.options, need_logits=need_logits, need_dist=need_dist
-        )
-        return *gradients, None, None, None, None
+        # The gradient depends on the logits as well, which `once_differentiable` cannot see: without this a second derivative
+        # would be silently zero where the upstream gradient is a constant.
+        if torch.is_grad_enabled():
+            dloss = dloss.detach().requires_grad_()
+        return *_once_differentiable_backward(ctx, dloss), None, None, None, None
+
+
+@once_differentiable
+def _once_differentiable_backward(ctx, dloss):
+    need_logits, need_dist, *_ = ctx.needs_input_grad
+    return _launch_backward(dloss, *ctx.saved_tensors, *ctx.options, need_logits=need_logits, need_dist=need_dist)
 
 
 # ---- compiled and exported: the registered ops. An op's outputs may not be None, hence the empty tensors.
