@@ -1,5 +1,6 @@
 """Losses for training DeiT: DistillationLoss as facebookresearch/deit calls it, and DistillationCrossEntropy on logits in hand."""
 
+import math
 from typing import Any
 
 import timm.loss
@@ -115,8 +116,8 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"teacher_model: expected a model with distillation_type {distillation_type!r}, got None")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected a weight in [0, 1], got {alpha}")
-        if not tau > 0:
-            raise ValueError(f"tau: expected a temperature > 0, got {tau}")
+        if not (tau > 0 and math.isfinite(tau)):
+            raise ValueError(f"tau: expected a finite temperature > 0, got {tau}")
         self.base_criterion = base_criterion
         self.teacher_model = teacher_model
         self.distillation_type = distillation_type
