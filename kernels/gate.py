@@ -22,7 +22,13 @@ MATRIX_INSTRUCTIONS = {
 }
 
 # (kernel, label, architecture): (bytes allowed, why it ships nevertheless)
-ALLOWED_SPILLS: dict[tuple[str, str, int], tuple[int, str]] = {}
+ALLOWED_SPILLS: dict[tuple[str, str, int], tuple[int, str]] = {
+    ("layer_norm_backward_kernel", "C=8192 autocast", arch): (
+        16,
+        "addresses kept from before the loop over rows until after it, at the 128 registers that 16 warps leave a thread",
+    )
+    for arch in (80, 89, 90)
+}
 
 
 def breaches(row: Shipped, arch: int, resources: Resources) -> list[str]:

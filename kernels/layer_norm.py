@@ -40,10 +40,16 @@ def select_config(channels: int) -> Config:
 
 
 @triton.jit
+def _sample(row, TOKENS):
+    # Rows fit 32 bits, as a grid does. Dividing in 64 is a function call, across which the compiler spills registers.
+    return row.to(tl.int32) // TOKENS
+
+
+@triton.jit
 def _row_offsets(row, TOKENS, sample_stride, token_stride, VECTOR: tl.constexpr):
     # int64: B * N * C passes 2^31 at batch sizes people use
-    sample = (row // TOKENS).to(tl.int64)
-    token = (row % TOKENS).to(tl.int64)
+    sample = _sample(row, TOKENS).to(tl.int64)
+    token = row - sample * TOKENS
     return sample * tl.multiple_of(sample_stride, VECTOR) + token * tl.multiple_of(token_stride, VECTOR)
 
 
@@ -92,7 +98,7 @@ def layer_norm_forward_kernel(
         if gamma_ptr is not None:
             branch *= tl.load(gamma_ptr + col, col < C, other=0.0).to(tl.float32)
         if drop_path_scale_ptr is not None:
-            branch *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
+            branch *= tl.load(drop_path_scale_ptr + _sample(row, TOKENS), row < M, other=0.0)
         # Rounded to the residual stream's dtype first, so that backward, which reads x_new, sees what the statistics saw.
         x_new = (x + branch).to(x_new_ptr.dtype.element_ty)
         tl.store(x_new_ptr + row * C + col, x_new, inside)
@@ -178,7 +184,7 @@ def layer_norm_backward_kernel(
         if dx_ptr is not None:
             tl.store(dx_ptr + row * C + col, dx.to(dx_ptr.dtype.element_ty), inside)
         if drop_path_scale_ptr is not None:
-            dx *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
+            dx *= tl.load(drop_path_scale_ptr + _sample(row, TOKENS), row < M, other=0.0)
         if dgamma_partial_ptr is not None:
             branch_row = _row_offsets(row, TOKENS, branch_sample_stride, branch_token_stride, VECTOR)
             branch = tl.load(branch_ptr + branch_row + col, inside, other=0.0).to(tl.float32)

@@ -35,6 +35,15 @@ def descriptor_kernel(x_desc, y_desc, ROWS: tl.constexpr):
     y_desc.store([0, tl.program_id(0) * ROWS, 0], x_desc.load([0, tl.program_id(0) * ROWS, 0]))
 
 
+@triton.jit
+def optional_kernel(a_ptr, b_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    if a_ptr is not None:
+        tl.store(out_ptr + i, tl.load(a_ptr + i))
+    if b_ptr is not None:
+        tl.store(out_ptr + i, -tl.load(b_ptr + i))
+
+
 X, Y = torch.zeros(256), torch.zeros(256)
 
 
@@ -106,6 +115,14 @@ def check_what_the_code_depends_on_makes_a_variant_of_its_own():
         launch(arguments_kernel, (3,), (X, 198, 0.5, None, 7, Y), (64, True), 4)
         launch(arguments_kernel, (3,), (X, 198, 0.5, None, 7, Y), (64, True), 2, 3)
     assert public.call_count == 3
+
+
+def check_which_of_two_arguments_is_absent_makes_a_variant():
+    with public_launches() as public:
+        for _ in range(2):
+            launch(optional_kernel, (1,), (X, None, Y), (64,), 1)
+            launch(optional_kernel, (1,), (None, X, Y), (64,), 1)
+    assert public.call_count == 2
 
 
 def check_a_device_has_a_variant_of_its_own():
