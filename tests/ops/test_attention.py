@@ -1,0 +1,510 @@
+"""`ops.attention` and `ops.attention_qkv`: numerics by the contract in every form of the kernels, layouts, paths, bad input."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastdeit import backends, ops, testing
+from fastdeit.kernels import attention as kernels
+from fastdeit.kernels.attention_config import select_config, whole_tiles
+from fastdeit.ops.attention import (
+    HEAD_DIMS,
+    attention_backward,
+    attention_forward,
+    attention_qkv_backward,
+    attention_qkv_forward,
+    why_reference,
+)
+from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
+
+DTYPES = kernel_dtypes()
+DEVICE = kernel_device()
+MANY = 1024  # samples: the grid then fills any GPU
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def config_of(form, queries, keys, head_dim):
+    """What a GPU of that kind would run, whatever runs here."""
+    if form == "sm_80 pointers":
+        return select_config(MANY, 1, queries, keys, head_dim, 2, 80, 108, False)
+    if form == "narrow grid":
+        return select_config(1, 1, queries, keys, head_dim, 2, 90, 132, True)
+    if form == "TF32 tiles":
+        return select_config(MANY, 1, queries, keys, head_dim, 4, 80, 108, True)
+    config = select_config(MANY, 1, queries, keys, head_dim, 2, 90, 132, form != "pointers")
+    return dataclasses.replace(config, whole=whole_tiles(keys)) if form == "whole backward" else config
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    if torch.cuda.is_available() and "descriptors" in request.param and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need capability 9.0")
+
+    def select(batch, heads, queries, keys, head_dim, *_):
+        return config_of(request.param, queries, keys, head_dim)
+
+    monkeypatch.setattr(kernels, "select_config", select)
+    return request.param
+
+
+forms = pytest.mark.parametrize("form", ["pointers", "descriptors"], indirect=True)
+
+
+@forms
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [2, 15, 16, 17, 63, 64, 65, 196, 197, 198, 255, 256, 257])
+def test_as_accurate_as_eager_at_every_length(tokens, dtype, form):
+    batch, heads = (2, 2) if tokens < 100 else (1, 1)
+    qkv = randn(batch, tokens, 3 * heads * 64, dtype=dtype)
+    assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, heads)
+
+
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_attends_to_itself(dtype, form):
+    """The output is V. dV is the upstream gradient and dQ and dK are zero, but for the rounding of 64 summed fp32 products: of a
+    logit that meets its own log-sum-exp, and of two equal sums that are subtracted."""
+    qkv, upstream = randn(2, 1, 3 * 2 * 64, dtype=dtype).requires_grad_(), randn(2, 1, 2, 64, dtype=dtype)
+    with backends.use_backend("triton"), testing.poisoned_memory():
+        out = ops.attention(qkv, 2)
+        (gradient,) = torch.autograd.grad(out, qkv, upstream.flatten(2))
+    q, k, v = qkv.detach().double().unflatten(-1, (3, 2, 64)).unbind(2)
+    dq, dk, dv = gradient.unflatten(-1, (3, 2, 64)).unbind(2)
+    rounding = 64 * torch.finfo(torch.float32).eps
+    logit = (q * k).abs().sum(-1, keepdim=True) / 8
+    delta = (upstream * v).abs().sum(-1, keepdim=True)
+    assert torch.equal(out.double(), v.flatten(2))
+    assert ((dv - upstream).abs() <= rounding * logit * upstream.abs()).all()
+    assert (dq.abs() <= rounding * delta * k.abs() / 8).all()
+    assert (dk.abs() <= rounding * delta * q.abs() / 8).all()
+
+
+@pytest.mark.parametrize("head_dim", [d for d in HEAD_DIMS if d != 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_as_accurate_as_eager_for_every_head_dim(head_dim, dtype, form):
+    qkv = randn(2, 66, 3 * 2 * head_dim, dtype=dtype)
+    assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, 2)
+
+
+@pytest.mark.parametrize("form", ["sm_80 pointers", "narrow grid", "TF32 tiles"], indirect=True)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("tokens", [17, 98])
+def test_as_accurate_as_eager_with_other_tiles(tokens, head_dim, form):
+    qkv = randn(1, tokens, 3 * 2 * head_dim)
+    assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, 2)
+
+
+@pytest.mark.parametrize("form", ["whole backward"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [2, 17, 128, 129, 197, 256])
+def test_as_accurate_as_eager_with_backward_in_one_kernel(tokens, dtype, form):
+    assert_as_accurate_as_eager(ops.attention, ops.attention_reference, randn(2, tokens, 3 * 2 * 64, dtype=dtype), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3])
+def test_scale(scale, dtype):
+    qkv = randn(2, 20, 3 * 2 * 64, dtype=dtype)
+    assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, 2, scale=scale)
+
+
+LAYOUTS = {
+    "tokens first": lambda *shape: randn(*shape),
+    "heads first": lambda b, n, h, d: randn(b, h, n, d).transpose(1, 2),
+    "part of a packed projection": lambda b, n, h, d: randn(b, n, 3, h, d)[:, :, 1],
+    "odd strides": lambda b, n, h, d: randn(b, n, h, d + 1)[..., :d],
+    "channels not innermost": lambda b, n, h, d: randn(b, n, d, h).transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_separate_inputs_of_any_layout(layout, dtype):
+    q, k, v = (LAYOUTS[layout](2, 18, 2, 32).to(dtype) for _ in range(3))
+    assert_as_accurate_as_eager(ops.attention_qkv, ops.attention_qkv_reference, q, k, v)
+
+
+def test_keys_and_values_shared_by_all_heads():
+    q, k, v = randn(2, 18, 2, 32), *(randn(2, 18, 1, 32).expand(2, 18, 2, 32) for _ in range(2))
+    with backends.use_backend("triton"):
+        shared, copied = ops.attention_qkv(q, k, v), ops.attention_qkv(q, k.clone(), v.clone())
+    assert torch.equal(shared, copied)
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "heads first"])
+def test_gradients_have_the_strides_of_their_inputs(layout):
+    q, k, v = (LAYOUTS[layout](2, 18, 2, 32).requires_grad_() for _ in range(3))
+    with backends.use_backend("triton"):
+        gradients = torch.autograd.grad(ops.attention_qkv(q, k, v).sum(), (q, k, v))
+    assert [g.stride() for g in gradients] == [t.stride() for t in (q, k, v)]
+
+
+@pytest.mark.parametrize("frozen", [f for n in range(4) for f in itertools.combinations(range(3), n)])
+def test_every_subset_of_frozen_inputs(frozen):
+    q, k, v = (randn(2, 18, 2, 32) for _ in range(3))
+    assert_as_accurate_as_eager(ops.attention_qkv, ops.attention_qkv_reference, q, k, v, frozen=frozen)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 70), (2, 17), (70, 3)])
+def test_fewer_or_more_queries_than_keys(queries, keys):
+    """The last block needs the prefix tokens' queries alone."""
+    q, k, v = (randn(2, n, 2, 64) for n in (queries, keys, keys))
+    assert_as_accurate_as_eager(ops.attention_qkv, ops.attention_qkv_reference, q, k, v)
+
+
+@pytest.mark.parametrize("layout", ["sliced tokens", "sliced channels", "transposed"])
+def test_packed_input_of_any_layout(layout):
+    qkv = {
+        "sliced tokens": lambda: randn(2, 20, 192)[:, 1:18],
+        "sliced channels": lambda: randn(2, 17, 200)[..., 3:195],
+        "transposed": lambda: randn(2, 192, 17).transpose(1, 2),
+    }[layout]()
+    assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, 2)
+
+
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+def test_huge_logits_select_one_value(form):
+    """Logits of +-1e4: no overflow, and the softmax is the one-hot of the largest logit."""
+    tokens = 70
+    qkv = torch.zeros(1, tokens, 3, 1, 64, device=DEVICE)
+    angle = torch.arange(tokens, device=DEVICE) * (2 * math.pi / tokens)
+    directions = torch.stack([angle.cos(), angle.sin()], -1)
+    qkv[0, :, 0, 0, :2] = 4e3 * directions
+    qkv[0, :, 1, 0, :2] = 20 * directions.roll(-3, 0)
+    qkv[0, :, 2, 0] = randn(tokens, 64)
+    qkv = qkv.flatten(2).requires_grad_()
+    logits = 8e4 / 8 * directions @ directions.T
+    assert logits.max() > 9.9e3 and logits.min() < -9.9e3
+    with backends.use_backend("triton"), testing.poisoned_memory():
+        out = ops.attention(qkv, 1)
+        (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    value = qkv.detach().unflatten(-1, (3, 64))[:, :, 2]
+    torch.testing.assert_close(out, value.roll(3, 1))
+    assert gradient.isfinite().all()
+
+
+@forms
+def test_equal_logits_average_the_values(form):
+    qkv = randn(1, 70, 3, 2, 64)
+    qkv[:, :, 1] = qkv[:, :1, 1]
+    with backends.use_backend("triton"):
+        out = ops.attention(qkv.flatten(2), 2)
+    mean = qkv[:, :, 2].double().mean(1, keepdim=True).flatten(2).expand(1, 70, 128)
+    eager = ops.attention_reference(qkv.flatten(2), 2)
+    testing.assert_close_to_oracle("mean of values", out, mean, eager, qkv.abs().max().item())
+
+
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("token", [3, 68])  # in a full block and in the tail
+def test_non_finite_values_propagate_as_in_softmax(part, value, token, form):
+    qkv = randn(1, 70, 3, 2, 64)
+    qkv[0, token, part, 0, 5] = value
+    inputs = [t.requires_grad_() for t in (qkv.flatten(2).clone(), qkv.flatten(2).clone())]
+    upstream = randn(1, 70, 128)
+
+    def composition(x):
+        q, k, v = x.unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+        return (torch.softmax(q @ k.mT / 8, -1) @ v).transpose(1, 2).flatten(2)
+
+    with backends.use_backend("triton"):
+        out = ops.attention(inputs[0], 2)
+        (gradient,) = torch.autograd.grad(out, inputs[0], upstream)
+    expected = composition(inputs[1])
+    (expected_gradient,) = torch.autograd.grad(expected, inputs[1], upstream)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(gradient.isfinite(), expected_gradient.isfinite())
+
+
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+def test_keys_at_minus_infinity_are_as_if_not_there(form):
+    """A whole block of logits at -Inf, then finite ones: the running maximum must survive. Padded rows must not make NaN of it."""
+    qkv = randn(1, 70, 3, 1, 64)
+    qkv[:, :, 0, :, 0] = 1.0
+    qkv[:, :64, 1, :, 0] = -float("inf")
+    qkv = qkv.flatten(2).requires_grad_()
+    upstream = randn(1, 70, 64)
+    with backends.use_backend("triton"):
+        out = ops.attention(qkv, 1)
+        (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    rest = qkv.detach()[:, 64:, :]
+    q, k, v = (t.unflatten(-1, (3, 64)) for t in (qkv.detach(), rest, rest))
+    expected = scaled_dot_product_attention(q[:, :, 0], k[:, :, 1], v[:, :, 2])
+    torch.testing.assert_close(out, expected)
+    d_key_value = gradient.unflatten(-1, (3, 64))[:, :64, 1:]
+    assert torch.equal(d_key_value, torch.zeros_like(d_key_value))
+
+
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+def test_very_negative_logits_do_not_overflow_padded_rows(form):
+    """With every logit near -500, 2**(0 - lse) of a padded row is Inf, and Inf times a padded zero NaN."""
+    qkv = 0.01 * randn(1, 70, 3, 1, 64)
+    qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0] = 64.0, -64.0
+    assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv.flatten(2), 1)
+
+
+@forms
+def test_repeated_runs_give_the_same_bits(form):
+    qkv = randn(2, 70, 3 * 2 * 64).requires_grad_()
+
+    def run():
+        with backends.use_backend("triton"):
+            out = ops.attention(qkv, 2)
+        return out, *torch.autograd.grad(out.square().sum(), qkv)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@forms
+def test_padding_does_not_reach_a_row(form):
+    """Each sample alone gives the bits that it gives in a batch: nothing is read across samples or heads."""
+    qkv = randn(3, 70, 3 * 2 * 64)
+    with backends.use_backend("triton"):
+        together = ops.attention(qkv, 2)
+        alone = torch.cat([ops.attention(sample[None], 2) for sample in qkv])
+    assert torch.equal(together, alone)
+
+
+def test_inputs_are_not_written_to():
+    qkv = randn(2, 18, 3 * 2 * 32)
+    before = qkv.clone()
+    leaf = qkv.requires_grad_()
+    with backends.use_backend("triton"):
+        ops.attention(leaf, 2).sum().backward()
+    assert torch.equal(qkv.detach(), before)
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (3, 0)])
+def test_empty_input_gives_empty_output_and_empty_gradient(shape):
+    for backend in ("triton", "reference"):
+        qkv = randn(*shape, 3 * 64).requires_grad_()
+        q = randn(*shape, 1, 64).requires_grad_()
+        with backends.use_backend(backend):
+            out, separate = ops.attention(qkv, 1), ops.attention_qkv(q, q, q)
+        (out.sum() + separate.sum()).backward()
+        assert out.shape == (*shape, 64) and qkv.grad.shape == qkv.shape
+        assert separate.shape == q.shape and q.grad.shape == q.shape
+
+
+def test_no_queries_give_zero_gradients_of_keys():
+    q, k, v = (randn(2, n, 1, 64).requires_grad_() for n in (0, 5, 5))
+    with backends.use_backend("triton"), testing.poisoned_memory():
+        ops.attention_qkv(q, k, v).sum().backward()
+    assert torch.equal(k.grad, torch.zeros_like(k)) and torch.equal(v.grad, torch.zeros_like(v))
+
+
+# ---- paths
+
+
+def test_registered_and_eager_paths_give_the_same_bits(monkeypatch):
+    packed, separate = randn(2, 18, 3 * 2 * 32), [randn(2, 18, 2, 32) for _ in range(3)]
+
+    def run():
+        inputs = [t.clone().requires_grad_() for t in (packed, *separate)]
+        with backends.use_backend("triton"):
+            out = ops.attention(inputs[0], 2), ops.attention_qkv(*inputs[1:])
+        return *out, *torch.autograd.grad(sum(o.square().sum() for o in out), inputs)
+
+    eager = run()
+    monkeypatch.setattr(backends, "registered_path", lambda *_: True)
+    assert all(torch.equal(a, b) for a, b in zip(eager, run(), strict=True))
+
+
+def test_compiles_to_one_graph_forward_and_backward_with_dynamic_batch():
+    torch.compiler.reset()
+
+    def step(qkv):
+        q, k, v = qkv.unflatten(-1, (3, 2, 32)).unbind(2)
+        return ops.attention(qkv, 2) + ops.attention_qkv(q, k, v).flatten(2)
+
+    def run(function, batch):
+        torch.manual_seed(batch)
+        qkv = randn(batch, 18, 3 * 2 * 32).requires_grad_()
+        out = function(qkv)
+        return out, *torch.autograd.grad(out.square().sum(), qkv)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with backends.use_backend("triton"):
+        for batch in (2, 3):
+            assert all(torch.equal(a, b) for a, b in zip(run(step, batch), run(compiled, batch), strict=True))
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_registered_ops_pass_opcheck(needs_gradient):
+    qkv = randn(2, 3, 3 * 2 * 32).requires_grad_(needs_gradient)
+    torch.library.opcheck(attention_forward, (qkv, 2, 0.2))
+    q, k, v = (randn(2, 2, 3, 32).transpose(1, 2).requires_grad_(needs_gradient) for _ in range(3))
+    torch.library.opcheck(attention_qkv_forward, (q, k, v, 0.2))
+
+
+def test_registered_backward_ops_pass_opcheck():
+    qkv, dout = randn(2, 3, 3 * 2 * 32), randn(2, 3, 64)
+    out, lse = attention_forward(qkv, 2, 0.2)
+    torch.library.opcheck(attention_backward, (dout, qkv, out, lse, 2, 0.2))
+    q, k, v = (randn(2, 2, 3, 32).transpose(1, 2) for _ in range(3))
+    out, lse = attention_qkv_forward(q, k, v, 0.2)
+    torch.library.opcheck(attention_qkv_backward, (dout.view(2, 3, 2, 32), q, k, v, out, lse, 0.2))
+
+
+def test_a_second_derivative_is_refused_clearly():
+    qkv = randn(1, 5, 3 * 32).requires_grad_()
+    with backends.use_backend("triton"):
+        (gradient,) = torch.autograd.grad(ops.attention(qkv, 1).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_torch_func_takes_the_reference():
+    qkv = randn(1, 5, 3 * 32)
+    with backends.use_backend("triton"):
+        gradient = torch.func.grad(lambda t: ops.attention(t, 1).square().sum())(qkv)
+    expected = torch.func.grad(lambda t: ops.attention_reference(t, 1).square().sum())(qkv)
+    assert torch.equal(gradient, expected)
+
+
+def test_autocast_casts_as_for_scaled_dot_product_attention():
+    """float32 in under autocast: the low dtype out, as PyTorch's own attention gives, and a float32 gradient."""
+    qkv = randn(2, 18, 3 * 2 * 32).requires_grad_()
+    with backends.use_backend("triton"), torch.autocast(DEVICE.type, dtype=torch.float16):
+        out = ops.attention(qkv, 2)
+    (gradient,) = torch.autograd.grad(out.float().sum(), qkv)
+    with backends.use_backend("triton"):
+        expected = ops.attention(qkv.detach().half(), 2)
+    assert out.dtype == torch.float16 and torch.equal(out, expected)
+    assert gradient.dtype == torch.float32
+
+
+def test_checkpointed_attention_gives_the_same_gradient():
+    qkv = randn(2, 18, 3 * 2 * 32).requires_grad_()
+    with backends.use_backend("triton"):
+        (plain,) = torch.autograd.grad(ops.attention(qkv, 2).square().sum(), qkv)
+        out = torch.utils.checkpoint.checkpoint(ops.attention, qkv, 2, use_reentrant=False)
+        (again,) = torch.autograd.grad(out.square().sum(), qkv)
+    assert torch.equal(plain, again)
+
+
+def test_kept_for_backward_are_input_output_and_lse_alone():
+    qkv = randn(2, 18, 3 * 2 * 32).requires_grad_()
+    kept = []
+    with backends.use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        ops.attention(qkv, 2)
+    assert sorted(t.numel() for t in kept) == sorted((qkv.numel(), 2 * 18 * 64, 2 * 2 * 18))
+
+
+def test_flops_are_counted_as_for_scaled_dot_product_attention():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    qkv = randn(2, 17, 3 * 2 * 64).requires_grad_()
+    with backends.use_backend("triton"), FlopCounterMode(display=False) as counter:
+        ops.attention(qkv, 2).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * 2 * 17 * 17 * 128
+
+
+# ---- the reference
+
+
+def test_reference_gradients():
+    qkv = torch.randn(2, 5, 3 * 2 * 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: ops.attention_reference(t, 2, scale=0.7), qkv)
+    q, k, v = (torch.randn(2, n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5))
+    assert torch.autograd.gradcheck(lambda *t: ops.attention_qkv_reference(*t), (q, k, v))
+
+
+def test_reference_is_softmax_attention():
+    qkv = torch.randn(2, 5, 3 * 2 * 4, dtype=torch.float64)
+    q, k, v = qkv.view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    expected = (torch.softmax(q @ k.mT / 2, -1) @ v).transpose(1, 2).reshape(2, 5, 8)
+    torch.testing.assert_close(ops.attention_reference(qkv, 2), expected)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "scale", "reason"),
+    [(40, None, "head dimension 40 is none of 32, 48"), (64, 0.0, "scale 0.0 is not"), (64, -1.0, "scale -1.0 is not")],
+)
+def test_what_the_kernels_do_not_cover_runs_the_reference(head_dim, scale, reason):
+    qkv = randn(2, 5, 3 * head_dim)
+    with backends.use_backend("triton"):
+        assert reason in why_reference(qkv, head_dim, scale)
+        out = ops.attention(qkv, 1, scale=scale)
+    assert torch.equal(out, ops.attention_reference(qkv, 1, scale=scale))
+
+
+def test_no_keys_run_the_reference():
+    q, k, v = (randn(2, n, 1, 64) for n in (3, 0, 0))
+    with backends.use_backend("triton"):
+        out = ops.attention_qkv(q, k, v)
+    assert torch.equal(out, ops.attention_qkv_reference(q, k, v))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.randn(2, 5, 100), 2), ValueError, r"qkv: expected a last dimension .*multiple of 6 .*got 100"),
+        ((torch.randn(2, 5, 0), 2), ValueError, r"qkv: expected a last dimension .*got 0"),
+        ((torch.randn(5, 192), 1), ValueError, r"qkv: expected rank 3, .*got shape \(5, 192\)"),
+        ((torch.ones(2, 5, 192, dtype=torch.long), 1), TypeError, r"qkv: expected a floating-point.*got torch.int64"),
+        (([1.0], 1), TypeError, r"qkv: expected a floating-point tensor, got list"),
+        ((torch.randn(2, 5, 192), 0), ValueError, r"num_heads: expected at least 1, got 0"),
+        ((torch.randn(2, 5, 192), -3), ValueError, r"num_heads: expected at least 1, got -3"),
+        ((torch.randn(2, 5, 192), 1.0), TypeError, r"num_heads: expected an int, got float"),
+        ((torch.randn(2, 5, 192), True), TypeError, r"num_heads: expected an int, got bool"),
+    ],
+)
+def test_bad_packed_input_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.attention(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (float("nan"), ValueError, "scale: expected a finite number, got nan"),
+        (float("inf"), ValueError, "scale: expected a finite number, got inf"),
+        ("1", TypeError, "scale: expected a number or None, got str"),
+    ],
+)
+def test_bad_scale_is_named(scale, error, message):
+    with pytest.raises(error, match=message):
+        ops.attention(torch.randn(2, 5, 192), 1, scale=scale)
+    q = torch.randn(2, 5, 1, 64)
+    with pytest.raises(error, match=message):
+        ops.attention_qkv(q, q, q, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (dict(q=torch.randn(2, 5, 64)), ValueError, r"q: expected rank 4, .*got shape \(2, 5, 64\)"),
+        (dict(k=torch.ones(2, 5, 1, 64, dtype=torch.int)), TypeError, r"k: expected a floating-point tensor"),
+        (dict(k=torch.randn(2, 5, 1, 64).half()), TypeError, r"k: expected dtype torch.float32 .*got torch.float16"),
+        (dict(v=torch.randn(2, 5, 1, 64, device="meta")), ValueError, r"v: expected device cpu .*got meta"),
+        (
+            dict(k=torch.randn(3, 5, 1, 64)),
+            ValueError,
+            r"k: expected .*to match q \(2, 5, 1, 64\), got \(3, 5, 1, 64\)",
+        ),
+        (dict(k=torch.randn(2, 5, 1, 32)), ValueError, r"k: expected .*to match q"),
+        (
+            dict(v=torch.randn(2, 6, 1, 64)),
+            ValueError,
+            r"v: expected the shape of k \(2, 5, 1, 64\), got \(2, 6, 1, 64\)",
+        ),
+        (dict(q=torch.randn(2, 5, 1, 0)), ValueError, r"q: expected a head dimension of at least 1"),
+    ],
+)
+def test_bad_separate_input_is_named(changed, error, message):
+    arguments = {name: torch.randn(2, 5, 1, 64) for name in "qkv"} | changed
+    with pytest.raises(error, match=message):
+        ops.attention_qkv(**arguments)
