@@ -28,7 +28,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not timm.is_model(args.model):
         raise ValueError(f"MODEL: timm has no model named {args.model!r}{_suggestion(timm, args.model)}")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device: expected a device such as cpu, cuda or cuda:1, got {args.device!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: {args.device} was given, but PyTorch sees no CUDA device")
     model = timm.create_model(args.model).train(args.train).to(device, DTYPES[args.dtype])

@@ -61,13 +61,14 @@ class Report:
 
 def explain_modules(named: dict[str, nn.Module]) -> Report:
     """The report of `fastdeit.explain` on what `named_modules()` gave."""
-    from fastdeit.nn import FUSED_CLASSES  # imports timm, which `import fastdeit` need not
+    from fastdeit.nn import FUSED_CLASSES, Attention, Block, Mlp  # imports timm, which `import fastdeit` need not
 
     sources = {twin: source for source, twin in FUSED_CLASSES.items()}
     known = (*sources, *FUSED_CLASSES)
+    whole = tuple(sources[twin] for twin in (Attention, Block, Mlp))  # their other parts are what they compute
     fallback = next((p for module in named.values() for p in module.parameters()), torch.empty(0))
     rows = []
-    explained: list[str] = []  # prefixes of modules whose parts need no row of their own
+    explained: tuple[str, ...] = ()
     for name, module in named.items():
         cls = type(module)
         twin = next((c for c in cls.__mro__ if c in sources), None)
@@ -81,10 +82,10 @@ def explain_modules(named: dict[str, nn.Module]) -> Report:
             rows.append(
                 Row(name, cls.__name__, False, f"a class derived from {base.__name__}, with a forward of its own")
             )
-        elif module._parameters and not name.startswith(tuple(explained)):
+        elif module._parameters and not name.startswith(explained):
             rows.append(Row(name, cls.__name__, False, f"no fused class for {cls.__name__}"))
-        if isinstance(module, known):
-            explained.append(name + "." if name else "")
+        if isinstance(module, whole):
+            explained += (name + "." if name else "",)
     return Report(rows)
 
 

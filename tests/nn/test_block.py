@@ -106,13 +106,12 @@ def test_autocast_keeps_the_residual_stream_in_float32(kernels_stood_in, monkeyp
     from fastdeit import ops
 
     dtypes = []
+
+    def recorded(op):
+        return lambda *args, **kwargs: dtypes.append(kwargs["out_dtype"]) or op(*args, **kwargs)
+
     for name in ("layer_norm", "add_layer_norm"):
-
-        def recorded(*args, _op=getattr(ops, name), out_dtype=None, **kwargs):
-            dtypes.append(out_dtype)
-            return _op(*args, out_dtype=out_dtype, **kwargs)
-
-        monkeypatch.setattr(ops, name, recorded)
+        monkeypatch.setattr(ops, name, recorded(getattr(ops, name)))
     fused, timms = pair(init_values=init_values)
     x = torch.randn(2, 5, 32)
     exact = timms.double()(x.double())

@@ -1,0 +1,53 @@
+"""`fastdeit explain MODEL`."""
+
+import json
+
+import pytest
+import torch
+
+from fastdeit.cli import main
+
+
+def test_it_prints_the_table(capsys):
+    assert main(["explain", "deit_tiny_patch16_224", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "blocks.0-11.attn" in out and "tensors on cpu" in out
+
+
+def test_json_train_and_exclude(capsys):
+    argv = ["explain", "deit_tiny_patch16_224", "--device", "meta", "--json", "--train", "--exclude", "blocks.0"]
+    assert main(argv) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["blocks.0"]["reason"] == "not accelerated"
+    assert rows["blocks.1"]["reason"] == "tensors on meta"
+
+
+def test_autocast_is_explained(capsys, kernels_stood_in, monkeypatch):
+    from fastdeit.nn import Attention
+
+    seen = []
+    monkeypatch.setattr(
+        Attention, "why_not_fused", lambda self, x: seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+    )
+    assert main(["explain", "deit_tiny_patch16_224", "--device", "cpu", "--amp", "bfloat16"]) == 0
+    assert main(["explain", "deit_tiny_patch16_224", "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert set(seen) == {(torch.float32, True), (torch.bfloat16, False)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["deit_tini_patch16_224"],
+            "timm has no model named 'deit_tini_patch16_224'; close to it: deit_tiny_patch16_224",
+        ),
+        (["deit_tiny_patch16_224", "--exclude", "block.0"], "no module of the model matches 'block.0'"),
+        (
+            ["deit_tiny_patch16_224", "--device", "nowhere"],
+            "--device: expected a device such as cpu, cuda or cuda:1",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(capsys, argv, message):
+    assert main(["explain", *argv]) == 2
+    assert message in capsys.readouterr().err
