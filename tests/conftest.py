@@ -56,6 +56,6 @@ def kernels_stood_in(monkeypatch) -> Counter:
 
         return call
 
-    for name in ("add_layer_norm", "attention", "layer_norm", "mlp"):
+    for name in ("add_layer_norm", "attention", "attention_qkv", "layer_norm", "mlp"):
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
     return calls

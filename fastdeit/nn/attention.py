@@ -74,3 +74,18 @@ class Attention(FusedModule, timm.layers.Attention):
         out = ops.attention(F.linear(x, qkv["weight"], qkv["bias"]), self.num_heads)
         out = F.linear(out, proj["weight"], proj["bias"])
         return children["proj_drop"](out)
+
+    def forward_prefix(self, x: Tensor, keep: int) -> Tensor:
+        """What `forward_inlined` gives for the first `keep` of x's tokens: their queries alone, keys and values of all.
+
+        (B, N, C) -> (B, keep, dim_out). Dropout after proj must be inactive.
+        """
+        children = self._modules
+        qkv, proj = children["qkv"]._parameters, children["proj"]._parameters
+        heads = (self.num_heads, self.head_dim)
+        sizes = (self.attn_dim, 2 * self.attn_dim)
+        query_weight, key_value_weight = qkv["weight"].split(sizes)
+        query_bias, key_value_bias = (None, None) if qkv["bias"] is None else qkv["bias"].split(sizes)
+        q = F.linear(x[:, :keep], query_weight, query_bias).unflatten(-1, heads)
+        k, v = F.linear(x, key_value_weight, key_value_bias).unflatten(-1, (2, *heads)).unbind(2)
+        return F.linear(ops.attention_qkv(q, k, v).flatten(2), proj["weight"], proj["bias"])

@@ -1,6 +1,7 @@
 """The pre-norm transformer block, fused across its residual additions."""
 
 import functools
+from typing import NamedTuple
 
 import timm.layers
 import torch
@@ -30,6 +31,30 @@ PARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: TorchLayerNorm,
 }
 _TIMM_FORWARD = forward_of(vision_transformer.Block)
+
+
+class Carried(NamedTuple):
+    """A residual stream whose last addition is still to be made: x + gamma * scale * branch."""
+
+    x: Tensor  # (B, N, C)
+    branch: Tensor | None = None  # (B, N, C), or nothing to add
+    gamma: Tensor | None = None  # (C,)
+    scale: Tensor | None = None  # (B,)
+
+    @classmethod
+    def of(cls, x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module) -> "Carried":
+        """x and a branch behind LayerScale and stochastic depth, either of which may be an Identity."""
+        gamma = layer_scale._parameters.get("gamma")
+        return cls(x, branch, gamma, drop_path_scale(drop_path, branch, gamma))
+
+    def add_layer_norm(self, norm: nn.Module, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The stream after its addition, and norm's output on it, in one kernel."""
+        parameters = norm._parameters
+        affine = parameters["weight"], parameters["bias"], norm.eps
+        if self.branch is None:
+            return self.x, ops.layer_norm(self.x, *affine, out_dtype=out_dtype)
+        options = {"gamma": self.gamma, "drop_path_scale": self.scale, "out_dtype": out_dtype}
+        return ops.add_layer_norm(self.x, self.branch, *affine, **options)
 
 
 class Block(FusedModule, vision_transformer.Block):
@@ -88,32 +113,47 @@ class Block(FusedModule, vision_transformer.Block):
         if self.why_not_fused(x, attn_mask, is_causal) is not None:
             return super().forward(x, attn_mask, is_causal)
         children = self._modules
+        x, branch = self.before_last_addition(Carried(x), attn_mask, is_causal)
+        return x + children["drop_path2"](children["ls2"](branch))
+
+    def before_last_addition(
+        self, carried: Carried, attn_mask: Tensor | None = None, is_causal: bool = False, *, keep: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and the MLP's output, which is still to be scaled and added to it.
+
+        For a caller that has asked `why_not_fused` or `why_not_carried`.
+
+        Args:
+            carried: what enters the block.
+            attn_mask, is_causal: handed on to the attention.
+            keep: compute the first `keep` tokens alone, which attend to all as ever. Needs a fused `Attention`.
+        """
+        children = self._modules
         norm1, attn, norm2, mlp = (children[name] for name in ("norm1", "attn", "norm2", "mlp"))
         # Only a fused child's matrix product reads the normalised tokens: it takes them in the dtype that it multiplies in.
-        products = autocast_dtype(x)
+        products = autocast_dtype(carried.x)
 
-        inline = type(attn) is Attention and not (
-            why_not_bypassed((attn,)) or attn.why_not_inlined(x, attn_mask, is_causal)
-        )
-        tokens = ops.layer_norm(x, *_affine(norm1), norm1.eps, out_dtype=products if inline else None)
-        branch = attn.forward_inlined(tokens) if inline else attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
+        inline = attn_mask is None and not is_causal and inlines(attn, Attention, carried.x)
+        x, tokens = carried.add_layer_norm(norm1, out_dtype=products if inline else None)
+        if keep is not None:
+            x, branch = x[:, :keep], attn.forward_prefix(tokens, keep)
+        else:
+            branch = attn.forward_inlined(tokens) if inline else attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
         if (
             type(branch) is not Tensor or branch.shape != x.shape
         ):  # a custom attention's, which PyTorch's addition takes
             x = x + children["drop_path1"](children["ls1"](branch))
-            return x + children["drop_path2"](children["ls2"](mlp(norm2(x))))
+            return x, mlp(norm2(x))
 
-        gamma = children["ls1"]._parameters.get("gamma")
-        scale = drop_path_scale(children["drop_path1"], branch, gamma)
-        inline = type(mlp) is Mlp and not (why_not_bypassed((mlp,)) or mlp.why_not_inlined(x))
-        x, tokens = ops.add_layer_norm(
-            *(x, branch, *_affine(norm2), norm2.eps),
-            gamma=gamma,
-            drop_path_scale=scale,
-            out_dtype=products if inline else None,
-        )
-        branch = mlp.forward_inlined(tokens) if inline else mlp(tokens)
-        return x + children["drop_path2"](children["ls2"](branch))
+        inline = inlines(mlp, Mlp, x)
+        carried = Carried.of(x, branch, children["ls1"], children["drop_path1"])
+        x, tokens = carried.add_layer_norm(norm2, out_dtype=products if inline else None)
+        return x, mlp.forward_inlined(tokens) if inline else mlp(tokens)
+
+
+def inlines(module: nn.Module, fused: type[nn.Module], x: Tensor) -> bool:
+    """Whether a caller may run `module.forward_inlined` in place of the module."""
+    return type(module) is fused and not (why_not_bypassed((module,)) or module.why_not_inlined(x))
 
 
 def drop_path_scale(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
@@ -129,11 +169,6 @@ def drop_path_scale(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) 
     mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1), dtype=dtype).bernoulli_(keep)
     scale = mask.to(torch.float32).reshape(-1)
     return scale / keep if keep > 0.0 and drop_path.scale_by_keep else scale
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    parameters = norm._parameters
-    return parameters["weight"], parameters["bias"]
 
 
 def _why_not_layer_scale(scale: nn.Module, x: Tensor) -> str | None:

@@ -1,17 +1,14 @@
 """Whole models: no residual addition of their own, and no work on tokens that nobody reads."""
 
-from typing import NamedTuple
+import functools
 
-import torch.nn.functional as F
 from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
-from fastdeit import ops
 from fastdeit.nn.attention import Attention
-from fastdeit.nn.block import Block, drop_path_scale
+from fastdeit.nn.block import PARTS, Block, Carried, inlines
 from fastdeit.nn.eligibility import (
     FusedModule,
-    autocast_dtype,
     why_global_hook,
     why_not_bypassed,
     why_not_inactive_dropout,
@@ -21,15 +18,6 @@ from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp
 
 _METHODS = ("forward", "forward_features", "forward_head", "_pos_embed", "pool")
-
-
-class Carried(NamedTuple):
-    """A residual stream whose last addition is still to be made: x + gamma * scale * branch."""
-
-    x: Tensor  # (B, N, C)
-    branch: Tensor | None = None  # (B, N, C), or nothing to add
-    gamma: Tensor | None = None  # (C,)
-    scale: Tensor | None = None  # (B,)
 
 
 class _CarriesResidual(FusedModule):
@@ -85,17 +73,32 @@ class _CarriesResidual(FusedModule):
         *blocks, last = self.blocks
         for block in blocks:
             carried = _through_block(block, carried)
-        # Only the prefix tokens are read from here on: the last block attends to all tokens, and computes theirs alone.
+        # The head reads the prefix tokens alone: the last block attends to all, and computes nothing else for the others.
         prefix = self.num_prefix_tokens
         prune = _why_not_pruned(last, tokens) is None
         carried = _through_block(last, carried, keep=prefix if prune else None)
-        x, branch = carried.x[:, :prefix], carried.branch[:, :prefix]
-        _, tokens = _add_layer_norm(Carried(x, branch, carried.gamma, carried.scale), self.norm, None)
-        return self.forward_head(tokens)
+        carried = carried._replace(x=carried.x[:, :prefix], branch=carried.branch[:, :prefix])
+        return self.forward_head(carried.add_layer_norm(self.norm)[1])
+
+
+def _through_block(block: Block, carried: Carried, keep: int | None = None) -> Carried:
+    x, branch = block.before_last_addition(carried, keep=keep)
+    return Carried.of(x, branch, block._modules["ls2"], block._modules["drop_path2"])
 
 
 def _methods(cls: type) -> tuple:
     return tuple(getattr(cls, name) for name in _METHODS)
+
+
+def _init_with_fused_parts(source: type[nn.Module]):
+    @functools.wraps(source.__init__)
+    def __init__(self, *args, **kwargs):
+        source.__init__(self, *args, **kwargs)
+        classes = {**PARTS, vision_transformer.Block: Block}
+        for part in self.modules():
+            part.__class__ = classes.get(type(part), type(part))
+
+    return __init__
 
 
 class VisionTransformer(_CarriesResidual, vision_transformer.VisionTransformer):
@@ -105,6 +108,7 @@ class VisionTransformer(_CarriesResidual, vision_transformer.VisionTransformer):
     from block to block, and with token pooling the last block computes the prefix tokens alone, since the head reads no others.
     """
 
+    __init__ = _init_with_fused_parts(vision_transformer.VisionTransformer)
     _timm_class = vision_transformer.VisionTransformer
     _timm_methods = _methods(_timm_class)
 
@@ -112,55 +116,16 @@ class VisionTransformer(_CarriesResidual, vision_transformer.VisionTransformer):
 class VisionTransformerDistilled(_CarriesResidual, deit.VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (Touvron et al. 2021, section 4), class and distillation token; as `VisionTransformer`."""
 
+    __init__ = _init_with_fused_parts(deit.VisionTransformerDistilled)
     _timm_class = deit.VisionTransformerDistilled
     _timm_methods = _methods(_timm_class)
-
-
-def _through_block(block: Block, carried: Carried, keep: int | None = None) -> Carried:
-    """One block, its last addition left open; with `keep` for the first tokens alone, which still attend to all."""
-    children = block._modules
-    attn, mlp = children["attn"], children["mlp"]
-    products = autocast_dtype(carried.x)
-
-    inline = _inlines(attn, Attention, carried.x)
-    x, tokens = _add_layer_norm(carried, children["norm1"], products if inline else None)
-    if keep is not None:
-        x = x[:, :keep]
-        branch = _prefix_attention(attn, tokens, keep)
-    else:
-        branch = attn.forward_inlined(tokens) if inline else attn(tokens)
-    gamma = children["ls1"]._parameters.get("gamma")
-    scale = drop_path_scale(children["drop_path1"], branch, gamma)
-
-    inline = _inlines(mlp, Mlp, x)
-    x, tokens = _add_layer_norm(Carried(x, branch, gamma, scale), children["norm2"], products if inline else None)
-    branch = mlp.forward_inlined(tokens) if inline else mlp(tokens)
-    gamma = children["ls2"]._parameters.get("gamma")
-    return Carried(x, branch, gamma, drop_path_scale(children["drop_path2"], branch, gamma))
-
-
-def _add_layer_norm(carried: Carried, norm: nn.Module, out_dtype) -> tuple[Tensor, Tensor]:
-    parameters = norm._parameters
-    affine = parameters["weight"], parameters["bias"], norm.eps
-    if carried.branch is None:
-        return carried.x, ops.layer_norm(carried.x, *affine, out_dtype=out_dtype)
-    return ops.add_layer_norm(
-        *(carried.x, carried.branch, *affine),
-        gamma=carried.gamma,
-        drop_path_scale=carried.scale,
-        out_dtype=out_dtype,
-    )
-
-
-def _inlines(module: nn.Module, fused: type, x: Tensor) -> bool:
-    return type(module) is fused and not (why_not_bypassed((module,)) or module.why_not_inlined(x))
 
 
 def _why_not_pruned(block: Block, x: Tensor) -> str | None:
     """None if nothing in the block would notice that the other tokens' outputs are missing."""
     children = block._modules
     attn, mlp = children["attn"], children["mlp"]
-    if not _inlines(attn, Attention, x):
+    if not inlines(attn, Attention, x):
         return "attention does not run fused"
     if type(mlp) is not Mlp:
         return f"mlp is a {type(mlp).__name__}"
@@ -171,16 +136,3 @@ def _why_not_pruned(block: Block, x: Tensor) -> str | None:
         or why_not_inactive_dropout(mlp._modules["drop1"])
         or why_not_inactive_dropout(mlp._modules["drop2"])
     )
-
-
-def _prefix_attention(attn: Attention, tokens: Tensor, keep: int) -> Tensor:
-    """attn's output (B, keep, C) for the first tokens, as queries to all of tokens (B, N, C)."""
-    qkv, proj = attn._modules["qkv"]._parameters, attn._modules["proj"]._parameters
-    channels = attn.num_heads * attn.head_dim
-    sizes = (channels, 2 * channels)
-    query_weight, key_value_weight = qkv["weight"].split(sizes)
-    query_bias, key_value_bias = (None, None) if qkv["bias"] is None else qkv["bias"].split(sizes)
-    heads = (attn.num_heads, attn.head_dim)
-    q = F.linear(tokens[:, :keep], query_weight, query_bias).unflatten(-1, heads)
-    k, v = F.linear(tokens, key_value_weight, key_value_bias).unflatten(-1, (2, *heads)).unbind(2)
-    return F.linear(ops.attention_qkv(q, k, v).flatten(2), proj["weight"], proj["bias"])
