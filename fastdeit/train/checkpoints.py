@@ -1,0 +1,142 @@
+"""Checkpoints: written whole or not at all, read with checks that name the file and what is wrong with it.
+
+`NAME.safetensors` holds a model's weights and, as metadata, the configuration and classes, so that it can be evaluated alone.
+`last.state.pt` holds all that a run needs to continue; it is complete in itself, so that a kill between two files loses nothing.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from fastdeit.train.config import FIELDS, FREE_FIELDS, Config, config_from
+
+STATE = "last.state.pt"
+METADATA_KEY = "fastdeit"
+STATE_KEYS = {"config", "classes", "epoch", "step", "model", "ema", "optimizer", "history", "best"}
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes to a temporary name beside path, then renames: whatever happens, path holds the old content or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save_weights(
+    path: Path, weights: Mapping[str, Tensor], config: Config, classes: tuple[str, ...], **facts: Any
+) -> None:
+    """weights as safetensors; the configuration, the classes and `facts` (plain values) as metadata."""
+    import safetensors.torch
+
+    # One key only: safetensors writes several in random order, and equal runs are to give equal files.
+    metadata = {METADATA_KEY: json.dumps({"config": config.as_dict(), "classes": classes, **facts})}
+    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in weights.items()}, metadata)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def read_metadata(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
+    """The configuration, the classes and the other facts that `save_weights` put into path.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, no safetensors file, or not written by fastdeit.
+    """
+    with _open_safetensors(path) as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        raise ValueError(f"{path}: holds weights without fastdeit's metadata; expected a checkpoint of fastdeit train")
+    facts = json.loads(text)
+    return config_from(facts.pop("config")), tuple(facts.pop("classes")), facts
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads path into model. Raises as `read_metadata`, and ValueError naming the difference if it is of another model."""
+    with _open_safetensors(path) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    check_same_tensors(weights, model.state_dict(), path)
+    model.load_state_dict(weights)
+
+
+def check_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError unless both have the same names and shapes."""
+    differences = [f"no {name}" for name in expected if name not in found]
+    differences += [f"an unknown {name}" for name in found if name not in expected]
+    differences += [
+        f"{name} of shape {tuple(found[name].shape)} where the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
+        raise ValueError(f"{path}: from another model: it has {'; '.join(differences[:3])}{more}")
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """state (tensors, dicts, lists and plain values) so that `torch.load(weights_only=True)` reads it."""
+    assert set(state) == STATE_KEYS
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, or not the state of a run.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises depends on where the file ends
+        raise ValueError(
+            f"{path}: cannot be read ({path.stat().st_size} bytes): truncated, or no training state of fastdeit "
+            f"({type(error).__name__})"
+        ) from error
+    if not isinstance(state, dict) or not set(state) >= STATE_KEYS:
+        raise ValueError(f"{path}: expected the training state of a run with {', '.join(sorted(STATE_KEYS))}")
+    return state
+
+
+def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
+    """Raises ValueError naming the fields in which a state's run differs from config. The number of epochs may grow."""
+    saved = config_from(state["config"])
+    differing = [
+        f"{name} ({getattr(saved, name)!r} there, {getattr(config, name)!r} now)"
+        for name in FIELDS
+        if name not in (*FREE_FIELDS, "epochs") and getattr(saved, name) != getattr(config, name)
+    ]
+    if differing:
+        raise ValueError(f"{path}: from a run with another configuration: {'; '.join(differing)}")
+    if state["epoch"] > config.epochs:
+        raise ValueError(f"epochs: {path} has trained {state['epoch']} epochs already, expected at least as many")
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({path.stat().st_size} bytes): truncated, or no safetensors file ({error})"
+        ) from None

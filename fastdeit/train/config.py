@@ -1,0 +1,235 @@
+"""The configuration of a run: one dataclass, read from YAML, overridden field by field, checked before anything is loaded."""
+
+import dataclasses
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+DISTILLATION_TYPES = ("none", "soft", "hard")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata=dict(help=text))
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run depends on. Names are timm's and facebookresearch/deit's where they have one; defaults are DeiT's recipe.
+
+    Everything but `output` and `workers` decides the result.
+    """
+
+    name: str = _help("name of the run, and of its folder under runs/", "run")
+    output: str | None = _help("run folder; by default a new one under runs/", None)
+    seed: int = _help("seed of initial weights, order, augmentation, mixup and drop path", 0)
+    epochs: int = _help("passes over the training images", 300)
+    batch_size: int = _help("images per update", 64)
+
+    data: str = _help("`digits`, or a folder of images with train/CLASS/ and val/CLASS/", "digits")
+    img_size: int = _help("height and width of the model's input, in pixels", 224)
+    in_chans: int = _help("1 for grey images, 3 for colour", 3)
+    mean: list[float] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406],
+        metadata=dict(help="subtracted from each channel of images in [0, 1]"),
+    )
+    std: list[float] = field(
+        default_factory=lambda: [0.229, 0.224, 0.225], metadata=dict(help="each channel is divided by it")
+    )
+    interpolation: str = _help("resampling of images", "bicubic")
+    crop_pct: float = _help("share of the resized image that evaluation's centre crop keeps", 0.875)
+    workers: int = _help("processes that load data; results do not depend on it", 0)
+
+    scale: list[float] = field(
+        default_factory=lambda: [0.08, 1.0], metadata=dict(help="area of random crops, relative to the image")
+    )
+    ratio: list[float] = field(
+        default_factory=lambda: [3 / 4, 4 / 3], metadata=dict(help="width to height of random crops")
+    )
+    hflip: float = _help("probability of a horizontal flip", 0.5)
+    color_jitter: float = _help("strength of colour jitter; without effect beside auto-augmentation", 0.0)
+    aa: str | None = _help("timm's auto-augmentation policy, such as rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")
+    reprob: float = _help("probability of random erasing", 0.25)
+    remode: str = _help("what random erasing writes: const, rand or pixel", "pixel")
+    mixup: float = _help("mixup's alpha; 0 is off", 0.8)
+    cutmix: float = _help("CutMix's alpha; 0 is off", 1.0)
+    mixup_prob: float = _help("probability that a batch is mixed", 1.0)
+    mixup_switch_prob: float = _help("share of CutMix where both are on", 0.5)
+    smoothing: float = _help("label smoothing", 0.1)
+
+    model: str = _help("timm's name of the model to train", "deit_base_distilled_patch16_224")
+    model_kwargs: dict[str, Any] = field(default_factory=dict, metadata=dict(help="arguments of timm.create_model"))
+    drop_path: float = _help("rate of stochastic depth in the last block", 0.1)
+    accelerate: bool = _help("use the fused kernels where they run", True)
+
+    distillation_type: str = _help("none, soft or hard", "hard")
+    distillation_alpha: float = _help("weight of the distillation term", 0.5)
+    distillation_tau: float = _help("temperature of soft distillation", 1.0)
+    teacher_model: str | None = _help("timm's name of the teacher", "regnety_160.deit_in1k")
+    teacher_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata=dict(help="arguments of timm.create_model for the teacher")
+    )
+    teacher_checkpoint: str | None = _help("the teacher's weights; by default timm's pretrained ones", None)
+    teacher_epochs: int = _help("train the teacher first, for so many epochs", 0)
+    teacher_lr: float = _help("its learning rate, as lr", 5e-4)
+
+    opt: str = _help("timm's name of the optimizer", "adamw")
+    opt_eps: float = _help("the optimizer's epsilon", 1e-8)
+    opt_betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata=dict(help="the optimizer's betas"))
+    lr: float = _help("learning rate for lr_base_size images per update, to which it is scaled linearly", 5e-4)
+    lr_base_size: int = _help("images per update that lr is meant for; 0 takes lr as it is", 512)
+    weight_decay: float = _help("weight decay of matrices; none for biases, norms, tokens and positions", 0.05)
+    clip_grad: float | None = _help("largest norm of the gradient", None)
+    sched: str = _help("timm's name of the learning-rate schedule", "cosine")
+    sched_on_updates: bool = _help("a new learning rate each update rather than each epoch", False)
+    warmup_epochs: int = _help("epochs of linear warm-up, the first of all", 5)
+    warmup_lr: float = _help("learning rate at the start of warm-up", 1e-6)
+    min_lr: float = _help("learning rate at the end", 1e-5)
+    model_ema_decay: float = _help("decay of the weights' moving average; 0 is off", 0.99996)
+    model_ema_warmup: bool = _help("let the moving average's decay grow to its value (timm's warm-up)", False)
+
+    precision: str = _help("auto (bf16 on a GPU, else fp32), bf16 or fp32", "auto")
+    device: str | None = _help("by default a GPU if there is one, else the CPU", None)
+    threads: int | None = _help("CPU threads; sums, hence the last bits, depend on it", None)
+
+    @property
+    def scaled_lr(self) -> float:
+        """The peak learning rate: lr * batch_size / lr_base_size."""
+        return self.lr * self.batch_size / self.lr_base_size if self.lr_base_size else self.lr
+
+    @property
+    def mixes(self) -> bool:
+        return (self.mixup > 0 or self.cutmix > 0) and self.mixup_prob > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> "Config":
+        return dataclasses.replace(self, **changes)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+_TYPES = typing.get_type_hints(Config)
+FREE_FIELDS = ("output", "workers")  # a run may be resumed with others
+
+
+def shipped_configs() -> list[str]:
+    """Names that `load_config` takes besides files."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("fastdeit.train").joinpath("configs").iterdir())
+
+
+def load_config(source: str = "digits", overrides: dict[str, Any] | None = None) -> Config:
+    """The shipped configuration or YAML file `source`, with `overrides` (strings are read as YAML), checked.
+
+    Raises:
+        ValueError: no such configuration, an unknown field, a value of the wrong type or out of range, or fields that contradict
+            each other.
+    """
+    import yaml
+
+    if source in shipped_configs():
+        text = files("fastdeit.train").joinpath("configs", f"{source}.yaml").read_text()
+    elif Path(source).is_file():
+        text = Path(source).read_text()
+    else:
+        raise ValueError(f"config: {source!r} is neither a file nor one of {', '.join(shipped_configs())}")
+    try:
+        values = yaml.safe_load(text) or {}
+        given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (overrides or {}).items()}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {source} or an override is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {source} holds a {type(values).__name__}, expected `field: value` lines")
+    return config_from({**values, **given})
+
+
+def config_from(values: dict[str, Any]) -> Config:
+    """A checked Config of plain values, as YAML and checkpoints hold them. Raises ValueError as `load_config`."""
+    unknown = [name for name in values if name not in FIELDS]
+    if unknown:
+        close = difflib.get_close_matches(str(unknown[0]), FIELDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; fields are {', '.join(FIELDS)}"
+        raise ValueError(f"config: unknown field {', '.join(map(str, unknown))}{hint}")
+    config = Config(**{name: _coerce(name, value) for name, value in values.items()})
+    check(config)
+    return config
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """value as the field's type; YAML 1.1 reads 1e-3 as a string."""
+    annotation = _TYPES[name]
+    options = typing.get_args(annotation) if type(None) in typing.get_args(annotation) else (annotation,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    try:
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is int and not isinstance(value, bool) and int(value) == float(value):
+            return int(value)
+        if kind is str and not isinstance(value, dict | list | bool | None):
+            return str(value)
+        if kind == list[float]:
+            return [float(v) for v in (value if isinstance(value, list | tuple) else [value])]
+        if kind == dict[str, Any] and isinstance(value, dict):
+            return dict(value)
+        if kind is bool and isinstance(value, bool):
+            return value
+    except (TypeError, ValueError):
+        pass
+    described = getattr(kind, "__name__", str(kind)) if kind in (int, float, str, bool) else str(kind)
+    raise ValueError(f"{name}: expected {described}, got {value!r}")
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a field out of range, and for fields that contradict each other."""
+    c = config
+    at_least_1 = ("epochs", "batch_size", "img_size", "threads")
+    not_negative = (
+        "seed", "workers", "mixup", "cutmix", "teacher_epochs", "lr_base_size", "weight_decay", "warmup_epochs", "warmup_lr",
+        "min_lr", "color_jitter",
+    )  # fmt: skip
+    positive = ("lr", "teacher_lr", "opt_eps", "distillation_tau", "clip_grad", "crop_pct")
+    shares = (
+        "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "distillation_alpha", "model_ema_decay",
+    )  # fmt: skip
+    for names, holds, allowed in (
+        (at_least_1, lambda v: v >= 1, "at least 1"),
+        (not_negative, lambda v: v >= 0, "at least 0"),
+        (positive, lambda v: v > 0, "more than 0"),
+        (shares, lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ):
+        for name in names:
+            value = getattr(c, name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"{name}: expected a value {allowed}, got {value}")
+    for name, allowed in (
+        ("distillation_type", DISTILLATION_TYPES),
+        ("precision", PRECISIONS),
+        ("remode", ("const", "rand", "pixel")),
+        ("interpolation", ("nearest", "bilinear", "bicubic", "random")),
+        ("in_chans", (1, 3)),
+    ):
+        if getattr(c, name) not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(c, name)!r}")
+    for name, length in (("mean", c.in_chans), ("std", c.in_chans), ("scale", 2), ("ratio", 2), ("opt_betas", 2)):
+        if len(getattr(c, name)) != length:
+            raise ValueError(f"{name}: expected {length} value(s), got {getattr(c, name)}")
+
+    if c.mixes and c.batch_size % 2:
+        raise ValueError(
+            f"batch_size: mixup pairs the images of a batch, so expected an even number, got {c.batch_size}"
+        )
+    if c.epochs <= c.warmup_epochs:
+        raise ValueError(f"warmup_epochs: expected less than epochs ({c.epochs}), got {c.warmup_epochs}")
+    if c.distillation_type != "none" and not c.teacher_model:
+        raise ValueError(f"teacher_model: distillation_type {c.distillation_type} needs a teacher, got none")
+    if c.teacher_epochs and c.teacher_checkpoint:
+        raise ValueError("teacher_checkpoint: contradicts teacher_epochs, by which the teacher is trained here")
+    clash = {"num_classes", "img_size", "in_chans", "drop_path_rate", "pretrained"} & set(c.model_kwargs)
+    if clash:
+        raise ValueError(f"model_kwargs: {', '.join(sorted(clash))} is set by a field or by the data")

@@ -1,0 +1,36 @@
+"""What a run would do, without training or writing anything."""
+
+import torch
+import yaml
+
+from fastdeit.train.config import Config
+from fastdeit.train.datasets import load_data
+from fastdeit.train.device import select_device
+from fastdeit.train.models import create_student
+from fastdeit.train.optimization import Schedule, create_optimizer, parameter_groups
+from fastdeit.train.sampling import EpochBatches
+
+
+def describe(config: Config) -> str:
+    """The resolved configuration, the data, the schedule and the parameter groups. Raises ValueError as `run.train` would."""
+    data = load_data(config)
+    model = create_student(config, len(data.classes), torch.device("cpu"))
+    optimizer = create_optimizer(config, model)
+    updates = len(EpochBatches(len(data.train), config.batch_size, config.seed))
+    schedule = Schedule(config, optimizer, max(updates, 1))
+    lines = [yaml.safe_dump(config.as_dict(), sort_keys=False)]
+    lines.append(f"device: {select_device(config)}")
+    lines.append(
+        f"data: {len(data.train)} training and {len(data.val)} validation images of {len(data.classes)} classes; "
+        f"{updates} updates of {config.batch_size} images per epoch, {updates * config.epochs} in all"
+    )
+    lines.append("learning rate at the start of an epoch:")
+    shown = sorted({*range(0, config.epochs, max(1, config.epochs // 10)), config.warmup_epochs, config.epochs - 1})
+    lines += [f"  {epoch:>4}  {schedule.set(epoch * updates):.4e}" for epoch in shown]
+    lines.append("parameter groups:")
+    for group in parameter_groups(model, optimizer):
+        lines.append(
+            f"  weight decay {group.weight_decay:g}: {len(group.names)} tensors, {group.parameters:,} parameters"
+        )
+        lines += [f"    {name}" for name in group.names]
+    return "\n".join(lines)

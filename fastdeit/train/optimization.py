@@ -1,0 +1,82 @@
+"""Optimizer, learning-rate schedule and moving average of the weights: timm's, from a configuration."""
+
+from typing import Any, NamedTuple
+
+import timm.optim
+import timm.scheduler
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from fastdeit.train.config import Config
+
+
+class ParameterGroup(NamedTuple):
+    weight_decay: float
+    names: tuple[str, ...]
+    parameters: int  # elements
+
+
+def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer. Matrices decay; biases, norms, LayerScale, tokens and positions do not.
+
+    Raises:
+        ValueError: timm has no such optimizer, or it takes no such arguments.
+    """
+    kwargs: dict[str, Any] = dict(eps=config.opt_eps, betas=tuple(config.opt_betas))
+    if "sgd" in config.opt or config.opt in ("momentum", "nesterov"):
+        kwargs = dict(momentum=config.opt_betas[0])
+    try:
+        return timm.optim.create_optimizer_v2(
+            model, opt=config.opt, lr=config.scaled_lr, weight_decay=config.weight_decay, **kwargs
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"opt: timm cannot make {config.opt!r} with {kwargs}: {error}") from error
+
+
+def parameter_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ParameterGroup]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [
+        ParameterGroup(
+            group["weight_decay"],
+            tuple(names[id(p)] for p in group["params"]),
+            sum(p.numel() for p in group["params"]),
+        )
+        for group in optimizer.param_groups
+    ]
+
+
+class Schedule:
+    """The learning rate as a function of the update's number: nothing to save, nothing to resume.
+
+    timm's schedule, evaluated at the start of the update or of its epoch. (facebookresearch/deit advances it after an epoch by that
+    epoch's number, so that there epochs 0 and 1 both run at the warm-up's first value.)
+    """
+
+    def __init__(self, config: Config, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> None:
+        self.optimizer = optimizer
+        self.updates_per_epoch = updates_per_epoch
+        self.scheduler, _ = timm.scheduler.create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            noise_seed=config.seed,
+            step_on_epochs=not config.sched_on_updates,
+            updates_per_epoch=updates_per_epoch,
+        )
+
+    def set(self, step: int) -> float:
+        """Gives the optimizer the learning rate of update `step`, counted from 0, and returns it."""
+        if self.scheduler is not None:
+            self.scheduler.step(step // self.updates_per_epoch)
+            self.scheduler.step_update(step)
+        return self.optimizer.param_groups[0]["lr"]
+
+
+def create_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
+    if not config.model_ema_decay:
+        return None
+    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)

@@ -1,0 +1,88 @@
+"""The configuration: shipped files, overrides, and what is refused."""
+
+import pytest
+
+from fastdeit.train.config import FIELDS, Config, config_from, load_config, shipped_configs
+
+
+def test_the_default_is_shipped_and_resolves():
+    assert "digits" in shipped_configs()
+    assert load_config().data == "digits"
+
+
+def test_an_unset_field_has_the_recipes_default():
+    """facebookresearch/deit's main.py."""
+    config = Config()
+    assert (config.opt, config.opt_eps, config.opt_betas, config.weight_decay) == ("adamw", 1e-8, [0.9, 0.999], 0.05)
+    assert (config.lr, config.warmup_epochs, config.warmup_lr, config.min_lr) == (5e-4, 5, 1e-6, 1e-5)
+    assert (config.mixup, config.cutmix, config.smoothing, config.reprob) == (0.8, 1.0, 0.1, 0.25)
+    assert (config.distillation_alpha, config.distillation_tau, config.drop_path) == (0.5, 1.0, 0.1)
+
+
+def test_the_learning_rate_scales_with_the_batch():
+    assert Config(batch_size=1024).scaled_lr == pytest.approx(1e-3)
+    assert Config(batch_size=1024, lr_base_size=0).scaled_lr == 5e-4
+
+
+def test_overrides_are_read_as_yaml():
+    config = load_config("digits", {"lr": "1e-3", "aa": "null", "model_kwargs": "{depth: 2}", "scale": "[0.5, 1]"})
+    assert (config.lr, config.aa, config.model_kwargs, config.scale) == (1e-3, None, {"depth": 2}, [0.5, 1.0])
+
+
+def test_a_file_is_a_configuration(tmp_path):
+    (tmp_path / "mine.yaml").write_text("epochs: 7\nwarmup_epochs: 2\n")
+    assert load_config(str(tmp_path / "mine.yaml")).epochs == 7
+
+
+def test_plain_values_round_trip():
+    config = load_config()
+    assert config_from(config.as_dict()) == config
+
+
+def test_an_unknown_field_is_refused_with_the_closest():
+    with pytest.raises(ValueError, match="unknown field epoch; did you mean epochs"):
+        config_from({"epoch": 3})
+
+
+def test_an_unknown_configuration_is_refused_with_the_list():
+    with pytest.raises(ValueError, match=r"'nothing' is neither a file nor one of .*digits"):
+        load_config("nothing")
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("epochs", "many", "epochs: expected int, got 'many'"),
+        ("epochs", 2.5, "epochs: expected int, got 2.5"),
+        ("epochs", 0, "epochs: expected a value at least 1, got 0"),
+        ("lr", float("nan"), "lr: expected a value more than 0, got nan"),
+        ("accelerate", "perhaps", "accelerate: expected bool"),
+        ("drop_path", 1.5, "drop_path: expected a value from 0 to 1"),
+        ("distillation_type", "warm", "distillation_type: expected one of none, soft, hard"),
+        ("precision", "fp8", "precision: expected one of auto, fp32, bf16"),
+        ("mean", [0.5], r"mean: expected 3 value\(s\)"),
+        ("model_kwargs", [1], "model_kwargs: expected dict"),
+    ],
+)
+def test_a_bad_value_is_named(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        config_from({field: value})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(batch_size=63), "batch_size: mixup pairs"),
+        (dict(epochs=5), "warmup_epochs: expected less than epochs"),
+        (dict(teacher_model=None), "teacher_model: distillation_type hard needs a teacher"),
+        (dict(teacher_epochs=3, teacher_checkpoint="x"), "teacher_checkpoint: contradicts teacher_epochs"),
+        (dict(model_kwargs=dict(num_classes=3)), "model_kwargs: num_classes is set by"),
+    ],
+)
+def test_contradictory_fields_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        config_from(values)
+
+
+def test_every_field_has_help():
+    assert all(field.metadata.get("help") for field in FIELDS.values())
