@@ -79,6 +79,17 @@ def check_an_allowed_spill_is_one_that_happens():
             assert by_name[name].spilled_bytes == allowed, name
 
 
+def check_run_time_integers_are_not_specialised():
+    """Else the lengths 1, 16 and 198 would each be compiled, and the direct launch would take one's code for another."""
+    specialised = {
+        f"{entry.row.kernel.__name__}: {parameter.name}"
+        for entry in ENTRIES
+        for parameter in entry.row.kernel.params
+        if entry.row.signature.get(parameter.name) in ("i32", "i64") and not parameter.do_not_specialize
+    }
+    assert not specialised, specialised
+
+
 # ---- the gate can fail
 
 
