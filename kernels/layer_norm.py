@@ -10,6 +10,7 @@ repeated runs give the same bits. Plain loads, no descriptors: Triton 3.6 lost s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 
 from fastdeit.kernels.architecture import multiprocessors
 from fastdeit.kernels.catalog import Shipped
-from fastdeit.kernels.launch import launch
+from fastdeit.kernels.launch import cdiv, launch, next_power_of_2
 
 MAX_CHANNELS = 8192
 SUM_TILE = (256, 16)  # partial rows and columns that a program of the second step adds at a time
@@ -30,12 +31,13 @@ class Config:
     backward_programs_per_sm: int  # each writes one row of partial sums
 
 
+@lru_cache
 def select_config(channels: int) -> Config:
     """One row a step and 8 values of each stream a thread: the fewest registers and no spill in every dtype (16 at 8192).
 
     Backward runs 12 warps on a multiprocessor: enough loads in flight to cover memory latency, few enough partial rows.
     """
-    num_warps = min(max(triton.next_power_of_2(channels) // 256, 1), 16)
+    num_warps = min(max(next_power_of_2(channels) // 256, 1), 16)
     return Config(rows=1, num_warps=num_warps, backward_programs_per_sm=max(12 // num_warps, 1))
 
 
@@ -285,13 +287,13 @@ def layer_norm_forward(
     config = select_config(channels)
     launch(
         layer_norm_forward_kernel,
-        (triton.cdiv(rows, config.rows),),
+        (cdiv(rows, config.rows),),
         (
             *(x, branch, gamma, drop_path_scale, weight, bias, x_new, y),
             *((mean, rstd) if keep_statistics else (None, None)),
             *(rows, x.shape[1], x.stride(0), x.stride(1), strides.stride(0), strides.stride(1), eps),
         ),
-        (channels, triton.next_power_of_2(channels), config.rows, _vector(channels, x, branch)),
+        (channels, next_power_of_2(channels), config.rows, _vector(channels, x, branch)),
         config.num_warps,
     )
     return x_new, y, mean, rstd
@@ -330,7 +332,7 @@ def layer_norm_backward(
         return dx, dbranch, *(s if s is None else s.zero_() for s in sums)
     wanted = [s for s in sums if s is not None]
     config = select_config(channels)
-    programs = min(triton.cdiv(rows, config.rows), config.backward_programs_per_sm * multiprocessors(x))
+    programs = min(cdiv(rows, config.rows), config.backward_programs_per_sm * multiprocessors(x))
     partial = torch.empty((len(wanted), programs, channels), dtype=torch.float32, device=x.device)
     tables = iter(partial.unbind(0))
     dy, x = _as_tokens(dy), _as_tokens(x)
@@ -346,13 +348,13 @@ def layer_norm_backward(
             *(rows, x.shape[1]),
             *(stride for t in strided for stride in t.stride()[:2]),
         ),
-        (channels, triton.next_power_of_2(channels), config.rows, _vector(channels, dy, dx_new, x, branch)),
+        (channels, next_power_of_2(channels), config.rows, _vector(channels, dy, dx_new, x, branch)),
         config.num_warps,
     )
     if wanted:
         launch(
             partial_sums_backward_kernel,
-            (triton.cdiv(channels, SUM_TILE[1]), len(wanted)),
+            (cdiv(channels, SUM_TILE[1]), len(wanted)),
             (partial, *wanted, *(None,) * (3 - len(wanted)), programs, channels),
             SUM_TILE,
             8,
@@ -366,7 +368,7 @@ def shipped(arch: int) -> Iterator[Shipped]:
     backward_strides = ("dy_sample_stride", "dy_token_stride", "dx_new_sample_stride", "dx_new_token_stride", *strides)
     for channels in (192, 384, 768, 1024, 1280, MAX_CHANNELS):
         config = select_config(channels)
-        tile = dict(C=channels, CHANNELS=triton.next_power_of_2(channels), ROWS=config.rows, VECTOR=16)
+        tile = dict(C=channels, CHANNELS=next_power_of_2(channels), ROWS=config.rows, VECTOR=16)
         for label, x, low, residual in (("bf16", "*bf16", "*bf16", False), ("autocast", "*fp32", "*bf16", True)):
             if channels == MAX_CHANNELS and not residual:
                 continue
