@@ -57,9 +57,8 @@ def test_a_module_by_itself_can_be_swapped():
 
 def test_drop_ins_made_directly_have_timms_signature_and_state():
     for fused, args in ((Attention, (32, 2)), (Mlp, (32, 64)), (LayerNorm, (32,)), (Block, (32, 2))):
-        timms = fused.__mro__[2]
+        (timms,) = (source for source, twin in FUSED_CLASSES.items() if twin is fused)
         made, expected = fused(*args), timms(*args)
-        assert FUSED_CLASSES[timms] is fused
         assert made.state_dict().keys() == expected.state_dict().keys()
         assert vars(made).keys() == vars(expected).keys()
 

@@ -30,6 +30,7 @@ PARTS: dict[type[nn.Module], type[nn.Module]] = {
     timm.layers.LayerNorm: LayerNorm,
     nn.LayerNorm: TorchLayerNorm,
 }
+_NORMS = {LayerNorm, TorchLayerNorm}
 _TIMM_FORWARD = forward_of(vision_transformer.Block)
 
 
@@ -81,13 +82,11 @@ class Block(FusedModule, vision_transformer.Block):
     def _why_not_around_children(self, x: Tensor) -> str | None:
         if vision_transformer.Block.forward is not _TIMM_FORWARD:
             return "the forward of timm's Block was replaced"
-        if x.dim() != 3:
-            return "the input is not (B, N, C)"
         children = self._modules
         norm1, norm2 = children["norm1"], children["norm2"]
         ls1, drop_path1 = children["ls1"], children["drop_path1"]
         for norm in (norm1, norm2):
-            if type(norm) is not LayerNorm and type(norm) is not TorchLayerNorm:
+            if type(norm) not in _NORMS:
                 return f"a norm is a {type(norm).__name__} that is not accelerated"
         return (
             why_reference(x)

@@ -116,9 +116,10 @@ def add_layer_norm_reference(
 
 def why_reference(x: Tensor) -> str | None:
     """None when `layer_norm` and `add_layer_norm` run their kernels on x, else why they run the reference."""
-    if x.shape[-1] > MAX_CHANNELS:
-        return f"{x.shape[-1]} channels are more than the kernel's {MAX_CHANNELS}"
-    if x.shape[-1] == 0:
+    channels = x.shape[-1]
+    if channels > MAX_CHANNELS:
+        return f"{channels} channels are more than the kernel's {MAX_CHANNELS}"
+    if channels == 0:
         return "no channels"
     return backends.why_reference(x)
 
