@@ -84,7 +84,13 @@ def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
     return _why_not_this_gpu(x.get_device())
 
 
-@torch.compiler.assume_constant_result  # Dynamo guards the stack of transforms itself
+def _constant_while_tracing(function):
+    """`torch.compiler.assume_constant_result` without its import of Dynamo, and in its wake Triton, at every start."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_while_tracing  # Dynamo guards the stack of transforms itself
 def in_functional_transform() -> bool:
     """Whether torch.func's grad, vmap or another of its transforms surrounds the call."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -98,7 +104,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 @lru_cache
 def _why_not_this_gpu(index: int) -> str | None:
     if torch.version.hip is not None:

@@ -15,7 +15,7 @@ def test_help_lists_every_command(capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0
     for name in cli.COMMANDS:
-        assert f"  {name} " in out
+        assert f"\n    {name}" in out
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
