@@ -39,15 +39,18 @@ def run(args: argparse.Namespace) -> int:
     if child.returncode:
         raise RuntimeError(f"measuring the launch cost failed:\n{child.stderr}")
     costs = json.loads(child.stdout)
-    if args.json:
-        print(json.dumps(costs, indent=2))
-        return 0
+    print(json.dumps(costs, indent=2) if args.json else table(costs))
+    return 0
+
+
+def table(costs: dict[str, float]) -> str:
+    """The costs as text, each beside its budget and as a multiple of a call of PyTorch's."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}"
-    print(f"Host microseconds per call, least of {_REPEATS} runs of {_CALLS} calls; {versions}\n")
+    lines = [f"Host microseconds per call, least of {_REPEATS} runs of {_CALLS} calls; {versions}", ""]
     for name, cost in costs.items():
         budget = f"  budget {BUDGETS[name]:.0f}" if name in BUDGETS else ""
-        print(f"{name:44}{cost:7.1f}  {cost / costs[YARDSTICK]:5.1f} x F.layer_norm{budget}")
-    return 0
+        lines.append(f"{name:44}{cost:7.1f}  {cost / costs[YARDSTICK]:5.1f} x F.layer_norm{budget}")
+    return "\n".join(lines)
 
 
 # What attention asks of a launch: four tensor maps, a pointer, an integer and a number.

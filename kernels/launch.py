@@ -81,7 +81,8 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
     compiled = known.compiled.get(key)
     if compiled is None:
         kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
-        known.compiled[key] = _direct_call(kept)
+        if kept is not None:  # None where a hook of Triton's took the compilation over
+            known.compiled[key] = _direct_call(kept)
         return
     stream = driver.active.get_current_stream(device)
     enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None

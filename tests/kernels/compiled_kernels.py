@@ -1,16 +1,20 @@
 """What the compiler makes of kernels. Run by run_checks.py in a process whose kernels are compiled, not interpreted."""
 
+import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import triton
 import triton.language as tl
 
 from fastdeit.kernels import catalog, gate, report
-from fastdeit.kernels.catalog import Shipped, compile_shipped, row_key, source_key
+from fastdeit.kernels.catalog import Resources, Shipped, compile_shipped, row_key, source_key
 
 SAMPLE = 6  # rows that are compiled anew in every run; `fastdeit kernels` compiles all
 ENTRIES = report.entries()
@@ -124,6 +128,58 @@ def check_limits_of_its_own_are_held():
 
 def check_too_much_shared_memory_is_refused():
     assert "of shared memory, a block has" in breaches(product("*fp32", size=128, precision="tf32", num_warps=8), 89)
+
+
+# ---- the command
+
+
+def report_of(*rows: Shipped, update: Path | None = None, **flags) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `fastdeit kernels` where these rows are all that ships, on one architecture."""
+    args = argparse.Namespace(**dict(arch=None, only=None, json=False, committed=False, update=bool(update)) | flags)
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(catalog, "shipped", lambda arch, files: rows),
+        mock.patch.object(report, "entries", lambda *_: [report.Entry("toy", i, 90, r) for i, r in enumerate(rows)]),
+        mock.patch.object(report, "RESOURCES_FILE", update or Path("absent.json")),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        return report.run(args), out.getvalue(), err.getvalue()
+
+
+def check_the_report_has_a_line_per_configuration():
+    code, out, _ = report_of(product(), product("*fp16", label="half"))
+    header, first, second = out.splitlines()
+    assert code == 0 and header.split()[:3] == ["kernel", "config", "arch"], out
+    assert first.startswith("product_kernel  toy; 4 warps, 1 stage") and first.endswith("4 HGMMA"), out
+    assert "half; 4 warps" in second
+    found = json.loads(report_of(product(), json=True)[1])["rows"][0]
+    assert Resources(**{n: found[n] for n in Resources.__dataclass_fields__}) == compile_shipped(product(), 90)
+
+
+def check_the_report_fails_where_a_limit_is_broken():
+    code, out, err = report_of(product(), product("*fp32", label="slow"))
+    assert code == 1 and len(out.splitlines()) == 3
+    assert "product_kernel (slow) on sm_90: spills" in err and "product_kernel (toy) on sm_90:" not in err, err
+
+
+def check_the_report_fails_and_goes_on_where_a_configuration_does_not_compile():
+    code, out, err = report_of(product(size=48, label="odd"), product())
+    assert code == 1 and len(out.splitlines()) == 2 and "product_kernel (odd) on sm_90: does not compile: " in err, err
+
+
+def check_an_update_compiles_what_changed_and_drops_what_is_gone():
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "resources.json"
+        report_of(product(), product("*fp16", label="half"), update=file)
+        first = file.read_text()
+        assert report_of(product(), product("*fp16", label="half"), update=file)[2] == ""  # nothing was compiled
+        assert file.read_text() == first
+        _, _, err = report_of(product(), product("*fp16", size=128, label="half"), update=file)
+        assert "[1/1] product_kernel (half)" in err, err
+        report_of(product(), update=file)
+        assert file.read_text().splitlines()[3].rstrip(",") == first.splitlines()[3].rstrip(",")
+        assert len(file.read_text().splitlines()) == len(first.splitlines()) - 1
 
 
 # ---- keys and errors
