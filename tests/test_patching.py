@@ -121,17 +121,28 @@ def test_a_parametrized_module_is_refused_before_anything_is_swapped(function, a
     assert classes(model) == before
 
 
-@pytest.mark.parametrize("function", [fastdeit.accelerate, fastdeit.restore])
-def test_a_sharded_block_is_refused(function):
-    """fully_shard derives a class per module; it needs a process group, so its class is built here the way it does."""
-    from torch.distributed.fsdp import FSDPModule
+@pytest.fixture
+def one_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
-    for base in (TimmBlock, Block):
-        model = nn.Sequential(base(32, 2))
-        model[0].__class__ = type(f"FSDP{base.__name__}", (FSDPModule, base), {})
-        type(model[0]).__module__ = "torch.distributed.fsdp._fully_shard._fully_shard"
-        with pytest.raises(RuntimeError, match=r"0 is a FSDPBlock, derived from Block at run time \(fully_shard"):
-            function(model)
+
+def test_sharded_blocks_run_as_before_and_are_refused(one_process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    for model in (tiny().eval(), fastdeit.accelerate(tiny().eval())):
+        x = torch.randn(1, 3, 32, 32)
+        expected = model(x)
+        fully_shard(model.blocks[1], mesh=one_process_group)
+        assert torch.equal(model(x), expected)
+        before = classes(model)
+        for function in (fastdeit.accelerate, fastdeit.restore):
+            with pytest.raises(
+                RuntimeError, match=r"blocks\.1 is a FSDPBlock, derived from Block at run time \(fully_shard"
+            ):
+                function(model)
+        assert classes(model) == before
 
 
 def test_a_swap_after_compiling_is_seen_both_ways(kernels_stood_in):
