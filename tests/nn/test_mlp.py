@@ -28,7 +28,9 @@ def tanh_gelu():
 
 
 @pytest.mark.parametrize(
-    "act_layer", [nn.GELU, tanh_gelu, *map(get_act_layer, ("gelu", "gelu_tanh", "quick_gelu"))], ids=str
+    "act_layer",
+    [nn.GELU, tanh_gelu, *map(get_act_layer, ("gelu", "gelu_tanh", "quick_gelu"))],
+    ids=lambda layer: layer.__name__,
 )
 @pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"bias": (True, False), "out_features": 8, "drop": 0.5}])
 def test_the_fused_forward_is_as_accurate_as_timms(kernels_stood_in, act_layer, kwargs):
