@@ -16,7 +16,7 @@ from fastdeit.backends import interpreter_active, use_backend
 __all__ = [
     "assert_as_accurate_as_eager",
     "assert_close_to_oracle",
-    "correct_interpreter_dot",
+    "correct_interpreter_bfloat16",
     "interpreter_active",
     "kernel_device",
     "kernel_dtypes",
@@ -180,24 +180,32 @@ def _largest(t: Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def correct_interpreter_dot() -> None:
-    """Makes `tl.dot` on bfloat16 right under Triton's interpreter, which multiplies the bit patterns as integers."""
+def correct_interpreter_bfloat16() -> None:
+    """Makes bfloat16 right under Triton's interpreter, which truncates what it should round and multiplies bit patterns."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    if getattr(builder.create_dot, "corrects_bfloat16", False):
+    if getattr(builder, "corrects_bfloat16", False):
         return
-    plain = builder.create_dot
+    plain_cast, plain_dot = builder.cast_impl, builder.create_dot
 
     def widen(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return plain(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
+    def cast_impl(self, src, dst_type):
+        types = src.dtype.scalar, dst_type.scalar
+        if types == (tl.bfloat16, tl.float32):
+            return widen(src)
+        if types == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return interpreter.TensorHandle(rounded, tl.bfloat16)
+        return plain_cast(self, src, dst_type)
 
-    create_dot.corrects_bfloat16 = True
-    builder.create_dot = create_dot
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return plain_dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
+
+    builder.cast_impl, builder.create_dot, builder.corrects_bfloat16 = cast_impl, create_dot, True

@@ -1,25 +1,33 @@
-"""The two-layer perceptron of a transformer block."""
+"""The two-layer perceptron of a transformer block: library matrix products, fused pointwise kernels between them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdeit import backends
 
 # What timm's activation modules compute.
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
 }
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu") -> Tensor:
     """activation(x W1^T + b1) W2^T + b2 (Vaswani et al. 2017, eq. 2, with Hendrycks and Gimpel 2016 for GELU).
 
+    One autograd node. It keeps x and the pre-activation for backward, in the dtype of the products, and computes the activation
+    again there, in the kernel that also gives its gradient and b1's.
+
     Args:
         x: (..., C), a float dtype, any strides.
         w1: (H, C); b1: (H,) or None.
         w2: (O, H); b2: (O,) or None.
-        activation: "gelu" (by erf), "gelu_tanh" or "quick_gelu" (x * sigmoid(1.702 x)).
+        activation: "gelu" (by erf), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu" or "relu".
 
     Returns:
         (..., O), of x's dtype, or of autocast's where that is on, as PyTorch's linear layers give.
@@ -29,7 +37,14 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         ValueError: activation is another, or the shape or device of a weight does not fit.
     """
     _check(x, w1, b1, w2, b2, activation)
-    return mlp_reference(x, w1, b1, w2, b2, activation=activation)
+    if why_reference(x) is not None:
+        return mlp_reference(x, w1, b1, w2, b2, activation=activation)
+    products = backends.product_dtype(x)
+    if backends.registered_path(x, w1, b1, w2, b2):
+        return mlp_forward(x, w1, b1, w2, b2, activation, products)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
+        return _Mlp.apply(x, w1, b1, w2, b2, activation, products)
+    return _forward(x, w1, b1, w2, b2, activation, products)[0]
 
 
 def mlp_reference(
@@ -40,8 +55,8 @@ def mlp_reference(
 
 
 def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
-    """None when `mlp` runs its kernels on x, else why it runs the reference."""
-    return "no kernel yet"
+    """None when `mlp` runs its kernels on x, else why it runs the reference. Any known activation has a kernel."""
+    return backends.why_reference(x)
 
 
 def _check(x, w1, b1, w2, b2, activation) -> None:
@@ -63,3 +78,136 @@ def _check(x, w1, b1, w2, b2, activation) -> None:
     for name, bias, weight in (("b1", b1, w1), ("b2", b2, w2)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+# ---- the work, shared by both paths
+
+
+def _forward(x, w1, b1, w2, b2, activation, products):
+    """(..., O) and the pre-activation (M, H)."""
+    from fastdeit.kernels.mlp import activation_forward
+
+    rows = x.reshape(-1, x.shape[-1]).to(products)
+    z = _linear(rows, w1, b1)
+    h = activation_forward(z, activation)
+    return _linear(h, w2, b2).view(*x.shape[:-1], w2.shape[0]), z
+
+
+def _backward(dy, x, z, w1, w2, activation, needs, dtypes, shape):
+    """Gradients of x, w1, b1, w2 and b2: None where `needs` says so, else in the given dtypes. Only w1's reads x (`shape`)."""
+    from fastdeit.kernels.mlp import activation_backward
+
+    need_x, need_w1, need_b1, need_w2, need_b2 = needs
+    x_dtype, w1_dtype, b1_dtype, w2_dtype, b2_dtype = dtypes
+    dy = dy.reshape(-1, dy.shape[-1]).to(z.dtype)
+    dx = dw1 = db1 = dw2 = None
+    db2 = dy.sum(0, dtype=torch.float32).to(b2_dtype) if need_b2 else None
+    if need_x or need_w1 or need_b1:
+        dh = dy @ w2.to(z.dtype)
+        dz, h, db1 = activation_backward(dh, z, activation, needs_h=need_w2, dbias_dtype=b1_dtype if need_b1 else None)
+        dw1 = _weight_gradient(dz, x.reshape(-1, shape[-1]).to(z.dtype), w1_dtype) if need_w1 else None
+        dx = (dz @ w1.to(z.dtype)).view(shape).to(x_dtype) if need_x else None
+    elif need_w2:
+        from fastdeit.kernels.mlp import activation_forward
+
+        h = activation_forward(z, activation)
+    if need_w2:
+        dw2 = _weight_gradient(dy, h, w2_dtype)
+    return dx, dw1, db1, dw2, db2
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The library's product in rows' dtype. Casts are made again in backward rather than kept."""
+    weight = weight.to(rows.dtype).t()
+    return torch.mm(rows, weight) if bias is None else torch.addmm(bias.to(rows.dtype), rows, weight)
+
+
+def _weight_gradient(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """d_out^T rows, summed in fp32 and rounded once, to the weight's dtype."""
+    if d_out.dtype == dtype:
+        return d_out.t() @ rows
+    if d_out.is_cuda and dtype == torch.float32:
+        return torch.mm(d_out.t(), rows, out_dtype=torch.float32)
+    return (d_out.float().t() @ rows.float()).to(dtype)
+
+
+# ---- eager
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, activation, products):
+        x_dtype, x = x.dtype, x.to(products)  # kept in the dtype of the products
+        y, z = _forward(x, w1, b1, w2, b2, activation, products)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, z, w1, w2)
+        ctx.activation, ctx.shape = activation, x.shape
+        ctx.dtypes = (x_dtype, *(None if t is None else t.dtype for t in (w1, b1, w2, b2)))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[:5]
+        gradients = _backward(dy, *ctx.saved_tensors, ctx.activation, needs, ctx.dtypes, ctx.shape)
+        return *gradients, None, None
+
+
+# ---- compiled and exported: the registered ops
+
+
+@torch.library.custom_op("fastdeit::mlp_forward", mutates_args=())
+def mlp_forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, products: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, w1, b1, w2, b2, activation, products)
+
+
+@mlp_forward.register_fake
+def _(x, w1, b1, w2, b2, activation, products):
+    rows = x.numel() // x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=products)
+    return y, x.new_empty((rows, w1.shape[0]), dtype=products)
+
+
+@torch.library.custom_op("fastdeit::mlp_backward", mutates_args=())
+def mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    activation: str,
+    needs: list[bool],
+    b1_dtype: torch.dtype,
+    b2_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtypes = (x.dtype, w1.dtype, b1_dtype, w2.dtype, b2_dtype)
+    gradients = _backward(dy, x, z, w1, w2, activation, needs, dtypes, x.shape)
+    return tuple(z.new_empty(0) if g is None else g for g in gradients)
+
+
+@mlp_backward.register_fake
+def _(dy, x, z, w1, w2, activation, needs, b1_dtype, b2_dtype):
+    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    dtypes = (x.dtype, w1.dtype, b1_dtype, w2.dtype, b2_dtype)
+    return tuple(
+        x.new_empty(shape, dtype=dtype) if need else z.new_empty(0)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+def _keep(ctx, inputs, output):
+    x, w1, b1, w2, b2, activation, _ = inputs
+    ctx.save_for_backward(x, output[1], w1, w2)
+    ctx.mark_non_differentiable(output[1])
+    ctx.activation = activation
+    ctx.bias_dtypes = tuple(w.dtype if b is None else b.dtype for w, b in ((w1, b1), (w2, b2)))
+
+
+def _registered_backward(ctx, dy, _):
+    needs = list(ctx.needs_input_grad[:5])
+    gradients = mlp_backward(dy, *ctx.saved_tensors, ctx.activation, needs, *ctx.bias_dtypes)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
+
+
+mlp_forward.register_autograd(_registered_backward, setup_context=_keep)
