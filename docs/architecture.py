@@ -34,12 +34,11 @@ EAGER = (
 # What fastdeit runs in their place: (first row, last row, op, what it fuses, the kernel file that it needs).
 FUSED = (
     (0, 0, "layer_norm", "", "layer_norm"),
-    (1, 1, "linear", "product, bias", "linear"),
+    (1, 1, "F.linear", "", None),
     (2, 2, "attention", "reads the packed QKV", "attention"),
-    (3, 3, "linear", "product, bias", "linear"),
+    (3, 3, "F.linear", "", None),
     (4, 7, "add_layer_norm", "gamma, drop path,\nresidual, LayerNorm", "layer_norm"),
-    (8, 9, "linear", "product, bias, GELU", "linear"),
-    (10, 10, "linear", "product, bias", "linear"),
+    (8, 10, "mlp", "products, biases, GELU", "mlp"),
     (11, 14, "add_layer_norm", "gamma, drop path,\nresidual, LayerNorm", "layer_norm"),
 )
 
@@ -80,7 +79,7 @@ def draw():
     bottom = -len(EAGER) - 0.15
     for x, colour, dashed, text in (
         (LEFT, KERNEL_COLOUR, False, "a Triton kernel, forward and backward"),
-        (RIGHT, MISSING_COLOUR, True, "no kernel yet: PyTorch's own operations"),
+        (RIGHT, MISSING_COLOUR, True, "no kernel: PyTorch's own operations"),
     ):
         style = {"facecolor": colour[0], "edgecolor": colour[1], "linewidth": 1.2}
         axes.add_patch(plt.Rectangle((x, bottom), 0.5, 0.4, linestyle=(0, (4, 3)) if dashed else "-", **style))
