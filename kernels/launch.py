@@ -2,7 +2,8 @@
 
 `kernel[grid](...)` binds and specialises every argument anew, 12 us and more a call. Here the `CompiledKernel` that a first call
 made is kept under the few facts that it depends on, and later calls go straight to its launcher. The kernels make that sound:
-their run-time integers are declared `do_not_specialize`, so that only an integer's width is left of its value.
+their run-time integers are declared `do_not_specialize`, so that code depends on nothing of an integer but whether it fits 32
+bits; those that do not are left to Triton.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
-_TESTED_VERSIONS = ("3.6.",)
+_TESTED_VERSIONS = ("3.6.", "3.9.")
 _DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
+_INT32 = 2**31
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 # kernel's id -> the kernel, positions of the arguments whose type matters, and what was compiled so far
@@ -28,6 +30,7 @@ _kernels: dict[int, "_Kernel"] = {}
 class _Kernel(NamedTuple):
     function: JITFunction  # kept, so that its id stays its own
     typed: tuple[int, ...]  # positions of all run-time arguments but `do_not_specialize` integers
+    integers: tuple[int, ...]  # positions of those
     compiled: dict[tuple, "_Compiled"]
 
 
@@ -76,6 +79,10 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
         else:  # whatever else Triton takes
             _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
             return
+    for i in known.integers:
+        if not -_INT32 <= args[i] < _INT32:  # another variant, which Triton keeps by itself
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+            return
 
     key = tuple(key)
     compiled = known.compiled.get(key)
@@ -94,10 +101,7 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
     if enter is not None or leave is not None:
         metadata = compiled.kernel.launch_metadata(grid, stream, *args, *constexprs)
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    try:
-        compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *args, *constexprs)
-    except OverflowError:  # an integer too wide for the kept variant: nothing has run yet, and Triton picks another
-        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+    compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *args, *constexprs)
 
 
 def descriptor(tensor: torch.Tensor, block_shape: Sequence[int]) -> TensorDescriptor:
@@ -105,6 +109,8 @@ def descriptor(tensor: torch.Tensor, block_shape: Sequence[int]) -> TensorDescri
 
     For tensors that a launcher has already found fit: 16-byte aligned base and strides, last dimension dense, no empty dimension.
     """
+    if not _DIRECT:
+        return TensorDescriptor.from_tensor(tensor, block_shape)
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = tensor, tensor.shape, tensor.stride()
     made.block_shape, made.padding = block_shape, "zero"
@@ -136,14 +142,16 @@ def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages):
 
 
 def _register(kernel: JITFunction) -> _Kernel:
-    typed = tuple(p.num for p in kernel.params if not p.is_constexpr and not p.do_not_specialize)
-    return _kernels.setdefault(id(kernel), _Kernel(kernel, typed, {}))
+    run_time = [p for p in kernel.params if not p.is_constexpr]
+    typed = tuple(p.num for p in run_time if not p.do_not_specialize)
+    integers = tuple(p.num for p in run_time if p.do_not_specialize)
+    return _kernels.setdefault(id(kernel), _Kernel(kernel, typed, integers, {}))
 
 
 def _direct_call(kernel: CompiledKernel) -> _Compiled:
     launcher = kernel.run
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
-        # It allocates scratch memory at each launch.
+    if not triton.__version__.startswith("3.6.") or launcher.global_scratch_size or launcher.profile_scratch_size:
+        # Its own call allocates scratch memory, and knows what later versions added.
         return _Compiled(kernel, launcher, (kernel.function, kernel.packed_metadata))
     attributes = (launcher.launch_cooperative_grid, launcher.launch_pdl)
     return _Compiled(kernel, launcher.launch, (kernel.function, *attributes, None, None, kernel.packed_metadata))

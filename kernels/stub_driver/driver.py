@@ -22,6 +22,7 @@ import triton
 
 _SOURCE = Path(__file__).with_name("stub_libcuda.c")
 _CUDA_HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+_IMPORTED_FROM = Path(__file__).absolute().parents[3]  # so that the child imports the same fastdeit
 _TENSOR_MAP_MAGIC = 0x50414D524F534E54
 _MAX_RECORDS = 256
 
@@ -58,6 +59,7 @@ def run_python(*arguments: str, timeout: float = 600) -> subprocess.CompletedPro
             env={
                 **os.environ,
                 "LD_LIBRARY_PATH": f"{directory}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+                "PYTHONPATH": f"{_IMPORTED_FROM}:{os.environ.get('PYTHONPATH', '')}",
                 "TRITON_LIBCUDA_PATH": directory,
                 "TRITON_INTERPRET": "0",
                 "CUDA_VISIBLE_DEVICES": "",

@@ -35,7 +35,7 @@ def outcome() -> Callable[[str, str], str | None]:
         if file.startswith("stubbed"):
             result = driver.run_python(*arguments)
         else:
-            environment = {**os.environ, "TRITON_INTERPRET": "0"}
+            environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[1])}
             result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout.splitlines()[-1])
