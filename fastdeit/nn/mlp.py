@@ -24,6 +24,8 @@ _ACTIVATIONS = {
     timm_activations.GELU: "gelu",
     timm_activations.GELUTanh: "gelu_tanh",
     timm_activations.QuickGELU: "quick_gelu",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
 }
 
 
@@ -37,7 +39,7 @@ class Mlp(FusedModule, timm.layers.Mlp):
     """timm.layers.Mlp (Vaswani et al. 2017, section 3.3) on the fused op, with timm's constructor.
 
     `forward` takes (..., in_features) and returns (..., out_features). Active dropout between the layers, a hidden norm, 1 x 1
-    convolutions and other activations than GELU run timm's code.
+    convolutions and activations other than GELU, SiLU and ReLU run timm's code.
     """
 
     def why_not_fused(self, x: Tensor) -> str | None:

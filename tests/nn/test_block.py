@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdeit import backends
 from fastdeit.nn import Block, TorchLayerNorm
-from fastdeit.testing import assert_as_accurate_as_eager
+from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
 FUSED = {"layer_norm": 1, "attention": 1, "add_layer_norm": 1, "mlp": 1}
 
@@ -43,10 +43,11 @@ def test_the_fused_forward_is_as_accurate_as_timms(kernels_stood_in, init_values
 
 @pytest.mark.parametrize("init_values", [None, 0.5])
 def test_kernels_are_as_accurate_as_timms_forward(init_values):
-    fused, timms = pair(init_values=init_values)
+    fused, timms = (block.to(kernel_device()) for block in pair(64, 2, init_values=init_values))
+    x = torch.randn(2, 5, 64, device=kernel_device())
     with backends.use_backend("triton"):
-        assert fused.why_not_fused(torch.randn(2, 5, 32)) is None
-    assert_block_as_accurate_as_timms(fused, timms, torch.randn(2, 5, 32), backend="triton")
+        assert [m.why_not_fused(x) for m in (fused, fused.attn, fused.mlp)] == [None] * 3
+    assert_block_as_accurate_as_timms(fused, timms, x, backend="triton")
 
 
 @pytest.mark.parametrize("init_values", [None, 0.5])
@@ -66,6 +67,22 @@ def test_drop_path_draws_timms_masks_and_leaves_timms_generator(kernels_stood_in
     if dtype is torch.float32:
         torch.testing.assert_close(got, expected)
     assert kernels_stood_in == FUSED
+
+
+@pytest.mark.parametrize("init_values", [None, 0.5])
+def test_under_autocast_drop_path_draws_on_the_tensors_that_timm_draws_on(kernels_stood_in, monkeypatch, init_values):
+    draw, drawn = torch.Tensor.bernoulli_, []
+
+    def recorded(self, *args):
+        drawn.append((self.shape, self.dtype, self.device, args))
+        return draw(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", recorded)
+    for module in pair(init_values=init_values, drop_path=0.4):
+        with torch.autocast("cpu", torch.bfloat16):
+            module(torch.randn(3, 5, 32))
+    assert drawn[:2] == drawn[2:]
+    assert drawn[0][1] is (torch.bfloat16 if init_values is None else torch.float32)  # LayerScale is not autocast
 
 
 def test_the_drop_path_factor_is_exact_in_float32():

@@ -14,7 +14,6 @@ from torch.nn.modules import module as torch_module
 import fastdeit
 from fastdeit import backends
 from fastdeit.nn import Attention, Block
-from fastdeit.nn import mlp as mlp_module
 
 CHILDREN = (
     *("norm1", "attn", "attn.qkv", "attn.q_norm", "attn.attn_drop", "attn.norm", "attn.proj", "attn.proj_drop"),
@@ -170,6 +169,20 @@ def test_a_tensor_subclass_as_weight_still_acts(kernels_stood_in, name, weight):
     assert asked.why_not_fused(tokens()) == "a weight is a ScaledTensor"
 
 
+def test_a_tensor_subclass_as_input_sees_timms_operations(kernels_stood_in):
+    class Recorder(torch.Tensor):
+        seen = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    block()(tokens().as_subclass(Recorder))
+    assert nn.functional.layer_norm in Recorder.seen and nn.functional.scaled_dot_product_attention in Recorder.seen
+    assert not kernels_stood_in
+
+
 def test_a_parametrized_weight_still_acts(kernels_stood_in):
     module, expected = block(), block(TimmBlock)
     for m in (module, expected):
@@ -273,7 +286,6 @@ def test_the_reasons_are_found_in_time(monkeypatch):
         return None
 
     monkeypatch.setattr(backends, "_why_not_interpreted", lambda x: capability(x.get_device()))
-    monkeypatch.setattr(mlp_module, "why_reference", lambda x, _: backends.why_reference(x, products=True))
     module = Block(64, 2, qkv_bias=True, init_values=0.1, drop_path=0.1).eval()
     x = torch.randn(2, 5, 64)
     for part in (module, module.attn, module.mlp, module.norm1):
