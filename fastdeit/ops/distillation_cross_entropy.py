@@ -134,19 +134,13 @@ def distillation_cross_entropy_reference(
     logits, dist_logits, target, teacher = (_autocast(t) for t in (logits, dist_logits, target, teacher))
     terms = []
     if base != "none":
-        if base == "binary_cross_entropy":
-            rows = _binary_cross_entropy_rows(logits, target)
-        else:
-            rows = _cross_entropy_rows(logits, target, label_smoothing)
-        terms.append(_weighted(rows, 1.0 if kind == "none" else 1.0 - alpha))
+        weight = 1.0 if kind == "none" else 1.0 - alpha
+        terms.append(weight * _base_rows(logits, target, base, label_smoothing) if weight else _zero_rows(logits))
     if kind != "none":
-        if kind == "soft":
-            rows = _soft_rows(dist_logits, teacher, tau)
-            rows = rows / dist_logits.shape[1] if soft_divisor == "numel" else rows
-        else:
-            label = teacher.detach().argmax(dim=1) if teacher.is_floating_point() else teacher
-            rows = _cross_entropy_rows(dist_logits, label, 0.0)
-        terms.append(_weighted(rows, 1.0 if base == "none" else alpha))
+        weight = 1.0 if base == "none" else alpha
+        terms.append(
+            weight * _dist_rows(dist_logits, teacher, kind, tau, soft_divisor) if weight else _zero_rows(dist_logits)
+        )
     loss = sum(terms)
     if reduction == "none":
         return loss
@@ -171,9 +165,23 @@ def _out_dtype(logits, dist_logits, target, teacher, options: _Options) -> torch
 # ---- the reference's terms, each (B,)
 
 
-def _weighted(rows, weight):
-    """weight * rows. Weighted by zero, a term that is infinite or NaN counts as zero too, and its gradient is zero, not absent."""
-    return weight * rows if weight != 0 else torch.where(torch.zeros_like(rows, dtype=torch.bool), rows, 0.0)
+def _base_rows(logits, target, base, label_smoothing):
+    if base == "binary_cross_entropy":
+        return _binary_cross_entropy_rows(logits, target)
+    return _cross_entropy_rows(logits, target, label_smoothing)
+
+
+def _dist_rows(dist_logits, teacher, kind, tau, soft_divisor):
+    if kind == "soft":
+        rows = _soft_rows(dist_logits, teacher, tau)
+        return rows / dist_logits.shape[1] if soft_divisor == "numel" else rows
+    label = teacher.argmax(dim=1) if teacher.is_floating_point() else teacher
+    return _cross_entropy_rows(dist_logits, label, 0.0)
+
+
+def _zero_rows(logits):
+    """Zeros with a gradient of zero for logits, where no gradient at all would upset distributed training."""
+    return logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum(dim=1)
 
 
 def _cross_entropy_rows(logits, target, label_smoothing):

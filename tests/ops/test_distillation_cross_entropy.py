@@ -151,7 +151,7 @@ def test_as_accurate_as_deit_with_soft_targets(binary, kind, classes, dtype):
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("classes", [7, 1000])
+@pytest.mark.parametrize("classes", [7, 1000, 4099])
 def test_as_accurate_as_deit_with_class_indices(classes, smoothing, dtype):
     z, d, t = randn(3, 3, classes, dtype=dtype).unbind()
     eager = lambda *a: deit(*a, kind="hard", smoothing=smoothing)  # noqa: E731
@@ -335,6 +335,28 @@ def test_small_losses_beside_large_logits_keep_their_digits():
 
 
 @needs_kernels
+def test_small_binary_losses_keep_their_digits():
+    """log(1 + exp(-12)) has two digits left once 1 + exp(-12) is rounded to fp32."""
+    z = torch.tensor([[-12.0, -14.0]], device=DEVICE)
+    with backends.use_backend("triton"):
+        loss = op(z, None, torch.zeros_like(z), None, kind="none", base="binary_cross_entropy")
+    expected = (math.log1p(math.exp(-12)) + math.log1p(math.exp(-14))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@needs_kernels
+def test_what_a_later_block_outweighs_entirely_leaves_no_nan():
+    """A class that the student masks adds infinity while it seems likely; a later one makes its probability zero."""
+    z, t = randn(2, 1, 5000).unbind()
+    z[0, 7] = -INF
+    t[0, 4000] = 1000.0
+    with backends.use_backend("triton"):
+        loss = op(None, z, None, t, kind="soft", base="none")
+    expected = reference(None, z.double(), None, t.double(), kind="soft", base="none")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@needs_kernels
 @pytest.mark.parametrize("classes", [24, 5000])  # one block, and blocks that are masked as a whole
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 @pytest.mark.parametrize("binary", [False, True])
@@ -413,6 +435,7 @@ def test_a_term_of_weight_zero_counts_as_zero_whatever_its_value(backend, alpha)
     idle, busy = (d, z) if alpha == 0 else (z, d)
     idle[:, :] = 0.0
     idle[torch.arange(4), t.argmax(1) if alpha == 0 else y] = -INF  # an infinite loss
+    idle[1] = NAN
     z.requires_grad_()
     d.requires_grad_()
     with backends.use_backend(backend):
