@@ -4,12 +4,15 @@ A program owns BLOCK_Q queries of one head and walks over the keys: a run-time n
 masked tail of 16, 32 or 64. The 197 tokens of DeiT at 224 pixels thus cost 3 x 64 + 16 = 208 columns, 577 cost 592.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from fastdeit.kernels.architecture import architecture, multiprocessors
-from fastdeit.kernels.attention_config import PIECES, Config, select_config, tail
+from fastdeit.kernels.attention_config import PIECES, Case, Config, select_config, shipped_cases, tail
 from fastdeit.kernels.attention_tiles import (
     LOG2E,
     LOWEST,
@@ -23,14 +26,17 @@ from fastdeit.kernels.attention_tiles import (
     zeros_pair,
 )
 from fastdeit.kernels.attention_views import (
+    by_head,
     describable,
+    descriptor_types,
     descriptors,
     head_strides,
     packed_strides,
     strided,
     vector_units,
 )
-from fastdeit.kernels.launch import launch
+from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.launch import cdiv, launch
 
 FORWARD_INTEGERS = (
     *("N_Q", "N_KV", "H", "k_first_head", "v_first_head"),
@@ -199,7 +205,7 @@ def _launch_pointers(q, k, v, out, lse, heads, strides, queries, keys, head_dim,
     vector, strides = vector_units(q.element_size(), head_dim, strides)
     launch(
         attention_forward_kernel,
-        (triton.cdiv(queries, tiles.own) * out.shape[0] * heads[0],),
+        (cdiv(queries, tiles.own) * out.shape[0] * heads[0],),
         (q, k, v, out, lse, scale, queries, keys, *heads, *strides),
         (head_dim, *PIECES[head_dim], tiles.own, tiles.block, tail(keys, tiles.block), vector),
         tiles.num_warps,
@@ -210,16 +216,40 @@ def _launch_pointers(q, k, v, out, lse, heads, strides, queries, keys, head_dim,
 def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
     batch, tokens, _ = qkv.shape
     pieces, last = PIECES[head_dim], tail(tokens, tiles.block)
-    q = descriptors(qkv, head_dim, pieces, tiles.own)
-    kv = q if tiles.block == tiles.own else descriptors(qkv, head_dim, pieces, tiles.block)
+    qkv = by_head(qkv, head_dim)
+    q = descriptors(qkv, pieces, tiles.own)
+    kv = q if tiles.block == tiles.own else descriptors(qkv, pieces, tiles.block)
     launch(
         attention_forward_descriptor_kernel,
-        (triton.cdiv(tokens, tiles.own) * batch * num_heads,),
+        (cdiv(tokens, tiles.own) * batch * num_heads,),
         (
-            *(*q, *kv, *descriptors(qkv, head_dim, pieces, last), *descriptors(out, head_dim, pieces, tiles.own)),
+            *(*q, *kv, *descriptors(qkv, pieces, last), *descriptors(by_head(out, head_dim), pieces, tiles.own)),
             *(lse, scale, tokens, num_heads),
         ),
         (*pieces, tiles.own, tiles.block, last),
         tiles.num_warps,
         tiles.num_stages,
     )
+
+
+def shipped(arch: int) -> Iterator[Shipped]:
+    """The cases of `shipped_cases`. sm_90 at D = 64 is held to what keeps three blocks on a multiprocessor."""
+    for each in shipped_cases(arch):
+        limits = dict(max_registers=128, min_blocks_per_sm=3) if (arch, each.head_dim) == (90, 64) else {}
+        yield replace(_shipped(each), **limits)
+
+
+def _shipped(case: Case) -> Shipped:
+    tiles, pieces = case.config.forward, PIECES[case.head_dim]
+    tile = dict(D0=pieces[0], D1=pieces[1], BLOCK_Q=tiles.own, BLOCK_KV=tiles.block, TAIL=min(case.tail, tiles.block))
+    types = dict(lse_ptr="*fp32", scale="fp32")
+    if case.config.descriptors:
+        kernel = attention_forward_descriptor_kernel
+        rows = dict(q=tiles.own, kv=tiles.block, tail=tile["TAIL"], out=tiles.own)
+        types |= descriptor_types(rows, case.dtype, pieces) | dict(N="i32", H="i32")
+    else:
+        kernel = attention_forward_kernel
+        types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{case.dtype}")
+        types |= dict.fromkeys(FORWARD_INTEGERS, "i32")
+        tile = dict(D=case.head_dim, **tile, VECTOR=4 if case.dtype == "fp32" else 8)
+    return Shipped(kernel, types, tile, tiles.num_warps, tiles.num_stages, case.label, case.matrix)

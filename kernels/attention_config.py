@@ -3,12 +3,13 @@
 The tables rest on what the compiler makes of them: no spills, then the most resident blocks. Nothing in them was timed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 # Head dimensions that are no power of two are cut in two pieces rather than padded: 80 = 64 + 16 does five eighths of the work of
-# 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 in two halves spills on sm_80 where whole it would; on sm_90
-# both forms compile equally well.
+# 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 is cut in halves because whole it spills on sm_80; on sm_90 both
+# compile without.
 PIECES = {
     **{32: (32, 0), 48: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16)},
     **{88: (64, 32), 96: (64, 32), 104: (64, 64), 128: (64, 64)},
@@ -84,17 +85,59 @@ def whole_fits(keys: int, head_dim: int) -> bool:
 
 def whole_tiles(keys: int) -> Tiles:
     """Two stages: one leaves the loads uncovered and, oddly, spills."""
-    return Tiles(128, 32, 4) if keys <= 128 else Tiles(256, 32, 8)
+    return Tiles(128 if keys <= 128 else 256, 32, num_warps=8)
 
 
 def _tiles(head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: bool) -> tuple[Tiles, Tiles, Tiles]:
     """Forward, dQ, and dK and dV."""
-    piece0, piece1 = PIECES[head_dim]
-    # A grid that does not fill the machine gets programs of half the size.
-    own = 32 if narrow else 64
+    piece1 = PIECES[head_dim][1]
     if itemsize == 4:
-        return Tiles(64, 32), Tiles(64, 32), Tiles(64, 32 if has_descriptors(arch) else 16)
+        return (Tiles(64, 32 if has_descriptors(arch) else 16),) * 3
+    # A grid that does not fill the machine gets programs of half the size. Larger heads have no registers to lose on it.
+    own = 32 if narrow and head_dim <= 64 else 64
     if has_descriptors(arch):
         return Tiles(own, 64), Tiles(own, 64), Tiles(own, 64 if descriptors or piece1 < 64 else 32)
-    wide = piece0 + piece1 > 64
-    return Tiles(own, 32), Tiles(own, 32), Tiles(own, 16 if wide else 32)
+    if head_dim <= 64:
+        return Tiles(own, 32), Tiles(own, 32), Tiles(own, 32)
+    if piece1 < 64:
+        return Tiles(64, 32), Tiles(64, 32), Tiles(64, 16)
+    return Tiles(64, 32), Tiles(64, 16), Tiles(64, 16, num_warps=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration together with what a call adds to it, for the compile gate."""
+
+    head_dim: int
+    dtype: str  # in Triton's spelling
+    tail: int
+    config: Config
+    label: str
+    matrix: bool  # False for tiles too small for wgmma's 64 rows, which on sm_90 and later run mma.sync on purpose
+
+
+def shipped_cases(arch: int) -> Iterator[Case]:
+    """What the gate compiles: bf16 at every head dimension and 16 wide tails where a family is at home (pointers on sm_80,
+    descriptors on sm_90), and the least, the commonest and the largest of the other tiles, tails and dtypes."""
+    some, every = (64, 80, 128), tuple(PIECES)
+    pointer_dims = {80: every, 89: some[:2], 90: some, 100: some[:1]}[arch]
+    yield from (case(arch, d, "bf16", 16, describable=False) for d in pointer_dims)
+    yield case(arch, 64, "bf16", 16, describable=False, samples=1)
+    if arch != 89:
+        yield case(arch, 64, "fp32", 16, describable=True)
+    if has_descriptors(arch):
+        yield from (case(arch, d, "bf16", 16, describable=True) for d in (every if arch == 90 else some))
+    if arch == 90:
+        yield from (case(arch, 64, "bf16", last, describable=True) for last in (32, 64))
+        yield case(arch, 64, "fp16", 16, describable=True)
+
+
+def case(arch: int, head_dim: int, dtype: str, last: int, *, describable: bool, samples: int = 1024) -> Case:
+    """A case for so many samples of one head; `last` is the width of the masked tail, where the tile has room for it."""
+    itemsize = 4 if dtype == "fp32" else 2
+    tokens = 128 + last
+    config = select_config(samples, 1, tokens, tokens, head_dim, itemsize, arch, 132, describable)
+    form = "descriptors" if config.descriptors else "pointers"
+    narrow = "" if config.forward.own == 64 else f" {config.forward.own} rows"
+    matrix = config.forward.own == 64 or not has_descriptors(arch)
+    return Case(head_dim, dtype, last, config, f"D={head_dim} {dtype} {form}{narrow} tail={last}", matrix)

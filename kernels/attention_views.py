@@ -3,6 +3,8 @@
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdeit.kernels.launch import descriptor
+
 _LONGEST_STRIDE = 2**24  # elements from token to token, so that offsets within a tile fit 32 bits
 
 
@@ -36,18 +38,28 @@ def describable(x: torch.Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and (x.stride(0) | x.stride(1)) * itemsize % 16 == 0 and min(x.stride()) > 0
 
 
+def by_head(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The packed (B, N, heads * D) tensor as (B, heads, N, D), for `descriptors`."""
+    batch, tokens, width = x.shape
+    return x.view(batch, tokens, width // head_dim, head_dim).transpose(1, 2)
+
+
 def descriptors(
-    x: torch.Tensor, head_dim: int, pieces: tuple[int, int], rows: int
+    heads: torch.Tensor, pieces: tuple[int, int], rows: int
 ) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """Descriptors of the packed (B, N, heads * D) tensor as (B, heads, N, D), one a piece, with blocks of `rows` tokens of a head.
+    """Descriptors of (B, heads, N, D), one a piece, with blocks of `rows` tokens of a head.
 
     Tokens past N and columns past D load as zeros and are not stored.
     """
-    batch, tokens, width = x.shape
-    shape = [batch, width // head_dim, tokens, head_dim]
-    strides = [x.stride(0), head_dim, x.stride(1), 1]
     main, rest = pieces
-    return (
-        TensorDescriptor(x, shape, strides, [1, 1, rows, main]),
-        TensorDescriptor(x, shape, strides, [1, 1, rows, rest]) if rest else None,
-    )
+    return descriptor(heads, [1, 1, rows, main]), descriptor(heads, [1, 1, rows, rest]) if rest else None
+
+
+def descriptor_types(rows: dict[str, int], dtype: str, pieces: tuple[int, int]) -> dict[str, str]:
+    """Triton's types of the descriptor pairs `<name>0_desc` and `<name>1_desc`, given the rows of each."""
+    return {
+        f"{name}{i}_desc": f"tensordesc<{dtype}[1, 1, {count}, {piece}]>"
+        for name, count in rows.items()
+        for i, piece in enumerate(pieces)
+        if piece
+    }

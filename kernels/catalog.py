@@ -24,7 +24,8 @@ from triton.runtime.jit import DependenciesFinder, JITCallable, JITFunction
 
 from fastdeit.kernels.architecture import LIMITS, Limits
 
-KERNEL_FILES = ("layer_norm", "distillation_cross_entropy")  # modules of fastdeit.kernels that have a `shipped(arch)`
+# modules of fastdeit.kernels that have a `shipped(arch)`
+KERNEL_FILES = ("layer_norm", "attention", "attention_backward", "distillation_cross_entropy", "mlp")
 ARCHITECTURES = (80, 89, 90, 100)  # what the configurations are compiled for; others run the nearest one's choices
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
