@@ -63,7 +63,7 @@ def teacher_config(config: Config) -> Config:
         model=config.teacher_model,
         model_kwargs=config.teacher_kwargs,
         epochs=config.teacher_epochs,
-        warmup_epochs=min(config.warmup_epochs, config.teacher_epochs - 1),
+        warmup_epochs=min(config.warmup_epochs, config.teacher_epochs // 5),
         lr=config.teacher_lr,
         drop_path=0.0,
         mixup=0.0,
