@@ -38,7 +38,9 @@ FUSED = (
     (2, 2, "attention", "reads the packed QKV", "attention"),
     (3, 3, "F.linear", "", None),
     (4, 7, "add_layer_norm", "gamma, drop path,\nresidual, LayerNorm", "layer_norm"),
-    (8, 10, "mlp", "products, biases, GELU", "mlp"),
+    (8, 8, "F.linear", "", None),
+    (9, 9, "mlp", "GELU, not kept for backward", "mlp"),
+    (10, 10, "F.linear", "", None),
     (11, 14, "add_layer_norm", "gamma, drop path,\nresidual, LayerNorm", "layer_norm"),
 )
 
