@@ -114,14 +114,15 @@ def run(args: argparse.Namespace) -> int:
     compiled = dict(zip((entry.name for entry in missing), compile_entries(missing), strict=True))
     results = [compiled.get(entry.name) or known[key] for entry, key in zip(chosen, keys, strict=True)]
 
-    rows, faults = [], []
+    rows, faults = {}, []
     for entry, result in zip(chosen, results, strict=True):
         if isinstance(result, str):
             faults.append((entry, f"does not compile: {result}"))
         else:
-            rows.append(entry.as_dict(result))
+            rows[entry.name] = entry.as_dict(result)
             faults += [(entry, fault) for fault in gate.breaches(entry.row, entry.arch, result)]
-    print(as_json(rows) if args.json else _table(rows), end="")
+    shown = list(rows.values())
+    print(as_json(shown) if args.json else _table(shown), end="")
     for entry, fault in faults:
         print("{} ({}) on {}: ".format(*entry.name) + fault, file=sys.stderr)
     if args.update:
@@ -156,16 +157,14 @@ def _progress(result, entry: Entry, done: int, total: int):
     return result
 
 
-def _update(rows: list[dict], covered: set[tuple[str, str, str]]) -> None:
+def _update(rows: dict[tuple[str, str, str], dict], covered: set[tuple[str, str, str]]) -> None:
     """Writes the rows, and keeps what the file holds of other current configurations."""
     everything, known = entries(), read_committed()
-    fresh = {row["key"]: row for row in rows}
     kept = []
     for entry in everything:
-        key = catalog.row_key(entry.row, entry.arch)
-        if key in fresh:
-            kept.append(fresh[key])
-        elif key in known and entry.name not in covered:
+        if entry.name in rows:
+            kept.append(rows[entry.name])
+        elif entry.name not in covered and (key := catalog.row_key(entry.row, entry.arch)) in known:
             kept.append(entry.as_dict(known[key]))
     RESOURCES_FILE.write_text(as_json(kept), encoding="utf-8")
 
