@@ -8,8 +8,11 @@ from fastdeit.kernels import attention, attention_backward, attention_config
 from fastdeit.kernels.architecture import LIMITS
 from fastdeit.kernels.attention_config import PIECES, select_config, tail, whole_tiles
 from fastdeit.kernels.attention_views import vector_units
+from fastdeit.kernels.stub_driver import driver
 from fastdeit.ops.attention import HEAD_DIMS
 from fastdeit.testing import interpreter_active
+
+CHECKS = "stubbed_attention.py"
 
 # (width, heads) of timm's vision transformers, Ti to the giants, and their usual numbers of tokens.
 WIDTHS = [
@@ -190,3 +193,11 @@ def test_samples_past_two_to_the_31_elements():
             out = ops.attention(each, 1)
             results.append((out, *torch.autograd.grad(out.float().square().sum(), each)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(
+    driver.why_unavailable() is not None, reason=f"the stand-in cannot be built: {driver.why_unavailable()}"
+)
+def test_launched(check, outcome):
+    failure = outcome(CHECKS, check)
+    assert failure is None, failure
