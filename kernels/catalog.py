@@ -77,6 +77,7 @@ def shipped(arch: int, kernel_files: tuple[str, ...] = KERNEL_FILES) -> Iterator
         yield from importlib.import_module(f"fastdeit.kernels.{name}").shipped(arch)
 
 
+@functools.cache
 def source_key(function: JITCallable) -> str:
     """A hash of a JIT function's code and of all JIT functions and constexpr globals it uses.
 
