@@ -13,6 +13,10 @@ def suites() -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(suites())}; all by default")
+    parser.add_argument(
+        "--toy", action="store_true", help="tiny shapes on the CPU: shows that the suites run, measures nothing"
+    )
+    parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="only cases that match, as pytest's -k")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write pytest-benchmark's raw results to FILE")
 
 
@@ -35,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         raise ImportError(f"benchmarks need the extra 'bench': pip install 'fastdeit[bench]' ({error})") from error
     files = [str(DIRECTORY / f"test_{name}.py") for name in args.suites or suites()]
     options = ["--import-mode=importlib", f"--rootdir={DIRECTORY}", "-p", "no:cacheprovider", "-q"]
+    options += ["--toy"] if args.toy else []
+    options += ["-k", args.keyword] if args.keyword else []
     if args.json is not None:
         options.append(f"--benchmark-json={args.json.absolute()}")
     return int(pytest.main([*options, *files]))

@@ -1,51 +1,51 @@
-"""The residual addition with its LayerNorm, at the token count of DeiT with a distillation token at 224 pixels.
-
-On a GPU the kernels are timed beside PyTorch's own operations. Without one there is only PyTorch to time, on few images.
-"""
+"""The residual addition with its LayerNorm: a bf16 stream, and autocast's fp32 stream with a bf16 branch."""
 
 import pytest
 import torch
 
-from fastdeit.backends import use_backend
-from fastdeit.ops import add_layer_norm, add_layer_norm_reference
+from fastdeit import costs, ops
+from fastdeit.benchmarks import peers
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
-DEVICE = kernel_device()
-ON_GPU = DEVICE.type == "cuda"
-BATCH, TOKENS = (256, 198) if ON_GPU else (2, 198)
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-CALLS = 20 if ON_GPU else 1  # to one synchronisation with the host
 
-
-def arguments(channels: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    shapes = ((BATCH, TOKENS, channels), (BATCH, TOKENS, channels), (channels,), (channels,))
-    return tuple(torch.randn(s, generator=generator, device=DEVICE, dtype=DTYPE) for s in shapes)
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"] if ON_GPU else ["reference"])
+@pytest.mark.parametrize("direction", peers.DIRECTIONS)
+@pytest.mark.parametrize("stream", ["bf16", "fp32 stream"])
+@pytest.mark.parametrize("batch", [1, 64, 256, 1024])
+@pytest.mark.parametrize("tokens", [198, 578])
 @pytest.mark.parametrize("channels", [192, 384, 768])
-@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
-def test_add_layer_norm(benchmark, direction, channels, backend):
-    args = arguments(channels)
-    if backend == "triton":
-        assert_as_accurate_as_eager(add_layer_norm, add_layer_norm_reference, *args)
-    upstream = torch.randn_like(args[0])
-    inputs = [a.requires_grad_(direction != "forward") for a in args]
+def test_add_layer_norm(compare, toy, channels, tokens, batch, stream, direction):
+    batch, tokens = (min(batch, 2), 5) if toy else (batch, tokens)
+    low = torch.float32 if toy else torch.bfloat16
+    wide = torch.float32 if stream == "fp32 stream" else low
 
-    def step():
-        for _ in range(CALLS):
-            outputs = add_layer_norm(*inputs)
-            if direction != "forward":
-                torch.autograd.grad(outputs, inputs, (upstream, upstream))
-        if ON_GPU:
-            torch.cuda.synchronize()
+    def inputs(size=batch):
+        shape, device = (size, tokens, channels), kernel_device()
+        x, branch = torch.randn(shape, device=device, dtype=wide), torch.randn(shape, device=device, dtype=low)
+        weight, bias = torch.randn(2, channels, device=device, dtype=wide).unbind()
+        upstream = torch.randn(shape, device=device, dtype=wide), torch.randn(shape, device=device, dtype=low)
+        return x, branch, weight.clone(), bias.clone(), *upstream
 
-    benchmark.extra_info |= {
-        "calls": CALLS,
-        "shape": list(args[0].shape),
-        "dtype": str(DTYPE),
-        "torch": torch.__version__,
-    }
-    with use_backend(backend):
-        benchmark.pedantic(step, rounds=30 if ON_GPU else 5, warmup_rounds=3)
+    def op(*args):
+        return ops.add_layer_norm(*args, out_dtype=low)
+
+    def reference(*args):
+        return ops.add_layer_norm_reference(*args, out_dtype=low)
+
+    assert_as_accurate_as_eager(op, reference, *inputs(min(batch, 2))[:4], backend="auto")
+    candidates = {"fastdeit": op, "PyTorch eager": reference}
+    if not toy:
+        candidates["torch.compile"] = torch.compile(reference)
+    sizes = dict(stream_bytes=wide.itemsize, out_bytes=low.itemsize, branch_bytes=low.itemsize)
+    forward = costs.layer_norm_forward(batch * tokens, channels, **sizes)
+    backward = costs.layer_norm_backward(batch * tokens, channels, **sizes)
+    compare(
+        {name: peers.DIRECTIONS[direction](function, 4) for name, function in candidates.items()},
+        inputs,
+        cost={"forward": forward, "backward": backward, "both": forward + backward}[direction],
+        matrix=False,
+        direction=direction,
+        batch=batch,
+        tokens=tokens,
+        channels=channels,
+        stream=stream,
+    )

@@ -19,6 +19,67 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes, self.launches + other.launches)
 
 
+# ---- attention
+
+
+def attention_forward(
+    batch: int, tokens: int, heads: int, head_dim: int, *, element_bytes: int = 2, keep_lse: bool = True
+) -> Cost:
+    """softmax(Q K^T) V from packed (batch, tokens, 3 * heads * head_dim): two products; reads qkv, writes the output and lse."""
+    width = batch * tokens * heads * head_dim
+    lse = 4 * batch * heads * tokens if keep_lse else 0
+    return Cost(4 * width * tokens, 4 * width * element_bytes + lse, 1)
+
+
+def attention_backward(batch: int, tokens: int, heads: int, head_dim: int, *, element_bytes: int = 2) -> Cost:
+    """Its gradient: five products at the least; reads qkv, output, its gradient and lse, writes the packed gradient.
+
+    Launches are those of the two-kernel form: row sums with dQ, then dK and dV.
+    """
+    width = batch * tokens * heads * head_dim
+    return Cost(10 * width * tokens, 8 * width * element_bytes + 4 * batch * heads * tokens, 2)
+
+
+# ---- LayerNorm with the residual addition before it
+
+
+def layer_norm_forward(
+    rows: int, channels: int, *, stream_bytes: int = 4, out_bytes: int = 2, branch_bytes: int | None = 2
+) -> Cost:
+    """Reads the stream (and the branch), writes the stream (if there was one) and the result, one mean and one rstd a row."""
+    elements = rows * channels
+    per_element = stream_bytes + out_bytes + (0 if branch_bytes is None else branch_bytes + stream_bytes)
+    return Cost((8 if branch_bytes is None else 9) * elements, per_element * elements + 8 * rows, 1)
+
+
+def layer_norm_backward(
+    rows: int, channels: int, *, stream_bytes: int = 4, out_bytes: int = 2, branch_bytes: int | None = 2
+) -> Cost:
+    """Reads the result's and the stream's gradient and the stream, writes the gradients of stream and branch; two kernels."""
+    elements = rows * channels
+    residual = 0 if branch_bytes is None else stream_bytes + branch_bytes
+    per_element = out_bytes + 2 * stream_bytes + residual
+    return Cost((13 if branch_bytes is None else 14) * elements, per_element * elements + 8 * rows, 2)
+
+
+# ---- MLP: library products with a pointwise kernel between them
+
+
+def mlp_forward(rows: int, channels: int, hidden: int, *, element_bytes: int = 2) -> Cost:
+    """Two products; reads the input and both weights, writes the pre-activation and the result, and the activation in between."""
+    traffic = 2 * rows * channels + 4 * rows * hidden + 2 * channels * hidden
+    return Cost(4 * rows * channels * hidden, traffic * element_bytes, 3)
+
+
+def mlp_backward(rows: int, channels: int, hidden: int, *, element_bytes: int = 2) -> Cost:
+    """Four products, one pointwise kernel, two reductions for b1's gradient and one for b2's."""
+    pointwise = (
+        4 * rows * hidden
+    )  # reads the pre-activation and its output's gradient, writes both operands of what follows
+    products = 2 * (rows * channels + rows * hidden + channels * hidden) * 2
+    return Cost(8 * rows * channels * hidden, (pointwise + products) * element_bytes, 7)
+
+
 # ---- distillation cross-entropy. Operations per logit, or per class of a target or teacher, as the kernels do them.
 
 _FORWARD_FLOPS = {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastdeit import cli
 from fastdeit.benchmarks import command
@@ -17,12 +18,25 @@ def test_a_suite_runs_and_writes_its_raw_results(tmp_path):
     environment = {
         key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
     }  # it is no test: it times
-    bench = [sys.executable, "-m", "fastdeit", "bench", "layer_norm", "--json", str(results)]
+    bench = [sys.executable, "-m", "fastdeit", "bench", "--toy", "--json", str(results)]
     done = subprocess.run(bench, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     timings = json.loads(results.read_text())["benchmarks"]
-    assert {t["params"]["backend"] for t in timings} >= {"reference"}
-    assert all(t["stats"]["min"] > 0 for t in timings)
+    names = {t["name"].split("[")[0] for t in timings}
+    assert names == {"test_add_layer_norm", "test_attention", "test_distillation_cross_entropy", "test_mlp"}
+    for timing in timings:
+        assert timing["extra_info"]["flops"] > 0 and timing["extra_info"]["environment"]["torch"]
+        rows = timing["extra_info"]["rows"]
+        assert rows[0]["candidate"] == "fastdeit" and len(rows) >= 2
+        assert all(row["status"] == "ok" and row["median_us"] > 0 for row in rows)
+
+
+def test_without_a_gpu_everything_is_skipped(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    bench = [sys.executable, "-m", "fastdeit", "bench", "distillation"]
+    done = subprocess.run(bench, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and " skipped" in done.stdout and "passed" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""The fastest that an op could run: the larger of its arithmetic and its memory traffic over what the device reaches."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fastdeit.costs import Cost
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches, measured on it: large bf16 matrix products, and a copy counting bytes read and written."""
+
+    tflops: float
+    tb_per_s: float
+
+    def floor_us(self, cost: Cost, *, matrix: bool) -> float:
+        """Microseconds below which the work cannot be done. Pointwise work counts its traffic alone."""
+        memory = cost.bytes / self.tb_per_s / 1e6
+        return max(memory, cost.flops / self.tflops / 1e6) if matrix else memory
+
+
+@lru_cache
+def measured_ceilings() -> Ceilings | None:
+    """The present device's, None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = _seconds(lambda: a @ b)
+    source = torch.empty(2**31, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = _seconds(lambda: target.copy_(source))
+    return Ceilings(tflops=2 * 8192**3 / product / 1e12, tb_per_s=2 * source.numel() / copy / 1e12)
+
+
+def _seconds(function, repeats: int = 20) -> float:
+    for _ in range(3):
+        function()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats

@@ -1,0 +1,58 @@
+"""Attention from the packed projection to the packed gradient, beside every SDPA backend."""
+
+import pytest
+import torch
+
+from fastdeit import costs, ops
+from fastdeit.benchmarks import peers
+from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
+
+# (tokens, heads, head dim): Ti, S, B at 224 with one and two prefix tokens, S and B at 384, DeiT III's huge model
+SHAPES = [(197, 3, 64), (197, 6, 64), (197, 12, 64), (198, 12, 64), (577, 6, 64), (577, 12, 64), (578, 12, 64)]
+SHAPES += [(257, 16, 80)]
+BATCHES = [1, 8, 64, 256, 1024]
+
+
+@pytest.mark.parametrize("direction", peers.DIRECTIONS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_attention(compare, toy, shape, batch, direction):
+    tokens, heads, head_dim = (9, 2, 16) if toy else shape
+    batch = min(batch, 2) if toy else batch
+    dtype = torch.float32 if toy else torch.bfloat16
+
+    def inputs(size=batch):
+        qkv = torch.randn(size, tokens, 3 * heads * head_dim, device=kernel_device(), dtype=dtype)
+        return qkv, torch.randn(size, tokens, heads * head_dim, device=kernel_device(), dtype=dtype)
+
+    def op(qkv):
+        return ops.attention(qkv, heads)
+
+    def reference(qkv):
+        return ops.attention_reference(qkv, heads)
+
+    assert_as_accurate_as_eager(op, reference, inputs(min(batch, 2))[0], backend="auto")
+    wrap = peers.DIRECTIONS[direction]
+    candidates = {"fastdeit": op, "SDPA as PyTorch chooses": peers.sdpa(None, heads)}
+    candidates |= {name: peers.sdpa(backend, heads) for name, backend in peers.SDPA_BACKENDS.items() if not toy}
+    if not toy:
+        candidates |= {
+            "FlexAttention": peers.flex_attention(heads),
+            "flash-attn": peers.flash_attn(heads),
+            "xformers": peers.xformers(heads),
+        }
+    cost = {"forward": costs.attention_forward, "backward": costs.attention_backward}
+    work = (batch, tokens, heads, head_dim)
+    both = cost["forward"](*work) + cost["backward"](*work)
+    compare(
+        {name: wrap(function, 1) for name, function in candidates.items()},
+        inputs,
+        cost=cost[direction](*work) if direction in cost else both,
+        matrix=True,
+        direction=direction,
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=str(dtype),
+    )
