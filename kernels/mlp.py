@@ -66,7 +66,8 @@ def activation_backward_kernel(
     col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = strip * rows_per_strip
-    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), ROWS):  # integers
+    last = tl.minimum(first + rows_per_strip, M)  # no NaN: row numbers
+    for start in tl.range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < M) & (col < N)
         at = row.to(tl.int64) * tl.multiple_of(N, VECTOR) + col

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ("fastdeit", "kernels", "benchmarks")
 READABLE_VARIABLES = {
     "TRITON_INTERPRET",  # Triton's own switch, on which kernels are interpreted
+    "CUBLAS_WORKSPACE_CONFIG",  # which cuBLAS reads: a deterministic run sets it unless the user has
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",  # set by torchrun
 }  # fmt: skip
 NAN_DROPPING = {"minimum", "maximum", "clamp"}
@@ -70,7 +71,11 @@ def environment_reads(source: str) -> list[int]:
     tree, found = ast.parse(source), []
     allowed = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and name_of(node.func) in {"os.environ.get", "os.getenv"} and node.args:
+        if (
+            isinstance(node, ast.Call)
+            and name_of(node.func) in {"os.environ.get", "os.environ.setdefault", "os.getenv"}
+            and node.args
+        ):
             key, holder = node.args[0], node.func
         elif isinstance(node, ast.Subscript) and name_of(node.value) == "os.environ":
             key, holder = node.slice, node.value
