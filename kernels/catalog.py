@@ -4,14 +4,15 @@ A kernel file lists its configurations in `shipped(arch)`. Each is compiled ahea
 shared memory and matrix instructions are read from the compiled binary with the tools that Triton brings along.
 """
 
-import ast
 import functools
 import hashlib
 import importlib
+import io
 import json
 import re
 import subprocess
 import tempfile
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +155,7 @@ class _Dependencies(DependenciesFinder):
     def __init__(self, function: JITCallable) -> None:
         scope = function.get_capture_scope()
         super().__init__(name=function.__name__, globals=function.__globals__, nonlocals=scope, src="")
-        self.hasher.update(ast.unparse(function.parse()).encode())
+        self.hasher.update(_without_comments(function.src).encode())
 
     def _update_hash(self, func: JITCallable) -> None:
         self.hasher.update(f"{source_key(func)} {getattr(func, 'noinline', False)}".encode())
@@ -163,6 +164,16 @@ class _Dependencies(DependenciesFinder):
         super().record_reference(val, var_dict, name)
         if isinstance(val, triton.language.constexpr):
             self.hasher.update(f"{name}={val}".encode())
+
+
+def _without_comments(source: str) -> str:
+    """The code as it is written: `ast.unparse` would not give the same on every version of Python."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def _type(row: Shipped, name: str) -> str | tuple[str, Any]:
