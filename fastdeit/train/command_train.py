@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from fastdeit.train.checkpoints import STATE
 from fastdeit.train.config import FIELDS, Config, load_config
 from fastdeit.train.extras import check_extras
 
@@ -29,16 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_extras()
     overrides = {name: value for name in FIELDS if (value := getattr(args, f"field_{name}")) is not None}
-    folder = find_folder(args.resume, overrides.get("output"), lambda: load_config(args.config or "digits", overrides))
-    saved = folder / "args.yaml" if args.resume and folder is not None else None
-    source = args.config or (str(saved) if saved is not None and saved.is_file() else "digits")
+    source = args.config or "digits"
+    folder = folder_to_resume(args.resume, source, overrides) if args.resume else None
+    if folder is not None and not args.config and (folder / "args.yaml").is_file():
+        source = str(folder / "args.yaml")  # a run is continued by its own configuration
     config = load_config(source, overrides)
+    folder = folder or new_folder(config)
     if args.dry_run:
         from fastdeit.train.dry_run import describe
 
         print(describe(config))
         return 0
-    return _train(config, folder or new_folder(config), resume=bool(args.resume))
+    if holds_run(folder) and not args.resume:
+        raise ValueError(
+            f"output: {folder} holds a run already; continue it with --resume auto or choose another folder"
+        )
+    return _train(config, folder, resume=bool(args.resume))
 
 
 def _train(config: Config, folder: Path, resume: bool) -> int:
@@ -61,23 +67,16 @@ def _train(config: Config, folder: Path, resume: bool) -> int:
     return 0
 
 
-def find_folder(resume: str | None, output: str | None, config: Callable[[], Config]) -> Path | None:
-    """The folder of the run to start or to continue; None for a new one under runs/.
+def folder_to_resume(resume: str, source: str, overrides: dict[str, str]) -> Path | None:
+    """The folder of the run to continue; None if resume is `auto` and there is none.
 
     Raises:
         FileNotFoundError: resume names a file that is not there.
-        ValueError: resume and output contradict each other, or output holds a run and is not to be resumed.
+        ValueError: it is not a run's state, or output is another folder.
     """
-    from fastdeit.train.checkpoints import STATE
-
-    if resume is None:
-        if output is not None and holds_run(Path(output)):
-            raise ValueError(
-                f"output: {output} holds a run already; continue it with --resume auto or choose another folder"
-            )
-        return Path(output) if output is not None else None
+    output = overrides.get("output")
     if resume == "auto":
-        return Path(output) if output is not None else latest_folder(config())
+        return Path(output) if output is not None else latest_folder(load_config(source, overrides))
     state = Path(resume)
     if not state.is_file():
         raise FileNotFoundError(f"resume: {resume} is neither `auto` nor a file")
@@ -89,7 +88,8 @@ def find_folder(resume: str | None, output: str | None, config: Callable[[], Con
 
 
 def holds_run(folder: Path) -> bool:
-    return (folder / "args.yaml").exists()
+    """Whether training in folder has come as far as a checkpoint, its own or its teacher's."""
+    return (folder / STATE).exists() or (folder / "teacher" / STATE).exists()
 
 
 def new_folder(config: Config) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdeit
+from fastdeit.train.checkpoints import load_weights
 from fastdeit.train.config import Config
 from fastdeit.train.sampling import derive_seed
 
@@ -35,18 +36,17 @@ def create_student(config: Config, num_classes: int, device: torch.device) -> nn
     return model.to(device)
 
 
-def create_teacher(config: Config, num_classes: int, device: torch.device, weights: Path | None) -> nn.Module:
-    """The teacher in eval mode, without gradient: with `weights` (safetensors), else timm's pretrained ones.
+def create_teacher(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """The teacher in eval mode, without gradient: with config's teacher_checkpoint (safetensors), else timm's pretrained weights.
 
     Raises:
-        ValueError: as `create_student`, or the weights are another model's.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: as `create_student`, or the weights are truncated or another model's.
     """
-    from fastdeit.train.checkpoints import load_weights
-
-    kwargs = dict(config.teacher_kwargs, pretrained=weights is None)
+    kwargs = dict(config.teacher_kwargs, pretrained=config.teacher_checkpoint is None)
     model = _create("teacher_model", config.teacher_model, num_classes, config.in_chans, kwargs)
-    if weights is not None:
-        load_weights(model, weights)
+    if config.teacher_checkpoint is not None:
+        load_weights(model, Path(config.teacher_checkpoint))
     return model.to(device).eval().requires_grad_(False)
 
 

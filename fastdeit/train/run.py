@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
@@ -42,18 +40,33 @@ def train(config: Config, folder: Path, resume: bool = False) -> Result:
             those of an uninterrupted run.
 
     Raises:
-        ValueError: data, model or checkpoints do not fit config. Raised before anything is trained or written.
+        ValueError: data, model, teacher or checkpoints do not fit config. Raised before anything is trained or written.
         NonFiniteLossError: the loss became NaN or infinite.
     """
     with reproducible(config):
         device = select_device(config)
         data = load_data(config)
-        student = create_student(config, len(data.classes), device)
-        state = _state_to_resume(config, student, folder) if resume else None
+        teacher, teacher_fit = None, None
+        if config.distillation_type != "none" and config.teacher_epochs:
+            own = teacher_config(config)
+            teacher = create_student(own, len(data.classes), device)
+            teacher_fit = Fit("teacher", own, data, teacher, None, folder / "teacher", resume)
+        elif config.distillation_type != "none":
+            teacher = create_teacher(config, len(data.classes), device)
+        student_fit = Fit(
+            "student", config, data, create_student(config, len(data.classes), device), teacher, folder, resume
+        )
+
         folder.mkdir(parents=True, exist_ok=True)
         _write_args(folder / "args.yaml", config)
-        teacher, teacher_top1 = _teacher(config, data, device, folder / "teacher", resume)
-        return _fit(config, data, student, teacher, folder, state, teacher_top1)
+        if teacher_fit is not None:
+            teacher_fit.run()
+            teacher.eval().requires_grad_(False)
+        teacher_top1 = None
+        if teacher is not None:
+            teacher_top1 = evaluate(teacher, student_fit.validation, config, device)["top1"]
+        student_fit.run(teacher_top1)
+        return student_fit.result(teacher_top1)
 
 
 def teacher_config(config: Config) -> Config:
@@ -76,114 +89,113 @@ def teacher_config(config: Config) -> Config:
     )
 
 
-def _teacher(
-    config: Config, data: Data, device: torch.device, folder: Path, resume: bool
-) -> tuple[nn.Module | None, float | None]:
-    """The teacher, trained first if config says so, and its top-1."""
-    if config.distillation_type == "none":
-        return None, None
-    weights = Path(config.teacher_checkpoint) if config.teacher_checkpoint else None
-    if config.teacher_epochs:
-        own = teacher_config(config)
-        model = create_student(own, len(data.classes), device)
-        state = _state_to_resume(own, model, folder) if resume else None
-        folder.mkdir(exist_ok=True)
-        _fit(own, data, model, None, folder, state, None)
-        weights = folder / "last.safetensors"
-    teacher = create_teacher(config, len(data.classes), device, weights)
-    loader = eval_loader(data.val, config.batch_size, config.workers, pin_memory=device.type == "cuda")
-    return teacher, evaluate(teacher, loader, config, device)["top1"]
+class Fit:
+    """The training of one model into its folder: its trainer, its history, its best epoch.
 
+    Args:
+        label: `teacher` or `student`, for the progress bar.
+        folder: where checkpoints and reports go; made when `run` starts.
+        resume: take up the state that folder holds, if any.
 
-def _state_to_resume(config: Config, model: nn.Module, folder: Path) -> dict[str, Any] | None:
-    path = folder / checkpoints.STATE
-    if not path.exists():
-        return None
-    state = checkpoints.load_state(path)
-    checkpoints.check_same_run(state, config, path)
-    checkpoints.check_same_tensors(state["model"], model.state_dict(), path)
-    return state
+    Raises:
+        ValueError: config does not fit the model or the data, or the state is not this run's.
+    """
 
+    def __init__(
+        self,
+        label: str,
+        config: Config,
+        data: Data,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        folder: Path,
+        resume: bool,
+    ) -> None:
+        self.label = label
+        self.config = config
+        self.classes = data.classes
+        self.folder = folder
+        self.trainer = Trainer(config, model, teacher, data.train, len(data.classes))
+        pin_memory = self.trainer.device.type == "cuda"
+        self.validation = eval_loader(data.val, config.batch_size, config.workers, pin_memory)
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"epoch": -1, "top1": -1.0}
+        if resume and (folder / checkpoints.STATE).exists():
+            self._load_state(folder / checkpoints.STATE)
 
-def _fit(
-    config: Config,
-    data: Data,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    folder: Path,
-    state: dict[str, Any] | None,
-    teacher_top1: float | None,
-) -> Result:
-    """Trains model from `state` or from the start, and writes folder."""
-    trainer = Trainer(config, model, teacher, data.train, len(data.classes))
-    validation = eval_loader(data.val, config.batch_size, config.workers, pin_memory=trainer.device.type == "cuda")
-    history: list[dict[str, Any]] = []
-    best = {"epoch": -1, "top1": -1.0}
-    if state is not None:
-        trainer.load_state_dict(state)
-        history, best = state["history"], state["best"]
-    if history:
-        _export(folder, trainer, config, data, history)  # a kill may have come between the state and these
-    curves_written = time.monotonic()
-    updates = len(trainer.batches)
-    label = "teacher" if config.name.endswith("-teacher") else "student"
-    with tqdm(total=config.epochs * updates, initial=trainer.step, desc=label, unit="step", disable=None) as bar:
-        for epoch in range(len(history), config.epochs):
-            started = time.monotonic()
-            train_loss = trainer.train_epoch(epoch, bar)
-            row, top1 = _epoch_results(trainer, validation, config, epoch, train_loss)
-            history.append({**row, "seconds": round(time.monotonic() - started, 2)})
-            if top1 > best["top1"]:
-                best = {"epoch": epoch, "top1": top1}
-                _save(folder / "best.safetensors", model, config, data, epoch)
-            run_state = dict(
-                config=config.as_dict(), classes=list(data.classes), epoch=epoch + 1, history=history, best=best
-            )
-            checkpoints.save_state(folder / checkpoints.STATE, {**run_state, **trainer.state_dict()})
-            _export(folder, trainer, config, data, history)
-            if time.monotonic() - curves_written > CURVES_EVERY:
-                reporting.write_curves(folder / "curves.png", history, teacher_top1)
-                curves_written = time.monotonic()
-            bar.write(f"{label} {reporting.epoch_line(row, config.epochs)}")
-    reporting.write_curves(folder / "curves.png", history, teacher_top1)
-    last = _results_of(history[-1], "")
-    ema = _results_of(history[-1], "ema_") if trainer.ema is not None else None
-    return Result(last, ema, best["epoch"], best["top1"], teacher_top1)
+    def run(self, teacher_top1: float | None = None) -> None:
+        """Trains the epochs that remain. teacher_top1 is a line in the curves."""
+        self.folder.mkdir(exist_ok=True)
+        if self.history:
+            self._export()  # a kill may have come between the state and what follows from it
+        epochs, updates = self.config.epochs, len(self.trainer.batches)
+        curves_written = time.monotonic()
+        with tqdm(total=epochs * updates, initial=self.trainer.step, desc=self.label, unit="step", disable=None) as bar:
+            for epoch in range(len(self.history), epochs):
+                started = time.monotonic()
+                row, top1 = self._results(epoch, self.trainer.train_epoch(epoch, bar))
+                self.history.append({**row, "seconds": round(time.monotonic() - started, 2)})
+                if top1 > self.best["top1"]:
+                    self.best = {"epoch": epoch, "top1": top1}
+                    self._save_weights("best.safetensors", self.trainer.model)
+                self._save_state()
+                self._export()
+                if time.monotonic() - curves_written > CURVES_EVERY:
+                    reporting.write_curves(self.folder / "curves.png", self.history, teacher_top1)
+                    curves_written = time.monotonic()
+                bar.write(f"{self.label} {reporting.epoch_line(row, epochs)}")
+        reporting.write_curves(self.folder / "curves.png", self.history, teacher_top1)
 
+    def result(self, teacher_top1: float | None) -> Result:
+        last = _results_of(self.history[-1], "")
+        ema = _results_of(self.history[-1], "ema_") if self.trainer.ema is not None else None
+        return Result(last, ema, self.best["epoch"], self.best["top1"], teacher_top1)
 
-def _epoch_results(
-    trainer: Trainer, validation: Any, config: Config, epoch: int, train_loss: float
-) -> tuple[dict[str, Any], float]:
-    """The epoch's row of summary.csv, and the top-1 by which the best checkpoint is chosen: the model's own prediction."""
-    row: dict[str, Any] = {"epoch": epoch, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
-    prefixes: dict[str, nn.Module | ModelEmaV3] = {"": trainer.model}
-    if trainer.ema is not None:
-        prefixes["ema_"] = trainer.ema.module
-    for prefix, model in prefixes.items():
-        results = evaluate(model, validation, config, trainer.device)
-        row[f"{prefix}val_loss"] = results.pop("loss")
-        row.update({f"{prefix}top1_{name}": value for name, value in results.items()})
-        if not prefix:
-            top1 = list(results.values())[-1]
-    return row, top1
+    def _results(self, epoch: int, train_loss: float) -> tuple[dict[str, Any], float]:
+        """The epoch's row of summary.csv, and the top-1 that chooses the best checkpoint: the model's own prediction."""
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": self.trainer.optimizer.param_groups[0]["lr"],
+            "train_loss": train_loss,
+        }
+        models = {"": self.trainer.model}
+        if self.trainer.ema is not None:
+            models["ema_"] = self.trainer.ema.module
+        for prefix, model in models.items():
+            results = evaluate(model, self.validation, self.config, self.trainer.device)
+            row[f"{prefix}val_loss"] = results.pop("loss")
+            row.update({f"{prefix}top1_{name}": value for name, value in results.items()})
+            if not prefix:
+                top1 = list(results.values())[-1]
+        return row, top1
+
+    def _load_state(self, path: Path) -> None:
+        state = checkpoints.load_state(path)
+        checkpoints.check_same_run(state, self.config, path)
+        checkpoints.check_same_tensors(state["model"], self.trainer.model.state_dict(), path)
+        self.trainer.load_state_dict(state)
+        self.history, self.best = state["history"], state["best"]
+
+    def _save_state(self) -> None:
+        about = dict(config=self.config.as_dict(), classes=list(self.classes), history=self.history, best=self.best)
+        state = {**about, "epoch": len(self.history), **self.trainer.state_dict()}
+        checkpoints.save_state(self.folder / checkpoints.STATE, state)
+
+    def _export(self) -> None:
+        """What follows from the training state: weights by themselves, and the summary."""
+        self._save_weights("last.safetensors", self.trainer.model)
+        if self.trainer.ema is not None:
+            self._save_weights("ema.safetensors", self.trainer.ema.module)
+        reporting.write_summary(self.folder / "summary.csv", self.history)
+
+    def _save_weights(self, name: str, model: nn.Module) -> None:
+        epoch = self.history[-1]["epoch"]
+        checkpoints.save_weights(self.folder / name, model.state_dict(), self.config, self.classes, epoch=epoch)
 
 
 def _results_of(row: dict[str, Any], prefix: str) -> dict[str, float]:
     readouts = {name: row[f"{prefix}top1_{name}"] for name in reporting.READOUTS if f"{prefix}top1_{name}" in row}
     return {"loss": row[f"{prefix}val_loss"], **readouts}
-
-
-def _export(folder: Path, trainer: Trainer, config: Config, data: Data, history: list[dict[str, Any]]) -> None:
-    """What follows from the training state: weights by themselves, and the summary."""
-    epoch = history[-1]["epoch"]
-    _save(folder / "last.safetensors", trainer.model, config, data, epoch)
-    if trainer.ema is not None:
-        _save(folder / "ema.safetensors", trainer.ema.module, config, data, epoch)
-    reporting.write_summary(folder / "summary.csv", history)
-
-
-def _save(path: Path, model: nn.Module, config: Config, data: Data, epoch: int) -> None:
-    checkpoints.save_weights(path, model.state_dict(), config, data.classes, epoch=epoch)
 
 
 def _write_args(path: Path, config: Config) -> None:

@@ -58,6 +58,11 @@ def test_eval_takes_a_folder(digits_run, capsys):
     assert figures(capsys.readouterr().out) == whole
 
 
+def test_eval_takes_the_teacher_too(digits_run, capsys):
+    assert cli.main(["eval", "--checkpoint", str(digits_run / "teacher" / "last.safetensors")]) == 0
+    assert "top-1" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_eval_of_a_truncated_checkpoint_is_one_line(digits_run, tmp_path, capsys):
     path = tmp_path / "cut.safetensors"
     path.write_bytes((digits_run / "last.safetensors").read_bytes()[:-8])
@@ -109,6 +114,14 @@ def test_bad_arguments_are_one_line_and_write_nothing(arguments, message, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_its_file_places_is_not_overwritten_either(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last.state.pt").touch()
+    (tmp_path / "mine.yaml").write_text(f"output: {tmp_path / 'out'}\n")
+    assert cli.main(["train", "--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "out holds a run already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--epoch", "--learning-rate", "--teacher"])
 def test_an_unknown_field_is_refused_before_anything_loads(option, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -153,7 +166,7 @@ def test_new_runs_are_numbered_and_auto_finds_the_last(tmp_path, monkeypatch):
         folder = new_folder(config)
         assert str(folder) == expected
         folder.mkdir(parents=True)
-        (folder / "args.yaml").touch()
+        (folder / "last.state.pt").touch()
         assert latest_folder(config) == folder
 
 

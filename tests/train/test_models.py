@@ -77,7 +77,7 @@ def teacher_weights(tmp_path):
 
 def test_the_teacher_does_not_learn(teacher_weights):
     path, model = teacher_weights
-    teacher = create_teacher(SMALL, 3, CPU, path)
+    teacher = create_teacher(SMALL.replace(teacher_checkpoint=str(path)), 3, CPU)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(teacher(images), model.eval()(images))
@@ -85,4 +85,4 @@ def test_the_teacher_does_not_learn(teacher_weights):
 
 def test_weights_of_another_teacher_are_refused(teacher_weights):
     with pytest.raises(ValueError, match=r"teacher\.safetensors: from another model"):
-        create_teacher(SMALL.replace(teacher_model="regnety_002"), 3, CPU, teacher_weights[0])
+        create_teacher(SMALL.replace(teacher_model="regnety_002", teacher_checkpoint=str(teacher_weights[0])), 3, CPU)

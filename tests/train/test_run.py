@@ -64,7 +64,7 @@ class Interrupted(BaseException):
 
 @pytest.mark.parametrize("at", ["teacher, in epoch 1", "student, in epoch 1", "student, after the state of epoch 1"])
 def test_an_interrupted_run_resumes_to_the_same_bits(whole, small_config, tmp_path, monkeypatch, at):
-    train_epoch, export = Trainer.train_epoch, run._export
+    train_epoch, export = Trainer.train_epoch, run.Fit._export
     who = "regnetx" if at.startswith("teacher") else "deit"
 
     def interrupted_epoch(trainer, epoch, progress):
@@ -73,14 +73,14 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, small_config, tmp_pa
             raise Interrupted
         return loss
 
-    def interrupted_export(folder, trainer, config, data, history):
-        if trainer.config.model.startswith(who) and len(history) == 2:
+    def interrupted_export(fit):
+        if fit.config.model.startswith(who) and len(fit.history) == 2:
             raise Interrupted
-        export(folder, trainer, config, data, history)
+        export(fit)
 
     with monkeypatch.context() as patch:
         if "after" in at:
-            patch.setattr(run, "_export", interrupted_export)
+            patch.setattr(run.Fit, "_export", interrupted_export)
         else:
             patch.setattr(Trainer, "train_epoch", interrupted_epoch)
         with pytest.raises(Interrupted):
@@ -132,10 +132,27 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(whole, small_
     assert len(summary(tmp_path)) == 1 and summary(tmp_path) == summary(whole)[:1]
 
 
-def test_bad_data_is_refused_before_anything_is_written(small_config, tmp_path):
-    with pytest.raises(ValueError, match="data: "):
-        run.train(small_config.replace(data=str(tmp_path / "none")), tmp_path / "out")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(data="none"), "data: none is neither"),
+        (dict(batch_size=98), "batch_size: 98 is more than the 96 training images"),
+        (dict(opt="nothing"), "opt: timm cannot make 'nothing'"),
+        (dict(model="deit_tiny_patch16_224"), "model: deit_tiny_patch16_224 has no distillation token"),
+        (dict(teacher_epochs=0, teacher_checkpoint="none.safetensors"), "none.safetensors: no such checkpoint"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(small_config, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run.train(small_config.replace(**changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_teacher_serves_another_run(whole, small_config, tmp_path):
+    """Its weights in place of training it again give the same student."""
+    weights = str(whole / "teacher" / "last.safetensors")
+    run.train(small_config.replace(teacher_epochs=0, teacher_checkpoint=weights), tmp_path)
+    assert same_files(whole, tmp_path, "last.safetensors") and summary(whole) == summary(tmp_path)
 
 
 def test_without_distillation_there_is_one_readout_and_no_teacher(small_config, tmp_path):
