@@ -1,12 +1,13 @@
 """Multi-head attention of vision transformers: short sequences, no mask, no dropout."""
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastdeit import backends
 
@@ -37,6 +38,8 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
         return attention_reference(qkv, num_heads, scale=scale)
     scale = head_dim**-0.5 if scale is None else float(scale)
     if backends.registered_path(low):
+        if not torch.compiler.is_compiling():
+            _count_flops()
         return attention_forward(low, num_heads, scale)[0]
     if torch.is_grad_enabled() and low.requires_grad:
         return _Attention.apply(low, num_heads, scale)
@@ -65,6 +68,8 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     low = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in low)
     if backends.registered_path(*low):
+        if not torch.compiler.is_compiling():
+            _count_flops()
         return attention_qkv_forward(*low, scale)[0]
     if torch.is_grad_enabled() and any(t.requires_grad for t in low):
         return _AttentionQKV.apply(*low, scale)
@@ -296,28 +301,43 @@ attention_forward.register_autograd(_registered_attention_backward, setup_contex
 attention_qkv_forward.register_autograd(_registered_attention_qkv_backward, setup_context=_keep_for_attention_qkv)
 
 
-# Multiply-adds counted twice, as PyTorch counts its own attention: two products forward, five backward. Shapes stand for tensors.
+# ---- PyTorch's FLOP counter. Importing it imports Triton, so it learns of the formulas where it is already in use.
 
 
-@register_flop_formula(torch.ops.fastdeit.attention_forward)
-def _(qkv, num_heads, scale, *, out_shape=None, **_) -> int:
-    batch, tokens, width = qkv
-    return 4 * batch * tokens * tokens * (width // 3)
+def _count_flops() -> None:
+    """Gives an active FlopCounterMode the formulas below: it has copied the registry when it was made."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    for operator, formula in _FLOPS.items():
+        if operator not in counter.flop_registry:
+            counter.register_flop_formula(operator)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, counter._FlopCounterMode):
+            mode.counter.flop_registry |= {operator: counter.flop_registry[operator] for operator in _FLOPS}
 
 
-@register_flop_formula(torch.ops.fastdeit.attention_backward)
-def _(dout, qkv, *_, out_shape=None, **__) -> int:
-    batch, tokens, width = qkv
-    return 10 * batch * tokens * tokens * (width // 3)
+def _packed_flops(products: int):
+    """Multiply-adds counted twice, as PyTorch counts its own attention; shapes stand for tensors."""
+
+    def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
+        batch, tokens, width = shapes_and_arguments[products == 5]  # backward's first argument is dout
+        return 2 * products * batch * tokens * tokens * (width // 3)
+
+    return flops
 
 
-@register_flop_formula(torch.ops.fastdeit.attention_qkv_forward)
-def _(q, k, *_, out_shape=None, **__) -> int:
-    batch, queries, heads, head_dim = q
-    return 4 * batch * heads * queries * k[1] * head_dim
+def _separate_flops(products: int):
+    def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
+        (batch, queries, heads, head_dim), (_, keys, *_) = shapes_and_arguments[products == 5 :][:2]
+        return 2 * products * batch * heads * queries * keys * head_dim
+
+    return flops
 
 
-@register_flop_formula(torch.ops.fastdeit.attention_qkv_backward)
-def _(dout, q, k, *_, out_shape=None, **__) -> int:
-    batch, queries, heads, head_dim = q
-    return 10 * batch * heads * queries * k[1] * head_dim
+_FLOPS = {
+    torch.ops.fastdeit.attention_forward: _packed_flops(2),
+    torch.ops.fastdeit.attention_backward: _packed_flops(5),
+    torch.ops.fastdeit.attention_qkv_forward: _separate_flops(2),
+    torch.ops.fastdeit.attention_qkv_backward: _separate_flops(5),
+}
