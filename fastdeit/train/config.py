@@ -179,7 +179,7 @@ def _coerce(name: str, value: Any) -> Any:
             return dict(value)
         if kind is bool and isinstance(value, bool):
             return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     described = getattr(kind, "__name__", str(kind)) if kind in (int, float, str, bool) else str(kind)
     raise ValueError(f"{name}: expected {described}, got {value!r}")
@@ -219,6 +219,15 @@ def check(config: Config) -> None:
     for name, length in (("mean", c.in_chans), ("std", c.in_chans), ("scale", 2), ("ratio", 2), ("opt_betas", 2)):
         if len(getattr(c, name)) != length:
             raise ValueError(f"{name}: expected {length} value(s), got {getattr(c, name)}")
+
+    for name in ("scale", "ratio"):
+        low, high = getattr(c, name)
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"{name}: expected [low, high] with 0 < low <= high, got {[low, high]}")
+    if not all(0 < value < math.inf for value in c.std):
+        raise ValueError(f"std: expected values more than 0, got {c.std}")
+    if not all(0 <= beta < 1 for beta in c.opt_betas):
+        raise ValueError(f"opt_betas: expected values from 0 to less than 1, got {c.opt_betas}")
 
     if c.mixes and c.batch_size % 2:
         raise ValueError(
