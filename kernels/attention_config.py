@@ -95,6 +95,9 @@ def _tiles(head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: b
         return (Tiles(64, 32 if has_descriptors(arch) else 16),) * 3
     # A grid that does not fill the machine gets programs of half the size. Larger heads have no registers to lose on it.
     own = 32 if narrow and head_dim <= 64 else 64
+    if has_descriptors(arch) and arch >= 100 and own == 64:
+        # tcgen05 multiplies 128 rows at a time; with 64 the forward of some head dimensions spills.
+        return Tiles(128, 64), Tiles(64, 64), Tiles(64, 32)
     if has_descriptors(arch):
         return Tiles(own, 64), Tiles(own, 64), Tiles(own, 64 if descriptors or piece1 < 64 else 32)
     if head_dim <= 64:
@@ -139,5 +142,5 @@ def case(arch: int, head_dim: int, dtype: str, last: int, *, describable: bool, 
     config = select_config(samples, 1, tokens, tokens, head_dim, itemsize, arch, 132, describable)
     form = "descriptors" if config.descriptors else "pointers"
     narrow = "" if config.forward.own == 64 else f" {config.forward.own} rows"
-    matrix = config.forward.own == 64 or not has_descriptors(arch)
+    matrix = config.forward.own >= 64 or not has_descriptors(arch)
     return Case(head_dim, dtype, last, config, f"D={head_dim} {dtype} {form}{narrow} tail={last}", matrix)

@@ -68,7 +68,7 @@ def test_every_shape_of_timm_has_a_configuration(arch, itemsize):
                     config = select_config(*shape)
                     assert config == select_config.__wrapped__(*shape), "a pure function"
                     for tiles in (config.forward, config.dq, config.dkv):
-                        assert tiles.own in (32, 64) and tiles.block in (16, 32, 64) and tiles.num_warps in (4, 8)
+                        assert tiles.own in (32, 64, 128) and tiles.block in (16, 32, 64) and tiles.num_warps in (4, 8)
                     assert not config.descriptors or (90 <= arch < 120 and packed and itemsize == 2)
 
 

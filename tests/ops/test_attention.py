@@ -36,6 +36,8 @@ def config_of(form, queries, keys, head_dim):
         return select_config(MANY, 1, queries, keys, head_dim, 2, 80, 108, False)
     if form == "narrow grid":
         return select_config(1, 1, queries, keys, head_dim, 2, 90, 132, True)
+    if form == "sm_100 descriptors":
+        return select_config(MANY, 1, queries, keys, head_dim, 2, 100, 148, True)
     if form == "TF32 tiles":
         return select_config(MANY, 1, queries, keys, head_dim, 4, 80, 108, True)
     config = select_config(MANY, 1, queries, keys, head_dim, 2, 90, 132, form != "pointers")
@@ -93,7 +95,7 @@ def test_as_accurate_as_eager_for_every_head_dim(head_dim, dtype, form):
     assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, 2)
 
 
-@pytest.mark.parametrize("form", ["sm_80 pointers", "narrow grid", "TF32 tiles"], indirect=True)
+@pytest.mark.parametrize("form", ["sm_80 pointers", "narrow grid", "TF32 tiles", "sm_100 descriptors"], indirect=True)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("tokens", [17, 98])
 def test_as_accurate_as_eager_with_other_tiles(tokens, head_dim, form):
@@ -403,10 +405,16 @@ def test_kept_for_backward_are_input_output_and_lse_alone():
 def test_flops_are_counted_as_for_scaled_dot_product_attention():
     from torch.utils.flop_counter import FlopCounterMode
 
+    def total(step):
+        with FlopCounterMode(display=False) as counter:
+            step().sum().backward()
+        return counter.get_total_flops()
+
     qkv = randn(2, 17, 3 * 2 * 64).requires_grad_()
-    with backends.use_backend("triton"), FlopCounterMode(display=False) as counter:
-        ops.attention(qkv, 2).sum().backward()
-    assert counter.get_total_flops() == (4 + 10) * 2 * 17 * 17 * 128
+    q, k, v = (randn(2, n, 2, 64).requires_grad_() for n in (3, 17, 17))
+    with backends.use_backend("triton"):
+        assert total(lambda: ops.attention(qkv, 2)) == (4 + 10) * 2 * 17 * 17 * 128
+        assert total(lambda: ops.attention_qkv(q, k, v)) == (4 + 10) * 2 * 3 * 17 * 128
 
 
 # ---- the reference
