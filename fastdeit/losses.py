@@ -82,8 +82,10 @@ class DistillationLoss(nn.Module):
     The criteria of DeiT training (timm's SoftTargetCrossEntropy, LabelSmoothingCrossEntropy and BinaryCrossEntropy, PyTorch's
     CrossEntropyLoss and BCEWithLogitsLoss) run inside the fused loss where their options allow. Any other criterion, or one with
     class weights, a positive weight, ignore_index, another reduction, a threshold or hooks, is called as it is; then the
-    distillation term alone is fused. A fused loss is NaN for a class index out of range (with -100, CrossEntropyLoss's default
-    ignore_index, among them), where PyTorch's own ends the process on a GPU and raises on a CPU, as this one does there.
+    distillation term alone is fused.
+
+    A class index out of range makes a fused loss NaN on a GPU and raises IndexError on a CPU. So does -100, which CrossEntropyLoss
+    ignores by default: labels that use it need a criterion called as it is, for which a function around CrossEntropyLoss will do.
 
     The teacher is kept in eval mode and runs without gradient, under the autocast of the caller.
 

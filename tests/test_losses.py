@@ -284,6 +284,13 @@ def test_state_dict_names_are_deits():
     assert {k.split(".")[0] for k in loss.state_dict()} == {"base_criterion", "teacher_model"}
 
 
+def test_ignored_labels_are_ignored_by_a_criterion_in_a_function():
+    criterion, labels, outputs = nn.CrossEntropyLoss(), index_labels(), student_outputs()
+    labels[2] = -100
+    loss = DistillationLoss(lambda *a: criterion(*a), Teacher().to(DEVICE), "none", 0.5, 1.0)
+    assert torch.equal(loss(None, outputs, labels), criterion(outputs[0], labels))
+
+
 def test_a_label_out_of_range_is_named_by_the_debug_switch():
     loss = DistillationLoss(nn.CrossEntropyLoss(), Teacher().to(DEVICE), "hard", 0.5, 1.0, check_indices=True)
     labels = index_labels()
