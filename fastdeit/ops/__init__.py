@@ -6,6 +6,7 @@ from fastdeit.ops.distillation_cross_entropy import (
     distillation_cross_entropy_reference,
 )
 from fastdeit.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
+from fastdeit.ops.layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
 from fastdeit.ops.mlp import mlp, mlp_reference
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "distillation_cross_entropy",
     "distillation_cross_entropy_reference",
     "layer_norm",
+    "layer_norm_mlp",
+    "layer_norm_mlp_reference",
     "layer_norm_reference",
     "mlp",
     "mlp_reference",

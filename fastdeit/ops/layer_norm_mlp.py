@@ -1,0 +1,419 @@
+"""The MLP branch of a transformer block as one autograd node: LayerNorm, MLP, LayerScale, stochastic depth, residual addition.
+
+Under autocast the weight w and bias b of the LayerNorm are folded into the first layer as its fp32 master weight is cast:
+
+    layer_norm(x) W1^T + b1 = x_hat (W1 w)^T + (b1 + W1 b),   x_hat = (x - mean) * rstd
+
+so that x_hat, in the dtype of the products, is the product's input, the weight gradient's operand and all that LayerNorm's
+backward needs. With G = dz^T x_hat the parameters' gradients take no sums over rows of their own:
+
+    dW1 = G * w + db1 (outer) b,   dw = column sums of W1 * G,   db = W1^T db1
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdeit import backends
+from fastdeit.ops.layer_norm import _check as _check_layer_norm
+from fastdeit.ops.layer_norm import _check_branch, _dense, layer_norm_reference
+from fastdeit.ops.layer_norm import why_reference as why_no_layer_norm
+from fastdeit.ops.mlp import _check as _check_mlp
+from fastdeit.ops.mlp import _linear, _weight_gradient, mlp_reference
+from fastdeit.ops.mlp import why_reference as why_no_mlp
+
+_GRADIENTS = ("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "gamma")  # in the order of the ops' arguments
+
+
+def layer_norm_mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    gamma: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + gamma * drop_path_scale * mlp(layer_norm(x)): the second half of a pre-norm transformer block.
+
+    (Ba et al. 2016; Touvron et al. 2021, "Going deeper with image transformers", eq. 4, for gamma; Huang et al. 2016 for the
+    factors per sample.) For backward it keeps rstd, the pre-activation, and x, or under autocast x normalised instead, in the
+    dtype of the products: 10 bytes a token and channel at an MLP ratio of 4, of PyTorch's 22.
+
+    Args:
+        x: (..., C), a float dtype, any strides.
+        norm_weight, norm_bias: (C,) or None.
+        eps: added to the variance, >= 0.
+        w1: (H, C); b1: (H,) or None; w2: (O, H); b2: (O,) or None.
+        activation: as `mlp` takes it.
+        gamma: (O,) or None, LayerScale.
+        drop_path_scale: (x.shape[0],) float32 or None, without gradient.
+        residual: (..., O) or None. Given x itself, its two gradients are added where the first is made.
+
+    Returns:
+        (..., O), of the dtype that PyTorch's promotion gives the formula.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: a shape or device does not fit, eps is negative or NaN, or activation is unknown.
+    """
+    _check_layer_norm(x, norm_weight, norm_bias, eps, None)
+    _check_mlp(x, w1, b1, w2, b2, activation)
+    _check(x, w2, gamma, drop_path_scale, residual)
+    if why_reference(x) is not None:
+        options = dict(gamma=gamma, drop_path_scale=drop_path_scale, residual=residual)
+        return layer_norm_mlp_reference(
+            x, norm_weight, norm_bias, eps, w1, b1, w2, b2, activation=activation, **options
+        )
+    products = backends.product_dtype(x)
+    adds_x = residual is x
+    tensors = (x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, None if adds_x else residual)
+    options = (eps, activation, products, adds_x)
+    if backends.registered_path(*tensors):
+        return layer_norm_mlp_forward(*tensors, *options)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _LayerNormMlp.apply(*tensors, *options)
+    return _forward(*tensors, *options)[0]
+
+
+def layer_norm_mlp_reference(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    gamma: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What `layer_norm_mlp` means, in plain PyTorch. Run in float64 it is the oracle."""
+    normed = layer_norm_reference(x, norm_weight, norm_bias, eps)
+    out = mlp_reference(normed, w1, b1, w2, b2, activation=activation)
+    if gamma is not None:
+        out = out * gamma
+    if drop_path_scale is not None:
+        out = out * drop_path_scale.to(out.dtype).reshape(-1, *(1,) * (x.dim() - 1))
+    return out if residual is None else residual + out
+
+
+def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
+    """None when `layer_norm_mlp` runs its kernels on x, else why it runs the reference."""
+    return why_no_layer_norm(x) or why_no_mlp(x, activation)
+
+
+def _check(x, w2, gamma, drop_path_scale, residual) -> None:
+    outputs = w2.shape[0]
+    for name, tensor, shape in (("gamma", gamma, (outputs,)), ("residual", residual, (*x.shape[:-1], outputs))):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name}: expected a floating-point tensor or None, got {given}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+    _check_branch(x, x, None, drop_path_scale)
+
+
+# ---- the work, shared by both paths
+
+
+class _Kept(NamedTuple):
+    """What backward needs of forward. Of x, mean and x_hat it is x_hat alone in the folded form, else the other two."""
+
+    x: Tensor | None
+    mean: Tensor | None
+    x_hat: Tensor | None  # (M, C)
+    rstd: Tensor  # (M,) fp32
+    z: Tensor  # (M, H), the pre-activation
+
+
+def folds(products: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor | None, w1: Tensor) -> bool:
+    """Whether LayerNorm's parameters are folded into w1: where the product's weight is a rounded copy of an fp32 master anyway."""
+    masters = [t for t in (norm_weight, norm_bias, w1) if t is not None]
+    return products != torch.float32 and all(t.dtype == torch.float32 for t in masters)
+
+
+def _forward(
+    x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, products, adds_x
+) -> tuple[Tensor, _Kept]:
+    from fastdeit.kernels.layer_norm import layer_norm_forward
+    from fastdeit.kernels.mlp import activation_forward
+    from fastdeit.kernels.residual_branch import scale_add_forward
+
+    with _without_autocast(x):
+        folded = folds(products, norm_weight, norm_bias, w1)
+        affine = (None, None) if folded else (_dense(norm_weight), _dense(norm_bias))
+        _, normed, mean, rstd = layer_norm_forward(x, *affine, eps, products)
+        normed = normed.view(-1, x.shape[-1])
+        if folded:
+            if norm_bias is not None:
+                shift = torch.mv(w1, norm_bias)
+                b1 = shift if b1 is None else shift + b1
+            w1 = _scaled(w1, norm_weight, products)
+        z = _linear(normed, w1, b1)
+        branch = _linear(activation_forward(z, activation), w2, b2)
+        residual = x if adds_x else residual
+        out = branch
+        if not (gamma is None and drop_path_scale is None and residual is None):
+            dtype = products
+            for t in (gamma, residual):
+                dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+            rows = None if residual is None else residual.reshape(branch.shape).contiguous()
+            out = scale_add_forward(branch, rows, _dense(gamma), _dense(drop_path_scale), dtype)
+    kept = _Kept(None, None, normed, rstd, z) if folded else _Kept(x, mean, None, rstd, z)
+    return out.view(*x.shape[:-1], out.shape[-1]), kept
+
+
+def _backward(
+    dy, kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale, eps, activation, adds_x, shape, dtypes
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None. x has the given shape."""
+    from fastdeit.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+    from fastdeit.kernels.mlp import activation_backward, activation_forward
+    from fastdeit.kernels.residual_branch import folded_layer_norm_backward, scale_add_backward
+
+    to = dict(zip(_GRADIENTS, dtypes, strict=True))
+    needs = {name for name, dtype in to.items() if dtype is not None}
+    found: dict[str, Tensor] = {}
+    _, mean, x_hat, rstd, z = kept
+    products, channels = z.dtype, shape[-1]
+    dy = dy.reshape(-1, w2.shape[0]).contiguous()
+    with _without_autocast(dy):
+        g, g_sum = scale_add_backward(dy, _dense(drop_path_scale), products, needs_sum=bool(needs & {"b2", "gamma"}))
+        if "b2" in needs:
+            found["b2"] = g_sum if gamma is None else g_sum * gamma
+        h, db1 = None, None
+        if needs & {"x", "norm_weight", "norm_bias", "w1", "b1"}:
+            dh = torch.mm(g, _scaled(w2, None if gamma is None else gamma[:, None], products))
+            sums = torch.float32 if needs & {"b1", "norm_bias", "w1"} else None
+            dz, h, db1 = activation_backward(dh, z, activation, needs_h=bool(needs & {"w2", "gamma"}), dbias_dtype=sums)
+            del dh
+            found["b1"] = db1
+        elif needs & {"w2", "gamma"}:
+            h = activation_forward(z, activation)
+        if gamma is None and "w2" in needs:
+            found["w2"] = _weight_gradient(g, h, to["w2"])
+        elif needs & {"w2", "gamma"}:
+            product = _weight_gradient(g, h, torch.float32)
+            found["w2"] = product * gamma[:, None]
+            if "gamma" in needs:
+                # The sum over rows of g * (h W2^T + b2): the branch's output need not be kept.
+                found["gamma"] = (product * w2).sum(1)
+                if b2 is not None:
+                    found["gamma"] += b2 * g_sum
+        h = None
+        if x_hat is not None:
+            if needs & {"norm_weight", "w1"}:
+                product = _weight_gradient(dz, x_hat, torch.float32)
+                if "norm_weight" in needs:
+                    found["norm_weight"] = (product * w1).sum(0)
+                if "w1" in needs:
+                    product = product if norm_weight is None else product.mul_(norm_weight)
+                    found["w1"] = product if norm_bias is None else product.addr_(db1, norm_bias)
+            if "norm_bias" in needs:
+                found["norm_bias"] = torch.mv(w1.t(), db1)
+            if "x" in needs:
+                dx_hat = torch.mm(dz, _scaled(w1, norm_weight, products))
+                found["x"] = folded_layer_norm_backward(dx_hat, x_hat, rstd, dy if adds_x else None, to["x"])
+        else:
+            x, affine = kept.x, (_dense(norm_weight), _dense(norm_bias))
+            if "w1" in needs:
+                normed = layer_norm_forward(x, *affine, eps, products, keep_statistics=False)[1]
+                found["w1"] = _weight_gradient(dz, normed.view(-1, channels), to["w1"])
+            if needs & {"x", "norm_weight", "norm_bias"}:
+                found["x"], _, found["norm_weight"], found["norm_bias"], _ = layer_norm_backward(
+                    torch.mm(dz, w1.to(products)).view(shape),
+                    *(x, mean, rstd, affine[0]),
+                    dx_new=dy.view(shape) if adds_x else None,
+                    dx_dtype=to["x"],
+                    dweight_dtype=to["norm_weight"],
+                    dbias_dtype=to["norm_bias"],
+                )
+    if "x" in needs:
+        found["x"] = found["x"].view(shape)
+    return tuple(found[name].to(to[name]) if name in needs else None for name in _GRADIENTS)
+
+
+def _without_autocast(x: Tensor):
+    """Products here run in the dtypes they are given, the fp32 ones of parameters too."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _scaled(weight: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """weight * factor, computed in their own dtypes' promotion and rounded to dtype in the same pass."""
+    if factor is None:
+        return weight.to(dtype)
+    if torch.promote_types(weight.dtype, factor.dtype) == dtype:
+        return weight * factor
+    return torch.mul(weight, factor, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
+
+
+# ---- eager
+
+
+class _LayerNormMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        norm_weight,
+        norm_bias,
+        w1,
+        b1,
+        w2,
+        b2,
+        gamma,
+        drop_path_scale,
+        residual,
+        eps,
+        activation,
+        products,
+        adds_x,
+    ):
+        parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
+        out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x)
+        ctx.save_for_backward(*kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale)
+        ctx.options = (eps, activation, adds_x, x.shape)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, *parameters))
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+        saved = ctx.saved_tensors
+        gradients = _backward(dy, _Kept(*saved[:5]), *saved[5:], *ctx.options, wanted)
+        dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[9] else None
+        return *gradients, None, dresidual, None, None, None, None
+
+
+# ---- compiled and exported: the registered ops. An op's outputs may be neither None nor its inputs, hence the empty tensors.
+
+
+@torch.library.custom_op("fastdeit::layer_norm_mlp_forward", mutates_args=())
+def layer_norm_mlp_forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma: Tensor | None,
+    drop_path_scale: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    products: torch.dtype,
+    adds_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
+    out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x)
+    return out, *(kept.rstd.new_empty(0) if t is None else t for t in kept[1:])
+
+
+@layer_norm_mlp_forward.register_fake
+def _(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, products, adds_x):
+    rows = x.numel() // x.shape[-1]
+    folded = folds(products, norm_weight, norm_bias, w1)
+    dtype = products
+    for t in (gamma, x if adds_x else residual):
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    single = dict(dtype=torch.float32, device=x.device)
+    return (
+        torch.empty((*x.shape[:-1], w2.shape[0]), dtype=dtype, device=x.device),
+        torch.empty(0 if folded else rows, **single),
+        torch.empty((rows, x.shape[-1]), dtype=products, device=x.device) if folded else torch.empty(0, **single),
+        torch.empty(rows, **single),
+        torch.empty((rows, w1.shape[0]), dtype=products, device=x.device),
+    )
+
+
+def _dtypes(norm_weight, norm_bias, w1, w2, b2, gamma, x_dtype, b1_dtype):
+    """Those of _GRADIENTS; any for a parameter that is not there."""
+    of = lambda t: x_dtype if t is None else t.dtype  # noqa: E731
+    return x_dtype, of(norm_weight), of(norm_bias), w1.dtype, b1_dtype, w2.dtype, of(b2), of(gamma)
+
+
+@torch.library.custom_op("fastdeit::layer_norm_mlp_backward", mutates_args=())
+def layer_norm_mlp_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    mean: Tensor | None,
+    x_hat: Tensor | None,
+    rstd: Tensor,
+    z: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma: Tensor | None,
+    drop_path_scale: Tensor | None,
+    eps: float,
+    activation: str,
+    adds_x: bool,
+    needs: list[bool],
+    x_dtype: torch.dtype,
+    b1_dtype: torch.dtype,
+) -> list[Tensor]:
+    kept = _Kept(x, mean, x_hat, rstd, z)
+    dtypes = _dtypes(norm_weight, norm_bias, w1, w2, b2, gamma, x_dtype, b1_dtype)
+    wanted = [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)]
+    shape = (*dy.shape[:-1], w1.shape[1])
+    parameters = (norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale)
+    gradients = _backward(dy, kept, *parameters, eps, activation, adds_x, shape, wanted)
+    return [rstd.new_empty(0) if g is None else g for g in gradients]
+
+
+@layer_norm_mlp_backward.register_fake
+def _(dy, x, mean, x_hat, rstd, z, norm_weight, norm_bias, w1, w2, b2, gamma, *rest):
+    *_, needs, x_dtype, b1_dtype = rest
+    dtypes = _dtypes(norm_weight, norm_bias, w1, w2, b2, gamma, x_dtype, b1_dtype)
+    C, H, O = w1.shape[1], w1.shape[0], w2.shape[0]  # noqa: E741
+    shapes = ((*dy.shape[:-1], C), (C,), (C,), (H, C), (H,), (O, H), (O,), (O,))
+    return [
+        dy.new_empty(shape, dtype=dtype) if need else rstd.new_empty(0)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    ]
+
+
+def _keep(ctx, inputs, output):
+    x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, _, adds_x = inputs
+    _, mean, x_hat, rstd, z = output
+    ctx.mark_non_differentiable(mean, x_hat, rstd, z)
+    kept = (None, None, x_hat, rstd, z) if x_hat.dim() == 2 else (x, mean, None, rstd, z)
+    ctx.save_for_backward(*kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale)
+    ctx.options = (eps, activation, adds_x)
+    ctx.dtypes = (x.dtype, x.dtype if b1 is None else b1.dtype)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _registered_backward(ctx, dy, *_):
+    needs = list(ctx.needs_input_grad[:8])
+    gradients = layer_norm_mlp_backward(dy, *ctx.saved_tensors, *ctx.options, needs, *ctx.dtypes)
+    present = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[9] else None
+    return *present, None, dresidual, None, None, None, None
+
+
+layer_norm_mlp_forward.register_autograd(_registered_backward, setup_context=_keep)
