@@ -26,7 +26,14 @@ from triton.runtime.jit import DependenciesFinder, JITCallable, JITFunction
 from fastdeit.kernels.architecture import LIMITS, Limits
 
 # modules of fastdeit.kernels that have a `shipped(arch)`
-KERNEL_FILES = ("layer_norm", "attention", "attention_backward", "distillation_cross_entropy", "mlp")
+KERNEL_FILES = (
+    "layer_norm",
+    "attention",
+    "attention_backward",
+    "distillation_cross_entropy",
+    "mlp",
+    "residual_branch",
+)
 ARCHITECTURES = (80, 89, 90, 100)  # what the configurations are compiled for; others run the nearest one's choices
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
