@@ -139,7 +139,7 @@ def load_config(source: str = "digits", overrides: dict[str, Any] | None = None)
         raise ValueError(f"config: {source!r} is neither a file nor one of {', '.join(shipped_configs())}")
     try:
         values = yaml.safe_load(text) or {}
-        given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (overrides or {}).items()}
+        given = {k: yaml.safe_load(v) if _is_yaml(k, v) else v for k, v in (overrides or {}).items()}
     except yaml.YAMLError as error:
         raise ValueError(f"config: {source} or an override is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -157,6 +157,13 @@ def config_from(values: dict[str, Any]) -> Config:
     config = Config(**{name: _coerce(name, value) for name, value in values.items()})
     check(config)
     return config
+
+
+def _is_yaml(name: str, value: Any) -> bool:
+    """Whether an override is text to be read as YAML: not that of a string field, where 010 is a name, but for null."""
+    if not isinstance(value, str) or _TYPES.get(name) is str:
+        return False
+    return _TYPES.get(name) != str | None or value == "null"
 
 
 def _coerce(name: str, value: Any) -> Any:

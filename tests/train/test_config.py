@@ -29,6 +29,13 @@ def test_overrides_are_read_as_yaml():
     assert (config.lr, config.aa, config.model_kwargs, config.scale) == (1e-3, None, {"depth": 2}, [0.5, 1.0])
 
 
+def test_overrides_of_strings_are_taken_as_they_are():
+    config = load_config(
+        "digits", {"output": "010", "name": "[a]", "distillation_type": "none", "teacher_model": "null"}
+    )
+    assert (config.output, config.name, config.teacher_model) == ("010", "[a]", None)
+
+
 def test_a_file_is_a_configuration(tmp_path):
     (tmp_path / "mine.yaml").write_text("epochs: 7\nwarmup_epochs: 2\n")
     assert load_config(str(tmp_path / "mine.yaml")).epochs == 7
