@@ -7,6 +7,7 @@ from fastdeit.ops.distillation_cross_entropy import (
 )
 from fastdeit.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
 from fastdeit.ops.layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
+from fastdeit.ops.linear import linear, linear_reference
 from fastdeit.ops.mlp import mlp, mlp_reference
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "layer_norm_mlp",
     "layer_norm_mlp_reference",
     "layer_norm_reference",
+    "linear",
+    "linear_reference",
     "mlp",
     "mlp_reference",
 ]

@@ -1,0 +1,313 @@
+"""A linear layer and what follows it in a transformer block: a library product, fused pointwise kernels behind it."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdeit import backends
+from fastdeit.ops.layer_norm import _dense
+from fastdeit.ops.mlp import ACTIVATIONS, _linear, _weight_gradient
+
+_GRADIENTS = ("x", "weight", "bias", "gamma")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    save_preactivation: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """residual + drop_path_scale * gamma * activation(x weight^T + bias), as one autograd node.
+
+    Args:
+        x: (..., C), a float dtype, any strides.
+        weight: (O, C); bias: (O,) or None.
+        activation: None, or as `mlp` takes it.
+        residual: (..., O) or None.
+        gamma: (O,) or None, LayerScale (Touvron et al. 2021, "Going deeper with image transformers", eq. 4).
+        drop_path_scale: (x.shape[0],) float32 or None, stochastic depth's factor per sample, without gradient.
+        save_preactivation: return x weight^T + bias too, in the dtype of the product and without gradient.
+
+    Returns:
+        (..., O), of the dtype that PyTorch's promotion gives the formula; with `save_preactivation` a pair.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: activation is another, or a shape or device does not fit.
+    """
+    _check(x, weight, bias, activation, residual, gamma, drop_path_scale)
+    options = dict(activation=activation, residual=residual, gamma=gamma, drop_path_scale=drop_path_scale)
+    if why_reference(x) is not None:
+        return linear_reference(x, weight, bias, **options, save_preactivation=save_preactivation)
+    tensors = (x, weight, bias, gamma, drop_path_scale, residual)
+    rest = (activation, backends.product_dtype(x), save_preactivation)
+    if backends.registered_path(*tensors):
+        out, z = linear_forward(*tensors, *rest)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out, z = _LinearFunction.apply(*tensors, *rest)
+    else:
+        out, z = _forward(*tensors, *rest)
+    return (out, z.view(out.shape)) if save_preactivation else out
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    save_preactivation: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `linear` means, in plain PyTorch. Run in float64 it is the oracle."""
+    z = F.linear(x, weight, bias)
+    out = z if activation is None else ACTIVATIONS[activation](z)
+    if gamma is not None:
+        out = out * gamma
+    if drop_path_scale is not None:
+        out = out * drop_path_scale.to(out.dtype).reshape(-1, *(1,) * (x.dim() - 1))
+    out = out if residual is None else residual + out
+    return (out, z.detach()) if save_preactivation else out
+
+
+def why_reference(x: Tensor) -> str | None:
+    """None when `linear` runs its kernels on x, else why it runs the reference."""
+    return backends.why_reference(x)
+
+
+def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    required = {"x": x, "weight": weight}
+    optional = {"bias": bias, "gamma": gamma, "residual": residual, "drop_path_scale": drop_path_scale}
+    for name, tensor in (*required.items(), *((n, t) for n, t in optional.items() if t is not None)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name}: expected a floating-point tensor, got {given}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: expected shape (rows, {x.shape[-1]}), got {tuple(weight.shape)}")
+    outputs = weight.shape[0]
+    for name, shape in (("bias", (outputs,)), ("gamma", (outputs,)), ("residual", (*x.shape[:-1], outputs))):
+        tensor = optional[name]
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    check_drop_path_scale(x, drop_path_scale)
+
+
+def check_drop_path_scale(x: Tensor, drop_path_scale: Tensor | None) -> None:
+    """One float32 factor per sample of x (float64 for the oracle), without gradient."""
+    if drop_path_scale is None:
+        return
+    if drop_path_scale.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"drop_path_scale: expected float32, got {drop_path_scale.dtype}")
+    if x.dim() < 2 or drop_path_scale.shape != x.shape[:1]:
+        given = tuple(drop_path_scale.shape)
+        raise ValueError(f"drop_path_scale: expected one factor per sample of x {tuple(x.shape)}, got {given}")
+    if drop_path_scale.requires_grad:
+        raise ValueError("drop_path_scale: expected a tensor without gradient, got one that requires it")
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """In it products run in the dtypes they are given, the fp32 ones of parameters too."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def scaled(weight: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """weight * factor, computed in their own dtypes' promotion and rounded to dtype in the same pass."""
+    if factor is None:
+        return weight.to(dtype)
+    if torch.promote_types(weight.dtype, factor.dtype) == dtype:
+        return weight * factor
+    return torch.mul(weight, factor, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
+
+
+def promoted(products: torch.dtype, *others: Tensor | None) -> torch.dtype:
+    """The dtype of a product's result after arithmetic with the tensors there are."""
+    for tensor in others:
+        products = products if tensor is None else torch.promote_types(products, tensor.dtype)
+    return products
+
+
+# ---- the work, shared by both paths
+
+
+def _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save) -> tuple[Tensor, Tensor]:
+    """(..., O) and the pre-activation (M, O), or in its place an empty tensor where nobody will read it."""
+    from fastdeit.kernels.mlp import activation_forward
+    from fastdeit.kernels.residual_branch import scale_add_forward
+
+    with without_autocast(x):
+        z = _linear(x.reshape(-1, x.shape[-1]).to(products), weight, bias)
+        out = z if activation is None else activation_forward(z, activation)
+        if not (gamma is None and drop_path_scale is None and residual is None):
+            rows = None if residual is None else residual.reshape(z.shape).contiguous()
+            dtype = promoted(products, gamma, residual)
+            out = scale_add_forward(out, rows, _dense(gamma), _dense(drop_path_scale), dtype)
+    if activation is None and not save:
+        z = z.new_empty(0)
+    elif out is z:
+        z = z.clone()
+    return out.view(*x.shape[:-1], out.shape[-1]), z
+
+
+def _backward(
+    dy, x, z, weight, bias, gamma, drop_path_scale, activation, products, dtypes
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
+    from fastdeit.kernels.mlp import activation_backward
+    from fastdeit.kernels.residual_branch import scale_add_backward
+
+    to = dict(zip(_GRADIENTS, dtypes, strict=True))
+    needs = {name for name, dtype in to.items() if dtype is not None}
+    found: dict[str, Tensor] = {}
+    shape = (*dy.shape[:-1], weight.shape[1])
+    rows = None if x is None else x.reshape(-1, shape[-1]).to(products)
+    dy = dy.reshape(-1, weight.shape[0]).contiguous()
+    with without_autocast(dy):
+        needs_sum = activation is None and bool(needs & {"bias", "gamma"})
+        g, g_sum = scale_add_backward(dy, _dense(drop_path_scale), products, needs_sum=needs_sum)
+        if activation is not None:
+            dh = g if gamma is None else scaled(g, gamma, products)
+            options = dict(needs_h="gamma" in needs, dbias_dtype=to["bias"])
+            dz, h, found["bias"] = activation_backward(dh, z, activation, **options)
+            if "gamma" in needs:
+                found["gamma"] = (g.float() * h.float()).sum(0)
+            if "weight" in needs:
+                found["weight"] = _weight_gradient(dz, rows, to["weight"])
+            if "x" in needs:
+                found["x"] = torch.mm(dz, weight.to(products))
+        else:
+            if "x" in needs:
+                found["x"] = torch.mm(g, scaled(weight, None if gamma is None else gamma[:, None], products))
+            if "bias" in needs:
+                found["bias"] = g_sum if gamma is None else g_sum * gamma
+            if gamma is None and "weight" in needs:
+                found["weight"] = _weight_gradient(g, rows, to["weight"])
+            elif needs & {"weight", "gamma"}:
+                product = _weight_gradient(g, rows, torch.float32)
+                found["weight"] = product * gamma[:, None]
+                if "gamma" in needs:
+                    found["gamma"] = gamma_gradient(product, weight, bias, g_sum)
+        if "x" in needs:
+            found["x"] = found["x"].view(shape)
+    return tuple(found[name].to(to[name]) if name in needs else None for name in _GRADIENTS)
+
+
+def gamma_gradient(product: Tensor, weight: Tensor, bias: Tensor | None, g_sum: Tensor) -> Tensor:
+    """The sum over rows of g * (h W^T + bias), from `product` = g^T h: the layer's output need not be kept."""
+    gradient = (product * weight).sum(1)
+    return gradient if bias is None else gradient + bias * g_sum
+
+
+# ---- eager
+
+
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, gamma, drop_path_scale, residual, activation, products, save):
+        dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias, gamma))
+        keep_x = ctx.needs_input_grad[1] or (activation is None and ctx.needs_input_grad[3])
+        x = x.to(products)  # kept in the dtype of the product
+        out, z = _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save)
+        kept = z if activation is not None else None
+        ctx.save_for_backward(x if keep_x else None, kept, weight, bias, gamma, drop_path_scale)
+        ctx.mark_non_differentiable(z)
+        ctx.options, ctx.dtypes = (activation, products), dtypes
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return out, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+        gradients = _backward(dy, *ctx.saved_tensors, *ctx.options, wanted)
+        dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
+        return *gradients, None, dresidual, None, None, None
+
+
+# ---- compiled and exported: the registered ops
+
+
+@torch.library.custom_op("fastdeit::linear_forward", mutates_args=())
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    drop_path_scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    products: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save)
+
+
+@linear_forward.register_fake
+def _(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save):
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=promoted(products, gamma, residual))
+    rows = x.numel() // x.shape[-1]
+    shape = (0,) if activation is None and not save else (rows, weight.shape[0])
+    return out, x.new_empty(shape, dtype=products)
+
+
+@torch.library.custom_op("fastdeit::linear_backward", mutates_args=())
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    drop_path_scale: Tensor | None,
+    activation: str | None,
+    products: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor]:
+    wanted = [
+        t.dtype if need and t is not None else None for t, need in zip((x, weight, bias, gamma), needs, strict=True)
+    ]
+    gradients = _backward(dy, x, z, weight, bias, gamma, drop_path_scale, activation, products, wanted)
+    return [dy.new_empty(0) if g is None else g for g in gradients]
+
+
+@linear_backward.register_fake
+def _(dy, x, z, weight, bias, gamma, drop_path_scale, activation, products, needs):
+    given = zip((x, weight, bias, gamma), needs, strict=True)
+    return [dy.new_empty(t.shape, dtype=t.dtype) if need and t is not None else dy.new_empty(0) for t, need in given]
+
+
+def _keep(ctx, inputs, output):
+    x, weight, bias, gamma, drop_path_scale, residual, activation, products, _ = inputs
+    z = output[1]
+    ctx.mark_non_differentiable(z)
+    ctx.save_for_backward(x, z if activation is not None else None, weight, bias, gamma, drop_path_scale)
+    ctx.options = (activation, products)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _registered_backward(ctx, dy, _):
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.options, needs)
+    present = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
+    return *present, None, dresidual, None, None, None
+
+
+linear_forward.register_autograd(_registered_backward, setup_context=_keep)
