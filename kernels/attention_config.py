@@ -96,8 +96,8 @@ def _tiles(head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: b
     # A grid that does not fill the machine gets programs of half the size. Larger heads have no registers to lose on it.
     own = 32 if narrow and head_dim <= 64 else 64
     if has_descriptors(arch) and arch >= 100 and own == 64:
-        # tcgen05 multiplies 128 rows at a time; with 64 the forward of some head dimensions spills.
-        return Tiles(128, 64), Tiles(64, 64), Tiles(64, 32)
+        # tcgen05 multiplies 128 rows at a time. Other sizes of these three spill at one head dimension or another.
+        return Tiles(128, 64), Tiles(64, 32), Tiles(64, 32)
     if has_descriptors(arch):
         return Tiles(own, 64), Tiles(own, 64), Tiles(own, 64 if descriptors or piece1 < 64 else 32)
     if head_dim <= 64:
