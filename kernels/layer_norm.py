@@ -3,7 +3,7 @@
     x_new = x + gamma * drop_path_scale * branch
     y     = (x_new - mean) * rstd * weight + bias
 
-A program owns ROWS rows; a row stays in registers, so each stream is read once and written once. Statistics and sums are fp32.
+A row stays in registers, so each stream is read once and written once. Statistics and sums are fp32.
 Parameter gradients are summed in two steps, one partial row a program and then a reduction in fixed order: no atomics, so that
 repeated runs give the same bits. Plain loads, no descriptors: Triton 3.6 lost speed on a TMA load that feeds a reduction.
 """
@@ -26,44 +26,33 @@ SUM_TILE = (256, 16)  # partial rows and columns that a program of the second st
 
 @dataclass(frozen=True)
 class Config:
-    rows: int  # rows of x per step of a program
     num_warps: int
     backward_programs_per_sm: int  # each writes one row of partial sums
 
 
 @lru_cache
 def select_config(channels: int) -> Config:
-    """One row a step and 8 values of each stream a thread: the fewest registers and no spill in every dtype (16 at 8192).
+    """8 values of each stream a thread: the fewest registers and no spill in every dtype (16 at 8192).
 
     Backward runs 12 warps on a multiprocessor: enough loads in flight to cover memory latency, few enough partial rows.
     """
     num_warps = min(max(next_power_of_2(channels) // 256, 1), 16)
-    return Config(rows=1, num_warps=num_warps, backward_programs_per_sm=max(12 // num_warps, 1))
+    return Config(num_warps=num_warps, backward_programs_per_sm=max(12 // num_warps, 1))
 
 
 @triton.jit
-def _sample(row, TOKENS):
-    # Rows fit 32 bits, as a grid does. Dividing in 64 is a function call, across which the compiler spills registers.
-    return row.to(tl.int32) // TOKENS
-
-
-@triton.jit
-def _row_offsets(row, TOKENS, sample_stride, token_stride, VECTOR: tl.constexpr):
-    # int64: B * N * C passes 2^31 at batch sizes people use
-    sample = _sample(row, TOKENS).to(tl.int64)
+def _row_offset(row, TOKENS, sample_stride, token_stride, VECTOR: tl.constexpr):
+    # int64: B * N * C passes 2^31 at batch sizes people use. Rows themselves fit 32 bits, as a grid does, and dividing in 64 is a
+    # function call, across which the compiler spills registers. The hint stands on the scalar that is added to the columns: on
+    # the strides it is lost, and loads are one element wide.
+    sample = row // TOKENS
     token = row - sample * TOKENS
-    return sample * tl.multiple_of(sample_stride, VECTOR) + token * tl.multiple_of(token_stride, VECTOR)
+    offset = sample.to(tl.int64) * sample_stride + token.to(tl.int64) * token_stride
+    return tl.multiple_of(offset, VECTOR)
 
 
 @triton.jit(
-    do_not_specialize=[
-        "M",
-        "TOKENS",
-        "x_sample_stride",
-        "x_token_stride",
-        "branch_sample_stride",
-        "branch_token_stride",
-    ]
+    do_not_specialize=["TOKENS", "x_sample_stride", "x_token_stride", "branch_sample_stride", "branch_token_stride"]
 )
 def layer_norm_forward_kernel(
     x_ptr,  # (B, TOKENS, C), strides (x_sample_stride, x_token_stride, 1)
@@ -72,11 +61,10 @@ def layer_norm_forward_kernel(
     drop_path_scale_ptr,  # (B,) fp32 or None
     weight_ptr,  # (C,) or None
     bias_ptr,  # (C,) or None
-    x_new_ptr,  # (M, C), None without a branch
-    y_ptr,  # (M, C)
-    mean_ptr,  # (M,) fp32, None when no gradient will be asked for
-    rstd_ptr,  # (M,) fp32, likewise
-    M,  # B * TOKENS
+    x_new_ptr,  # (B * TOKENS, C), None without a branch
+    y_ptr,  # (B * TOKENS, C)
+    mean_ptr,  # (B * TOKENS,) fp32, None when no gradient will be asked for
+    rstd_ptr,  # (B * TOKENS,) fp32, likewise
     TOKENS,
     x_sample_stride,
     x_token_stride,
@@ -85,39 +73,40 @@ def layer_norm_forward_kernel(
     eps,
     C: tl.constexpr,
     CHANNELS: tl.constexpr,  # C rounded up to a power of two
-    ROWS: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides every stride and C: lets loads be 16 bytes wide
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, CHANNELS)[None, :]
-    inside = (row < M) & (col < C)
+    """A program owns one row."""
+    row = tl.program_id(0)
+    col = tl.arange(0, CHANNELS)
+    inside = col < C
+    dense = row.to(tl.int64) * C + col
 
-    x_row = _row_offsets(row, TOKENS, x_sample_stride, x_token_stride, VECTOR)
-    x = tl.load(x_ptr + x_row + col, inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + _row_offset(row, TOKENS, x_sample_stride, x_token_stride, VECTOR) + col, inside, other=0.0)
+    x = x.to(tl.float32)
     if branch_ptr is not None:
-        branch_row = _row_offsets(row, TOKENS, branch_sample_stride, branch_token_stride, VECTOR)
+        branch_row = _row_offset(row, TOKENS, branch_sample_stride, branch_token_stride, VECTOR)
         branch = tl.load(branch_ptr + branch_row + col, inside, other=0.0).to(tl.float32)
         if gamma_ptr is not None:
-            branch *= tl.load(gamma_ptr + col, col < C, other=0.0).to(tl.float32)
+            branch *= tl.load(gamma_ptr + col, inside, other=0.0).to(tl.float32)
         if drop_path_scale_ptr is not None:
-            branch *= tl.load(drop_path_scale_ptr + _sample(row, TOKENS), row < M, other=0.0)
+            branch *= tl.load(drop_path_scale_ptr + row // TOKENS)
         # Rounded to the residual stream's dtype first, so that backward, which reads x_new, sees what the statistics saw.
         x_new = (x + branch).to(x_new_ptr.dtype.element_ty)
-        tl.store(x_new_ptr + row * C + col, x_new, inside)
+        tl.store(x_new_ptr + dense, x_new, inside)
         x = x_new.to(tl.float32)
 
-    mean = tl.sum(x, axis=1, keep_dims=True) / C
+    mean = tl.sum(x, axis=0) / C
     centred = tl.where(inside, x - mean, 0.0)  # padding must not count in the variance
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / C + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / C + eps)
     y = centred * rstd
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + col, col < C, other=0.0).to(tl.float32)
+        y *= tl.load(weight_ptr + col, inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + col, col < C, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * C + col, y.to(y_ptr.dtype.element_ty), inside)
+        y += tl.load(bias_ptr + col, inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + dense, y.to(y_ptr.dtype.element_ty), inside)
     if mean_ptr is not None:
-        tl.store(mean_ptr + row, mean, row < M)
-        tl.store(rstd_ptr + row, rstd, row < M)
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
 
 
 @triton.jit(
@@ -141,7 +130,7 @@ def layer_norm_backward_kernel(
     dweight_partial_ptr,  # (programs, C) fp32 or None
     dbias_partial_ptr,  # (programs, C) fp32 or None
     dgamma_partial_ptr,  # (programs, C) fp32 or None
-    M,
+    M,  # B * TOKENS
     TOKENS,
     dy_sample_stride,
     dy_token_stride,
@@ -153,57 +142,56 @@ def layer_norm_backward_kernel(
     branch_token_stride,
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """A program owns every num_programs-th block of ROWS rows, and one row of each table of partial sums."""
-    col = tl.arange(0, CHANNELS)[None, :]
-    dweight = tl.zeros([ROWS, CHANNELS], tl.float32)
-    dbias = tl.zeros([ROWS, CHANNELS], tl.float32)
-    dgamma = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        row = (block * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        inside = (row < M) & (col < C)
-        dy_row = _row_offsets(row, TOKENS, dy_sample_stride, dy_token_stride, VECTOR)
-        x_row = _row_offsets(row, TOKENS, x_sample_stride, x_token_stride, VECTOR)
+    """A program owns every num_programs-th row, and one row of each table of partial sums."""
+    col = tl.arange(0, CHANNELS)
+    inside = col < C
+    dweight = tl.zeros([CHANNELS], tl.float32)
+    dbias = tl.zeros([CHANNELS], tl.float32)
+    dgamma = tl.zeros([CHANNELS], tl.float32)
+    for index in tl.range(tl.program_id(0), M, tl.num_programs(0)):
+        row = tl.full([], 0, tl.int32) + index  # a tensor under the interpreter too
+        dense = row.to(tl.int64) * C + col
+        dy_row = _row_offset(row, TOKENS, dy_sample_stride, dy_token_stride, VECTOR)
+        x_row = _row_offset(row, TOKENS, x_sample_stride, x_token_stride, VECTOR)
         dy = tl.load(dy_ptr + dy_row + col, inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + x_row + col, inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, row < M, other=0.0)
-        rstd = tl.load(rstd_ptr + row, row < M, other=0.0)
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
         if dbias_partial_ptr is not None:
             dbias += dy
         if dweight_partial_ptr is not None:
             dweight += dy * x_hat
         if weight_ptr is not None:
-            dy *= tl.load(weight_ptr + col, col < C, other=0.0).to(tl.float32)
-        along_x_hat = tl.sum(dy * x_hat, axis=1, keep_dims=True) / C
-        along_one = tl.sum(dy, axis=1, keep_dims=True) / C
+            dy *= tl.load(weight_ptr + col, inside, other=0.0).to(tl.float32)
+        along_x_hat = tl.sum(dy * x_hat, axis=0) / C
+        along_one = tl.sum(dy, axis=0) / C
         dx = (dy - x_hat * along_x_hat - along_one) * rstd
         if dx_new_ptr is not None:
-            dx_new_row = _row_offsets(row, TOKENS, dx_new_sample_stride, dx_new_token_stride, VECTOR)
+            dx_new_row = _row_offset(row, TOKENS, dx_new_sample_stride, dx_new_token_stride, VECTOR)
             dx += tl.load(dx_new_ptr + dx_new_row + col, inside, other=0.0).to(tl.float32)
         if dx_ptr is not None:
-            tl.store(dx_ptr + row * C + col, dx.to(dx_ptr.dtype.element_ty), inside)
+            tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), inside)
         if drop_path_scale_ptr is not None:
-            dx *= tl.load(drop_path_scale_ptr + _sample(row, TOKENS), row < M, other=0.0)
+            dx *= tl.load(drop_path_scale_ptr + row // TOKENS)
         if dgamma_partial_ptr is not None:
-            branch_row = _row_offsets(row, TOKENS, branch_sample_stride, branch_token_stride, VECTOR)
+            branch_row = _row_offset(row, TOKENS, branch_sample_stride, branch_token_stride, VECTOR)
             branch = tl.load(branch_ptr + branch_row + col, inside, other=0.0).to(tl.float32)
             dgamma += tl.where(inside, dx * branch, 0.0)
         if dbranch_ptr is not None:
             if gamma_ptr is not None:
-                dx *= tl.load(gamma_ptr + col, col < C, other=0.0).to(tl.float32)
-            tl.store(dbranch_ptr + row * C + col, dx.to(dbranch_ptr.dtype.element_ty), inside)
+                dx *= tl.load(gamma_ptr + col, inside, other=0.0).to(tl.float32)
+            tl.store(dbranch_ptr + dense, dx.to(dbranch_ptr.dtype.element_ty), inside)
 
-    partial = tl.program_id(0) * C + tl.arange(0, CHANNELS)
-    column = tl.arange(0, CHANNELS) < C
+    partial = tl.program_id(0) * C + col
     if dweight_partial_ptr is not None:
-        tl.store(dweight_partial_ptr + partial, tl.sum(dweight, axis=0), column)
+        tl.store(dweight_partial_ptr + partial, dweight, inside)
     if dbias_partial_ptr is not None:
-        tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=0), column)
+        tl.store(dbias_partial_ptr + partial, dbias, inside)
     if dgamma_partial_ptr is not None:
-        tl.store(dgamma_partial_ptr + partial, tl.sum(dgamma, axis=0), column)
+        tl.store(dgamma_partial_ptr + partial, dgamma, inside)
 
 
 @triton.jit(do_not_specialize=["PROGRAMS", "C"])
@@ -287,13 +275,13 @@ def layer_norm_forward(
     config = select_config(channels)
     launch(
         layer_norm_forward_kernel,
-        (cdiv(rows, config.rows),),
+        (rows,),
         (
             *(x, branch, gamma, drop_path_scale, weight, bias, x_new, y),
             *((mean, rstd) if keep_statistics else (None, None)),
-            *(rows, x.shape[1], x.stride(0), x.stride(1), strides.stride(0), strides.stride(1), eps),
+            *(x.shape[1], x.stride(0), x.stride(1), strides.stride(0), strides.stride(1), eps),
         ),
-        (channels, next_power_of_2(channels), config.rows, _vector(channels, x, branch)),
+        (channels, next_power_of_2(channels), _vector(channels, x, branch)),
         config.num_warps,
     )
     return x_new, y, mean, rstd
@@ -332,7 +320,7 @@ def layer_norm_backward(
         return dx, dbranch, *(s if s is None else s.zero_() for s in sums)
     wanted = [s for s in sums if s is not None]
     config = select_config(channels)
-    programs = min(cdiv(rows, config.rows), config.backward_programs_per_sm * multiprocessors(x))
+    programs = min(rows, config.backward_programs_per_sm * multiprocessors(x))
     partial = torch.empty((len(wanted), programs, channels), dtype=torch.float32, device=x.device)
     tables = iter(partial.unbind(0))
     dy, x = _as_tokens(dy), _as_tokens(x)
@@ -348,7 +336,7 @@ def layer_norm_backward(
             *(rows, x.shape[1]),
             *(stride for t in strided for stride in t.stride()[:2]),
         ),
-        (channels, next_power_of_2(channels), config.rows, _vector(channels, dy, dx_new, x, branch)),
+        (channels, next_power_of_2(channels), _vector(channels, dy, dx_new, x, branch)),
         config.num_warps,
     )
     if wanted:
@@ -368,7 +356,7 @@ def shipped(arch: int) -> Iterator[Shipped]:
     backward_strides = ("dy_sample_stride", "dy_token_stride", "dx_new_sample_stride", "dx_new_token_stride", *strides)
     for channels in (192, 384, 768, 1024, 1280, MAX_CHANNELS):
         config = select_config(channels)
-        tile = dict(C=channels, CHANNELS=next_power_of_2(channels), ROWS=config.rows, VECTOR=16)
+        tile = dict(C=channels, CHANNELS=next_power_of_2(channels), VECTOR=16)
         for label, x, low, residual in (("bf16", "*bf16", "*bf16", False), ("autocast", "*fp32", "*bf16", True)):
             if channels == MAX_CHANNELS and not residual:
                 continue
@@ -379,7 +367,7 @@ def shipped(arch: int) -> Iterator[Shipped]:
                 forward |= dict(branch_ptr=low, gamma_ptr=x, drop_path_scale_ptr="*fp32", x_new_ptr=x)
                 backward |= dict(dx_new_ptr=x, branch_ptr=low, gamma_ptr=x, drop_path_scale_ptr="*fp32")
                 backward |= dict(dbranch_ptr=low, dgamma_partial_ptr="*fp32")
-            forward |= dict(M="i32", TOKENS="i32", eps="fp32") | dict.fromkeys(strides, "i32")
+            forward |= dict(TOKENS="i32", eps="fp32") | dict.fromkeys(strides, "i32")
             backward |= dict(M="i32", TOKENS="i32") | dict.fromkeys(backward_strides, "i32")
             label = f"C={channels} {label}"
             yield Shipped(layer_norm_forward_kernel, forward, tile, config.num_warps, 1, label, matrix=False)

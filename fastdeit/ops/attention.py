@@ -6,10 +6,10 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastdeit import backends
+from fastdeit.ops.first_derivative import first_derivative_only
 
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)  # of timm's vision transformers
 _LARGEST_TF32_HEAD_DIM = 64  # in twice the bytes, the backward of larger heads spills registers
@@ -206,7 +206,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dout):
         return _launch_backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
 
@@ -220,7 +220,7 @@ class _AttentionQKV(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dout):
         keys_wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         return *_launch_qkv_backward(dout, *ctx.saved_tensors, ctx.scale, keys_wanted=keys_wanted), None

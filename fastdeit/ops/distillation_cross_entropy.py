@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from fastdeit import backends, costs
+from fastdeit.ops.first_derivative import first_derivative_only
 
 KINDS = ("none", "hard", "soft")
 BASES = ("cross_entropy", "binary_cross_entropy", "none")
@@ -353,18 +353,13 @@ class _DistillationCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dloss):
-        # The gradient depends on the logits as well, which `once_differentiable` cannot see: without this a second derivative
-        # would be silently zero where the upstream gradient is a constant.
-        if torch.is_grad_enabled():
-            dloss = dloss.detach().requires_grad_()
-        return *_once_differentiable_backward(ctx, dloss), None, None, None, None
-
-
-@once_differentiable
-def _once_differentiable_backward(ctx, dloss):
-    need_logits, need_dist, *_ = ctx.needs_input_grad
-    return _launch_backward(dloss, *ctx.saved_tensors, *ctx.options, need_logits=need_logits, need_dist=need_dist)
+        need_logits, need_dist, *_ = ctx.needs_input_grad
+        gradients = _launch_backward(
+            dloss, *ctx.saved_tensors, *ctx.options, need_logits=need_logits, need_dist=need_dist
+        )
+        return *gradients, None, None, None, None
 
 
 # ---- compiled and exported: the registered ops. An op's outputs may not be None, hence the empty tensors.

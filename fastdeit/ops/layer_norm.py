@@ -4,9 +4,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdeit import backends
+from fastdeit.ops.first_derivative import first_derivative_only
 
 MAX_CHANNELS = 8192  # the longest row that the kernels hold in registers
 
@@ -232,7 +232,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         x, mean, rstd, weight = ctx.saved_tensors
         dx, _, dweight, dbias, _ = _launch_backward(
@@ -256,7 +256,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return x_new, y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dx_new, dy):
         x_new, mean, rstd, weight, gamma, drop_path_scale, branch = ctx.saved_tensors
         wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdeit import backends
+from fastdeit.ops.first_derivative import first_derivative_only
 
 # What timm's activation modules compute.
 ACTIVATIONS = {
@@ -145,7 +145,7 @@ class _Mlp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:5]
         gradients = _backward(dy, *ctx.saved_tensors, ctx.activation, needs, ctx.dtypes, ctx.shape)
