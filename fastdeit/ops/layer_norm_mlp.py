@@ -10,7 +10,6 @@ backward needs. With G = dz^T x_hat the parameters' gradients take no sums over 
     dW1 = G * w + db1 (outer) b,   dw = column sums of W1 * G,   db = W1^T db1
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from fastdeit import backends
 from fastdeit.ops.layer_norm import _check as _check_layer_norm
-from fastdeit.ops.layer_norm import _check_branch, _dense, layer_norm_reference
+from fastdeit.ops.layer_norm import _dense, layer_norm_reference
 from fastdeit.ops.layer_norm import why_reference as why_no_layer_norm
+from fastdeit.ops.linear import check_drop_path_scale, gamma_gradient, promoted, scaled, without_autocast
 from fastdeit.ops.mlp import _check as _check_mlp
 from fastdeit.ops.mlp import _linear, _weight_gradient, mlp_reference
 from fastdeit.ops.mlp import why_reference as why_no_mlp
@@ -117,17 +117,21 @@ def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
 
 def _check(x, w2, gamma, drop_path_scale, residual) -> None:
     outputs = w2.shape[0]
-    for name, tensor, shape in (("gamma", gamma, (outputs,)), ("residual", residual, (*x.shape[:-1], outputs))):
+    for name, tensor, shape in (
+        ("gamma", gamma, (outputs,)),
+        ("residual", residual, (*x.shape[:-1], outputs)),
+        ("drop_path_scale", drop_path_scale, None),
+    ):
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = getattr(tensor, "dtype", type(tensor).__name__)
             raise TypeError(f"{name}: expected a floating-point tensor or None, got {given}")
-        if tensor.shape != shape:
+        if shape is not None and tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
-    _check_branch(x, x, None, drop_path_scale)
+    check_drop_path_scale(x, drop_path_scale)
 
 
 # ---- the work, shared by both paths
@@ -156,7 +160,7 @@ def _forward(
     from fastdeit.kernels.mlp import activation_forward
     from fastdeit.kernels.residual_branch import scale_add_forward
 
-    with _without_autocast(x):
+    with without_autocast(x):
         folded = folds(products, norm_weight, norm_bias, w1)
         affine = (None, None) if folded else (_dense(norm_weight), _dense(norm_bias))
         _, normed, mean, rstd = layer_norm_forward(x, *affine, eps, products)
@@ -165,17 +169,16 @@ def _forward(
             if norm_bias is not None:
                 shift = torch.mv(w1, norm_bias)
                 b1 = shift if b1 is None else shift + b1
-            w1 = _scaled(w1, norm_weight, products)
+            w1 = scaled(w1, norm_weight, products)
         z = _linear(normed, w1, b1)
         branch = _linear(activation_forward(z, activation), w2, b2)
         residual = x if adds_x else residual
         out = branch
         if not (gamma is None and drop_path_scale is None and residual is None):
-            dtype = products
-            for t in (gamma, residual):
-                dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
             rows = None if residual is None else residual.reshape(branch.shape).contiguous()
-            out = scale_add_forward(branch, rows, _dense(gamma), _dense(drop_path_scale), dtype)
+            out = scale_add_forward(
+                branch, rows, _dense(gamma), _dense(drop_path_scale), promoted(products, gamma, residual)
+            )
     kept = _Kept(None, None, normed, rstd, z) if folded else _Kept(x, mean, None, rstd, z)
     return out.view(*x.shape[:-1], out.shape[-1]), kept
 
@@ -194,13 +197,13 @@ def _backward(
     _, mean, x_hat, rstd, z = kept
     products, channels = z.dtype, shape[-1]
     dy = dy.reshape(-1, w2.shape[0]).contiguous()
-    with _without_autocast(dy):
+    with without_autocast(dy):
         g, g_sum = scale_add_backward(dy, _dense(drop_path_scale), products, needs_sum=bool(needs & {"b2", "gamma"}))
         if "b2" in needs:
             found["b2"] = g_sum if gamma is None else g_sum * gamma
         h, db1 = None, None
         if needs & {"x", "norm_weight", "norm_bias", "w1", "b1"}:
-            dh = torch.mm(g, _scaled(w2, None if gamma is None else gamma[:, None], products))
+            dh = torch.mm(g, scaled(w2, None if gamma is None else gamma[:, None], products))
             sums = torch.float32 if needs & {"b1", "norm_bias", "w1"} else None
             dz, h, db1 = activation_backward(dh, z, activation, needs_h=bool(needs & {"w2", "gamma"}), dbias_dtype=sums)
             del dh
@@ -213,10 +216,7 @@ def _backward(
             product = _weight_gradient(g, h, torch.float32)
             found["w2"] = product * gamma[:, None]
             if "gamma" in needs:
-                # The sum over rows of g * (h W2^T + b2): the branch's output need not be kept.
-                found["gamma"] = (product * w2).sum(1)
-                if b2 is not None:
-                    found["gamma"] += b2 * g_sum
+                found["gamma"] = gamma_gradient(product, w2, b2, g_sum)
         h = None
         if x_hat is not None:
             if needs & {"norm_weight", "w1"}:
@@ -229,7 +229,7 @@ def _backward(
             if "norm_bias" in needs:
                 found["norm_bias"] = torch.mv(w1.t(), db1)
             if "x" in needs:
-                dx_hat = torch.mm(dz, _scaled(w1, norm_weight, products))
+                dx_hat = torch.mm(dz, scaled(w1, norm_weight, products))
                 found["x"] = folded_layer_norm_backward(dx_hat, x_hat, rstd, dy if adds_x else None, to["x"])
         else:
             x, affine = kept.x, (_dense(norm_weight), _dense(norm_bias))
@@ -248,22 +248,6 @@ def _backward(
     if "x" in needs:
         found["x"] = found["x"].view(shape)
     return tuple(found[name].to(to[name]) if name in needs else None for name in _GRADIENTS)
-
-
-def _without_autocast(x: Tensor):
-    """Products here run in the dtypes they are given, the fp32 ones of parameters too."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def _scaled(weight: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """weight * factor, computed in their own dtypes' promotion and rounded to dtype in the same pass."""
-    if factor is None:
-        return weight.to(dtype)
-    if torch.promote_types(weight.dtype, factor.dtype) == dtype:
-        return weight * factor
-    return torch.mul(weight, factor, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
 # ---- eager
@@ -335,9 +319,7 @@ def layer_norm_mlp_forward(
 def _(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, products, adds_x):
     rows = x.numel() // x.shape[-1]
     folded = folds(products, norm_weight, norm_bias, w1)
-    dtype = products
-    for t in (gamma, x if adds_x else residual):
-        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    dtype = promoted(products, gamma, x if adds_x else residual)
     single = dict(dtype=torch.float32, device=x.device)
     return (
         torch.empty((*x.shape[:-1], w2.shape[0]), dtype=dtype, device=x.device),
