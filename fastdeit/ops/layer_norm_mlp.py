@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdeit import backends
+from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm import _check as _check_layer_norm
 from fastdeit.ops.layer_norm import _dense, layer_norm_reference
 from fastdeit.ops.layer_norm import why_reference as why_no_layer_norm
@@ -281,7 +281,7 @@ class _LayerNormMlp(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
         saved = ctx.saved_tensors

@@ -5,9 +5,9 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdeit import backends
+from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm import _dense
 from fastdeit.ops.mlp import ACTIVATIONS, _linear, _weight_gradient
 
@@ -233,7 +233,7 @@ class _LinearFunction(torch.autograd.Function):
         return out, z
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy, _):
         wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
         gradients = _backward(dy, *ctx.saved_tensors, *ctx.options, wanted)

@@ -176,6 +176,16 @@ def test_empty_batch():
     assert not any(t.grad.any() for t in given)
 
 
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "squares"])
+def test_a_second_derivative_is_refused_clearly(loss):
+    x, *rest = tensors((2, 2), 8, 16)
+    x.requires_grad_()
+    with backends.use_backend("triton"):
+        (gradient,) = torch.autograd.grad(loss(taking_all(ops.linear)(x, *rest)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_reference_gradients(activation):
     given = [t.cpu().double().requires_grad_() for t in tensors((3,), 4, 6)]
