@@ -7,7 +7,7 @@ import timm.loss
 import torch
 from torch import Tensor, nn
 
-from fastdeit.ops.distillation_cross_entropy import KINDS, distillation_cross_entropy
+from fastdeit.ops.distillation_cross_entropy_op import KINDS, distillation_cross_entropy
 
 __all__ = ["DistillationCrossEntropy", "DistillationLoss"]
 

@@ -1,6 +1,7 @@
 """Imports go downwards only, so that a kernel can be read, tested and replaced without what is built on it."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,14 @@ def test_the_core_needs_no_library_of_the_extras():
     assert {m: names for m, names in beyond.items() if names} == {}
 
 
-MODULES = {"fastdeit", "fastdeit.ops", "fastdeit.ops.mlp", "fastdeit.backends", "fastdeit.nn", "fastdeit.kernels.mlp"}
+MODULES = {
+    "fastdeit",
+    "fastdeit.ops",
+    "fastdeit.ops.mlp_op",
+    "fastdeit.backends",
+    "fastdeit.nn",
+    "fastdeit.kernels.mlp",
+}
 
 
 @pytest.mark.parametrize(
@@ -104,9 +112,9 @@ MODULES = {"fastdeit", "fastdeit.ops", "fastdeit.ops.mlp", "fastdeit.backends", 
     [
         ("fastdeit.kernels.mlp", "from fastdeit.ops import mlp"),
         ("fastdeit.kernels.mlp", "from fastdeit import backends"),
-        ("fastdeit.kernels.mlp", "def f():\n    import fastdeit.ops.mlp"),
-        ("fastdeit.ops.mlp", "from ..nn import Mlp"),
-        ("fastdeit.ops.mlp", "import fastdeit"),
+        ("fastdeit.kernels.mlp", "def f():\n    import fastdeit.ops.mlp_op"),
+        ("fastdeit.ops.mlp_op", "from ..nn import Mlp"),
+        ("fastdeit.ops.mlp_op", "import fastdeit"),
         ("fastdeit.nn", "from fastdeit import accelerate"),
         ("fastdeit.patching", "from fastdeit.train.config import Config"),
     ],
@@ -118,9 +126,9 @@ def test_an_upward_import_is_found(module, source):
 @pytest.mark.parametrize(
     "module, source",
     [
-        ("fastdeit.ops.mlp", "def f():\n    from fastdeit.kernels.mlp import mlp_forward"),
-        ("fastdeit.ops.mlp", "from fastdeit import backends"),
-        ("fastdeit.ops.mlp", "from . import layer_norm"),
+        ("fastdeit.ops.mlp_op", "def f():\n    from fastdeit.kernels.mlp import mlp_forward"),
+        ("fastdeit.ops.mlp_op", "from fastdeit import backends"),
+        ("fastdeit.ops.mlp_op", "from . import layer_norm"),
         ("fastdeit.nn", "from fastdeit.ops import mlp"),
         ("fastdeit.cli", "import fastdeit"),
         ("fastdeit.kernels.mlp", "from fastdeit.kernels.launch import launch"),
@@ -136,7 +144,7 @@ def test_a_file_without_a_layer_is_refused():
 
 
 def test_an_outside_library_is_found():
-    assert outside_libraries("import math\ndef f():\n    from einops import rearrange", "fastdeit.ops.mlp") == {
+    assert outside_libraries("import math\ndef f():\n    from einops import rearrange", "fastdeit.ops.mlp_op") == {
         "einops"
     }
 
@@ -151,3 +159,11 @@ def test_everything_but_the_kernels_imports_without_triton():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("package", ["fastdeit", "fastdeit.ops", "fastdeit.nn"])
+def test_no_module_shares_its_name_with_what_its_package_exports(package):
+    """`import fastdeit.ops.layer_norm` would give the function, or the module, by the order of imports."""
+    module = importlib.import_module(package)
+    files = {path.stem for path in Path(module.__file__).parent.iterdir()}
+    assert files and not files & set(module.__all__)

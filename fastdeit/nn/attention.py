@@ -14,7 +14,7 @@ from fastdeit.nn.eligibility import (
     why_not_linear,
     why_not_plain_call,
 )
-from fastdeit.ops.attention import why_reference
+from fastdeit.ops.attention_op import why_reference
 
 _TIMM_FORWARD = forward_of(timm.layers.Attention)
 

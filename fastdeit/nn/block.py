@@ -21,7 +21,7 @@ from fastdeit.nn.eligibility import (
 )
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp
-from fastdeit.ops.layer_norm import why_reference
+from fastdeit.ops.layer_norm_op import why_reference
 
 # Source class -> fused class, of what a block is made of.
 PARTS: dict[type[nn.Module], type[nn.Module]] = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastdeit import ops
 from fastdeit.nn.eligibility import FusedModule, forward_of, why_not_plain_call, why_not_plain_weights
-from fastdeit.ops.layer_norm import why_reference
+from fastdeit.ops.layer_norm_op import why_reference
 
 
 class _FusedLayerNorm(FusedModule):

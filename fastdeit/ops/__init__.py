@@ -1,14 +1,14 @@
 """Fused operations. Each has a plain PyTorch twin, `<op>_reference`, beside it in its file."""
 
-from fastdeit.ops.attention import attention, attention_qkv, attention_qkv_reference, attention_reference
-from fastdeit.ops.distillation_cross_entropy import (
+from fastdeit.ops.attention_op import attention, attention_qkv, attention_qkv_reference, attention_reference
+from fastdeit.ops.distillation_cross_entropy_op import (
     distillation_cross_entropy,
     distillation_cross_entropy_reference,
 )
-from fastdeit.ops.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
-from fastdeit.ops.layer_norm_mlp import layer_norm_mlp, layer_norm_mlp_reference
-from fastdeit.ops.linear import linear, linear_reference
-from fastdeit.ops.mlp import mlp, mlp_reference
+from fastdeit.ops.layer_norm_mlp_op import layer_norm_mlp, layer_norm_mlp_reference
+from fastdeit.ops.layer_norm_op import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
+from fastdeit.ops.linear_op import linear, linear_reference
+from fastdeit.ops.mlp_op import mlp, mlp_reference
 
 __all__ = [
     "add_layer_norm",

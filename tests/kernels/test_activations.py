@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastdeit import testing
 from fastdeit.kernels.mlp import activation_backward, activation_forward
-from fastdeit.ops.mlp import ACTIVATIONS
+from fastdeit.ops.mlp_op import ACTIVATIONS
 
 DEVICE = testing.kernel_device()
 DTYPES = (torch.float16, torch.bfloat16)

@@ -9,7 +9,7 @@ from fastdeit.kernels.architecture import LIMITS
 from fastdeit.kernels.attention_config import PIECES, select_config, tail, whole_tiles
 from fastdeit.kernels.attention_views import vector_units
 from fastdeit.kernels.stub_driver import driver
-from fastdeit.ops.attention import HEAD_DIMS
+from fastdeit.ops.attention_op import HEAD_DIMS
 from fastdeit.testing import interpreter_active
 
 CHECKS = "stubbed_attention.py"

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fastdeit import backends, ops, testing
 from fastdeit.kernels import attention as kernels
 from fastdeit.kernels.attention_config import select_config, whole_tiles
-from fastdeit.ops.attention import (
+from fastdeit.ops.attention_op import (
     HEAD_DIMS,
     attention_backward,
     attention_forward,

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdeit import backends, costs, ops
 from fastdeit.ops import distillation_cross_entropy as op
 from fastdeit.ops import distillation_cross_entropy_reference as reference
-from fastdeit.ops.distillation_cross_entropy import (
+from fastdeit.ops.distillation_cross_entropy_op import (
     BASES,
     KINDS,
     distillation_cross_entropy_backward,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.layer_norm import MAX_CHANNELS, add_layer_norm_forward, layer_norm_forward, why_reference
+from fastdeit.ops.layer_norm_op import MAX_CHANNELS, add_layer_norm_forward, layer_norm_forward, why_reference
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DTYPES = kernel_dtypes()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.layer_norm_mlp import layer_norm_mlp_forward
+from fastdeit.ops.layer_norm_mlp_op import layer_norm_mlp_forward
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()

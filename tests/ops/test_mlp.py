@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.mlp import ACTIVATIONS, mlp_forward
+from fastdeit.ops.mlp_op import ACTIVATIONS, mlp_forward
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()

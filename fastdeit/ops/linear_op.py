@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.first_derivative import first_derivative_only
-from fastdeit.ops.layer_norm import _dense
-from fastdeit.ops.mlp import ACTIVATIONS, _linear, _weight_gradient
+from fastdeit.ops.layer_norm_op import _dense
+from fastdeit.ops.mlp_op import ACTIVATIONS, _linear, _weight_gradient
 
 _GRADIENTS = ("x", "weight", "bias", "gamma")
 

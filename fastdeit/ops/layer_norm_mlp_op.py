@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.first_derivative import first_derivative_only
-from fastdeit.ops.layer_norm import _check as _check_layer_norm
-from fastdeit.ops.layer_norm import _dense, layer_norm_reference
-from fastdeit.ops.layer_norm import why_reference as why_no_layer_norm
-from fastdeit.ops.linear import check_drop_path_scale, gamma_gradient, promoted, scaled, without_autocast
-from fastdeit.ops.mlp import _check as _check_mlp
-from fastdeit.ops.mlp import _linear, _weight_gradient, mlp_reference
-from fastdeit.ops.mlp import why_reference as why_no_mlp
+from fastdeit.ops.layer_norm_op import _check as _check_layer_norm
+from fastdeit.ops.layer_norm_op import _dense, layer_norm_reference
+from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
+from fastdeit.ops.linear_op import check_drop_path_scale, gamma_gradient, promoted, scaled, without_autocast
+from fastdeit.ops.mlp_op import _check as _check_mlp
+from fastdeit.ops.mlp_op import _linear, _weight_gradient, mlp_reference
+from fastdeit.ops.mlp_op import why_reference as why_no_mlp
 
 _GRADIENTS = ("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "gamma")  # in the order of the ops' arguments
 
