@@ -85,8 +85,8 @@ def measure() -> dict[str, float]:
     x, weight, bias = torch.zeros(2, 198, 192), torch.ones(192), torch.zeros(192)
     y, mean, rstd = torch.empty_like(x), torch.empty(396), torch.empty(396)
     strides = (x.stride(0), x.stride(1))
-    args = (x, None, None, None, weight, bias, None, y, mean, rstd, 396, 198, *strides, *strides, 1e-6)
-    constexprs = (192, 256, 1, 16)
+    args = (x, None, None, None, weight, bias, None, y, mean, rstd, 198, *strides, *strides, 1e-6)
+    constexprs = (192, 256, 16)
     qkv, out = torch.zeros(2, 198, 576, dtype=torch.bfloat16), torch.zeros(2, 198, 192, dtype=torch.bfloat16)
 
     def descriptors():
