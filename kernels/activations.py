@@ -24,7 +24,7 @@ def _normal_cdf(x):
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-_LOG2_E * x))
+    return 1.0 / (1.0 + tl.exp2(x * -_LOG2_E))
 
 
 @triton.jit

@@ -155,7 +155,8 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
     if (value > SHARED_PER_BLOCK) return refuse("stub: more shared memory than a block can have");
     ((Function *)function)->dynamic_shared = value;
   }
-  return CUDA_SUCCESS;
+  // Not a message of ours: Triton asks for what newer drivers have, and takes the old way where it is refused.
+  return (int)attribute > (int)CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const CUlaunchConfig *config) {
