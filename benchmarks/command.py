@@ -12,7 +12,12 @@ def suites() -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"one of {', '.join(suites())}; all by default")
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help=f"one of {', '.join(suites())}; all by default. Or `report FILE...`: tables of raw results, as Markdown",
+    )
     parser.add_argument(
         "--toy", action="store_true", help="tiny shapes on the CPU: shows that the suites run, measures nothing"
     )
@@ -27,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a suite that there is none of, or a results file in a directory that there is none of.
         ImportError: the extra `bench` is not installed.
     """
+    if args.suites[:1] == ["report"]:
+        return _report(args.suites[1:])
     unknown = sorted(set(args.suites) - set(suites()))
     if unknown:
         raise ValueError(f"no benchmark suite called {', '.join(unknown)}; there are {', '.join(suites())}")
@@ -44,3 +51,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         options.append(f"--benchmark-json={args.json.absolute()}")
     return int(pytest.main([*options, *files]))
+
+
+def _report(files: list[str]) -> int:
+    from fastdeit.benchmarks.report import markdown
+
+    if not files:
+        raise ValueError("report: expected at least one file that fastdeit bench --json wrote")
+    print("\n".join(markdown(Path(file)) for file in files), end="")
+    return 0
