@@ -31,6 +31,11 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.unflatten(-1, (3, heads, -1)).unbind(2)
 
 
+def compiled(function: Callable) -> Callable:
+    """torch.compile at its best: one case has one shape, so it may specialise on it."""
+    return torch.compile(function, dynamic=False)
+
+
 def sdpa(backend: SDPBackend | None, heads: int) -> Callable[[Tensor], Tensor]:
     """timm's attention around `scaled_dot_product_attention`, held to one backend, or PyTorch's choice for None."""
 
@@ -45,11 +50,11 @@ def sdpa(backend: SDPBackend | None, heads: int) -> Callable[[Tensor], Tensor]:
 
 
 def flex_attention(heads: int) -> Callable[[Tensor], Tensor]:
-    compiled = torch.compile(imported("torch.nn.attention.flex_attention", "flex_attention"))
+    flex = compiled(imported("torch.nn.attention.flex_attention", "flex_attention"))
 
     def attention(qkv: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in split_heads(qkv, heads))
-        return compiled(q, k, v).transpose(1, 2).flatten(2)
+        return flex(q, k, v).transpose(1, 2).flatten(2)
 
     return attention
 

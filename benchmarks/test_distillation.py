@@ -59,7 +59,7 @@ def test_distillation_cross_entropy(compare, toy, batch, classes, direction):
     )
     candidates = {"fastdeit": op, "deit eager": deit, "timm's task": timm_task}
     if not toy:
-        candidates |= {"torch.compile": torch.compile(deit), "Liger (labels alone), twice": liger}
+        candidates |= {"torch.compile": peers.compiled(deit), "Liger (labels alone), twice": liger}
     sizes = dict(soft_target=True, logits_bytes=dtype.itemsize, target_bytes=4, teacher_bytes=dtype.itemsize)
     forward = costs.distillation_cross_entropy_forward(batch, classes, **sizes)
     backward = costs.distillation_cross_entropy_backward(batch, classes, **sizes)

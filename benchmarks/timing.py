@@ -73,7 +73,10 @@ def measure(
         turns: how often each candidate is timed after warming up.
         errors: largest error of each candidate against float64, where it is known.
     """
-    sets = _rotation(inputs)
+    try:
+        sets = _rotation(inputs)
+    except torch.OutOfMemoryError:
+        return [Row(name, status="out of memory, for the inputs alone") for name in candidates]
     rows, timers = [], {}
     for name, function in candidates.items():
         row = Row(name, max_error=(errors or {}).get(name))
@@ -126,7 +129,13 @@ def _prepare(function, sets, row: Row) -> Callable[[], float]:
 
         return turn
 
-    function(*sets[0])
+    # Off the default stream from the first call on: backward runs where its forward ran, and that stream cannot be captured.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for arguments in sets:
+            function(*arguments)
+    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -144,7 +153,7 @@ def _prepare(function, sets, row: Row) -> Callable[[], float]:
     run = batch
     row.timed_by = "batched events"
     try:
-        run = _captured(batch)
+        run = _captured(batch, side)
         row.timed_by = "graph replay"
     except torch.OutOfMemoryError:
         raise
@@ -163,14 +172,13 @@ def _prepare(function, sets, row: Row) -> Callable[[], float]:
     return turn
 
 
-def _captured(batch: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
+def _captured(batch: Callable[[], None], side: torch.cuda.Stream) -> Callable[[], None]:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         batch()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         batch()
     return graph.replay
 
@@ -190,7 +198,8 @@ def _kernels_of(function, arguments) -> list[str]:
     with torch.profiler.profile(activities=activities) as profile:
         function(*arguments)
         torch.cuda.synchronize()
-    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = (e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [name for name in on_device if not name.startswith(("Memcpy", "Memset"))]
 
 
 def environment() -> dict[str, Any]:
