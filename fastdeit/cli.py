@@ -23,6 +23,7 @@ COMMANDS = {
     "explain": Command("fastdeit.explain_command", "what of a timm model runs fused, and why the rest does not"),
     "kernels": Command("fastdeit.kernels.report", "what the compiler made of every kernel, without a GPU"),
     "bench": Command("fastdeit.benchmarks.command", "time the fused ops beside PyTorch's own"),
+    "tune": Command("fastdeit.benchmarks.tune", "find the fastest configuration of each kernel on the GPU at hand"),
     "launch-cost": Command("fastdeit.benchmarks.launch_cost", "host microseconds per kernel launch, without a GPU"),
 }
 

@@ -254,6 +254,7 @@ def layer_norm_forward(
     gamma: torch.Tensor | None = None,
     drop_path_scale: torch.Tensor | None = None,
     keep_statistics: bool = True,
+    config: Config | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (..., C) of any strides, branch like x, drop_path_scale (x.shape[0],) fp32.
 
@@ -272,7 +273,7 @@ def layer_norm_forward(
     x = _as_tokens(x)
     branch = None if branch is None else _as_tokens(branch)
     strides = branch if branch is not None else x
-    config = select_config(channels)
+    config = config or select_config(channels)
     launch(
         layer_norm_forward_kernel,
         (rows,),
@@ -303,6 +304,7 @@ def layer_norm_backward(
     dweight_dtype: torch.dtype | None = None,
     dbias_dtype: torch.dtype | None = None,
     dgamma_dtype: torch.dtype | None = None,
+    config: Config | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, branch, weight, bias and gamma, each in the dtype asked for and None where none is.
 
@@ -319,7 +321,7 @@ def layer_norm_backward(
     if rows == 0:
         return dx, dbranch, *(s if s is None else s.zero_() for s in sums)
     wanted = [s for s in sums if s is not None]
-    config = select_config(channels)
+    config = config or select_config(channels)
     programs = min(rows, config.backward_programs_per_sm * multiprocessors(x))
     partial = torch.empty((len(wanted), programs, channels), dtype=torch.float32, device=x.device)
     tables = iter(partial.unbind(0))

@@ -85,11 +85,11 @@ def activation_backward_kernel(
         tl.store(dbias_partial_ptr + strip * N + column, tl.sum(dbias, axis=0), column < N)
 
 
-def activation_forward(z: torch.Tensor, activation: str) -> torch.Tensor:
+def activation_forward(z: torch.Tensor, activation: str, config: Config | None = None) -> torch.Tensor:
     """activation(z) for contiguous z of any shape, in z's dtype."""
     h = torch.empty_like(z)
     if z.numel():
-        config = select_config()
+        config = config or select_config()
         grid = (triton.cdiv(z.numel(), config.block),)
         launch(activation_forward_kernel, grid, (z, h, z.numel()), (activation, config.block), config.num_warps)
     return h
@@ -102,6 +102,7 @@ def activation_backward(
     *,
     needs_h: bool = True,
     dbias_dtype: torch.dtype | None = None,
+    config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dz (M, N) in z's dtype, activation(z) if needed, and the column sums of dz (N,) in dbias_dtype if that is given.
 
@@ -113,7 +114,7 @@ def activation_backward(
     dbias = None if dbias_dtype is None else torch.empty(N, dtype=dbias_dtype, device=z.device)
     if z.numel() == 0:
         return dz, h, dbias if dbias is None else dbias.zero_()
-    config = select_config()
+    config = config or select_config()
     column_blocks = triton.cdiv(N, config.columns)
     # Eight programs a multiprocessor keep enough loads in flight; each strip writes one partial row.
     strips = min(triton.cdiv(M, config.rows), triton.cdiv(8 * multiprocessors(z), column_blocks))
