@@ -16,7 +16,8 @@ from fastdeit.nn.eligibility import (
 )
 from fastdeit.ops.attention_op import why_reference
 
-_TIMM_FORWARD = forward_of(timm.layers.Attention)
+_Timms, _Identity = timm.layers.Attention, nn.Identity
+_TIMM_FORWARD = forward_of(_Timms)
 
 
 class Attention(FusedModule, timm.layers.Attention):
@@ -33,7 +34,7 @@ class Attention(FusedModule, timm.layers.Attention):
 
     def why_not_inlined(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         """The same for a caller that has already looked at x, at global hooks and at this module's own hooks."""
-        if timm.layers.Attention.forward is not _TIMM_FORWARD:
+        if _Timms.forward is not _TIMM_FORWARD:
             return "the forward of timm's Attention was replaced"
         if attn_mask is not None:
             return "an attention mask"
@@ -47,19 +48,17 @@ class Attention(FusedModule, timm.layers.Attention):
         if reason is not None:
             return reason
         children = self._modules
-        if not (
-            type(children["q_norm"]) is nn.Identity
-            and type(children["k_norm"]) is nn.Identity
-            and type(children["norm"]) is nn.Identity
-        ):
+        q_norm, k_norm, norm = children["q_norm"], children["k_norm"], children["norm"]
+        if type(q_norm) is not _Identity or type(k_norm) is not _Identity or type(norm) is not _Identity:
             return "queries and keys, or the output, are normalised"
         if children.get("gate") is not None:
             return "its output is gated"
+        qkv, proj, attn_drop = children["qkv"], children["proj"], children["attn_drop"]
         return (
-            why_not_bypassed(children.values())
-            or why_not_linear(children["qkv"])
-            or why_not_linear(children["proj"])
-            or why_not_inactive_dropout(children["attn_drop"])
+            why_not_bypassed((qkv, q_norm, k_norm, attn_drop, norm, proj))
+            or why_not_linear(qkv)
+            or why_not_linear(proj)
+            or why_not_inactive_dropout(attn_drop)
         )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

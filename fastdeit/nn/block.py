@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastdeit import ops
 from fastdeit.nn.attention import Attention
 from fastdeit.nn.eligibility import (
-    PLAIN,
     FusedModule,
     autocast_dtype,
     forward_of,
@@ -144,15 +143,15 @@ class Block(FusedModule, vision_transformer.Block):
             x = x + children["drop_path1"](children["ls1"](branch))
             return x, mlp(norm2(x))
 
-        inline = inlines(mlp, Mlp, x)
+        inline = inlines(mlp, Mlp)
         carried = Carried.of(x, branch, children["ls1"], children["drop_path1"])
         x, tokens = carried.add_layer_norm(norm2, out_dtype=products if inline else None)
         return x, mlp.forward_inlined(tokens) if inline else mlp(tokens)
 
 
-def inlines(module: nn.Module, fused: type[nn.Module], x: Tensor) -> bool:
-    """Whether a caller may run `module.forward_inlined` in place of the module."""
-    return type(module) is fused and not (why_not_bypassed((module,)) or module.why_not_inlined(x))
+def inlines(module: nn.Module, fused: type[nn.Module], *args) -> bool:
+    """Whether a caller may run `module.forward_inlined` in place of the module; args are those of its `why_not_inlined`."""
+    return type(module) is fused and not (why_not_bypassed((module,)) or module.why_not_inlined(*args))
 
 
 def drop_path_scale(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
@@ -176,7 +175,7 @@ def _why_not_layer_scale(scale: nn.Module, x: Tensor) -> str | None:
     if type(scale) is not timm.layers.LayerScale or scale.inplace:
         return f"ls1 is a {type(scale).__name__}" + (" that works in place" if getattr(scale, "inplace", False) else "")
     gamma = scale._parameters.get("gamma")
-    if type(gamma) not in PLAIN:
+    if type(gamma) is not nn.Parameter and type(gamma) is not Tensor:
         return f"a weight is a {type(gamma).__name__}"
     return None if gamma.dtype is x.dtype else f"ls1 is in {gamma.dtype}, the input in {x.dtype}"
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-PLAIN = {nn.Parameter, Tensor}  # torch.func.functional_call puts tensors in the place of parameters
+# Looked up once: these run before every fused call.
+_Parameter, _Linear, _Dropout, _Identity = nn.Parameter, nn.Linear, nn.Dropout, nn.Identity
 _tracing_state = torch._C._get_tracing_state
 
 
@@ -65,37 +66,47 @@ def why_not_bypassed(children: Iterable[nn.Module | None]) -> str | None:
             or state["_forward_hooks"]
             or state["_backward_pre_hooks"]
             or state["_backward_hooks"]
+            or "forward" in state
+            or "_compiled_call_impl" in state
         ):
-            return f"a hook is registered on its {type(child).__name__}"
-        if "forward" in state:
-            return f"its {type(child).__name__} has a forward of its own"
-        if "_compiled_call_impl" in state:
-            return f"its {type(child).__name__} is compiled on its own"
+            return _why_not_bypassed(child)
     return None
+
+
+def _why_not_bypassed(child: nn.Module) -> str:
+    if "forward" in child.__dict__:
+        return f"its {type(child).__name__} has a forward of its own"
+    if "_compiled_call_impl" in child.__dict__:
+        return f"its {type(child).__name__} is compiled on its own"
+    return f"a hook is registered on its {type(child).__name__}"
 
 
 def why_not_linear(layer: nn.Module) -> str | None:
     """None if layer is PyTorch's own Linear with plain weights: no LoRA, no parametrization, no quantized or sharded tensor."""
-    if type(layer) is not nn.Linear:
+    if type(layer) is not _Linear:
         return f"a projection is a {type(layer).__name__}"
-    if nn.Linear.forward is not _LINEAR_FORWARD:
+    if _Linear.forward is not _LINEAR_FORWARD:
         return "the forward of torch.nn.Linear was replaced"
-    parameters = layer._parameters
-    return why_not_plain_weights(parameters.get("weight"), parameters["bias"])
+    return why_not_plain_weights(layer._parameters)
 
 
-def why_not_plain_weights(weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """None if weight is a parameter and bias one too, or None. Other tensor classes bring operations of their own."""
-    kind, bias_kind = type(weight), type(bias)
-    if kind in PLAIN and (bias_kind in PLAIN or bias is None):
+def why_not_plain_weights(parameters: dict[str, Tensor | None]) -> str | None:
+    """None if the weight is a plain one and the bias one too, or None. Other tensor classes bring operations of their own."""
+    kind = type(parameters.get("weight"))
+    if kind is not _Parameter and kind is not Tensor:  # a Tensor is what torch.func.functional_call puts in its place
+        return f"a weight is a {kind.__name__}"
+    bias = parameters["bias"]
+    kind = type(bias)
+    if kind is _Parameter or kind is Tensor or bias is None:
         return None
-    return f"a weight is a {(bias_kind if kind in PLAIN else kind).__name__}"
+    return f"a weight is a {kind.__name__}"
 
 
 def why_not_inactive_dropout(dropout: nn.Module) -> str | None:
-    if type(dropout) is not nn.Dropout:
-        return None if type(dropout) is nn.Identity else f"a dropout is a {type(dropout).__name__}"
-    return "dropout is active" if dropout.training and dropout.p != 0.0 else None
+    kind = type(dropout)
+    if kind is _Dropout:
+        return "dropout is active" if dropout.p != 0.0 and dropout.training else None
+    return None if kind is _Identity else f"a dropout is a {kind.__name__}"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -30,8 +30,7 @@ class _FusedLayerNorm(FusedModule):
             return "timm's fast norm is on"
         if len(self.normalized_shape) != 1:
             return f"it normalises over {len(self.normalized_shape)} dimensions"
-        parameters = self._parameters
-        return why_not_plain_weights(parameters["weight"], parameters["bias"]) if self.elementwise_affine else None
+        return why_not_plain_weights(self._parameters) if self.elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.why_not_fused(x) is not None:

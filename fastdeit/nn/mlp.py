@@ -16,8 +16,8 @@ from fastdeit.nn.eligibility import (
 )
 from fastdeit.ops.mlp_op import why_reference
 
-_TIMM_FORWARD = forward_of(timm.layers.Mlp)
-
+_Timms = timm.layers.Mlp
+_TIMM_FORWARD = forward_of(_Timms)
 
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 _ACTIVATIONS = {
@@ -44,26 +44,29 @@ class Mlp(FusedModule, timm.layers.Mlp):
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why `forward(x)` would run timm's code, None if it would run the kernels."""
-        return why_not_plain_call(x) or why_global_hook() or self.why_not_inlined(x)
+        return why_not_plain_call(x) or why_global_hook() or why_reference(x) or self.why_not_inlined()
 
-    def why_not_inlined(self, x: Tensor) -> str | None:
-        """The same for a caller that has already looked at x, at global hooks and at this module's own hooks."""
-        if timm.layers.Mlp.forward is not _TIMM_FORWARD:
+    def why_not_inlined(self) -> str | None:
+        """The same for a caller that has looked at x, at the kernel's reasons, at global hooks and at this module's own hooks."""
+        if _Timms.forward is not _TIMM_FORWARD:
             return "the forward of timm's Mlp was replaced"
         children = self._modules
-        activation = activation_name(children["act"])
-        if activation is None:
-            return f"the activation is {children['act']}"
-        reason = why_reference(x, activation)
-        if reason is not None:
-            return reason
-        if type(children["norm"]) is not nn.Identity:
-            return f"norm is a {type(children['norm']).__name__}"
+        fc1, act, drop1, norm, fc2 = (
+            children["fc1"],
+            children["act"],
+            children["drop1"],
+            children["norm"],
+            children["fc2"],
+        )
+        if activation_name(act) is None:
+            return f"the activation is {act}"
+        if type(norm) is not nn.Identity:
+            return f"norm is a {type(norm).__name__}"
         return (
-            why_not_bypassed(children.values())
-            or why_not_linear(children["fc1"])
-            or why_not_linear(children["fc2"])
-            or why_not_inactive_dropout(children["drop1"])
+            why_not_bypassed((fc1, act, drop1, norm, fc2))
+            or why_not_linear(fc1)
+            or why_not_linear(fc2)
+            or why_not_inactive_dropout(drop1)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def _why_not_pruned(block: Block, x: Tensor) -> str | None:
         return f"mlp is a {type(mlp).__name__}"
     # A hook would see fewer tokens, and dropout would draw fewer random numbers than timm's.
     return (
-        why_not_bypassed((mlp, *mlp._modules.values()))
+        why_not_bypassed((attn._modules["proj_drop"], mlp, *mlp._modules.values()))
         or why_not_inactive_dropout(attn._modules["proj_drop"])
         or why_not_inactive_dropout(mlp._modules["drop1"])
         or why_not_inactive_dropout(mlp._modules["drop2"])
