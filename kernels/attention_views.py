@@ -1,5 +1,7 @@
 """How the launchers show tensors to the attention kernels: as (B, N, heads, D) by strides, or as descriptors."""
 
+from typing import NamedTuple
+
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -38,21 +40,31 @@ def describable(x: torch.Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and (x.stride(0) | x.stride(1)) * itemsize % 16 == 0 and min(x.stride()) > 0
 
 
-def by_head(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+class ByHead(NamedTuple):
+    """A tensor seen as (B, heads, N, D). Without a view: PyTorch takes 2 us to make one."""
+
+    tensor: torch.Tensor
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+
+
+def by_head(x: torch.Tensor, head_dim: int) -> ByHead:
     """The packed (B, N, heads * D) tensor as (B, heads, N, D), for `descriptors`."""
     batch, tokens, width = x.shape
-    return x.view(batch, tokens, width // head_dim, head_dim).transpose(1, 2)
+    batch_stride, token_stride, _ = x.stride()
+    return ByHead(x, (batch, width // head_dim, tokens, head_dim), (batch_stride, head_dim, token_stride, 1))
 
 
-def descriptors(
-    heads: torch.Tensor, pieces: tuple[int, int], rows: int
-) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+def descriptors(heads: ByHead, pieces: tuple[int, int], rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """Descriptors of (B, heads, N, D), one a piece, with blocks of `rows` tokens of a head.
 
     Tokens past N and columns past D load as zeros and are not stored.
     """
+    tensor, *seen = heads
     main, rest = pieces
-    return descriptor(heads, [1, 1, rows, main]), descriptor(heads, [1, 1, rows, rest]) if rest else None
+    return descriptor(tensor, [1, 1, rows, main], *seen), descriptor(
+        tensor, [1, 1, rows, rest], *seen
+    ) if rest else None
 
 
 def descriptor_types(rows: dict[str, int], dtype: str, pieces: tuple[int, int]) -> dict[str, str]:

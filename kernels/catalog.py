@@ -52,7 +52,7 @@ class Shipped:
         constexprs: constexpr name -> value.
         num_warps, num_stages: compile options.
         label: names the configuration among those of its kernel on one architecture.
-        matrix: it must contain the architecture's matrix instructions.
+        matrix: it must contain the architecture's full-rate matrix instructions, or those of this name.
         max_registers, min_blocks_per_sm: limits of its own, beyond those that hold for all.
     """
 
@@ -62,7 +62,7 @@ class Shipped:
     num_warps: int
     num_stages: int
     label: str
-    matrix: bool
+    matrix: bool | str
     max_registers: int | None = None
     min_blocks_per_sm: int | None = None
 

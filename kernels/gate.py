@@ -2,7 +2,8 @@
 
 - It spills no registers, but for the exceptions listed here with their reasons.
 - Its shared memory fits a block of the architecture, and at least one block fits a multiprocessor.
-- A `matrix` configuration contains the architecture's matrix instructions, and no product is made of scalar multiply-adds.
+- A `matrix` configuration contains the architecture's matrix instructions, or those that it names, and no product is made of
+  scalar multiply-adds.
 - The limits that the configuration sets itself (`max_registers`, `min_blocks_per_sm`) hold.
 """
 
@@ -43,7 +44,7 @@ def breaches(row: Shipped, arch: int, resources: Resources) -> list[str]:
         found.append(f"{resources.blocks_per_sm} blocks per SM, at least {row.min_blocks_per_sm or 1} needed")
     if row.max_registers is not None and resources.registers > row.max_registers:
         found.append(f"{resources.registers} registers, allowed {row.max_registers}")
-    wanted = MATRIX_INSTRUCTIONS[arch]
+    wanted = row.matrix if isinstance(row.matrix, str) else MATRIX_INSTRUCTIONS[arch]
     if row.matrix and not any(re.fullmatch(wanted, name) for name in resources.matrix_instructions):
         found.append(f"no {wanted} instruction, found {', '.join(resources.matrix_instructions) or 'none at all'}")
     if resources.scalar_products:

@@ -104,15 +104,27 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
     compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *args, *constexprs)
 
 
-def descriptor(tensor: torch.Tensor, block_shape: Sequence[int]) -> TensorDescriptor:
-    """`TensorDescriptor.from_tensor` without its checks, which cost more than a launch's other arguments together.
+def descriptor(
+    tensor: torch.Tensor,
+    block_shape: Sequence[int],
+    shape: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> TensorDescriptor:
+    """A `TensorDescriptor` without its checks, which cost more than a launch's other arguments together.
 
     For tensors that a launcher has already found fit: 16-byte aligned base and strides, last dimension dense, no empty dimension.
+
+    Args:
+        tensor: what the kernel reads or writes.
+        block_shape: of one load or store.
+        shape, strides: to see the tensor by, together; its own by default.
     """
+    if shape is None:
+        shape, strides = tensor.shape, tensor.stride()
     if not _DIRECT:
-        return TensorDescriptor.from_tensor(tensor, block_shape)
+        return TensorDescriptor(tensor, shape, strides, block_shape)
     made = TensorDescriptor.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides = tensor, tensor.shape, tensor.stride()
+    made.base, made.shape, made.strides = tensor, shape, strides
     made.block_shape, made.padding = block_shape, "zero"
     return made
 

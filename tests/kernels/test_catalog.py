@@ -110,6 +110,8 @@ GOOD = Resources(128, 0, 40_000, 4, {"HGMMA": 8})
         (100, {}, {}, ["no UTC[A-Z]+MMA instruction, found HGMMA"]),
         (90, {}, dict(scalar_products=2), ["2 products without matrix instructions"]),
         (90, dict(matrix=False), dict(matrix_instructions={}), []),
+        (90, dict(matrix="HMMA"), dict(matrix_instructions={"HMMA": 2}), []),
+        (90, dict(matrix="HMMA"), dict(matrix_instructions={}), ["no HMMA instruction, found none at all"]),
     ],
 )
 def test_a_breach_of_a_limit_is_named(arch, row, change, expected):
