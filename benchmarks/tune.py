@@ -87,7 +87,9 @@ def _tune(op: str, file: Path, environment: dict[str, Any], deadline: float, toy
             except _OutOfTime:
                 left += 1
                 continue
-            result = dict(case=case.name, group=case.group, tokens=case.tokens, labels=labels, rows=rows)
+            result = dict(
+                case=case.name, group=case.group, tokens=case.tokens, call=case.call, labels=labels, rows=rows
+            )
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(result | {"environment": environment}) + "\n")
         done.append(result)
@@ -181,7 +183,8 @@ def _table(op: str, results: list[dict[str, Any]]) -> str:
         return "\n".join(["# layer_norm.py", "CONFIGS = {", *(f"    {c}: {config}," for c, config in entries), "}"])
     if op == "mlp":
         return "\n".join(["# mlp.py, select_config", *(f"return {parts['config']}" for parts in choices.values())])
-    lines = ["# attention_config.py", f"WHOLE_BACKWARD_TOKENS = {_whole_table(results)}"]
+    lines = ["# attention_config.py", f"HANDED_OVER = {_hand_overs(results)}"]
+    lines += [f"WHOLE_BACKWARD_TOKENS = {_whole_table(results)}"]
     for group, parts in choices.items():
         for form in ("pointers", "descriptors"):
             entries = [parts.get(f"{entry} {form}") for entry in ("forward", "dq", "dkv")]
@@ -235,3 +238,26 @@ def _whole_table(results: list[dict[str, Any]]) -> dict[int, int]:
 
     arch = architecture(torch.empty(0, device=kernel_device()))
     return WHOLE_BACKWARD_TOKENS | ({arch: _whole_tokens(results)} if has_descriptors(arch) else {})
+
+
+def _hand_overs(results: list[dict[str, Any]]) -> dict[int, tuple]:
+    """Where the fastest peer beat the best of ours, in forward alone or in forward and backward together."""
+    from fastdeit.kernels.architecture import architecture
+    from fastdeit.kernels.attention_config import around
+    from fastdeit.testing import kernel_device
+
+    calls: dict[tuple, list[tuple[float, float]]] = defaultdict(
+        list
+    )  # a call's cases, its forward first: ours, the peer's
+    for result in sorted(results, key=lambda result: "backward" in result["case"]):
+        ours = [row["median_us"] for row in _ours(result)]
+        peers = [row["median_us"] for row in result["rows"] if row["part"] == "peer" and row["median_us"]]
+        if ours and peers:
+            calls[tuple(result["call"].values())].append((min(ours), min(peers)))
+    found = []
+    for call, directions in calls.items():
+        for gradients, measured in ((False, directions[:1]), (True, directions if len(directions) == 2 else [])):
+            if sum(peer - mine for mine, peer in measured) < 0:
+                found.append(around(*call, gradients))
+    arch = architecture(torch.empty(0, device=kernel_device()))
+    return {arch: tuple(found)} if found else {}

@@ -49,6 +49,7 @@ class Case:
     reference: Callable[..., tuple[Tensor, ...]]  # plain PyTorch, for inputs of any dtype
     candidates: list[Candidate]
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    call: dict[str, int] = field(default_factory=dict)  # what a hand-over to a peer would be decided by
 
 
 def cases(op: str, toy: bool) -> Iterator[Case]:
@@ -116,7 +117,8 @@ def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) 
         for tiles in [first] if toy else [first, replace(first, num_stages=3), replace(first, block=16)]:
             config = replace(bases["descriptors"], whole=tiles)
             backwards.append(backward("whole", tiles, config, tiles == now.whole))
-    common = dict(group=group, batch=batch, tokens=tokens, inputs=inputs)
+    call = dict(head_dim=head_dim, tokens=tokens, batch_heads=batch * heads)
+    common = dict(group=group, batch=batch, tokens=tokens, inputs=inputs, call=call)
     name = f"attention forward {where}"
     yield Case(name, **common, reference=forward_reference, candidates=forwards, peers=sdpa("forward"))
     name = f"attention backward {where}"

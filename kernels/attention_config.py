@@ -39,6 +39,38 @@ class Config:
     whole: Tiles | None = None  # backward in one kernel instead of dq and dkv; `own` holds all keys
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """Calls of attention with one head dimension, within a range of tokens and one of batch times heads."""
+
+    head_dim: int
+    tokens: range
+    batch_heads: range
+    gradients: bool  # forward and backward together, or forward alone
+
+
+# Architecture -> where PyTorch's own attention was measured to be faster, as `fastdeit tune attention` prints it. Empty: nothing
+# was measured yet.
+HANDED_OVER: dict[int, tuple[Shapes, ...]] = {}
+
+
+def handed_over(arch: int, head_dim: int, tokens: int, batch_heads: int, gradients: bool) -> bool:
+    """Whether a call of N tokens and B * H heads in all is left to PyTorch."""
+    return any(
+        head_dim == shapes.head_dim
+        and gradients == shapes.gradients
+        and tokens in shapes.tokens
+        and batch_heads in shapes.batch_heads
+        for shapes in HANDED_OVER.get(arch, ())
+    )
+
+
+def around(head_dim: int, tokens: int, batch_heads: int, gradients: bool) -> Shapes:
+    """What a measurement speaks for: lengths with as many blocks of 16 tokens, and grids up to twice or half as large."""
+    first = (tokens - 1) // 16 * 16 + 1
+    return Shapes(head_dim, range(first, first + 16), range(-(-batch_heads // 2), 2 * batch_heads), gradients)
+
+
 def tail(length: int, block: int) -> int:
     """The width of the masked last block, 16 at least: a loop over full blocks leaves 1 ... block rows to it."""
     rest = (length - 1) % block + 1

@@ -8,7 +8,7 @@ import torch
 from fastdeit import cli
 from fastdeit.benchmarks import timing, tune, tuning_cases
 from fastdeit.kernels import mlp
-from fastdeit.kernels.attention_config import Tiles
+from fastdeit.kernels.attention_config import Shapes, Tiles
 from fastdeit.kernels.mlp import Config
 
 
@@ -60,7 +60,8 @@ def test_another_environment_is_measured_anew(tmp_path, capsys, monkeypatch):
 
 def test_attention_is_tuned_in_every_form(tmp_path, capsys):
     assert toy("attention", tmp_path) == 0
-    whole, *tiles, keys = table(capsys.readouterr().out, "# attention_config.py")
+    handed_over, whole, *tiles, keys = table(capsys.readouterr().out, "# attention_config.py")
+    assert eval(handed_over.removeprefix("HANDED_OVER = ")) == {}  # nothing to compare with at toy size
     assert set(eval(whole.removeprefix("WHOLE_BACKWARD_TOKENS = "))) == {90, 100}
     for line in tiles:
         entries = eval(line.removeprefix("return "), {"Tiles": Tiles})
@@ -121,6 +122,26 @@ def test_a_faster_peer_asks_for_a_hand_over():
         row |= dict(candidate=row["config"], status="ok", present=row["config"] == "a")
     case["rows"].append(dict(part="peer", candidate="SDPA flash", median_us=1.0))
     assert "0.67x the present choice's time, 2.00x SDPA flash's: hand over" in tune._summary(case)
+
+
+@pytest.mark.parametrize(
+    "forward, backward, gradients",
+    [
+        ((2.0, 3.0), (5.0, 6.0), []),
+        ((3.0, 2.0), (5.0, 7.0), [False]),
+        ((2.0, 3.0), (8.0, 6.0), [True]),
+        ((3.0, 2.0), (8.0, 6.0), [False, True]),
+    ],
+)
+def test_the_table_hands_over_what_a_peer_does_faster(forward, backward, gradients):
+    cases = []
+    for direction, (ours, peer) in (("backward", backward), ("forward", forward)):
+        case = result(config={"a": ours, "b": ours + 1}) | dict(case=f"attention {direction}")
+        case["rows"].append(dict(part="peer", candidate="SDPA flash", median_us=peer))
+        cases.append(case | dict(call=dict(head_dim=64, tokens=197, batch_heads=12)))
+    shapes = tuple(Shapes(64, range(193, 209), range(6, 24), each) for each in gradients)
+    printed = str(tune._hand_overs(cases))
+    assert eval(printed, {"Shapes": Shapes}) == ({90: shapes} if shapes else {})
 
 
 def test_without_a_gpu_it_says_what_it_needs(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit import ops
+from fastdeit.kernels.attention_config import HANDED_OVER
 from fastdeit.nn.eligibility import (
     FusedModule,
     forward_of,
@@ -14,7 +15,7 @@ from fastdeit.nn.eligibility import (
     why_not_linear,
     why_not_plain_call,
 )
-from fastdeit.ops.attention_op import why_reference
+from fastdeit.ops.attention_op import why_handed_over, why_reference
 
 _Timms, _Identity = timm.layers.Attention, nn.Identity
 _TIMM_FORWARD = forward_of(_Timms)
@@ -45,6 +46,9 @@ class Attention(FusedModule, timm.layers.Attention):
         if x.dim() != 3:
             return "the input is not (B, N, C)"
         reason = why_reference(x, self.head_dim)
+        if reason is None and HANDED_OVER:
+            batch, tokens, _ = x.shape
+            reason = why_handed_over(x, self.head_dim, tokens, batch * self.num_heads)
         if reason is not None:
             return reason
         children = self._modules

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastdeit import backends
+from fastdeit.kernels import attention_config
+from fastdeit.kernels.architecture import architecture
 from fastdeit.ops.first_derivative import first_derivative_only
 
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)  # of timm's vision transformers
@@ -34,7 +36,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
     _check_packed(qkv, num_heads, scale)
     (low,) = _as_autocast(qkv)
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    if why_reference(low, head_dim, scale) is not None:
+    if why_reference(low, head_dim, scale) or why_handed_over(low, head_dim, qkv.shape[1], qkv.shape[0] * num_heads):
         return attention_reference(qkv, num_heads, scale=scale)
     scale = head_dim**-0.5 if scale is None else float(scale)
     if backends.registered_path(low):
@@ -103,6 +105,23 @@ def why_reference(x: Tensor, head_dim: int, scale: float | None = None) -> str |
     if head_dim > _LARGEST_TF32_HEAD_DIM and x.is_cuda and backends.product_dtype(x) == torch.float32:
         return f"head dimension {head_dim} in TF32 is over the kernel's {_LARGEST_TF32_HEAD_DIM}"
     return backends.why_reference(x, products=True)
+
+
+def why_handed_over(x: Tensor, head_dim: int, tokens: int, batch_heads: int) -> str | None:
+    """None, or that calls like this one are left to PyTorch's own attention, which was measured faster on x's GPU.
+
+    Args:
+        x: any tensor of the inputs' device.
+        head_dim: D.
+        tokens: N.
+        batch_heads: B * H.
+    """
+    if not attention_config.HANDED_OVER or backends.get_backend() != "auto":
+        return None
+    arch, gradients = architecture(x), torch.is_grad_enabled()
+    if attention_config.handed_over(arch, head_dim, tokens, batch_heads, gradients):
+        return f"PyTorch's attention was measured faster at {tokens} tokens and batch times heads {batch_heads}"
+    return None
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ from timm.layers import Attention as TimmAttention
 from torch import nn
 
 from fastdeit import backends
+from fastdeit.kernels.attention_config import HANDED_OVER, Shapes
 from fastdeit.nn import Attention
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
@@ -83,3 +84,13 @@ def test_dropout_after_the_projection_is_drawn_as_timm_draws_it(kernels_stood_in
 def test_a_head_dimension_without_a_kernel_is_named():
     with backends.use_backend("triton"):
         assert "head dimension 16 is none of" in Attention(32, 2).why_not_fused(torch.randn(1, 5, 32))
+
+
+def test_a_size_that_is_handed_over_is_timms_and_named(kernels_stood_in, monkeypatch):
+    monkeypatch.setitem(HANDED_OVER, 90, (Shapes(32, range(1, 17), range(1, 16), True),))
+    module = Attention(64, num_heads=2)
+    assert "measured faster at 9 tokens and batch times heads 4" in module.why_not_fused(torch.randn(2, 9, 64))
+    module(torch.randn(2, 9, 64))
+    assert not kernels_stood_in
+    module(torch.randn(2, 17, 64))
+    assert kernels_stood_in["attention"] == 1

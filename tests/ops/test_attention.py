@@ -10,7 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastdeit import backends, ops, testing
 from fastdeit.kernels import attention as kernels
-from fastdeit.kernels.attention_config import select_config, whole_tiles
+from fastdeit.kernels.architecture import architecture
+from fastdeit.kernels.attention_config import HANDED_OVER, Shapes, select_config, whole_tiles
+from fastdeit.ops import attention_op
 from fastdeit.ops.attention_op import (
     HEAD_DIMS,
     attention_backward,
@@ -151,6 +153,28 @@ def test_a_cuda_graph_replays_forward_and_backward():
         qkv.copy_(randn(*qkv.shape))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_pytorch_does_faster_is_handed_over(gradients, monkeypatch):
+    monkeypatch.setitem(HANDED_OVER, architecture(randn(1)), (Shapes(32, range(17, 33), range(4, 16), gradients),))
+    launches = []
+    monkeypatch.setattr(attention_op, "why_reference", lambda *_: None)
+    monkeypatch.setattr(attention_op, "_launch_forward", lambda qkv, *_: launches.append(qkv) or (qkv, qkv))
+    for name, (batch, tokens, heads) in {"in range": (2, 20, 2), "longer": (2, 33, 2), "fewer": (1, 20, 3)}.items():
+        for mode in (torch.no_grad, torch.enable_grad):
+            launches.clear()
+            with mode():
+                ops.attention(randn(batch, tokens, 3 * heads * 32), heads)
+            left = name == "in range" and gradients is (mode is torch.enable_grad)
+            assert bool(launches) is not left, (name, mode)
+
+
+def test_a_forced_backend_keeps_what_would_be_handed_over(monkeypatch):
+    monkeypatch.setitem(HANDED_OVER, architecture(randn(1)), (Shapes(32, range(1, 33), range(1, 16), True),))
+    assert "measured faster at 20 tokens" in attention_op.why_handed_over(randn(1), 32, 20, 4)
+    with backends.use_backend("triton"):
+        assert attention_op.why_handed_over(randn(1), 32, 20, 4) is None
 
 
 LAYOUTS = {
