@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 
 from fastdeit.kernels import attention as forward_file
+from fastdeit.kernels import attention_backward as backward_file
 from fastdeit.kernels.attention import attention_forward, attention_qkv_forward
 from fastdeit.kernels.attention_backward import attention_backward, attention_qkv_backward
 from fastdeit.kernels.attention_config import select_config
@@ -83,10 +84,16 @@ def check_the_host_cost_of_a_launch_is_near_its_budget():
     for descriptors, budget in BUDGETS.items():
         qkv, config = packed(64, descriptors)
         kept = []
-        with mock.patch.object(forward_file, "launch", lambda *args, kept=kept: kept.append(args)):
-            attention_forward(qkv, HEADS, 0.125, config)
-        cost = least_microseconds(lambda kept=kept: launch(*kept[0]))
-        assert cost <= GENEROUS * budget, f"{cost:.1f} us of processor time, budget {budget}"
+        with (
+            mock.patch.object(forward_file, "launch", lambda *args, kept=kept: kept.append(args)),
+            mock.patch.object(backward_file, "launch", lambda *args, kept=kept: kept.append(args)),
+        ):
+            out, lse = attention_forward(qkv, HEADS, 0.125, config)
+            attention_backward(out, qkv, out, lse, HEADS, 0.125, config)
+        assert len(kept) == 3
+        for arguments in kept:
+            cost = least_microseconds(lambda arguments=arguments: launch(*arguments))
+            assert cost <= GENEROUS * budget, f"{arguments[0]}: {cost:.1f} us of processor time, budget {budget}"
 
 
 def least_microseconds(call):
