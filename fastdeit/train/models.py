@@ -56,7 +56,11 @@ def has_distillation_head(model: nn.Module) -> bool:
 
 def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Logits (B, classes) by readout, as in Table 3 of the DeiT paper: of a distilled model those of the class head, of the
-    distillation head, and their mean, which is what the model itself predicts; of any other model its own, under "top1"."""
+    distillation head, and of both together; of any other model its own, under "top1".
+
+    Two ways of joining the heads are in use: "softmax" is the sum of their softmaxes, as the paper's section 4 has it; "both", the
+    last, is the mean of their logits, as the released code has it, and what the model itself predicts.
+    """
     if not has_distillation_head(model):
         return {"top1": model(images)}
     tokens = model.forward_features(images)
@@ -65,6 +69,7 @@ def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {
         "class": class_logits,
         "distillation": distillation_logits,
+        "softmax": torch.logaddexp(class_logits.float().log_softmax(1), distillation_logits.float().log_softmax(1)),
         "both": (class_logits + distillation_logits) / 2,
     }
 

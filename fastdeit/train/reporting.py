@@ -11,6 +11,7 @@ from fastdeit.train.checkpoints import write_atomically
 READOUTS = {
     "class": "class head",
     "distillation": "distillation head",
+    "softmax": "sum of softmaxes",
     "both": "both heads together",
     "top1": "top-1",
 }

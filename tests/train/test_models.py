@@ -31,7 +31,9 @@ def test_both_heads_together_are_what_the_model_predicts():
     model = create_student(SMALL, 3, CPU).eval()
     images = torch.randn(2, 3, 16, 16)
     readouts = head_logits(model, images)
-    assert list(readouts) == ["class", "distillation", "both"]
+    assert list(readouts) == ["class", "distillation", "softmax", "both"]
+    softmaxes = readouts["class"].softmax(1) + readouts["distillation"].softmax(1)
+    torch.testing.assert_close(readouts["softmax"].exp(), softmaxes)
     assert torch.equal(readouts["both"], model(images))
     model.train()
     class_logits, distillation_logits = timm_pair(model, images)
