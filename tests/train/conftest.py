@@ -36,3 +36,17 @@ def small_config(image_folder) -> Config:
             reprob=0.5, mixup=0.8, cutmix=1.0, mixup_prob=1.0,
         ),
     )  # fmt: skip
+
+
+@pytest.fixture
+def small_checkpoint(small_config, tmp_path):
+    """Untrained weights of the small student, as a run leaves them."""
+    import torch
+
+    from fastdeit.train.checkpoints import save_weights
+    from fastdeit.train.models import create_student
+
+    path = tmp_path / "last.safetensors"
+    model = create_student(small_config, 3, torch.device("cpu"))
+    save_weights(path, model.state_dict(), small_config, ("digit-0", "digit-1", "digit-2"), epoch=0)
+    return path

@@ -1,0 +1,151 @@
+"""Evaluation by other labels than the folders': ReaL, ImageNet-V2, any file that says which classes an image may be called."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import RealLabelsImagenet
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastdeit.train.config import Config
+from fastdeit.train.datasets import eval_transform
+from fastdeit.train.device import autocast
+from fastdeit.train.models import head_logits
+
+REAL = "real"  # the label map that timm brings along
+_VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
+
+
+class LabelMap:
+    """Which classes count as right for an image: one, several, or none, and then the image does not count.
+
+    Args:
+        source: `real` for the ReaL labels of ImageNet's validation images (Beyer et al. 2020, "Are we done with ImageNet?"); or a
+            JSON file: a list with the class indices of ILSVRC2012_val_00000001, 2, ..., as ReaL's own file; or an object from
+            the name of a file or of its folder to a class, or a list of classes, each by name or index. ImageNet-V2's folders are
+            named by class index: {"0": 0, "1": 1, ...}, which is also what no entry for any of them but `{}` gives.
+        classes: names of the model's classes, in its order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such JSON, or names a class that the model does not have.
+    """
+
+    def __init__(self, source: str, classes: Sequence[str]) -> None:
+        self.source = source
+        self.classes = tuple(classes)
+        entries = _real_labels() if source == REAL else _read_json(Path(source))
+        if isinstance(entries, list):
+            entries = {f"ILSVRC2012_val_{i + 1:08d}": accepted for i, accepted in enumerate(entries)}
+        index = {name: i for i, name in enumerate(self.classes)}
+        self._accepted = {name: self._indices(name, accepted, index) for name, accepted in entries.items()}
+
+    def accepted(self, path: Path) -> tuple[int, ...]:
+        """The classes that are right for the image at path. Raises ValueError if the map says nothing of it."""
+        number = _VALIDATION_NUMBER.search(path.name)
+        names = (path.name, path.stem, number.group() if number else "", path.parent.name)
+        for name in names:
+            if name in self._accepted:
+                return self._accepted[name]
+        if not self._accepted and path.parent.name.isdecimal() and int(path.parent.name) < len(self.classes):
+            return (int(path.parent.name),)
+        raise ValueError(f"labels: {self.source} has no entry for {path}, nor for its folder")
+
+    def _indices(self, name: str, accepted: Any, index: Mapping[str, int]) -> tuple[int, ...]:
+        found = []
+        for entry in accepted if isinstance(accepted, list) else [accepted]:
+            known = index.get(entry) if isinstance(entry, str) else entry
+            if type(known) is not int or not 0 <= known < len(self.classes):
+                raise ValueError(
+                    f"labels: {self.source} gives {name} the class {entry!r}; expected one of the model's "
+                    f"{len(self.classes)} classes by name or index"
+                )
+            found.append(known)
+        return tuple(found)
+
+
+class LabelledImages(Dataset):
+    """The images below a folder, in the order of their paths, each with a row of booleans: which classes are right.
+
+    Raises:
+        ValueError: there are no images, or the map says nothing of one of them.
+    """
+
+    def __init__(self, root: Path, labels: LabelMap, mode: str, transform: Callable[[Image.Image], Any]) -> None:
+        extensions = get_img_extensions()
+        self.paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in extensions)
+        if not self.paths:
+            raise ValueError(f"data: {root} has no image ({', '.join(extensions)})")
+        self.accepted = [labels.accepted(path) for path in self.paths]
+        self.classes = len(labels.classes)
+        self.mode = mode
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        right = torch.zeros(self.classes, dtype=torch.bool)
+        right[list(self.accepted[index])] = True
+        return self.transform(read_image(self.paths[index], self.mode)), right
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def labelled_images(config: Config, root: Path, labels: LabelMap) -> LabelledImages:
+    """The images of root/val, or of root itself, as config's model wants to see them."""
+    if not root.is_dir():
+        raise ValueError(f"data: {root} is not a folder of images, which labels are for")
+    folder = root / "val" if (root / "val").is_dir() else root
+    return LabelledImages(folder, labels, "L" if config.in_chans == 1 else "RGB", eval_transform(config))
+
+
+def read_image(path: Path, mode: str) -> Image.Image:
+    """Raises ValueError naming path if it is not a whole image."""
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+
+
+@torch.no_grad()
+def evaluate_labelled(
+    model: nn.Module, loader: DataLoader[Any], config: Config, device: torch.device
+) -> dict[str, float]:
+    """Top-1 in percent by readout over the images of loader that have any right class."""
+    was_training = model.training
+    model.eval()
+    counted, correct = 0, {}
+    for images, right in loader:
+        images, right = images.to(device), right.to(device)
+        with autocast(config, device):
+            readouts = head_logits(model, images)
+        for name, logits in readouts.items():
+            correct[name] = correct.get(name, 0) + int(right.gather(1, logits.argmax(1, keepdim=True)).sum())
+        counted += int(right.any(1).sum())
+    model.train(was_training)
+    if not counted:
+        raise ValueError("labels: no image has a right class")
+    return {name: 100 * n / counted for name, n in correct.items()}
+
+
+def _real_labels() -> dict[str, list[int]]:
+    names = [f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(50_000)]
+    return {Path(name).stem: accepted for name, accepted in RealLabelsImagenet(names).real_labels.items()}
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"labels: {path} is neither a file nor {REAL!r}")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"labels: {path} is not JSON: {error}") from None
+    if not isinstance(entries, list | dict):
+        raise ValueError(f"labels: {path} holds a {type(entries).__name__}, expected a list or an object")
+    return entries
