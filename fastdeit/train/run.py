@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastdeit.train import checkpoints, reporting
+from fastdeit.train import analysis, checkpoints, report, reporting
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import Data, load_data
 from fastdeit.train.device import reproducible, select_device
 from fastdeit.train.engine import Trainer, evaluate
-from fastdeit.train.models import create_student, create_teacher
+from fastdeit.train.models import create_student, create_teacher, has_distillation_head
 from fastdeit.train.sampling import eval_loader
 
 CURVES_EVERY = 30  # seconds
@@ -31,7 +32,7 @@ class Result:
 
 
 def train(config: Config, folder: Path, resume: bool = False) -> Result:
-    """Trains as config says and leaves args.yaml, summary.csv, curves.png and checkpoints in folder.
+    """Trains as config says and leaves args.yaml, summary.csv, curves.png, report.md and checkpoints in folder.
 
     Args:
         config: checked.
@@ -66,7 +67,21 @@ def train(config: Config, folder: Path, resume: bool = False) -> Result:
         if teacher is not None:
             teacher_top1 = evaluate(teacher, student_fit.validation, config, device)["top1"]
         student_fit.run(teacher_top1)
-        return student_fit.result(teacher_top1)
+        result = student_fit.result(teacher_top1)
+        _report(student_fit, teacher, result, folder)
+        return result
+
+
+def _report(fit: "Fit", teacher: nn.Module | None, result: Result, folder: Path) -> None:
+    """report.md and results.json, of the weights at the end of training."""
+    config, model, device = fit.config, fit.trainer.model, fit.trainer.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    columns = {"last epoch": result.last, **({"moving average": result.ema} if result.ema else {})}
+    different = analysis.disagreement(model, teacher, fit.validation, config, device)
+    cosines = None
+    if has_distillation_head(model):
+        cosines = analysis.token_cosines(model, fit.validation, config, device)
+    report.write_results(folder, config.as_dict(), name, columns, result.teacher_top1, different, cosines)
 
 
 def teacher_config(config: Config) -> Config:

@@ -1,6 +1,7 @@
 """A run's folder, and that interrupting it changes nothing."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def whole(uninterrupted, small_config):
 def test_a_run_leaves_its_folder(whole, small_config):
     found = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()}
     student = {"last.safetensors", "best.safetensors", "last.state.pt", "summary.csv", "curves.png"}
-    assert found == student | {f"teacher/{name}" for name in student} | {"args.yaml", "ema.safetensors"}
+    once = {"args.yaml", "ema.safetensors", "report.md", "results.json"}
+    assert found == student | {f"teacher/{name}" for name in student} | once
     assert config_from(yaml.safe_load((whole / "args.yaml").read_text())) == small_config
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     rows = summary(whole)
@@ -50,6 +52,18 @@ def test_a_run_leaves_its_folder(whole, small_config):
     assert {"train_loss", "val_loss", "lr", "top1_class", "top1_distillation", "top1_both", "ema_top1_both"} <= set(
         rows[0]
     )
+
+
+def test_the_report_says_what_the_summary_says(whole):
+    results = json.loads((whole / "results.json").read_text())
+    last = summary(whole)[-1]
+    for name in ("class", "distillation", "softmax", "both"):
+        assert str(results["top1"]["last epoch"][name]) == last[f"top1_{name}"]
+        assert str(results["top1"]["moving average"][name]) == last[f"ema_top1_{name}"]
+    wrong = {b: share for a, b, share in results["disagreement"] if a == "ground truth"}
+    assert 100 * (1 - wrong["both"]) == pytest.approx(float(last["top1_both"]))
+    assert 100 * (1 - wrong["teacher"]) == pytest.approx(results["teacher_top1"])
+    assert len(results["token_cosines"]) == 3
 
 
 def test_the_same_seed_gives_the_same_bits(whole, small_config, tmp_path):
