@@ -4,7 +4,7 @@ Used by the tests, the benchmarks (which refuse to time a wrong kernel) and by a
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ from fastdeit.backends import interpreter_active, use_backend
 __all__ = [
     "assert_as_accurate_as_eager",
     "assert_close_to_oracle",
+    "assert_model_close_to_oracle",
     "correct_interpreter_bfloat16",
     "interpreter_active",
     "kernel_device",
@@ -140,15 +141,49 @@ def assert_close_to_oracle(
     for test in (torch.isnan, torch.isposinf, torch.isneginf):
         # What the dtype cannot hold is Inf in PyTorch's result too: that one decides.
         assert torch.equal(test(got), test(eager)), f"{name}: {test.__name__} differs from PyTorch's"
-    finite = torch.isfinite(eager)
-    rounded = oracle.to(got.dtype)
-    finite &= torch.isfinite(rounded)
-    errors = {}
-    for which, tensor in (("fused", got), ("eager", eager), ("rounding", rounded)):
-        error = torch.where(finite, tensor.double() - oracle, 0.0)
-        errors[which] = (error.abs().max().item(), error.square().mean().sqrt().item())
     ulps = _FP32_ULPS * torch.finfo(torch.float32).eps * largest_intermediate if got.dtype == torch.float32 else 0.0
-    for kind, fused, eager_error, rounding in zip(("maximum", "RMS"), *errors.values(), strict=True):
+    _assert_within_allowance(name, _errors(got, oracle, eager), ulps)
+
+
+def assert_model_close_to_oracle(
+    got: Mapping[str, Tensor | None], oracle: Mapping[str, Tensor | None], eager: Mapping[str, Tensor | None]
+) -> None:
+    """The rule of `assert_as_accurate_as_eager` for all outputs, or all gradients, of a model at once.
+
+    Every tensor's errors are divided by the oracle's largest value in it, and maximum and root-mean-square are taken over all of
+    them: a single bias of few elements is too small a sample of rounding errors to compare by itself.
+
+    Args:
+        got: tensors of the accelerated model by name, as from `named_parameters`; None where there is no gradient.
+        oracle: the same of timm's model in float64.
+        eager: the same of timm's model in the setting under test. Their dtypes and shapes are what got's must be.
+    """
+    assert got.keys() == oracle.keys() == eager.keys()
+    errors, ulps = [], 0.0
+    for name, expected in oracle.items():
+        if expected is None or not expected.numel():
+            assert_close_to_oracle(name, got[name], expected, eager[name])
+            continue
+        assert got[name] is not None, f"{name}: expected a tensor, got none"
+        assert (got[name].shape, got[name].dtype) == (expected.shape, eager[name].dtype), name
+        assert torch.isfinite(got[name][torch.isfinite(eager[name])]).all(), f"{name}: not finite where PyTorch's is"
+        largest = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        errors.append([error.flatten() / largest for error in _errors(got[name], expected, eager[name])])
+        if got[name].dtype == torch.float32:
+            ulps = _FP32_ULPS * torch.finfo(torch.float32).eps
+    _assert_within_allowance("the model", [torch.cat(kind) for kind in zip(*errors, strict=True)], ulps)
+
+
+def _errors(got: Tensor, oracle: Tensor, eager: Tensor) -> list[Tensor]:
+    """Of the fused result, of PyTorch's, and of rounding the oracle, element by element where the dtype can hold it."""
+    rounded = oracle.to(got.dtype)
+    finite = torch.isfinite(eager) & torch.isfinite(rounded)
+    return [torch.where(finite, tensor.double() - oracle, 0.0) for tensor in (got, eager, rounded)]
+
+
+def _assert_within_allowance(name: str, errors: list[Tensor], ulps: float) -> None:
+    measured = [(error.abs().max().item(), error.square().mean().sqrt().item()) for error in errors]
+    for kind, fused, eager_error, rounding in zip(("maximum", "RMS"), *measured, strict=True):
         limit = ALLOWANCE * eager_error + rounding + ulps
         assert fused <= limit, (
             f"{name}: {kind} error {fused:.3e} against float64 is over {limit:.3e} "

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastdeit import ops
-from fastdeit.testing import assert_as_accurate_as_eager, poisoned_memory
+from fastdeit.testing import assert_as_accurate_as_eager, assert_model_close_to_oracle, poisoned_memory
 
 X = torch.linspace(-3, 3, 600).reshape(3, 200)
 
@@ -98,3 +98,39 @@ def test_poisoned_memory_is_nan_and_only_inside(allocate):
 def test_poisoned_integers_are_out_of_range():
     with poisoned_memory():
         assert (torch.empty(3, dtype=torch.int32) == -1).all()
+
+
+def gradients_of_a_model():
+    """{name: gradient} in float64 and in bfloat16, as PyTorch might give it; a bias of one element, one that is unused."""
+    exact = {"weight": torch.randn(64, 64, dtype=torch.float64), "bias": torch.full((1,), 0.1, dtype=torch.float64)}
+    eager = {name: t.bfloat16() * 1.0078125 for name, t in exact.items()}
+    return {**exact, "unused": None}, {**eager, "unused": None}
+
+
+def test_a_model_is_judged_by_all_its_gradients():
+    """An element alone may be off by more than twice PyTorch's error there, but not by more than twice the largest there is."""
+    exact, eager = gradients_of_a_model()
+    eager["bias"] = exact["bias"].bfloat16()
+    got = {**eager, "bias": eager["bias"] * 1.0078125}
+    assert_model_close_to_oracle(got, exact, eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda got: got.update(bias=1.1 * got["bias"]), "maximum error"),
+        (lambda got: got.update(weight=1.02 * got["weight"]), "error .* is over"),
+        (lambda got: got["weight"].view(-1)[:1].fill_(float("nan")), "weight: not finite where PyTorch's is"),
+        (lambda got: got.update(weight=None), "weight: expected a tensor, got none"),
+        (lambda got: got.update(unused=torch.ones(2)), "unused: expected none, got one"),
+        (lambda got: got.update(bias=got["bias"].float()), "bias"),
+        (lambda got: got.pop("bias"), ""),
+    ],
+)
+def test_what_is_wrong_in_one_gradient_of_a_model_shows(change, message):
+    exact, eager = gradients_of_a_model()
+    got = {name: None if t is None else t.clone() for name, t in eager.items()}
+    assert_model_close_to_oracle(got, exact, eager)
+    change(got)
+    with pytest.raises(AssertionError, match=message):
+        assert_model_close_to_oracle(got, exact, eager)

@@ -13,6 +13,7 @@ from fastdeit.nn.attention import Attention
 from fastdeit.nn.eligibility import (
     FusedModule,
     autocast_dtype,
+    exported,
     forward_of,
     why_global_hook,
     why_not_bypassed,
@@ -138,8 +139,8 @@ class Block(FusedModule, vision_transformer.Block):
         else:
             branch = attn.forward_inlined(tokens) if inline else attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
         if (
-            type(branch) is not Tensor or branch.shape != x.shape
-        ):  # a custom attention's, which PyTorch's addition takes
+            type(branch) is not Tensor and not exported(branch)
+        ) or branch.shape != x.shape:  # a custom attention's, which PyTorch's addition takes
             x = x + children["drop_path1"](children["ls1"](branch))
             return x, mlp(norm2(x))
 
@@ -175,7 +176,7 @@ def _why_not_layer_scale(scale: nn.Module, x: Tensor) -> str | None:
     if type(scale) is not timm.layers.LayerScale or scale.inplace:
         return f"ls1 is a {type(scale).__name__}" + (" that works in place" if getattr(scale, "inplace", False) else "")
     gamma = scale._parameters.get("gamma")
-    if type(gamma) is not nn.Parameter and type(gamma) is not Tensor:
+    if type(gamma) is not nn.Parameter and type(gamma) is not Tensor and not exported(gamma):
         return f"a weight is a {type(gamma).__name__}"
     return None if gamma.dtype is x.dtype else f"ls1 is in {gamma.dtype}, the input in {x.dtype}"
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
@@ -37,13 +38,18 @@ _LINEAR_FORWARD = forward_of(nn.Linear)
 
 def why_not_plain_call(x: object) -> str | None:
     """Proxies of torch.fx, tensor subclasses and recorders are to see timm's own operations. Transforms are the ops' to notice."""
-    if type(x) is not Tensor:
+    if type(x) is not Tensor and not exported(x):
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if _tracing_state() is not None:
         return "torch.jit.trace is recording"
     if forward_ad._current_level >= 0:
         return "inside forward-mode differentiation"
     return None
+
+
+def exported(x: object) -> bool:
+    """Whether x is what torch.export puts in the place of a tensor or weight. Its graph gets the registered ops."""
+    return type(x) is FakeTensor and torch.compiler.is_exporting()
 
 
 def why_global_hook() -> str | None:
@@ -83,8 +89,9 @@ def _why_not_bypassed(child: nn.Module) -> str:
 
 def why_not_linear(layer: nn.Module) -> str | None:
     """None if layer is PyTorch's own Linear with plain weights: no LoRA, no parametrization, no quantized or sharded tensor."""
-    if type(layer) is not _Linear:
-        return f"a projection is a {type(layer).__name__}"
+    kind = type(layer)
+    if kind is not _Linear:  # the quantized one has the same name
+        return f"a projection is a {kind.__name__ if kind.__name__ != 'Linear' else f'{kind.__module__}.Linear'}"
     if _Linear.forward is not _LINEAR_FORWARD:
         return "the forward of torch.nn.Linear was replaced"
     return why_not_plain_weights(layer._parameters)
@@ -92,12 +99,13 @@ def why_not_linear(layer: nn.Module) -> str | None:
 
 def why_not_plain_weights(parameters: dict[str, Tensor | None]) -> str | None:
     """None if the weight is a plain one and the bias one too, or None. Other tensor classes bring operations of their own."""
-    kind = type(parameters.get("weight"))
-    if kind is not _Parameter and kind is not Tensor:  # a Tensor is what torch.func.functional_call puts in its place
+    weight = parameters.get("weight")
+    kind = type(weight)  # a Tensor is what torch.func.functional_call puts in a parameter's place
+    if kind is not _Parameter and kind is not Tensor and not exported(weight):
         return f"a weight is a {kind.__name__}"
     bias = parameters["bias"]
     kind = type(bias)
-    if kind is _Parameter or kind is Tensor or bias is None:
+    if kind is _Parameter or kind is Tensor or bias is None or exported(bias):
         return None
     return f"a weight is a {kind.__name__}"
 
