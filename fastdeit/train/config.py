@@ -21,7 +21,7 @@ def _help(text: str, default: Any) -> Any:
 class Config:
     """What a run depends on. Names are timm's and facebookresearch/deit's where they have one; defaults are DeiT's recipe.
 
-    Everything but `output` and `workers` decides the result.
+    All but FREE_FIELDS decide the result.
     """
 
     name: str = _help("name of the run, and of its folder under runs/", "run")
@@ -92,6 +92,9 @@ class Config:
     model_ema_decay: float = _help("decay of the weights' moving average; 0 is off", 0.99996)
     model_ema_warmup: bool = _help("let the moving average's decay grow to its value (timm's warm-up)", False)
 
+    tensorboard: bool = _help("write event files for TensorBoard into the run folder", False)
+    wandb: str | None = _help("project of Weights & Biases to report to", None)
+
     precision: str = _help("auto (bf16 on a GPU, else fp32), bf16 or fp32", "auto")
     device: str | None = _help("by default a GPU if there is one, else the CPU", None)
     threads: int | None = _help("CPU threads; sums, hence the last bits, depend on it", None)
@@ -114,7 +117,7 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
-FREE_FIELDS = ("output", "workers")  # a run may be resumed with others
+FREE_FIELDS = ("output", "workers", "tensorboard", "wandb")  # a run may be resumed with others
 
 
 def shipped_configs() -> list[str]:

@@ -1,6 +1,7 @@
 """A run from its configuration to its folder: the teacher if it is trained here, then the student."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastdeit.train.device import reproducible, select_device
 from fastdeit.train.engine import Trainer, evaluate
 from fastdeit.train.models import create_student, create_teacher, has_distillation_head
 from fastdeit.train.sampling import eval_loader
+from fastdeit.train.tracking import Tracker, create_trackers
 
 CURVES_EVERY = 30  # seconds
 
@@ -60,13 +62,14 @@ def train(config: Config, folder: Path, resume: bool = False) -> Result:
 
         folder.mkdir(parents=True, exist_ok=True)
         _write_args(folder / "args.yaml", config)
+        trackers = create_trackers(config, folder, len(student_fit.history))
         if teacher_fit is not None:
             teacher_fit.run()
             teacher.eval().requires_grad_(False)
         teacher_top1 = None
         if teacher is not None:
             teacher_top1 = evaluate(teacher, student_fit.validation, config, device)["top1"]
-        student_fit.run(teacher_top1)
+        student_fit.run(teacher_top1, trackers)
         result = student_fit.result(teacher_top1)
         _report(student_fit, teacher, result, folder)
         return result
@@ -138,8 +141,8 @@ class Fit:
         if resume and (folder / checkpoints.STATE).exists():
             self._load_state(folder / checkpoints.STATE)
 
-    def run(self, teacher_top1: float | None = None) -> None:
-        """Trains the epochs that remain. teacher_top1 is a line in the curves."""
+    def run(self, teacher_top1: float | None = None, trackers: Sequence[Tracker] = ()) -> None:
+        """Trains the epochs that remain. teacher_top1 is a line in the curves; trackers are told of each epoch, then closed."""
         self.folder.mkdir(exist_ok=True)
         if self.history:
             self._export()  # a kill may have come between the state and what follows from it
@@ -155,11 +158,15 @@ class Fit:
                     self._save_weights("best.safetensors", self.trainer.model)
                 self._save_state()
                 self._export()
+                for tracker in trackers:
+                    tracker.log(self.history[-1])
                 if time.monotonic() - curves_written > CURVES_EVERY:
                     reporting.write_curves(self.folder / "curves.png", self.history, teacher_top1)
                     curves_written = time.monotonic()
                 bar.write(f"{self.label} {reporting.epoch_line(row, epochs)}")
         reporting.write_curves(self.folder / "curves.png", self.history, teacher_top1)
+        for tracker in trackers:
+            tracker.close()
 
     def result(self, teacher_top1: float | None) -> Result:
         last = _results_of(self.history[-1], "")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
@@ -64,6 +65,29 @@ def test_the_report_says_what_the_summary_says(whole):
     assert 100 * (1 - wrong["both"]) == pytest.approx(float(last["top1_both"]))
     assert 100 * (1 - wrong["teacher"]) == pytest.approx(results["teacher_top1"])
     assert len(results["token_cosines"]) == 3
+
+
+def test_trackers_are_told_each_epoch_of_the_student(small_config, tmp_path, monkeypatch):
+    class Told:
+        rows, closed = [], False
+
+        def log(self, row):
+            self.rows.append(row["epoch"])
+
+        def close(self):
+            self.closed = True
+
+    told = Told()
+    monkeypatch.setattr(run, "create_trackers", lambda config, folder, first: [told])
+    run.train(small_config, tmp_path / "run")
+    assert told.rows == [0, 1, 2] and told.closed
+
+
+def test_a_missing_tracker_is_named_before_anything_is_trained(small_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        run.train(small_config.replace(wandb="deit"), tmp_path / "run")
+    assert not (tmp_path / "run" / "teacher").exists()
 
 
 def test_the_same_seed_gives_the_same_bits(whole, small_config, tmp_path):
