@@ -18,7 +18,7 @@ help:
 	@echo "make test      install, then run all tests"
 	@echo "make lint      install, then ruff check and ruff format --check"
 	@echo "make kernels   install, then compile every kernel configuration and report on it"
-	@echo "make bench     install, then run the benchmarks"
+	@echo "make bench     install, then run the short benchmarks (on a GPU)"
 	@echo "make clean     remove what builds and tools left; keeps $(VENV) and runs/"
 
 install: $(STAMP)

@@ -1,9 +1,27 @@
-"""`fastdeit bench`: the timing suites of this directory, by pytest-benchmark."""
+"""`fastdeit bench`: times the suites of this directory, and makes something of results."""
 
 import argparse
+import importlib
 from pathlib import Path
+from typing import NamedTuple
 
 DIRECTORY = Path(__file__).parent
+
+
+class Mode(NamedTuple):
+    module: str  # with add_arguments(parser) and run(args)
+    help: str
+
+
+MODES = {
+    "report": Mode(
+        "fastdeit.benchmarks.report", "tables and plots of results, and what changed between two sets of them"
+    ),
+}
+RUNS = {  # seconds: for everything, for a case, to set up a candidate
+    "quick": (160, 45, 30),
+    "full": (560, 150, 90),
+}
 
 
 def suites() -> list[str]:
@@ -12,51 +30,67 @@ def suites() -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    modes = parser.add_subparsers(dest="mode", metavar="MODE")
+    for name, (total, _, _) in RUNS.items():
+        about = "each suite's most important cases" if name == "quick" else "all cases, the most important first"
+        mode = modes.add_parser(name, help=f"{about}, in at most {total / 60:.0f} minutes", description=about)
+        _add_run_arguments(mode, total)
+        if name == "quick":
+            parser.set_defaults(**vars(mode.parse_args([])) | {"mode": name})  # of `fastdeit bench` alone
+    for name, (module, about) in MODES.items():
+        mode = modes.add_parser(name, help=about, description=about)
+        importlib.import_module(module).add_arguments(mode)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, total: int) -> None:
+    parser.add_argument("--only", action="append", metavar="SUITE", choices=suites(), help=", ".join(suites()))
+    parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="only cases that match, as pytest's -k")
     parser.add_argument(
-        "suites",
-        nargs="*",
-        metavar="SUITE",
-        help=f"one of {', '.join(suites())}; all by default. Or `report FILE...`: tables of raw results, as Markdown",
+        "--out",
+        type=Path,
+        default=Path("bench"),
+        metavar="DIR",
+        help="of the results, default: bench. Cases that it has are not measured again",
     )
+    parser.add_argument("--seconds", type=float, default=total, metavar="N", help=f"stop in time; default: {total}")
     parser.add_argument(
         "--toy", action="store_true", help="tiny shapes on the CPU: shows that the suites run, measures nothing"
     )
-    parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="only cases that match, as pytest's -k")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write pytest-benchmark's raw results to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Times the chosen suites and returns pytest's exit code.
+    """Measures what the folder of results does not have, or does what the mode does; returns 0, or 1 if a case failed.
 
     Raises:
-        ValueError: a suite that there is none of, or a results file in a directory that there is none of.
+        ValueError: no GPU, or the folder has results of another machine or source, or --seconds is not positive.
         ImportError: the extra `bench` is not installed.
     """
-    if args.suites[:1] == ["report"]:
-        return _report(args.suites[1:])
-    unknown = sorted(set(args.suites) - set(suites()))
-    if unknown:
-        raise ValueError(f"no benchmark suite called {', '.join(unknown)}; there are {', '.join(suites())}")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json: no directory {args.json.absolute().parent}")
+    if args.mode in MODES:
+        return importlib.import_module(MODES[args.mode].module).run(args)
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds: expected a positive number, got {args.seconds}")
     try:
-        import pytest
+        import pytest  # noqa: F401
         import pytest_benchmark  # noqa: F401
     except ImportError as error:
         raise ImportError(f"benchmarks need the extra 'bench': pip install 'fastdeit[bench]' ({error})") from error
-    files = [str(DIRECTORY / f"test_{name}.py") for name in args.suites or suites()]
-    options = ["--import-mode=importlib", f"--rootdir={DIRECTORY}", "-p", "no:cacheprovider", "-q"]
+    import torch
+
+    from fastdeit.benchmarks import pieces, runner
+
+    if not (args.toy or torch.cuda.is_available()):
+        raise ValueError("benchmarks need a CUDA device; --toy shows on a CPU that the suites run")
+    identity = pieces.identity(args.toy)
+    folder = pieces.Folder(args.out.absolute())
+    folder.begin(identity)
+    print(", ".join(f"{name} {value}" for name, value in identity.items() if value), flush=True)
+    options = ["--quick"] if args.mode == "quick" else []
     options += ["--toy"] if args.toy else []
     options += ["-k", args.keyword] if args.keyword else []
-    if args.json is not None:
-        options.append(f"--benchmark-json={args.json.absolute()}")
-    return int(pytest.main([*options, *files]))
-
-
-def _report(files: list[str]) -> int:
-    from fastdeit.benchmarks.report import markdown
-
-    if not files:
-        raise ValueError("report: expected at least one file that fastdeit bench --json wrote")
-    print("\n".join(markdown(Path(file)) for file in files), end="")
-    return 0
+    _, case, candidate = RUNS[args.mode]
+    code = runner.measure(folder, args.only or suites(), runner.Limits(args.seconds, case, candidate), options)
+    _, done, missing = pieces.read(args.out)
+    print(f"{len(done)} cases are in {args.out}; fastdeit bench report {args.out} makes tables and plots of them")
+    if missing:
+        print(f"{len(missing)} cases are left: the same command goes on with them")
+    return code

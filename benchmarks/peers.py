@@ -1,9 +1,11 @@
 """What people use otherwise, as candidates: functions on the same arguments as fastdeit's op."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,9 +33,14 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.unflatten(-1, (3, heads, -1)).unbind(2)
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable, mode: str | None = None) -> Callable:
     """torch.compile at its best: one case has one shape, so it may specialise on it."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, mode=mode)
+
+
+def autotuned(function: Callable) -> Callable:
+    """torch.compile's max-autotune. Its own graphs cannot be captured in ours, which replace them."""
+    return compiled(function, "max-autotune-no-cudagraphs")
 
 
 def sdpa(backend: SDPBackend | None, heads: int) -> Callable[[Tensor], Tensor]:
@@ -75,46 +82,83 @@ def xformers(heads: int) -> Callable[[Tensor], Tensor]:
     return attention
 
 
-def forward(function: Callable[..., Tensor], inputs: int) -> Callable[..., None]:
+def forward(function: Callable[..., Any], inputs: int) -> Callable[..., tuple]:
     """The candidate that runs function forward alone; the arguments after the first `inputs` are upstream gradients."""
 
     def run(*arguments):
         with torch.no_grad():
-            function(*arguments[:inputs])
+            return _tuple(function(*arguments[:inputs]))
 
     return run
 
 
-def backward(function: Callable[..., Tensor], inputs: int) -> Callable[..., None]:
+def backward(function: Callable[..., Any], inputs: int) -> Callable[..., tuple]:
     """The candidate that runs backward alone: each set of arguments passes forward once, while warming up."""
     graphs: dict[int, tuple] = {}
 
     def run(*arguments):
-        key = id(arguments[0])
-        if key not in graphs:
-            graphs[key] = _forward_with_gradients(function, arguments, inputs)
-        outputs, wrt = graphs[key]
-        torch.autograd.grad(outputs, wrt, arguments[inputs:], retain_graph=True)
+        # A compiled backward otherwise reuses the memory of what forward saved, and refuses to run twice.
+        with torch._functorch.config.patch(donated_buffer=False):
+            key = id(arguments[0])
+            if key not in graphs:
+                graphs[key] = _forward_with_gradients(function, arguments, inputs)
+            outputs, wrt = graphs[key]
+            return torch.autograd.grad(outputs, wrt, arguments[inputs:], retain_graph=True)
 
     return run
 
 
-def both(function: Callable[..., Tensor], inputs: int) -> Callable[..., None]:
-    """The candidate that runs forward and backward."""
+def both(function: Callable[..., Any], inputs: int) -> Callable[..., tuple]:
+    """The candidate that runs forward and backward; its results are the outputs, then the gradients."""
 
     def run(*arguments):
         outputs, wrt = _forward_with_gradients(function, arguments, inputs)
-        torch.autograd.grad(outputs, wrt, arguments[inputs:])
+        gradients = torch.autograd.grad(outputs, wrt, arguments[inputs:])
+        return (*(output.detach() for output in outputs), *gradients)
 
     return run
 
 
 def _forward_with_gradients(function, arguments, inputs):
-    wrt = [a for a in arguments[:inputs] if isinstance(a, Tensor) and a.is_floating_point()]
-    for tensor in wrt:
-        tensor.requires_grad_()
-    outputs = function(*arguments[:inputs])
-    return outputs if isinstance(outputs, tuple) else (outputs,), wrt
+    wrt = [a.requires_grad_() for a in arguments[:inputs] if _is_float(a)]
+    return _tuple(function(*arguments[:inputs])), wrt
+
+
+def _tuple(outputs) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 DIRECTIONS = {"forward": forward, "backward": backward, "both": both}
+COMPARED_SAMPLES = 2
+
+
+def oracle(direction: str, reference: Callable, inputs: int, shared: Collection[int] = ()) -> Callable[..., list]:
+    """What candidates of a direction should return, by the reference in float64 on the first samples of the same arguments.
+
+    Args:
+        direction, reference, inputs: as for the candidates.
+        shared: arguments that all samples have in common, as weights; their gradients are compared only where the batch has no more
+            samples than are looked at.
+    """
+
+    def expected(*arguments):
+        def exact(index, value):
+            value = value if index in shared else value[:COMPARED_SAMPLES]
+            return value.detach().double()
+
+        whole = len(arguments[0]) <= COMPARED_SAMPLES
+        small = [exact(i, a) if _is_float(a) else a for i, a in enumerate(arguments)]
+        results = list(DIRECTIONS[direction](reference, inputs)(*small))
+        wrt = [i for i, a in enumerate(arguments[:inputs]) if _is_float(a)]
+        first = len(results) - len(wrt)
+        if direction != "forward" and not whole:
+            for position, index in enumerate(wrt):
+                if index in shared:
+                    results[first + position] = None
+        return [None if r is None else r.detach() for r in results]
+
+    return expected

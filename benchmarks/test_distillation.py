@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fastdeit import costs, ops
 from fastdeit.benchmarks import peers
+from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
 
@@ -21,15 +22,19 @@ def liger(logits, dist_logits, target, teacher):
 
 
 def timm_task(logits, dist_logits, target, teacher):
-    """The sum that timm's token distillation task takes, weights 1 and 1."""
+    """What timm's token distillation task takes, with deit's weights."""
     criterion = peers.imported("timm.loss", "SoftTargetCrossEntropy")()
-    return criterion(logits, target) + F.cross_entropy(dist_logits, teacher.argmax(dim=1))
+    return 0.5 * criterion(logits, target) + 0.5 * F.cross_entropy(dist_logits, teacher.argmax(dim=1))
 
 
-@pytest.mark.parametrize("direction", ["forward", "both"])
-@pytest.mark.parametrize("classes", [10, 1000, 21841])
-@pytest.mark.parametrize("batch", [64, 256, 1024, 4096])
-def test_distillation_cross_entropy(compare, toy, batch, classes, direction):
+CASES = by_importance([1000, 21841, 10], [256, 1024, 64, 4096], ["both", "forward"])
+QUICK, TURNS = 1, 2
+LIGER = "Liger, labels alone"
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_distillation_cross_entropy(compare, toy, case):
+    classes, batch, direction = case
     batch, classes = (3, min(classes, 50)) if toy else (batch, classes)
     dtype = torch.float32 if toy else torch.bfloat16
 
@@ -40,18 +45,19 @@ def test_distillation_cross_entropy(compare, toy, batch, classes, direction):
         return randn().to(dtype), randn().to(dtype), randn().softmax(dim=1), randn().to(dtype)
 
     def loss(function):
-        def heads(logits, dist_logits, target, teacher):
-            return function(logits, dist_logits, target.detach(), teacher.detach())
-
         def forward(*arguments):
             with torch.no_grad():
-                heads(*arguments)
+                return (function(*arguments),)
 
         def both(logits, dist_logits, target, teacher):
             wrt = logits.requires_grad_(), dist_logits.requires_grad_()
-            torch.autograd.grad(heads(*wrt, target, teacher), wrt)
+            value = function(*wrt, target, teacher)
+            return value.detach(), *torch.autograd.grad(value, wrt)
 
         return forward if direction == "forward" else both
+
+    def expected(*arguments):
+        return [result.detach() for result in loss(deit)(*(a.detach().double() for a in arguments))]
 
     op = ops.distillation_cross_entropy
     assert_as_accurate_as_eager(
@@ -59,13 +65,15 @@ def test_distillation_cross_entropy(compare, toy, batch, classes, direction):
     )
     candidates = {"fastdeit": op, "deit eager": deit, "timm's task": timm_task}
     if not toy:
-        candidates |= {"torch.compile": peers.compiled(deit), "Liger (labels alone), twice": liger}
+        candidates |= {"torch.compile": peers.compiled(deit), LIGER: liger}
     sizes = dict(soft_target=True, logits_bytes=dtype.itemsize, target_bytes=4, teacher_bytes=dtype.itemsize)
     forward = costs.distillation_cross_entropy_forward(batch, classes, **sizes)
     backward = costs.distillation_cross_entropy_backward(batch, classes, **sizes)
     compare(
         {name: loss(function) for name, function in candidates.items()},
         inputs,
+        expected=expected,
+        different=(LIGER,),
         cost=forward if direction == "forward" else forward + backward,
         matrix=False,
         direction=direction,

@@ -5,18 +5,19 @@ import torch
 
 from fastdeit import costs, ops
 from fastdeit.benchmarks import peers
+from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
+CASES = by_importance([198, 578], [768, 384, 192], [256, 64, 1024, 1], ["fp32", "bf16"], peers.DIRECTIONS)
+QUICK, TURNS = 2, 2
 
-@pytest.mark.parametrize("direction", peers.DIRECTIONS)
-@pytest.mark.parametrize("stream", ["bf16", "fp32 stream"])
-@pytest.mark.parametrize("batch", [1, 64, 256, 1024])
-@pytest.mark.parametrize("tokens", [198, 578])
-@pytest.mark.parametrize("channels", [192, 384, 768])
-def test_add_layer_norm(compare, toy, channels, tokens, batch, stream, direction):
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_add_layer_norm(compare, toy, case):
+    tokens, channels, batch, stream, direction = case
     batch, tokens = (min(batch, 2), 5) if toy else (batch, tokens)
     low = torch.float32 if toy else torch.bfloat16
-    wide = torch.float32 if stream == "fp32 stream" else low
+    wide = torch.float32 if stream == "fp32" else low
 
     def inputs(size=batch):
         shape, device = (size, tokens, channels), kernel_device()
@@ -41,6 +42,7 @@ def test_add_layer_norm(compare, toy, channels, tokens, batch, stream, direction
     compare(
         {name: peers.DIRECTIONS[direction](function, 4) for name, function in candidates.items()},
         inputs,
+        expected=peers.oracle(direction, ops.add_layer_norm_reference, 4, shared=(2, 3)),
         cost={"forward": forward, "backward": backward, "both": forward + backward}[direction],
         matrix=False,
         direction=direction,

@@ -5,14 +5,16 @@ import torch
 
 from fastdeit import costs, ops
 from fastdeit.benchmarks import peers
+from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
+CASES = by_importance([198, 578], [768, 384, 192], [256, 64, 1024, 1], ["both", "forward", "backward"])
+QUICK, TURNS = 2, 2
 
-@pytest.mark.parametrize("direction", peers.DIRECTIONS)
-@pytest.mark.parametrize("batch", [1, 64, 256, 1024])
-@pytest.mark.parametrize("tokens", [198, 578])
-@pytest.mark.parametrize("channels", [192, 384, 768])
-def test_mlp(compare, toy, channels, tokens, batch, direction):
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_mlp(compare, toy, case):
+    tokens, channels, batch, direction = case
     batch, tokens, channels = (min(batch, 2), 5, channels // 12) if toy else (batch, tokens, channels)
     dtype = torch.float32 if toy else torch.bfloat16
     hidden = 4 * channels
@@ -29,11 +31,13 @@ def test_mlp(compare, toy, channels, tokens, batch, direction):
     candidates = {"fastdeit": ops.mlp, "PyTorch eager": ops.mlp_reference}
     if not toy:
         candidates["torch.compile"] = peers.compiled(ops.mlp_reference)
+        candidates["torch.compile max-autotune"] = peers.autotuned(ops.mlp_reference)
     forward = costs.mlp_forward(batch * tokens, channels, hidden)
     backward = costs.mlp_backward(batch * tokens, channels, hidden)
     compare(
         {name: peers.DIRECTIONS[direction](function, 5) for name, function in candidates.items()},
         inputs,
+        expected=peers.oracle(direction, ops.mlp_reference, 5, shared=(1, 2, 3, 4)),
         cost={"forward": forward, "backward": backward, "both": forward + backward}[direction],
         matrix=True,
         direction=direction,

@@ -3,33 +3,69 @@
 - Candidates for the same work are measured in one run, turn by turn (A B C A B C ...), so that clocks, temperature and neighbours
   change under all of them alike. Every candidate gets the same number of warm-up turns.
 - One turn replays a CUDA graph of many calls between two events: no host time in it. What cannot be captured is timed as a batch
-  of plain calls between events, and its row says so.
+  of plain calls between events, and its row says so. What one plain call takes on the wall clock, host included, is a column.
 - The calls of a turn go through copies of the inputs that together exceed three times the L2 cache, as a layer's inputs do.
 - A row has the median over the turns and the quartiles. Clocks are read before and after.
-- Launches and kernel names come from a profile of one call; they say which of a library's kernels really ran.
+- Launches and kernel names come from a profile of one call, taken when all is timed; they say which of a library's kernels ran.
+- Peak memory is what one call allocates at the most beyond its inputs and what it had kept from before, results included.
+- What takes too long to set up, does not fit into memory or fails is a row that says so, whenever it happens.
 - On a CPU (`--toy`) plain calls are timed by the wall clock. Such figures show that the suite runs, and nothing else.
 """
 
+import contextlib
+import gc
+import importlib.metadata
 import math
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastdeit
+
+PEERS = ("liger-kernel", "flash-attn", "xformers", "transformer-engine", "vit-pytorch", "transformers")
 WARM_UP_TURNS = 3
+LEAST_TURNS = 7  # quartiles of fewer say little
 L2_ROTATIONS = 3
+_MOST_SETS = 64
 _MAX_CALLS_PER_TURN = 100
 _SECONDS_PER_TURN = 2e-3  # long against the resolution of events, short against drifting clocks
+_PLAIN_CALLS = 5
 
 
 class NotInstalled(Exception):
     """A candidate's library is missing: its row says so."""
+
+
+class OutOfTime(BaseException):
+    """No Exception: compilers handle those of what they run."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime in the main thread when the time is over. Code that never returns to Python is not interrupted."""
+
+    def expire(*_):
+        raise OutOfTime
+
+    if math.isinf(seconds):
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, expire)
+    try:
+        # Again each second: an exception raised in a finalizer is lost.
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @dataclass
@@ -43,10 +79,12 @@ class Row:
     third_quartile_us: float | None = None
     turns: int = 0
     timed_by: str = ""
+    plain_call_us: float | None = None  # on the wall clock, until the device is done
     launches: int | None = None
     kernels: list[str] = field(default_factory=list)
     peak_mib: float | None = None
-    max_error: float | None = None  # against float64
+    max_errors: list[float] = field(default_factory=list)  # against float64, one per result that is compared
+    rms_errors: list[float] = field(default_factory=list)
 
     def derived(self, flops: float, bytes_: float, floor_us: float | None) -> dict[str, Any]:
         """The row as a dictionary, with the rates that its time means for the given work."""
@@ -63,137 +101,197 @@ def measure(
     inputs: Callable[[], Sequence[Any]],
     *,
     turns: int = 20,
-    errors: dict[str, float] | None = None,
+    expected: Callable[..., Sequence[Tensor | None]] | None = None,
+    different: Collection[str] = (),
+    candidate_seconds: float = math.inf,
+    deadline: float = math.inf,
 ) -> list[Row]:
     """Times every candidate on the same inputs, interleaved.
 
     Args:
         candidates: name -> function called as `function(*inputs())`; one that raises gets a row that says why.
-        inputs: makes one fresh set of arguments.
-        turns: how often each candidate is timed after warming up.
-        errors: largest error of each candidate against float64, where it is known.
+        inputs: makes one fresh set of arguments: tensors, modules (whose parameters count as inputs), anything else.
+        turns: how often each candidate is timed after warming up; fewer, `LEAST_TURNS` at least, where `deadline` passes.
+        expected: the candidates' results in float64 for the same arguments, in their order, None for one that is not compared.
+            One with fewer rows than the result is compared with the result's first rows.
+        different: candidates that are known to compute something else, and are not compared.
+        candidate_seconds: a candidate that takes longer to set up is a row that says so.
+        deadline: of time.monotonic(), after which nothing more is set up.
     """
     try:
-        sets = _rotation(inputs)
-    except torch.OutOfMemoryError:
-        return [Row(name, status="out of memory, for the inputs alone") for name in candidates]
-    rows, timers = [], {}
-    for name, function in candidates.items():
-        row = Row(name, max_error=(errors or {}).get(name))
-        rows.append(row)
+        return _measured(candidates, inputs, turns, expected, different, candidate_seconds, deadline)
+    finally:
+        _release()
+
+
+def _measured(candidates, inputs, turns, expected, different, candidate_seconds, deadline) -> list[Row]:
+    side = torch.cuda.Stream() if torch.cuda.is_available() else None
+    # Off the default stream for good: backward runs where its forward ran, and the default stream cannot be captured.
+    with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
         try:
-            timers[name] = _prepare(function, sets, row)
-        except NotInstalled as missing:
-            row.status = f"not installed: {missing}"
-        except torch.OutOfMemoryError:
-            row.status = "out of memory"
-        except Exception as error:  # a peer that fails is a row, not the end of the suite
-            row.status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    times: dict[str, list[float]] = {name: [] for name in timers}
+            sets = _rotation(inputs)
+            oracle = None if expected is None else expected(*sets[0])
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            return [Row(name, status="out of memory, for the inputs alone") for name in candidates]
+        _wait()
+        pool = None if side is None else torch.cuda.graph_pool_handle()  # one: no graph reads another's results
+        timers = [_Timer(name, function, sets, side, pool) for name, function in candidates.items()]
+
+        def warm_up(timer: _Timer) -> None:
+            timer.warm_up(None if timer.row.candidate in different else oracle)
+
+        for step in (warm_up, _Timer.make_turn):
+            for timer in timers:
+                timer.attempt(step, min(candidate_seconds, deadline - time.monotonic()))
+        _take_turns(timers, turns, deadline)
+        for timer in timers:
+            timer.run = None  # a captured graph holds its memory, which the plain call of the profile needs
+        _release()
+        for timer in timers:
+            timer.profile()
+        _wait()
+    return [timer.row for timer in timers]
+
+
+def _take_turns(timers: list["_Timer"], turns: int, deadline: float) -> None:
     for turn in range(WARM_UP_TURNS + turns):
-        for name, timer in timers.items():
-            seconds = timer()
-            if turn >= WARM_UP_TURNS:
-                times[name].append(seconds * 1e6)
-    for row in rows:
-        if row.candidate in times:
-            first, median, third = statistics.quantiles(times[row.candidate], n=4)
-            row.first_quartile_us, row.median_us, row.third_quartile_us = first, median, third
-            row.turns = turns
-    return rows
+        if turn >= WARM_UP_TURNS + LEAST_TURNS and time.monotonic() > deadline:
+            break
+        for timer in timers:
+            if timer.run is not None:
+                timer.attempt(lambda timer, warm=turn < WARM_UP_TURNS: timer.turn(warm))
+    for timer in timers:
+        row, times = timer.row, timer.times
+        if row.status == "ok":
+            row.turns = len(times)
+            row.first_quartile_us, row.median_us, row.third_quartile_us = statistics.quantiles(times, n=4)
+
+
+class _Timer:
+    """A candidate on its way to a row."""
+
+    def __init__(self, name: str, function: Callable[..., Any], sets: list[Sequence[Any]], side, pool) -> None:
+        self.row = Row(name)
+        self.function, self.sets, self.side, self.pool = function, sets, side, pool
+        self.run: Callable[[], None] | None = None  # `calls` calls
+        self.calls = 1
+        self.times: list[float] = []
+
+    def attempt(self, step: Callable[["_Timer"], None], seconds: float = math.inf) -> None:
+        """Takes a step; if that fails the row says why, and no other step is taken."""
+        if self.row.status != "ok":
+            return
+        if seconds <= 0:
+            self.row.status = "not measured: no time was left"
+            return
+        try:
+            with time_limit(seconds):
+                step(self)
+        except OutOfTime:
+            self.row.status = f"not measured: not set up within {seconds:.0f} s"
+        except NotInstalled as missing:
+            self.row.status = f"not installed: {missing}"
+        except Exception as error:  # a peer that fails is a row, not the end of the suite
+            self.row.status = "out of memory" if _is_out_of_memory(error) else f"failed: {_described(error)}"
+        if self.row.status != "ok":
+            self.run = None
+            _release()
+
+    def warm_up(self, oracle: Sequence[Tensor | None] | None) -> None:
+        """Compiles what compiles, and fills in what plain calls tell."""
+        row = self.row
+        result = self.function(*self.sets[0])
+        if oracle is not None:
+            row.max_errors, row.rms_errors = _errors(result, oracle)
+        del result
+        for arguments in self.sets[1:]:
+            self.function(*arguments)
+        _wait()
+        if self.side is not None:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.function(*self.sets[0])
+            _wait()
+            row.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        plain = []
+        for _ in range(_PLAIN_CALLS if self.side is not None else 1):
+            start = time.perf_counter()
+            self.function(*self.sets[0])
+            _wait()
+            plain.append(time.perf_counter() - start)
+        row.plain_call_us = statistics.median(plain) * 1e6
+
+    def make_turn(self) -> None:
+        """Captures the calls of one turn."""
+        if self.side is None:
+            self.row.timed_by = "wall clock"
+            self.run = lambda: self.function(*self.sets[0])
+            return
+        wanted = round(_SECONDS_PER_TURN / (self.row.plain_call_us * 1e-6))
+        self.calls = max(len(self.sets), min(wanted, _MAX_CALLS_PER_TURN))
+
+        def batch():
+            for i in range(self.calls):
+                self.function(*self.sets[i % len(self.sets)])
+
+        try:
+            self.run, self.row.timed_by = _captured(batch, self.side, self.pool), "graph replay"
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise
+            _wait()
+            self.run, self.row.timed_by = batch, f"batched events (no graph: {_described(error)})"
+
+    def turn(self, warm_up: bool) -> None:
+        """One turn; what it takes per call counts unless it warms up."""
+        if self.side is None:
+            start = time.perf_counter()
+            self.run()
+            seconds = time.perf_counter() - start
+        else:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            self.run()
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1e3
+        if not warm_up:
+            self.times.append(seconds / self.calls * 1e6)
+
+    def profile(self) -> None:
+        """Names the kernels of one call. Where the profiler is refused the row has its time and no names."""
+        if self.side is None or self.row.status != "ok":
+            return
+        with contextlib.suppress(Exception):
+            self.row.kernels = _kernels_of(self.function, self.sets[0])
+        self.row.launches = len(self.row.kernels) or None
 
 
 def _rotation(inputs: Callable[[], Sequence[Any]]) -> list[Sequence[Any]]:
     """Enough sets of arguments that a turn never finds its input in the L2 cache."""
     sets = [inputs()]
     if torch.cuda.is_available():
-        size = sum(t.numel() * t.element_size() for t in sets[0] if isinstance(t, Tensor))
+        size = sum(_bytes(argument) for argument in sets[0])
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        sets += [inputs() for _ in range(min(math.ceil(L2_ROTATIONS * cache / max(size, 1)), 64) - 1)]
+        sets += [inputs() for _ in range(min(math.ceil(L2_ROTATIONS * cache / max(size, 1)), _MOST_SETS) - 1)]
     return sets
 
 
-def _prepare(function, sets, row: Row) -> Callable[[], float]:
-    """Warms a candidate up, fills in what is read once, and returns what times one turn in seconds per call."""
-    if not torch.cuda.is_available():
-        function(*sets[0])
-        row.timed_by = "wall clock"
-
-        def turn() -> float:
-            start = time.perf_counter()
-            function(*sets[0])
-            return time.perf_counter() - start
-
-        return turn
-
-    # Off the default stream from the first call on: backward runs where its forward ran, and that stream cannot be captured.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for arguments in sets:
-            function(*arguments)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function(*sets[0])
-    torch.cuda.synchronize()
-    row.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-    row.kernels = _kernels_of(function, sets[0])
-    row.launches = len(row.kernels)
-    calls = _calls_per_turn(function, sets)
-
-    def batch():
-        for i in range(calls):
-            function(*sets[i % len(sets)])
-
-    run = batch
-    row.timed_by = "batched events"
-    try:
-        run = _captured(batch, side)
-        row.timed_by = "graph replay"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        row.timed_by += f" (no graph: {type(error).__name__})"
-        torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def turn() -> float:
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-
-    return turn
+def _bytes(argument: Any) -> int:
+    tensors = argument.parameters() if isinstance(argument, nn.Module) else [argument]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def _captured(batch: Callable[[], None], side: torch.cuda.Stream) -> Callable[[], None]:
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        batch()
-    torch.cuda.current_stream().wait_stream(side)
+def _captured(batch: Callable[[], None], side: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
+    with torch.cuda.graph(graph, pool=pool, stream=side):
         batch()
     return graph.replay
 
 
-def _calls_per_turn(function, sets) -> int:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function(*sets[0])
-    end.record()
-    end.synchronize()
-    once = max(start.elapsed_time(end) / 1e3, 1e-6)
-    return max(len(sets), min(round(_SECONDS_PER_TURN / once), _MAX_CALLS_PER_TURN))
-
-
-def _kernels_of(function, arguments) -> list[str]:
+def _kernels_of(function: Callable[..., Any], arguments: Sequence[Any]) -> list[str]:
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         function(*arguments)
@@ -202,29 +300,68 @@ def _kernels_of(function, arguments) -> list[str]:
     return [name for name in on_device if not name.startswith(("Memcpy", "Memset"))]
 
 
+def _errors(result: Any, oracle: Sequence[Tensor | None]) -> tuple[list[float], list[float]]:
+    """Maximum and root mean square of what results differ by from the float64 ones.
+
+    Raises:
+        ValueError: a result is not finite where it should be, or has another shape.
+    """
+    results = result if isinstance(result, tuple | list) else (result,)
+    largest, rms = [], []
+    for got, exact in zip(results, oracle, strict=True):
+        if exact is None:
+            continue
+        if got.dim() and len(got) > len(exact):
+            got = got[: len(exact)]
+        if got.shape != exact.shape:
+            raise ValueError(f"a result of shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
+        error = got.double() - exact
+        if not bool(error.isfinite().all()):
+            raise ValueError("the result is not finite")
+        largest.append(error.abs().max().item())
+        rms.append(error.square().mean().sqrt().item())
+    return largest, rms
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where ending a capture failed because of it, and where a library says it in words."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _described(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _release() -> None:
+    """Gives back what a failed or finished candidate held: tracebacks and autograd graphs are cycles."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def environment() -> dict[str, Any]:
     """What the figures depend on: GPU, driver, clocks, versions."""
-    import timm
-
-    import fastdeit
-
-    facts = {
-        "fastdeit": fastdeit.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-    }
-    try:
-        import triton
-
-        facts["triton"] = triton.__version__
-    except ImportError:
-        facts["triton"] = None
+    facts: dict[str, Any] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    facts |= {"fastdeit": fastdeit.__version__, "torch": torch.__version__}  # torch's own names the CUDA build too
+    for name in ("timm", "triton", *PEERS):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            facts[name] = importlib.metadata.version(name)
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cudnn"] = torch.backends.cudnn.version()
         facts |= _nvidia_smi()
+    else:
+        facts["cpu"] = platform.processor() or platform.machine()
     return facts
 
 
@@ -235,7 +372,10 @@ def clocks() -> dict[str, str]:
 
 
 def _nvidia_smi(query: str = "driver_version,clocks.max.sm,clocks.max.mem") -> dict[str, str]:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    chosen = "--id=GPU-" + str(torch.cuda.get_device_properties(0).uuid).removeprefix(
+        "GPU-"
+    )  # nvidia-smi counts hidden devices too
+    command = ["nvidia-smi", chosen, f"--query-gpu={query}", "--format=csv,noheader"]
     try:
         line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
