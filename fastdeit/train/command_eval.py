@@ -1,18 +1,26 @@
-"""`fastdeit eval`: top-1 of a checkpoint, from the checkpoint alone."""
+"""`fastdeit eval`: top-1 of a checkpoint, from the checkpoint alone; or how many images a second its model takes."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastdeit.train.extras import check_extras
 
+if TYPE_CHECKING:
+    from fastdeit.train.throughput import Throughput
+
+CLASSES = 1000  # of a model that no checkpoint gives the classes of: ImageNet's
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="weights (.safetensors) of a run, or its folder for the last ones",
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--checkpoint", metavar="PATH", help="weights (.safetensors) of a run, or its folder for the last ones"
+    )
+    source.add_argument(
+        "--config", metavar="NAME|FILE", help="with --throughput: the model of a configuration, no weights needed"
     )
     parser.add_argument("--data", metavar="digits|DIR", help="other images than those of the run's val/")
     parser.add_argument(
@@ -23,13 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="by default the run's, or a GPU if there is one")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    speed = parser.add_argument_group("throughput, by the method of the DeiT paper's Table 5")
+    speed.add_argument("--throughput", action="store_true", help="time the model on synthetic images instead")
+    speed.add_argument("--batch-size", type=int, metavar="N", help="by default the largest that fits on a GPU")
+    speed.add_argument("--runs", type=int, metavar="N", help="timed runs (default: 30)")
 
 
 def run(args: argparse.Namespace) -> int:
     check_extras()
     from fastdeit.train.reporting import results_table
 
-    path = weights_file(args.checkpoint)
+    path = weights_file(args.checkpoint) if args.checkpoint else None
+    if args.throughput:
+        for option in ("data", "labels"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option}: --throughput takes synthetic images")
+        found = inference_throughput(path, args.config, args.device, args.batch_size, args.runs)
+        print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found)
+        return 0
+    if path is None:
+        raise ValueError("--config: is for --throughput; a configuration has no weights to evaluate, use --checkpoint")
+    for option in ("batch_size", "runs"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: is for --throughput")
     results = evaluate_checkpoint(path, args.data, args.device, args.labels)
     print(json.dumps(results, indent=2) if args.json else results_table({path.name: results}))
     return 0
@@ -39,6 +63,52 @@ def weights_file(checkpoint: str) -> Path:
     """A run folder's last weights, or the file itself."""
     path = Path(checkpoint)
     return path / "last.safetensors" if path.is_dir() else path
+
+
+def inference_throughput(
+    checkpoint: Path | None,
+    config: str | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    runs: int | None = None,
+) -> "Throughput":
+    """Images a second through the model of a checkpoint or of a configuration, in its precision, under inference mode.
+
+    On a CPU, where no batch is too large, batch_size is by default the configuration's.
+
+    Raises:
+        FileNotFoundError, ValueError: checkpoint or configuration are not there or no good, batch_size or runs is below 1.
+    """
+    import torch
+
+    from fastdeit.train import throughput
+    from fastdeit.train.checkpoints import load_weights, read_metadata
+    from fastdeit.train.config import load_config
+    from fastdeit.train.device import autocast, select_device
+    from fastdeit.train.models import create_student
+
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {batch_size}")
+    if checkpoint is not None:
+        settings, classes, _ = read_metadata(checkpoint)
+    else:
+        settings, classes = load_config(config or "digits"), range(CLASSES)
+    settings = settings.replace(device=device or settings.device)
+    target = select_device(settings)
+    model = create_student(settings, len(classes), target)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    model.eval()
+    if batch_size is None and target.type == "cpu":
+        batch_size = settings.batch_size
+
+    @torch.inference_mode()
+    def step(size: int) -> None:
+        images = torch.zeros(size, settings.in_chans, settings.img_size, settings.img_size, device=target)
+        with autocast(settings, target):
+            model(images)
+
+    return throughput.measure(step, target, batch_size, throughput.RUNS if runs is None else runs)
 
 
 def evaluate_checkpoint(
