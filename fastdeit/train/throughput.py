@@ -1,4 +1,4 @@
-"""Images a second without a data loader, by the method of the DeiT paper's Table 5: the largest batch that fits, mean of 30 runs."""
+"""Images a second without a data loader, by the method of the DeiT paper's Table 5: largest batch that fits, mean of 30 runs."""
 
 import gc
 import statistics
