@@ -116,7 +116,13 @@ class Block(FusedModule, vision_transformer.Block):
         return x + children["drop_path2"](children["ls2"](branch))
 
     def before_last_addition(
-        self, carried: Carried, attn_mask: Tensor | None = None, is_causal: bool = False, *, keep: int | None = None
+        self,
+        carried: Carried,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        keep: int | None = None,
+        whole: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and the MLP's output, which is still to be scaled and added to it.
 
@@ -125,6 +131,7 @@ class Block(FusedModule, vision_transformer.Block):
         Args:
             carried: what enters the block.
             attn_mask, is_causal: handed on to the attention.
+            whole: `run_whole` has found that attention and MLP run fused, so that they need not be asked.
             keep: compute the first `keep` tokens alone, which attend to all as ever. Needs a fused `Attention`.
         """
         children = self._modules
@@ -132,7 +139,7 @@ class Block(FusedModule, vision_transformer.Block):
         # Only a fused child's matrix product reads the normalised tokens: it takes them in the dtype that it multiplies in.
         products = autocast_dtype(carried.x)
 
-        inline = attn_mask is None and not is_causal and inlines(attn, Attention, carried.x)
+        inline = whole or (attn_mask is None and not is_causal and inlines(attn, Attention, carried.x))
         x, tokens = carried.add_layer_norm(norm1, out_dtype=products if inline else None)
         if keep is not None:
             x, branch = x[:, :keep], attn.forward_prefix(tokens, keep)
@@ -144,7 +151,7 @@ class Block(FusedModule, vision_transformer.Block):
             x = x + children["drop_path1"](children["ls1"](branch))
             return x, mlp(norm2(x))
 
-        inline = inlines(mlp, Mlp)
+        inline = whole or inlines(mlp, Mlp)
         carried = Carried.of(x, branch, children["ls1"], children["drop_path1"])
         x, tokens = carried.add_layer_norm(norm2, out_dtype=products if inline else None)
         return x, mlp.forward_inlined(tokens) if inline else mlp(tokens)

@@ -16,6 +16,7 @@ from fastdeit.nn.eligibility import (
 )
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp
+from fastdeit.nn.whole_block import run_whole
 
 _METHODS = ("forward", "forward_features", "forward_head", "_pos_embed", "pool")
 
@@ -29,7 +30,12 @@ class _CarriesResidual(FusedModule):
         Args:
             tokens: (B, N, C), what enters the first block.
         """
-        return why_not_plain_call(tokens) or self._why_not_itself(attn_mask, is_causal) or self._why_not_parts(tokens)
+        return (
+            why_not_plain_call(tokens)
+            or self._why_not_itself(attn_mask, is_causal)
+            or self._why_not_norm()
+            or self._why_not_blocks(tokens)
+        )
 
     def _why_not_itself(self, attn_mask: Tensor | None, is_causal: bool) -> str | None:
         if attn_mask is not None or is_causal:
@@ -45,17 +51,17 @@ class _CarriesResidual(FusedModule):
             return f"a method of timm's {self._timm_class.__name__} was replaced"
         return why_global_hook()
 
-    def _why_not_parts(self, tokens: Tensor) -> str | None:
+    def _why_not_norm(self) -> str | None:
         children = self._modules
         blocks, norm = children["blocks"], children["norm"]
         if type(blocks) is not nn.Sequential or not blocks._modules:
             return f"blocks is a {type(blocks).__name__}"
         if type(norm) is not LayerNorm and type(norm) is not TorchLayerNorm:
             return f"norm is a {type(norm).__name__} that is not accelerated"
-        reason = why_not_bypassed((blocks, norm)) or norm.why_not_inlined()
-        if reason is not None:
-            return reason
-        for name, block in blocks._modules.items():
+        return why_not_bypassed((blocks, norm)) or norm.why_not_inlined()
+
+    def _why_not_blocks(self, tokens: Tensor) -> str | None:
+        for name, block in self._modules["blocks"]._modules.items():
             if type(block) is not Block:
                 return f"block {name} is a {type(block).__name__}"
             reason = block.why_not_carried(tokens)
@@ -67,22 +73,25 @@ class _CarriesResidual(FusedModule):
         if why_not_plain_call(x) is not None or self._why_not_itself(attn_mask, is_causal) is not None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        if why_not_plain_call(tokens) is not None or self._why_not_parts(tokens) is not None:
+        if why_not_plain_call(tokens) is not None or self._why_not_norm() is not None:
+            return self.forward_head(self.norm(self.blocks(tokens)))
+        whole = run_whole(self._modules["blocks"]._modules.values(), tokens)
+        if not whole and self._why_not_blocks(tokens) is not None:
             return self.forward_head(self.norm(self.blocks(tokens)))
         carried = Carried(tokens)
         *blocks, last = self.blocks
         for block in blocks:
-            carried = _through_block(block, carried)
+            carried = _through_block(block, carried, whole)
         # The head reads the prefix tokens alone: the last block attends to all, and computes nothing else for the others.
         prefix = self.num_prefix_tokens
         prune = _why_not_pruned(last, tokens) is None
-        carried = _through_block(last, carried, keep=prefix if prune else None)
+        carried = _through_block(last, carried, whole, keep=prefix if prune else None)
         carried = carried._replace(x=carried.x[:, :prefix], branch=carried.branch[:, :prefix])
         return self.forward_head(carried.add_layer_norm(self.norm)[1])
 
 
-def _through_block(block: Block, carried: Carried, keep: int | None = None) -> Carried:
-    x, branch = block.before_last_addition(carried, keep=keep)
+def _through_block(block: Block, carried: Carried, whole: bool, keep: int | None = None) -> Carried:
+    x, branch = block.before_last_addition(carried, keep=keep, whole=whole)
     return Carried.of(x, branch, block._modules["ls2"], block._modules["drop_path2"])
 
 

@@ -1,0 +1,164 @@
+"""The one pass over blocks: it may say yes only where nothing else objects, and says so for every usual block."""
+
+import functools
+import timeit
+
+import pytest
+import timm
+import timm.layers
+import torch
+from torch import nn
+
+from fastdeit import backends
+from fastdeit.kernels.attention_config import HANDED_OVER, Shapes
+from fastdeit.nn import Attention, Block, Mlp
+from fastdeit.nn.block import inlines
+from fastdeit.nn.whole_block import run_whole
+
+BUDGET, GENEROUS = 5.0, 3  # microseconds a block on a quiet machine, and what a busy one is allowed
+CHILDREN = [name for name, _ in Block(64, 2).named_modules() if name not in ("attn.proj_drop", "mlp.drop2")]
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(print),
+    "forward pre": lambda m: m.register_forward_pre_hook(print),
+    "backward": lambda m: m.register_full_backward_hook(print),
+    "backward pre": lambda m: m.register_full_backward_pre_hook(print),
+    "own forward": lambda m: setattr(m, "forward", m.forward),
+    "compiled": lambda m: m.compile(backend="eager"),
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    """As on a GPU: neither device nor dtype is in the way."""
+    monkeypatch.setattr(backends, "_why_kernels_cannot_run", lambda x, products: None)
+
+
+def block(**kwargs) -> Block:
+    return Block(64, 2, **{"qkv_bias": True, **kwargs})
+
+
+def tokens(dtype=torch.float32):
+    return torch.randn(2, 5, 64, dtype=dtype)
+
+
+def others_object(module, x) -> bool:
+    """What the methods say that are asked where `run_whole` says no."""
+    attn, mlp = module.attn, module.mlp
+    return module.why_not_carried(x) is not None or not inlines(attn, Attention, x) or not inlines(mlp, Mlp)
+
+
+class Norm(nn.LayerNorm):
+    pass
+
+
+class Weight(nn.Parameter):
+    pass
+
+
+USUAL = {
+    "plain": lambda: block(),
+    "no biases": lambda: block(qkv_bias=False, proj_bias=False),
+    "layer scale and drop path": lambda: block(init_values=0.1, drop_path=0.5),
+    "PyTorch's LayerNorm": lambda: block(norm_layer=nn.LayerNorm),
+    "dropout after the branches": lambda: block(proj_drop=0.0).train(),
+    "inactive dropout": lambda: block(proj_drop=0.5, attn_drop=0.5).eval(),
+    "tanh GELU": lambda: block(act_layer=functools.partial(nn.GELU, approximate="tanh")),
+    "quick GELU": lambda: block(act_layer=timm.layers.get_act_layer("quick_gelu")),
+}
+UNUSUAL = {
+    "query and key norms": lambda: block(qk_norm=True),
+    "a norm of the attention's output": lambda: block(scale_attn_norm=True),
+    "a norm of the hidden layer": lambda: block(scale_mlp_norm=True),
+    "active dropout of attention": lambda: block(attn_drop=0.5).train(),
+    "active dropout of the hidden layer": lambda: block(proj_drop=0.5).train(),
+    "another activation": lambda: block(act_layer=nn.Tanh),
+    "another MLP": lambda: block(mlp_layer=timm.layers.GluMlp),
+    "another norm": lambda: block(norm_layer=Norm),
+    "head dimension without a kernel": lambda: Block(60, 2),
+    "layer scale in place": lambda: scaled_in_place(),
+    "layer scale of another dtype": lambda: half_scale(),
+}
+
+
+def scaled_in_place():
+    module = block(init_values=0.1)
+    module.ls1.inplace = True
+    return module
+
+
+def half_scale():
+    module = block(init_values=0.1)
+    module.ls2.half()
+    return module
+
+
+@pytest.mark.parametrize("kind", USUAL)
+def test_usual_blocks_run_whole(kind):
+    module = USUAL[kind]()
+    assert run_whole([module, block()], tokens()) and not others_object(module, tokens())
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_ones_are_left_to_the_others(kind):
+    module = UNUSUAL[kind]()
+    x = torch.randn(2, 5, 60) if "without" in kind else tokens()
+    assert others_object(module, x)
+    assert not run_whole([block() if "without" not in kind else module, module], x)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("child", CHILDREN)
+def test_whatever_is_put_between_is_seen(child, hook):
+    module = block(init_values=0.1, drop_path=0.5)
+    assert run_whole([module], tokens())
+    HOOKS[hook](module.get_submodule(child))
+    assert not run_whole([module], tokens()) and others_object(module, tokens())
+
+
+@pytest.mark.parametrize("name", [name for name, _ in Block(64, 2, qkv_bias=True, init_values=0.1).named_parameters()])
+def test_another_kind_of_weight_is_seen(name):
+    module = block(init_values=0.1)
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    owner._parameters[leaf] = Weight(owner._parameters[leaf].detach())
+    assert not run_whole([module], tokens()) and others_object(module, tokens())
+
+
+@pytest.mark.parametrize("child", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "ls1", "drop_path2", "attn.q_norm"])
+def test_another_class_is_seen(child):
+    module = block(init_values=0.1, drop_path=0.5)
+    owner = module.get_submodule(child)
+    owner.__class__ = type("Other", (type(owner),), {})
+    assert not run_whole([module], tokens()) and others_object(module, tokens())
+
+
+def test_attention_maps_asked_for_are_seen():
+    module = block()
+    module.attn.fused_attn = False
+    assert not run_whole([module], tokens())
+
+
+def test_a_replaced_forward_of_timms_is_seen(monkeypatch):
+    monkeypatch.setattr(timm.layers.Mlp, "forward", lambda self, x: x)
+    assert not run_whole([block()], tokens())
+
+
+def test_what_is_handed_over_is_asked_about(monkeypatch):
+    monkeypatch.setitem(HANDED_OVER, 90, (Shapes(32, range(1, 9), range(1, 99), True),))
+    assert not run_whole([block()], tokens())
+
+
+def test_the_backend_decides():
+    with backends.use_backend("reference"):
+        assert not run_whole([block()], tokens())
+
+
+def test_images_are_no_tokens():
+    assert not run_whole([block()], torch.randn(2, 5, 5, 64))
+
+
+def test_it_takes_little_time():
+    blocks = [block() for _ in range(12)]
+    x = tokens()
+    seconds = min(timeit.repeat(lambda: run_whole(blocks, x), number=50, repeat=40)) / 50 / len(blocks)
+    assert 1e6 * seconds <= GENEROUS * BUDGET
