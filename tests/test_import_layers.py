@@ -18,7 +18,7 @@ TREES = {
 # From the bottom up: a file imports from its own layer and from those below it. A name stands for all that it contains.
 LAYERS = (
     ("fastdeit.kernels",),
-    ("fastdeit.backends", "fastdeit.costs"),
+    ("fastdeit.backends", "fastdeit.costs", "fastdeit.model_costs"),
     ("fastdeit.ops",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.patching", "fastdeit.explanation", "fastdeit.testing"),

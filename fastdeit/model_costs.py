@@ -1,0 +1,243 @@
+"""What a whole DeiT costs, part by part, for the ways in which it can be run: arithmetic, least memory traffic, launches.
+
+Matrix products are the same for all; what differs is the pointwise work between them. In the tables below bytes are per element of
+one (batch, tokens, channels) activation. "amp" has an fp32 residual stream and 2-byte products, as autocast; "bf16" has 2 bytes
+throughout. Weights' casts under autocast, optimizer and teacher are not counted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fastdeit.costs import Cost
+
+EXECUTIONS = {
+    "eager": "timm in PyTorch, operation by operation",
+    "compile": "an ideal torch.compile: pointwise operations between two products are one kernel",
+    "fastdeit": "this package with the libraries' matrix products, as it ships",
+    "epilogues": "this package with activation and its derivative in its own matrix products",
+}
+PRECISIONS = ("amp", "bf16")
+PREFIX_ONLY = ("fastdeit", "epilogues")  # executions that compute the last block's prefix tokens alone
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A vision transformer's sizes."""
+
+    channels: int
+    heads: int
+    depth: int
+    tokens: int  # prefix tokens included
+    prefix_tokens: int = 2
+    patch_size: int = 16
+    hidden: int = 0  # of the MLP; 0 is four times the channels
+    classes: int = 1000
+
+    @property
+    def mlp(self) -> int:
+        return self.hidden or 4 * self.channels
+
+    def at(self, img_size: int) -> "Shape":
+        """The same model on images of img_size pixels a side."""
+        return replace(self, tokens=(img_size // self.patch_size) ** 2 + self.prefix_tokens)
+
+
+def _deit(channels: int, heads: int, depth: int = 12) -> Shape:
+    return Shape(channels, heads, depth, tokens=198)
+
+
+DEIT = {"Ti": _deit(192, 3), "S": _deit(384, 6), "B": _deit(768, 12), "L": _deit(1024, 16, 24)}  # distilled, 224 pixels
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of work in a model: forward and backward, `count` times."""
+
+    name: str
+    forward: Cost
+    backward: Cost
+    matrix: bool  # its arithmetic runs on the matrix units
+    count: int = 1
+
+
+# Pointwise work: (forward bytes, forward launches, backward bytes, backward launches) of one block, for precision and execution.
+# The two additions and norms of a block:
+#   eager, amp   cast to 2 bytes after the norm (6), the norm (8), drop path (4), addition (10); backward the casts, two passes of
+#                the norm, the addition of two gradients
+#   compile      one kernel of addition, norm and cast (12), backward one and a second for the norm's parameters
+#   fastdeit     one kernel each way: stream and branch in, stream and normalised out
+_NORMS_AND_ADDITIONS = {
+    ("amp", "eager"): (2 * (14 + 4 + 10), 2 * 4, 2 * (26 + 10 + 12), 2 * 8),
+    ("bf16", "eager"): (2 * (4 + 4 + 6), 2 * 3, 2 * (10 + 4 + 6), 2 * 5),
+    ("amp", "compile"): (2 * 12, 2, 2 * (16 + 6), 2 * 2),
+    ("bf16", "compile"): (2 * 8, 2, 2 * (10 + 4), 2 * 2),
+    ("amp", "fastdeit"): (2 * 12, 2, 2 * 16, 2 * 2),
+    ("bf16", "fastdeit"): (2 * 8, 2, 2 * 8, 2 * 2),
+}
+_DROP_PATH = {"amp": (2 * 4, 2), "bf16": (2 * 4, 2)}  # of eager, in training alone: forward bytes and launches
+# Attention's gradient: PyTorch's kernels (26) and the stacking of three gradients into one (12); here one packed tensor.
+_ATTENTION_BACKWARD = {"eager": (38, 4), "compile": (38, 4), "fastdeit": (16, 2)}
+
+
+def parts(shape: Shape, batch: int, execution: str, precision: str = "amp", *, training: bool) -> list[Part]:
+    """The work of one forward pass, or of one training step's forward and backward.
+
+    Args:
+        execution: one of EXECUTIONS.
+        precision: one of PRECISIONS.
+        training: drop path runs, and what backward needs is written.
+
+    Raises:
+        ValueError: an execution or precision that is not there.
+    """
+    for name, value, allowed in (("execution", execution, EXECUTIONS), ("precision", precision, PRECISIONS)):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    found = list(_embedding(shape, batch, execution, precision))
+    pruned = execution in PREFIX_ONLY and shape.prefix_tokens > 0
+    whole = shape.depth - 1 if pruned else shape.depth
+    block = list(_block(shape, batch, execution, precision, training))
+    found += [replace(part, count=whole) for part in block]
+    if pruned:
+        found += _last_block(shape, batch, block)
+    found += _heads(shape, batch, execution)
+    return found if training else [replace(part, backward=Cost(0, 0, 0)) for part in found]
+
+
+def total(found: list[Part]) -> Cost:
+    """The sum of all parts, forward and backward, each as often as it occurs."""
+    result = Cost(0, 0, 0)
+    for part in found:
+        both = part.forward + part.backward
+        result += Cost(part.count * both.flops, part.count * both.bytes, part.count * both.launches)
+    return result
+
+
+def seconds(found: list[Part], flops_per_second: float, bytes_per_second: float) -> float:
+    """The roofline: a part, forward and backward apart, takes as long as its arithmetic or its traffic, whichever is longer."""
+    return sum(part_seconds(part, flops_per_second, bytes_per_second) for part in found)
+
+
+def part_seconds(part: Part, flops_per_second: float, bytes_per_second: float) -> float:
+    """One part's share of `seconds`."""
+    times = (
+        max(cost.flops / flops_per_second if part.matrix else 0.0, cost.bytes / bytes_per_second)
+        for cost in (part.forward, part.backward)
+    )
+    return part.count * sum(times)
+
+
+def training_flops_per_image(shape: Shape) -> float:
+    """Matrix arithmetic of forward and backward for one image, all tokens counted: the F of MFU (three times a forward pass)."""
+    forward = sum(p.count * p.forward.flops for p in parts(shape, 1, "eager", training=False) if p.matrix)
+    return 3.0 * forward
+
+
+def _embedding(shape: Shape, batch: int, execution: str, precision: str) -> Iterator[Part]:
+    """Patches to tokens, with bias, positions and prefix tokens. Here they go into the token buffer as they come."""
+    patches = batch * (shape.tokens - shape.prefix_tokens)
+    elements = batch * shape.tokens * shape.channels
+    pixels = 3 * shape.patch_size**2
+    flops = 2 * patches * shape.channels * pixels
+    traffic = 2 * patches * (pixels + shape.channels)
+    ours = execution in PREFIX_ONLY
+    extra, launches = (2, 2) if ours else ({"amp": 14, "bf16": 8}[precision], 4)
+    backward = 0 if ours else {"amp": 6, "bf16": 4}[precision]
+    yield Part(
+        "patch embedding",
+        Cost(flops, traffic + extra * elements, launches),
+        Cost(flops, traffic + backward * elements, 2 if ours else 4),
+        matrix=True,
+    )
+
+
+def _block(shape: Shape, batch: int, execution: str, precision: str, training: bool) -> Iterator[Part]:
+    rows = batch * shape.tokens
+    elements = rows * shape.channels
+    family = "fastdeit" if execution in PREFIX_ONLY else execution
+    own_products = execution == "epilogues"
+
+    forward, launches, backward, backward_launches = _NORMS_AND_ADDITIONS[precision, family]
+    if family == "eager" and not training:
+        dropped, fewer = _DROP_PATH[precision]
+        forward, launches = forward - dropped, launches - fewer
+    yield Part(
+        "norms and additions",
+        Cost(0, forward * elements, launches),
+        Cost(0, backward * elements, backward_launches),
+        matrix=False,
+    )
+    # The gradient of fc1's and fc2's bias is summed where the activation's is made, except in PyTorch.
+    bias_sums = {"qkv": True, "proj": True, "fc1": family != "fastdeit", "fc2": True}
+    if own_products:
+        bias_sums = dict.fromkeys(bias_sums, False)
+    yield _product("qkv", rows, 3 * shape.channels, shape.channels, bias_sums["qkv"])
+    scores = 2 * batch * shape.heads * shape.tokens**2 * (shape.channels // shape.heads)
+    lse = 4 * batch * shape.heads * shape.tokens if training else 0
+    moved, launched = _ATTENTION_BACKWARD[family]
+    yield Part(
+        "attention",
+        Cost(2 * scores, 8 * elements + lse, 1),
+        Cost(5 * scores, moved * elements + lse, launched),
+        matrix=True,
+    )
+    yield _product("proj", rows, shape.channels, shape.channels, bias_sums["proj"])
+    hidden_bytes = 2 * rows * shape.mlp
+    fc1 = _product("fc1", rows, shape.mlp, shape.channels, bias_sums["fc1"])
+    fc2 = _product("fc2", rows, shape.channels, shape.mlp, bias_sums["fc2"])
+    if (
+        own_products
+    ):  # fc1 also writes its pre-activation, the gradient through fc2 reads it and writes the activation again
+        fc1 = replace(fc1, forward=fc1.forward + Cost(0, hidden_bytes if training else 0, 0))
+        fc2 = replace(fc2, backward=fc2.backward + Cost(0, 2 * hidden_bytes, 0))
+    yield fc1
+    if (
+        not own_products
+    ):  # backward reads pre-activation and gradient, writes the gradient; here the activation too, not kept
+        written = 4 if family == "fastdeit" else 3
+        yield Part("activation", Cost(0, 2 * hidden_bytes, 1), Cost(0, written * hidden_bytes, 1), matrix=False)
+    yield fc2
+
+
+def _product(name: str, rows: int, outputs: int, inputs: int, bias_sum: bool) -> Part:
+    """A linear layer: backward is two products, whose weights and their gradients have 2 and 4 bytes, and the bias's gradient."""
+    flops = 2 * rows * outputs * inputs
+    traffic = 2 * rows * (outputs + inputs)
+    weights = outputs * inputs
+    bias = 2 * rows * outputs if bias_sum else 0
+    return Part(
+        name,
+        Cost(flops, traffic + 2 * weights, 1),
+        Cost(2 * flops, 2 * traffic + 8 * weights + bias, 3 if bias_sum else 2),
+        matrix=True,
+    )
+
+
+def _last_block(shape: Shape, batch: int, block: list[Part]) -> Iterator[Part]:
+    """The first norm and keys and values of all tokens; the rest of the prefix tokens alone, which is next to nothing."""
+    few = shape.prefix_tokens / shape.tokens
+    for part in block:
+        share = {"norms and additions": (1 + few) / 2, "qkv": (2 + few) / 3, "attention": few}.get(part.name, few)
+        name = f"last block: {part.name}"
+        yield Part(name, _scaled(part.forward, share), _scaled(part.backward, share), part.matrix)
+
+
+def _scaled(cost: Cost, share: float) -> Cost:
+    return Cost(round(share * cost.flops), round(share * cost.bytes), cost.launches)
+
+
+def _heads(shape: Shape, batch: int, execution: str) -> Iterator[Part]:
+    """The classifiers of the one or two prefix tokens that have one, and the loss on their logits."""
+    heads = min(shape.prefix_tokens, 2) or 1
+    rows = heads * batch
+    flops = 2 * rows * shape.classes * shape.channels
+    weights = 2 * heads * shape.classes * shape.channels
+    logits = 4 * rows * shape.classes
+    ours = execution in PREFIX_ONLY
+    loss = 2 * logits if ours else 20 * logits
+    yield Part(
+        "heads and loss",
+        Cost(flops, weights + logits + loss, 2 * heads + (2 if ours else 10)),
+        Cost(2 * flops, 3 * (weights + logits), 4 * heads + (1 if ours else 10)),
+        matrix=True,
+    )

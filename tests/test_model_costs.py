@@ -1,0 +1,163 @@
+"""Whole-model costs against PyTorch's own counts, counts by hand, and figures worked out elsewhere."""
+
+import pytest
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdeit import costs
+from fastdeit.model_costs import (
+    DEIT,
+    EXECUTIONS,
+    PRECISIONS,
+    Shape,
+    part_seconds,
+    parts,
+    seconds,
+    total,
+    training_flops_per_image,
+)
+
+TINY = Shape(channels=8, heads=2, depth=3, tokens=6, prefix_tokens=2, patch_size=4, classes=5)
+
+
+def named(found):
+    return {part.name: part for part in found}
+
+
+def timms(name, **kwargs):
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "name, shape, size",
+    [
+        ("deit_tiny_distilled_patch16_224", DEIT["Ti"], 224),
+        ("deit_small_distilled_patch16_224", DEIT["S"], 224),
+        ("deit_base_distilled_patch16_384", DEIT["B"].at(384), 384),
+        ("deit3_large_patch16_224", Shape(1024, 16, 24, tokens=197, prefix_tokens=1), 224),
+    ],
+)
+def test_matrix_arithmetic_is_what_pytorch_counts(name, shape, size):
+    model = timms(name).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(2, 3, size, size, device="meta"))
+    ours = total([part for part in parts(shape, 2, "eager", training=False) if part.matrix])
+    assert ours.flops == counter.get_total_flops()
+
+
+def test_training_is_three_times_a_forward_pass():
+    forward = total([part for part in parts(TINY, 1, "eager", training=False) if part.matrix]).flops
+    assert training_flops_per_image(TINY) == 3 * forward
+
+
+FREE = {"view", "_unsafe_view", "t", "transpose", "unbind", "select", "permute", "reshape", "expand", "detach", "empty"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that compute; views and allocations launch nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in FREE
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_eager_block_launches_what_the_formula_says():
+    block = timm.create_model("deit_tiny_distilled_patch16_224", depth=1).blocks[0].bfloat16().eval()
+    x = torch.zeros(1, 198, 192, dtype=torch.bfloat16)
+    with torch.no_grad(), Launches() as launches:
+        block(x)
+    outside = ("patch embedding", "heads and loss")
+    found = [p for p in parts(DEIT["Ti"], 1, "eager", "bf16", training=False) if p.name not in outside]
+    assert launches.count == sum(part.forward.launches for part in found)
+
+
+def test_a_linear_layer_by_hand():
+    """12 rows of 8 channels to 24: 2 bytes an element, weight gradients of 4."""
+    qkv = named(parts(TINY, 2, "eager", training=True))["qkv"]
+    rows, inputs, outputs = 2 * 6, 8, 24
+    assert qkv.forward == costs.Cost(
+        2 * rows * inputs * outputs, 2 * rows * (inputs + outputs) + 2 * inputs * outputs, 1
+    )
+    assert qkv.backward.flops == 2 * qkv.forward.flops
+    bias = 2 * rows * outputs
+    assert qkv.backward.bytes == 2 * 2 * rows * (inputs + outputs) + (2 + 2 + 4) * inputs * outputs + bias
+    assert qkv.count == 3
+
+
+@pytest.mark.parametrize(
+    "execution, precision, forward, backward",
+    [("eager", "amp", 56, 96), ("eager", "bf16", 28, 40), ("compile", "amp", 24, 44), ("fastdeit", "amp", 24, 32)],
+)
+def test_pointwise_bytes_of_a_block_by_hand(execution, precision, forward, backward):
+    part = named(parts(TINY, 2, execution, precision, training=True))["norms and additions"]
+    elements = 2 * 6 * 8
+    assert (part.forward.bytes, part.backward.bytes) == (forward * elements, backward * elements)
+
+
+def test_attention_is_the_ops_own_cost():
+    mine = named(parts(DEIT["B"].at(224), 256, "fastdeit", training=True))["attention"]
+    assert mine.forward == costs.attention_forward(256, 198, 12, 64)
+    assert mine.backward == costs.attention_backward(256, 198, 12, 64)
+
+
+def test_attention_forward_of_deit_b_moves_311_megabytes():
+    cost = costs.attention_forward(256, 197, 12, 64, keep_lse=False)
+    assert round(cost.bytes / 1e6) == 310 and round(cost.flops / 1e9, 1) == 30.5
+
+
+# Thousands of images a second at 600 TFLOP/s and 4.3 TB/s, batches of 256 at 224 pixels, from an independent accounting.
+KNOWN = {
+    ("Ti", False, "eager", "amp"): 87, ("Ti", False, "eager", "bf16"): 118,
+    ("S", False, "eager", "amp"): 33.7, ("S", False, "eager", "bf16"): 42.3,
+    ("B", False, "eager", "amp"): 11.5, ("B", False, "eager", "bf16"): 13.3,
+    ("Ti", True, "eager", "amp"): 26.3, ("Ti", True, "eager", "bf16"): 34.4,
+    ("S", True, "eager", "amp"): 10.7, ("S", True, "eager", "bf16"): 13.3,
+    ("B", True, "eager", "amp"): 3.70, ("B", True, "eager", "bf16"): 4.27,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KNOWN, ids=lambda key: f"{key[0]}-{'training' if key[1] else 'inference'}-{key[3]}")
+def test_eager_rooflines_agree_with_an_independent_accounting(key):
+    model, training, execution, precision = key
+    found = parts(DEIT[model], 256, execution, precision, training=training)
+    assert 256 / seconds(found, 600e12, 4.3e12) / 1e3 == pytest.approx(KNOWN[key], rel=0.01)
+
+
+def test_prefix_tokens_alone_in_the_last_block_save_seven_percent():
+    """Of DeiT-B's arithmetic 6.9%: all of one block in twelve but its keys and values."""
+    whole = total(parts(DEIT["B"], 1, "eager", "bf16", training=False)).flops
+    pruned = total(parts(DEIT["B"], 1, "fastdeit", "bf16", training=False)).flops
+    assert 1 - pruned / whole == pytest.approx(0.069, abs=0.002)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", DEIT)
+def test_each_fusion_moves_less(model, precision, training):
+    found = [total(parts(DEIT[model], 64, e, precision, training=training)) for e in ("eager", "compile", "fastdeit")]
+    assert found[0].bytes > found[1].bytes > found[2].bytes
+    assert found[0].launches > found[1].launches >= found[2].launches
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_forward_pass_has_no_backward(execution):
+    assert all(part.backward == costs.Cost(0, 0, 0) for part in parts(TINY, 2, execution, training=False))
+
+
+def test_a_part_takes_the_longer_of_arithmetic_and_traffic():
+    qkv = named(parts(DEIT["B"], 256, "eager", training=False))["qkv"]
+    assert part_seconds(qkv, 1e12, 1e30) == pytest.approx(12 * qkv.forward.flops / 1e12)
+    assert part_seconds(qkv, 1e30, 1e12) == pytest.approx(12 * qkv.forward.bytes / 1e12)
+    norms = named(parts(DEIT["B"], 256, "eager", training=False))["norms and additions"]
+    assert part_seconds(norms, 1.0, 1e12) == pytest.approx(12 * norms.forward.bytes / 1e12)  # no matrix arithmetic
+
+
+@pytest.mark.parametrize("options", [dict(execution="fast"), dict(execution="eager", precision="fp16")])
+def test_what_is_not_there_is_named(options):
+    with pytest.raises(ValueError, match="expected one of"):
+        parts(TINY, 1, training=False, **options)
