@@ -182,7 +182,7 @@ def _check_scale(scale) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 

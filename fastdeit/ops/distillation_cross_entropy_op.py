@@ -244,7 +244,7 @@ def _check_options(options: _Options) -> None:
         raise ValueError("kind, base: expected at least one term, got 'none' for both")
     if not 0 <= options.alpha <= 1:
         raise ValueError(f"alpha: expected a weight in [0, 1], got {options.alpha}")
-    if not (options.tau > 0 and math.isfinite(options.tau)):
+    if not 0 < options.tau < math.inf:
         raise ValueError(f"tau: expected a finite temperature > 0, got {options.tau}")
     if not 0 <= options.label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a value in [0, 1), got {options.label_smoothing}")

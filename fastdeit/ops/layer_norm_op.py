@@ -147,7 +147,7 @@ def _check(x, weight, bias, eps, out_dtype) -> None:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
     for name, parameter in (("weight", weight), ("bias", bias)):
         _check_vector(name, parameter, x)
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:  # a comparison, since compiled code can hold eps as a symbol
         raise ValueError(f"eps: expected a finite value >= 0, got {eps}")
     if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
         raise TypeError(f"out_dtype: expected a floating-point dtype or None, got {out_dtype}")

@@ -26,6 +26,15 @@ def fused_device(request) -> torch.device:
 
 
 @pytest.fixture
+def kernels() -> torch.device:
+    """The device that kernels run on here, for what no reference stands in for: a graph with the registered ops in it."""
+    device = testing.kernel_device()
+    if device.type == "cpu":
+        backends.set_backend("triton")
+    return device
+
+
+@pytest.fixture
 def small() -> Callable[..., nn.Module]:
     """small(name, **options): timm's model with two narrow blocks and few tokens, no parameter at its initial zero or one."""
 

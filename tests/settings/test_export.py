@@ -8,18 +8,9 @@ import torch
 from torch import nn
 
 import fastdeit
-from fastdeit import backends, testing
+from fastdeit import backends
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
-
-@pytest.fixture
-def kernels():
-    """The device that kernels run on here; they are exported and compiled as registered ops, which no stand-in is."""
-    device = testing.kernel_device()
-    if device.type == "cpu":
-        backends.set_backend("triton")
-    return device
 
 
 def registered_ops(program):
