@@ -1,7 +1,8 @@
 """Swap the classes of a model's modules for fused ones, and back."""
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 import torch
@@ -61,7 +62,8 @@ def explain(model: nn.Module) -> Report:
     """What runs fused in model, and why the rest does not.
 
     Each module is asked as its forward asks, for an input of its parameters' device and dtype in the present state: training or
-    evaluation, backend, autocast. So call it inside `torch.autocast` if that is where the model runs.
+    evaluation, backend, autocast. So call it inside `torch.autocast` if that is where the model runs. Weights that `fully_shard`
+    has sharded count as gathered, which they are in forward.
 
     Returns:
         A `Report`: rows (name, kind, fused, reason) in the order of `model.named_modules()`; `str()` of it is a table.
@@ -69,7 +71,28 @@ def explain(model: nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    return explain_modules(_named_modules(model))
+    named = _named_modules(model)
+    with _gathered(named.values()):
+        return explain_modules(named)
+
+
+@contextlib.contextmanager
+def _gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts plain tensors, without memory of their own, in the place of weights that `fully_shard` gathers for each forward."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+    taken: dict[tuple[int, str], tuple[dict, torch.Tensor]] = {}
+    for module in (part for whole in sharded for part in whole.modules()):
+        for name, weight in module._parameters.items():
+            if isinstance(weight, torch.distributed.tensor.DTensor) and weight.device_mesh.ndim == 1:
+                taken[id(module), name] = module._parameters, weight
+    try:
+        for (_, name), (parameters, weight) in taken.items():
+            parameters[name] = torch.empty(1, device=weight.device, dtype=weight.dtype).expand(weight.shape)
+        yield
+    finally:
+        for (_, name), (parameters, weight) in taken.items():
+            parameters[name] = weight
 
 
 def _fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
