@@ -17,6 +17,12 @@ MODES = {
     "report": Mode(
         "fastdeit.benchmarks.report", "tables and plots of results, and what changed between two sets of them"
     ),
+    "evidence": Mode(
+        "fastdeit.benchmarks.evidence", "what can be known without a GPU: counts, compiled kernels, host time"
+    ),
+    "pictures": Mode("fastdeit.benchmarks.pictures", "draws where a step's time goes by roofline arithmetic"),
+    "readme": Mode("fastdeit.benchmarks.readme", "writes the README's performance section from the committed results"),
+    "roofline": Mode("fastdeit.benchmarks.roofline_table", "what whole models could reach, from two numbers of a GPU"),
 }
 RUNS = {  # seconds: for everything, for a case, to set up a candidate
     "quick": (160, 45, 30),

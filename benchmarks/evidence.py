@@ -1,0 +1,108 @@
+"""`fastdeit bench evidence`: what can be known without a GPU, beside what is on record.
+
+Three kinds: what the compiler made of every kernel (kernels/resources.json), what a DeiT-B block launches and keeps for backward
+(counted, and held by record.json), and the host's time per launch as a ratio to a call of PyTorch (measured here, not held).
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastdeit.benchmarks import block_counts, launch_cost
+from fastdeit.benchmarks.roofline_table import table
+from fastdeit.kernels.stub_driver import driver
+
+RECORD = Path(__file__).with_name("record.json")
+RESOURCES = Path(block_counts.launch_module.__file__).with_name("resources.json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--update", action="store_true", help="put the counts of now on record")
+    parser.add_argument("--no-host", action="store_true", help="leave out the host's times, which take half a minute")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the evidence; returns 1 if a count is worse than on record and --update was not given."""
+    found = block_counts.counts()
+    if args.update:
+        RECORD.write_text(json.dumps({"block of DeiT-B": found}, indent=2) + "\n", encoding="utf-8")
+    worse = worsened(found, recorded())
+    host = None if args.no_host else host_ratios()
+    if args.json:
+        print(json.dumps({"block": found, "kernels": kernels(), "host": host, "worse": worse}, indent=2))
+    else:
+        print(report(found, host))
+        print("\n".join(f"worse than on record: {line}" for line in worse))
+    return 1 if worse else 0
+
+
+def recorded() -> dict[str, dict[str, float]]:
+    """The counts that record.json holds."""
+    return json.loads(RECORD.read_text(encoding="utf-8"))["block of DeiT-B"]
+
+
+def worsened(found: Mapping[str, Mapping[str, float]], record: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Counts of the fused block that are larger than on record, or are not on record, as sentences."""
+    lines = []
+    for form, counts in found.items():
+        if "fused" not in form:
+            continue
+        for name, value in counts.items():
+            before = record.get(form, {}).get(name)
+            if before is None:
+                lines.append(f"{form}: {name} is {value}, and nothing is on record")
+            elif value > before:
+                lines.append(f"{form}: {name} is {value}, {before} on record")
+    return lines
+
+
+def report(found: Mapping[str, Mapping[str, float]], host: Mapping[str, float] | None) -> str:
+    """Markdown."""
+    rows = [{"block of DeiT-B": form, **counts} for form, counts in found.items()]
+    parts = [
+        "Launches of one block in a training step, under autocast those of its casts included; bytes that it keeps for backward "
+        "per token and channel:",
+        table(rows),
+        "Kernels, over all their configurations:",
+        table(kernels()),
+    ]
+    if host is not None:
+        parts += [
+            f"Host time per call over that of {launch_cost.YARDSTICK.removeprefix('torch: ')}, with a stand-in for the driver:",
+            table([{"call": name, "multiple": ratio} for name, ratio in host.items()]),
+        ]
+    return "\n\n".join(parts)
+
+
+def kernels() -> list[dict[str, Any]]:
+    """A row a kernel and architecture: how many configurations, and the worst of each resource."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in json.loads(RESOURCES.read_text(encoding="utf-8"))["rows"]:
+        groups.setdefault((row["kernel"], row["arch"]), []).append(row)
+    return [
+        {
+            "kernel": kernel,
+            "arch": arch,
+            "configurations": len(rows),
+            "most registers": max(row["registers"] for row in rows),
+            "spilled bytes": max(row["spilled_bytes"] for row in rows),
+            "most shared KiB": max(row["shared_bytes"] for row in rows) / 1024,
+            "fewest blocks per SM": min(row["blocks_per_sm"] for row in rows),
+        }
+        for (kernel, arch), rows in groups.items()
+    ]
+
+
+def host_ratios() -> dict[str, float] | None:
+    """The host's time of each call of `fastdeit launch-cost` over that of F.layer_norm; None without a C compiler."""
+    try:
+        child = driver.run_python("-m", launch_cost.__name__)
+    except OSError:
+        return None
+    if child.returncode:
+        raise RuntimeError(f"measuring the launch cost failed:\n{child.stderr}")
+    costs = json.loads(child.stdout)
+    return {name: cost / costs[launch_cost.YARDSTICK] for name, cost in costs.items()}
