@@ -28,9 +28,20 @@ class Config:
     output: str | None = _help("run folder; by default a new one under runs/", None)
     seed: int = _help("seed of initial weights, order, augmentation, mixup and drop path", 0)
     epochs: int = _help("passes over the training images", 300)
-    batch_size: int = _help("images per update", 64)
+    batch_size: int = _help("images per update, over all processes", 64)
 
-    data: str = _help("`digits`, or a folder of images with train/CLASS/ and val/CLASS/", "digits")
+    data: str = _help(
+        "`digits`, a folder with train/CLASS/ and val/CLASS/, or a set of timm's: hfds/, hfids/, wds/, tfds/ or torch/NAME",
+        "digits",
+    )
+    data_dir: str | None = _help("where a set of timm's is, or is downloaded to", None)
+    data_download: bool = _help("download a set of timm's that is not there", False)
+    train_split: str = _help("the split to train on, of a set of timm's", "train")
+    val_split: str = _help("the split to evaluate on, of a set of timm's", "validation")
+    input_key: str | None = _help("column of the images in a set of timm's; by default the reader's own", None)
+    target_key: str | None = _help("column of the classes in a set of timm's; by default the reader's own", None)
+    num_classes: int | None = _help("classes of a set of timm's that does not tell", None)
+    max_bad_images: int = _help("unreadable images that are reported and replaced; one more stops the run", 100)
     img_size: int = _help("height and width of the model's input, in pixels", 224)
     in_chans: int = _help("1 for grey images, 3 for colour", 3)
     mean: list[float] = field(
@@ -41,8 +52,10 @@ class Config:
         default_factory=lambda: [0.229, 0.224, 0.225], metadata=dict(help="each channel is divided by it")
     )
     interpolation: str = _help("resampling of images", "bicubic")
-    crop_pct: float = _help("share of the resized image that evaluation's centre crop keeps", 0.875)
+    crop_pct: float = _help("share of the resized image that evaluation's crop keeps", 0.875)
+    crop_mode: str = _help("how evaluation crops: center, squash (no aspect ratio kept) or border (padded)", "center")
     workers: int = _help("processes that load data; results do not depend on it", 0)
+    prefetch: int = _help("batches that each of them loads ahead", 2)
 
     scale: list[float] = field(
         default_factory=lambda: [0.08, 1.0], metadata=dict(help="area of random crops, relative to the image")
@@ -50,30 +63,57 @@ class Config:
     ratio: list[float] = field(
         default_factory=lambda: [3 / 4, 4 / 3], metadata=dict(help="width to height of random crops")
     )
+    repeated_aug: int = _help(
+        "times that an image comes in an epoch, each augmented anew; the epoch keeps its length", 3
+    )
+    simple_random_crop: bool = _help(
+        "resize, pad by 4 and crop, in place of scale and ratio (DeiT III on ImageNet-21k)", False
+    )
+    three_augment: bool = _help("DeiT III's one of grey, solarized, blurred, in place of aa", False)
     hflip: float = _help("probability of a horizontal flip", 0.5)
+    vflip: float = _help("probability of a vertical flip", 0.0)
     color_jitter: float = _help("strength of colour jitter; without effect beside auto-augmentation", 0.0)
     aa: str | None = _help("timm's auto-augmentation policy, such as rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")
+    color_jitter_prob: float | None = _help("probability of colour jitter; by default every image", None)
+    grayscale_prob: float = _help("probability of an image without colour", 0.0)
+    gaussian_blur_prob: float = _help("probability of a blurred image", 0.0)
     reprob: float = _help("probability of random erasing", 0.25)
     remode: str = _help("what random erasing writes: const, rand or pixel", "pixel")
+    recount: int = _help("most regions that random erasing takes from an image", 1)
     mixup: float = _help("mixup's alpha; 0 is off", 0.8)
     cutmix: float = _help("CutMix's alpha; 0 is off", 1.0)
     mixup_prob: float = _help("probability that a batch is mixed", 1.0)
     mixup_switch_prob: float = _help("share of CutMix where both are on", 0.5)
+    mixup_mode: str = _help("mix by batch, pair or elem(ent)", "batch")
+    mixup_off_epoch: int = _help("mix no more from this epoch on; 0 mixes to the end", 0)
+    cutmix_minmax: list[float] | None = field(
+        default=None, metadata=dict(help="smallest and largest side of CutMix's region, in place of cutmix")
+    )
     smoothing: float = _help("label smoothing", 0.1)
+    bce_loss: bool = _help("binary cross-entropy per class in place of cross-entropy (DeiT III)", False)
+    bce_target_thresh: float | None = _help(
+        "with bce_loss, targets above it become 1 and others 0; DeiT III has 0", None
+    )
 
     model: str = _help("timm's name of the model to train", "deit_base_distilled_patch16_224")
     model_kwargs: dict[str, Any] = field(default_factory=dict, metadata=dict(help="arguments of timm.create_model"))
+    pretrained: bool = _help("start from timm's pretrained weights", False)
+    finetune: str | None = _help("start from these weights, of any resolution and with any classes", None)
+    drop: float = _help("dropout", 0.0)
     drop_path: float = _help("rate of stochastic depth in the last block", 0.1)
+    drop_path_uniform: bool = _help("the same rate in every block (DeiT III), rather than rising from 0", False)
     accelerate: bool = _help("use the fused kernels where they run", True)
 
     distillation_type: str = _help("none, soft or hard", "hard")
     distillation_alpha: float = _help("weight of the distillation term", 0.5)
     distillation_tau: float = _help("temperature of soft distillation", 1.0)
+    distil_class_token: bool = _help("distil into the class head, for models without a distillation token", False)
     teacher_model: str | None = _help("timm's name of the teacher", "regnety_160.deit_in1k")
     teacher_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata=dict(help="arguments of timm.create_model for the teacher")
     )
     teacher_checkpoint: str | None = _help("the teacher's weights; by default timm's pretrained ones", None)
+    teacher_cache: str | None = _help("labels that fastdeit cache-teacher wrote, in place of the teacher", None)
     teacher_epochs: int = _help("train the teacher first, for so many epochs", 0)
     teacher_lr: float = _help("its learning rate, as lr", 5e-4)
 
@@ -106,7 +146,7 @@ class Config:
 
     @property
     def mixes(self) -> bool:
-        return (self.mixup > 0 or self.cutmix > 0) and self.mixup_prob > 0
+        return (self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None) and self.mixup_prob > 0
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -117,7 +157,14 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
-FREE_FIELDS = ("output", "workers", "tensorboard", "wandb")  # a run may be resumed with others
+FREE_FIELDS = (
+    "output",
+    "workers",
+    "prefetch",
+    "max_bad_images",
+    "tensorboard",
+    "wandb",
+)  # a run may be resumed with others
 
 
 def shipped_configs() -> list[str]:
@@ -128,34 +175,53 @@ def shipped_configs() -> list[str]:
 def load_config(source: str = "digits", overrides: dict[str, Any] | None = None) -> Config:
     """The shipped configuration or YAML file `source`, with `overrides` (strings are read as YAML), checked.
 
+    A file whose `base` names another configuration, shipped or beside it, states only what differs from that one.
+
     Raises:
         ValueError: no such configuration, an unknown field, a value of the wrong type or out of range, or fields that contradict
             each other.
     """
     import yaml
 
-    if source in shipped_configs():
-        text = files("fastdeit.train").joinpath("configs", f"{source}.yaml").read_text()
-    elif Path(source).is_file():
-        text = Path(source).read_text()
-    else:
-        raise ValueError(f"config: {source!r} is neither a file nor one of {', '.join(shipped_configs())}")
+    values = _read(source, Path(), ())
     try:
-        values = yaml.safe_load(text) or {}
         given = {k: yaml.safe_load(v) if _is_yaml(k, v) else v for k, v in (overrides or {}).items()}
     except yaml.YAMLError as error:
-        raise ValueError(f"config: {source} or an override is not YAML: {error}") from None
+        raise ValueError(f"config: an override is not YAML: {error}") from None
+    return config_from({**values, **given})
+
+
+def _read(source: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that source and its bases set. folder is where relative names start, above are those that led here."""
+    import yaml
+
+    path = folder / source
+    if source in shipped_configs():
+        path = files("fastdeit.train").joinpath("configs", f"{source}.yaml")
+    elif not path.is_file():
+        close = difflib.get_close_matches(source, shipped_configs(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"config: {source!r} is neither a file nor one of {', '.join(shipped_configs())}{hint}")
+    if str(path) in above:
+        raise ValueError(f"base: {' -> '.join([*above, str(path)])} is a circle")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {source} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config: {source} holds a {type(values).__name__}, expected `field: value` lines")
-    return config_from({**values, **given})
+    base = values.pop("base", None)
+    inherited = _read(str(base), Path(str(path)).parent, (*above, str(path))) if base is not None else {}
+    name = {"name": Path(str(path)).stem}  # a run is called after the configuration asked for
+    return {**inherited, **name, **values}
 
 
 def config_from(values: dict[str, Any]) -> Config:
     """A checked Config of plain values, as YAML and checkpoints hold them. Raises ValueError as `load_config`."""
     unknown = [name for name in values if name not in FIELDS]
     if unknown:
-        close = difflib.get_close_matches(str(unknown[0]), FIELDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; fields are {', '.join(FIELDS)}"
+        close = [match for name in unknown for match in difflib.get_close_matches(str(name), FIELDS, n=1)]
+        hint = f"; did you mean {', '.join(close)}?" if close else f"; fields are {', '.join(FIELDS)}"
         raise ValueError(f"config: unknown field {', '.join(map(str, unknown))}{hint}")
     config = Config(**{name: _coerce(name, value) for name, value in values.items()})
     check(config)
@@ -198,14 +264,15 @@ def _coerce(name: str, value: Any) -> Any:
 def check(config: Config) -> None:
     """Raises ValueError for a field out of range, and for fields that contradict each other."""
     c = config
-    at_least_1 = ("epochs", "batch_size", "img_size", "threads")
+    at_least_1 = ("epochs", "batch_size", "img_size", "threads", "repeated_aug", "recount", "num_classes", "prefetch")
     not_negative = (
         "seed", "workers", "mixup", "cutmix", "teacher_epochs", "lr_base_size", "weight_decay", "warmup_epochs", "warmup_lr",
-        "min_lr", "color_jitter",
+        "min_lr", "color_jitter", "max_bad_images", "mixup_off_epoch",
     )  # fmt: skip
     positive = ("lr", "teacher_lr", "opt_eps", "distillation_tau", "clip_grad", "crop_pct")
     shares = (
         "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "distillation_alpha", "model_ema_decay",
+        "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "drop", "bce_target_thresh",
     )  # fmt: skip
     for names, holds, allowed in (
         (at_least_1, lambda v: v >= 1, "at least 1"),
@@ -222,12 +289,21 @@ def check(config: Config) -> None:
         ("precision", PRECISIONS),
         ("remode", ("const", "rand", "pixel")),
         ("interpolation", ("nearest", "bilinear", "bicubic", "random")),
+        ("crop_mode", ("center", "squash", "border")),
+        ("mixup_mode", ("batch", "pair", "elem")),
         ("in_chans", (1, 3)),
     ):
         if getattr(c, name) not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(c, name)!r}")
-    for name, length in (("mean", c.in_chans), ("std", c.in_chans), ("scale", 2), ("ratio", 2), ("opt_betas", 2)):
-        if len(getattr(c, name)) != length:
+    for name, length in (
+        ("mean", c.in_chans),
+        ("std", c.in_chans),
+        ("scale", 2),
+        ("ratio", 2),
+        ("opt_betas", 2),
+        ("cutmix_minmax", 2),
+    ):
+        if getattr(c, name) is not None and len(getattr(c, name)) != length:
             raise ValueError(f"{name}: expected {length} value(s), got {getattr(c, name)}")
 
     for name in ("scale", "ratio"):
@@ -239,16 +315,67 @@ def check(config: Config) -> None:
     if not all(0 <= beta < 1 for beta in c.opt_betas):
         raise ValueError(f"opt_betas: expected values from 0 to less than 1, got {c.opt_betas}")
 
-    if c.mixes and c.batch_size % 2:
-        raise ValueError(
-            f"batch_size: mixup pairs the images of a batch, so expected an even number, got {c.batch_size}"
-        )
-    if c.epochs <= c.warmup_epochs:
-        raise ValueError(f"warmup_epochs: expected less than epochs ({c.epochs}), got {c.warmup_epochs}")
-    if c.distillation_type != "none" and not c.teacher_model:
-        raise ValueError(f"teacher_model: distillation_type {c.distillation_type} needs a teacher, got none")
-    if c.teacher_epochs and c.teacher_checkpoint:
-        raise ValueError("teacher_checkpoint: contradicts teacher_epochs, by which the teacher is trained here")
+    _check_contradictions(c)
     clash = {"num_classes", "img_size", "in_chans", "drop_path_rate", "pretrained"} & set(c.model_kwargs)
     if clash:
         raise ValueError(f"model_kwargs: {', '.join(sorted(clash))} is set by a field or by the data")
+
+
+def _check_contradictions(c: Config) -> None:
+    def refuse(field: str, holds: bool, reason: str) -> None:
+        if holds:
+            raise ValueError(f"{field}: {reason}")
+
+    distils = c.distillation_type != "none"
+    refuse(
+        "batch_size",
+        c.mixes and c.batch_size % 2 == 1,
+        f"mixup pairs the images of a batch, so expected an even number, got {c.batch_size}",
+    )
+    refuse(
+        "warmup_epochs",
+        c.epochs <= c.warmup_epochs,
+        f"expected less than epochs ({c.epochs}), got {c.warmup_epochs}",
+    )
+    refuse("mixup_off_epoch", c.mixup_off_epoch > 0 and not c.mixes, "nothing is mixed, so that nothing can end")
+    refuse(
+        "three_augment", c.three_augment and c.aa is not None, f"takes the place of aa, which is {c.aa}; set aa to null"
+    )
+    refuse(
+        "bce_target_thresh",
+        c.bce_target_thresh is not None and not c.bce_loss,
+        "binary targets are those of bce_loss, which is off",
+    )
+    refuse(
+        "smoothing",
+        c.bce_target_thresh is not None and c.bce_target_thresh < c.smoothing / 2,
+        f"with bce_target_thresh {c.bce_target_thresh} every smoothed target may become 1; expected 0, got {c.smoothing}",
+    )
+    refuse(
+        "finetune", c.finetune is not None and c.pretrained, "contradicts pretrained; both say where weights come from"
+    )
+    refuse(
+        "teacher_model",
+        distils and not c.teacher_model,
+        f"distillation_type {c.distillation_type} needs a teacher, got none",
+    )
+    refuse(
+        "teacher_checkpoint",
+        c.teacher_epochs > 0 and c.teacher_checkpoint is not None,
+        "contradicts teacher_epochs, by which the teacher is trained here",
+    )
+    refuse(
+        "teacher_cache",
+        c.teacher_cache is not None and c.distillation_type != "hard",
+        f"holds the teacher's classes, of which distillation_type {c.distillation_type} makes no use; expected hard",
+    )
+    refuse(
+        "teacher_cache",
+        c.teacher_cache is not None and c.teacher_epochs > 0,
+        "contradicts teacher_epochs: a teacher trained here has no labels yet",
+    )
+    refuse(
+        "distil_class_token",
+        c.distil_class_token and not distils,
+        "has no effect without distillation; set distillation_type to soft or hard",
+    )

@@ -1,4 +1,4 @@
-"""The images: scikit-learn's digits or a folder, checked before training, with timm's transforms."""
+"""The images: scikit-learn's digits, a folder or a set of timm's, checked before training, with timm's transforms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,23 @@ import numpy as np
 import timm.data
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
-from torch.utils.data import Dataset
+from timm.data.transforms import str_to_interp_mode
+from torch.utils.data import Dataset, IterableDataset
+from torchvision import transforms
 
 from fastdeit.train.config import Config
+from fastdeit.train.sampling import UnreadableImageError, derive_seed
 
 DIGITS_VALIDATION = 360  # of 1,797, stratified; the split does not depend on the run's seed
 
 
+TIMM_PREFIXES = ("hfds", "hfids", "wds", "tfds", "torch")
+
+
 @dataclass(frozen=True)
 class Data:
+    """train gives uint8 images (C, H, W) to be normalised on the device, or is a stream of them; val gives normalised float32."""
+
     train: Dataset
     val: Dataset
     classes: tuple[str, ...]
@@ -27,22 +35,61 @@ def load_data(config: Config) -> Data:
     """Training and validation images with the transforms that config asks for.
 
     Raises:
-        ValueError: the folder lacks train/ or val/, a class is empty or is in one of the two only.
+        ImportError: the library that a set of timm's needs is not installed.
+        ValueError: the folder lacks train/ or val/, a class is empty or is in one of the two only; timm cannot make its set, or
+            nobody says how many classes it has.
     """
     mode = "L" if config.in_chans == 1 else "RGB"
     if config.data == "digits":
         return _digits(mode, config)
+    if config.data.partition("/")[0].lower() in TIMM_PREFIXES and not Path(config.data).is_dir():
+        return _timm_data(mode, config)
     root = Path(config.data)
     classes = check_image_folder(root)
     train, val = (
-        timm.data.create_dataset(
-            "", root=str(root / split), split=split, search_split=False, input_img_mode=mode, is_training=training
-        )
-        for split, training in (("train", True), ("val", False))
+        timm.data.create_dataset("", root=str(root / split), split=split, search_split=False)
+        for split in ("train", "val")
     )
-    train.transform = train_transform(config)
-    val.transform = eval_transform(config)
-    return Data(train, val, classes)
+    return Data(
+        Images(train, mode, train_transform(config)),
+        Images(val, mode, eval_transform(config)),
+        classes,
+    )
+
+
+class Images(Dataset):
+    """The images of timm's ImageDataset or of a torchvision set, decoded here: timm's own passes over what it cannot read.
+
+    Args:
+        source: (image, class), map-style.
+        mode: PIL's, of the decoded image.
+        transform: of a PIL image.
+    """
+
+    def __init__(self, source: Any, mode: str, transform: Callable[[Image.Image], Any]) -> None:
+        self.source = source
+        self.mode = mode
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Raises UnreadableImageError that names the image."""
+        reader = getattr(self.source, "reader", None)
+        try:
+            file, label = reader[index] if reader is not None else self.source[index]
+            image = file if isinstance(file, Image.Image) else Image.open(file)
+            with image:
+                image = image.convert(self.mode)
+        except Exception as error:  # what PIL raises depends on the format and on where the file is damaged
+            raise UnreadableImageError(f"{self.filename(index)}: {type(error).__name__}: {error}") from error
+        return self.transform(image), int(label)
+
+    def filename(self, index: int) -> str:
+        """The image's whole path, as far as the set knows of files."""
+        reader = getattr(self.source, "reader", None)
+        return reader.filename(index, absolute=True) if reader is not None else f"image {index}"
+
+    def __len__(self) -> int:
+        return len(self.source)
 
 
 def check_image_folder(root: Path) -> tuple[str, ...]:
@@ -69,19 +116,37 @@ def check_image_folder(root: Path) -> tuple[str, ...]:
 
 
 def train_transform(config: Config) -> Callable[[Image.Image], Any]:
-    return timm.data.create_transform(
+    """timm's, to a uint8 tensor; erasing and normalisation follow on the device."""
+    first, second, last = timm.data.create_transform(
         (config.in_chans, config.img_size, config.img_size),
         is_training=True,
         scale=tuple(config.scale),
         ratio=tuple(config.ratio),
         hflip=config.hflip,
+        vflip=config.vflip,
         color_jitter=config.color_jitter or None,
-        auto_augment=config.aa,
+        color_jitter_prob=config.color_jitter_prob,
+        grayscale_prob=config.grayscale_prob,
+        gaussian_blur_prob=config.gaussian_blur_prob,
+        auto_augment="3a" if config.three_augment else config.aa,
         interpolation=config.interpolation,
         mean=tuple(config.mean),
         std=tuple(config.std),
-        re_prob=config.reprob,
-        re_mode=config.remode,
+        use_prefetcher=True,
+        separate=True,
+    )
+    if config.simple_random_crop:
+        first.transforms[0] = simple_random_crop(config)
+    return transforms.Compose([first, second, last])
+
+
+def simple_random_crop(config: Config) -> Callable[[Image.Image], Image.Image]:
+    """DeiT III, section 3.2: the smaller side to the size of the input, 4 reflected pixels around it, a random square of it."""
+    return transforms.Compose(
+        [
+            transforms.Resize(config.img_size, interpolation=str_to_interp_mode(config.interpolation)),
+            transforms.RandomCrop(config.img_size, padding=4, padding_mode="reflect"),
+        ]
     )
 
 
@@ -92,6 +157,7 @@ def eval_transform(config: Config) -> Callable[[Image.Image], Any]:
         mean=tuple(config.mean),
         std=tuple(config.std),
         crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
     )
 
 
@@ -110,6 +176,53 @@ class ArrayDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.classes)
+
+
+def _timm_data(mode: str, config: Config) -> Data:
+    if not (config.data_download or config.data_dir is None or Path(config.data_dir).exists()):
+        raise ValueError(f"data_dir: {config.data_dir} is not there; data_download gets the sets that can be had")
+    options = dict(
+        root=config.data_dir,
+        download=config.data_download,
+        batch_size=config.batch_size,
+        seed=derive_seed("stream order", config.seed) % 2**31,
+        input_img_mode=mode,
+        input_key=config.input_key,
+        target_key=config.target_key,
+    )
+    sources = []
+    for split, training in ((config.train_split, True), (config.val_split, False)):
+        try:
+            sources.append(timm.data.create_dataset(config.data, split=split, is_training=training, **options))
+        except ImportError as error:
+            raise ImportError(f"data: {config.data} needs a library that is not installed: {error}") from error
+        except (RuntimeError, ValueError, TypeError, AssertionError, FileNotFoundError) as error:
+            raise ValueError(f"data: timm cannot make {config.data}, split {split!r}: {error}") from error
+    train, val = sources
+    if isinstance(train, IterableDataset):
+        if config.repeated_aug > 1:
+            raise ValueError(f"repeated_aug: {config.data} is a stream, which gives each image once; expected 1")
+        if not len(train):
+            raise ValueError(f"train_split: {config.data} does not say how many images {config.train_split!r} has")
+        train.set_loader_cfg(num_workers=config.workers)
+        train.transform, val.transform = train_transform(config), eval_transform(config)
+        return Data(train, val, _timm_classes(train, config))
+    return Data(
+        Images(train, mode, train_transform(config)),
+        Images(val, mode, eval_transform(config)),
+        _timm_classes(train, config),
+    )
+
+
+def _timm_classes(source: Any, config: Config) -> tuple[str, ...]:
+    """Names by index, as the set has them, else the indices themselves."""
+    by_name = getattr(getattr(source, "reader", None), "class_to_idx", None)
+    names = sorted(by_name, key=by_name.get) if by_name else getattr(source, "classes", None)
+    if names and config.num_classes not in (None, len(names)):
+        raise ValueError(f"num_classes: {config.data} has {len(names)} classes, got {config.num_classes}")
+    if not names and config.num_classes is None:
+        raise ValueError(f"num_classes: {config.data} does not say how many classes it has")
+    return tuple(map(str, names)) if names else tuple(map(str, range(config.num_classes)))
 
 
 def _digits(mode: str, config: Config) -> Data:

@@ -16,7 +16,7 @@ def describe(config: Config) -> str:
     data = load_data(config)
     model = create_student(config, len(data.classes), torch.device("cpu"))
     optimizer = create_optimizer(config, model)
-    updates = len(EpochBatches(len(data.train), config.batch_size, config.seed))
+    updates = len(EpochBatches(len(data.train), config.batch_size, config.seed, repeats=config.repeated_aug))
     schedule = Schedule(config, optimizer, max(updates, 1))
     lines = [yaml.safe_dump(config.as_dict(), sort_keys=False)]
     lines.append(f"device: {select_device(config)}")

@@ -4,18 +4,19 @@ import math
 from typing import Any, Protocol
 
 import torch
-from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fastdeit.losses import DistillationLoss
+from fastdeit.train.augmentation import BatchAugmentation
 from fastdeit.train.config import Config
 from fastdeit.train.device import autocast
+from fastdeit.train.loading import TrainLoader
 from fastdeit.train.models import head_logits
 from fastdeit.train.optimization import Schedule, create_ema, create_optimizer
-from fastdeit.train.sampling import EpochBatches, seed_step, train_loader
+from fastdeit.train.sampling import EpochBatches, seed_step
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -43,9 +44,9 @@ class Trainer:
         self.config = config
         self.model = model
         self.device = next(model.parameters()).device
-        self.batches = EpochBatches(len(dataset), config.batch_size, config.seed)
-        self.loader = train_loader(dataset, self.batches, config.workers, pin_memory=self.device.type == "cuda")
-        self.mixup = create_mixup(config, num_classes)
+        self.batches = EpochBatches(len(dataset), config.batch_size, config.seed, repeats=config.repeated_aug)
+        self.loader = TrainLoader(dataset, self.batches, config, self.device)
+        self.augment = BatchAugmentation(config, num_classes, self.device)
         self.criterion = create_criterion(config, teacher)
         self.optimizer = create_optimizer(config, model)
         self.schedule = Schedule(config, self.optimizer, len(self.batches))
@@ -59,8 +60,6 @@ class Trainer:
         self.batches.set_epoch(epoch)
         total = 0.0
         for images, classes in self.loader:
-            images = images.to(self.device, non_blocking=True)
-            classes = classes.to(self.device, non_blocking=True)
             total += self._train_step(epoch, images, classes)
             progress.update()
         return total / len(self.batches)
@@ -68,8 +67,7 @@ class Trainer:
     def _train_step(self, epoch: int, images: Tensor, classes: Tensor) -> float:
         seed_step(self.config.seed, self.step)
         self.schedule.set(self.step)
-        if self.mixup is not None:
-            images, classes = self.mixup(images, classes)
+        images, classes = self.augment(images, classes, epoch)
         with autocast(self.config, self.device):
             loss = self.criterion(images, self.model(images), classes)
         value = loss.item()
@@ -105,29 +103,26 @@ class Trainer:
         self.step = state["step"]
 
 
-def create_mixup(config: Config, num_classes: int) -> Mixup | None:
-    if not config.mixes:
-        return None
-    return Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        prob=config.mixup_prob,
-        switch_prob=config.mixup_switch_prob,
-        label_smoothing=config.smoothing,
-        num_classes=num_classes,
-    )
-
-
 def create_criterion(config: Config, teacher: nn.Module | None) -> DistillationLoss:
-    """DeiT's loss on (images, outputs, classes), where classes are soft if images are mixed."""
+    """DeiT's loss on (images, outputs, targets), with targets as `BatchAugmentation` gives them."""
     base: nn.Module
-    if config.mixes:
+    if config.bce_loss:
+        base = nn.BCEWithLogitsLoss()
+    elif config.mixes:
         base = SoftTargetCrossEntropy()
     elif config.smoothing:
         base = LabelSmoothingCrossEntropy(config.smoothing)
     else:
         base = nn.CrossEntropyLoss()
-    return DistillationLoss(base, teacher, config.distillation_type, config.distillation_alpha, config.distillation_tau)
+    kind = ClassTokenDistillationLoss if config.distil_class_token else DistillationLoss
+    return kind(base, teacher, config.distillation_type, config.distillation_alpha, config.distillation_tau)
+
+
+class ClassTokenDistillationLoss(DistillationLoss):
+    """Distillation into the class head itself, as Table 3 of the DeiT paper has it beside the distillation token."""
+
+    def forward(self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        return super().forward(inputs, (outputs, outputs) if isinstance(outputs, Tensor) else outputs, labels)
 
 
 @torch.no_grad()

@@ -5,35 +5,96 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 import fastdeit
-from fastdeit.train.checkpoints import load_weights
+from fastdeit.train.checkpoints import check_same_tensors, load_weights
 from fastdeit.train.config import Config
 from fastdeit.train.sampling import derive_seed
 
 
-def create_student(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+def create_student(
+    config: Config, num_classes: int, device: torch.device, *, initial_weights: bool = False
+) -> nn.Module:
     """The model to train, initialised from the seed, accelerated, on device.
 
+    Args:
+        initial_weights: start from what config's `pretrained` or `finetune` names, as a new run does; a model that is given
+            weights afterwards needs neither.
+
     Raises:
-        ValueError: timm has no such model or it takes no such argument, or distillation is on and it has no distillation head.
+        FileNotFoundError: there is no checkpoint to start from.
+        ValueError: timm has no such model or it takes no such argument, or distillation does not fit its heads.
     """
     torch.manual_seed(derive_seed("model", config.seed))
     kwargs = dict(config.model_kwargs, drop_path_rate=config.drop_path)
+    if config.drop:
+        kwargs["drop_rate"] = config.drop
+    if initial_weights and config.pretrained:
+        kwargs["pretrained"] = True
     if _takes_img_size(config.model):
         kwargs["img_size"] = config.img_size
     model = _create("model", config.model, num_classes, config.in_chans, kwargs)
-    if config.distillation_type != "none":
+    if config.drop_path_uniform:
+        set_uniform_drop_path(model, config.drop_path)
+    if config.distil_class_token and has_distillation_head(model):
+        raise ValueError(
+            f"distil_class_token: {config.model} has a distillation token, which is there to be distilled into"
+        )
+    if config.distillation_type != "none" and not config.distil_class_token:
         if not has_distillation_head(model):
             raise ValueError(
                 f"model: {config.model} has no distillation token; distillation_type {config.distillation_type} needs one "
-                "(such as deit_base_distilled_patch16_224), or distillation_type none"
+                "(such as deit_base_distilled_patch16_224), or distil_class_token, or distillation_type none"
             )
         model.set_distilled_training(True)
+    if initial_weights and config.finetune is not None:
+        load_for_finetuning(model, Path(config.finetune))
     if config.accelerate:
         fastdeit.accelerate(model)
     return model.to(device)
+
+
+def set_uniform_drop_path(model: nn.Module, rate: float) -> None:
+    """Stochastic depth at the same rate in every block, as DeiT III trains; timm's models raise it from 0.
+
+    Raises:
+        ValueError: the model has no blocks with stochastic depth.
+    """
+    blocks = [m for m in model.modules() if hasattr(m, "drop_path1") and hasattr(m, "drop_path2")]
+    if not blocks:
+        raise ValueError(f"drop_path_uniform: {type(model).__name__} has no blocks with stochastic depth")
+    for block in blocks:
+        block.drop_path1 = DropPath(rate) if rate else nn.Identity()
+        block.drop_path2 = DropPath(rate) if rate else nn.Identity()
+
+
+def load_for_finetuning(model: nn.Module, path: Path) -> None:
+    """Loads a checkpoint of fastdeit, timm or facebookresearch/deit into a vision transformer of another resolution.
+
+    timm interpolates the positions. A head for other classes keeps its initial values, and so does a distillation head that the
+    checkpoint lacks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or is of another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"finetune: {path}: no such checkpoint")
+    try:
+        weights = checkpoint_filter_fn(timm.models.load_state_dict(str(path), use_ema=False), model)
+    except Exception as error:  # what is raised depends on the format and on where the file ends
+        raise ValueError(f"finetune: {path}: cannot be read as a checkpoint: {error}") from error
+    own = model.state_dict()
+    heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
+    for name in heads:
+        if name in weights and weights[name].shape != own[name].shape:
+            del weights[name]
+    kept = [name for name in heads if name not in weights]
+    check_same_tensors({**weights, **{name: own[name] for name in kept}}, own, path)
+    model.load_state_dict(weights, strict=False)
 
 
 def create_teacher(config: Config, num_classes: int, device: torch.device) -> nn.Module:

@@ -57,7 +57,13 @@ def train(config: Config, folder: Path, resume: bool = False) -> Result:
         elif config.distillation_type != "none":
             teacher = create_teacher(config, len(data.classes), device)
         student_fit = Fit(
-            "student", config, data, create_student(config, len(data.classes), device), teacher, folder, resume
+            "student",
+            config,
+            data,
+            create_student(config, len(data.classes), device, initial_weights=True),
+            teacher,
+            folder,
+            resume,
         )
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,9 +102,18 @@ def teacher_config(config: Config) -> Config:
         epochs=config.teacher_epochs,
         warmup_epochs=min(config.warmup_epochs, config.teacher_epochs // 5),
         lr=config.teacher_lr,
+        pretrained=False,
+        finetune=None,
+        drop=0.0,
         drop_path=0.0,
+        drop_path_uniform=False,
         mixup=0.0,
         cutmix=0.0,
+        cutmix_minmax=None,
+        mixup_off_epoch=0,
+        bce_loss=False,
+        bce_target_thresh=None,
+        distil_class_token=False,
         model_ema_decay=0.0,
         distillation_type="none",
         teacher_model=None,

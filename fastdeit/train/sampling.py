@@ -1,7 +1,7 @@
 """Data that depends on nothing but keys, so that a run resumes exactly and any number of workers gives the same images.
 
 (seed, epoch) orders an epoch, (seed, epoch, position) seeds what happens to one image, and (seed, step, rank) what happens inside a
-step: mixup, dropout, drop path.
+step: erasing, mixup, dropout, drop path.
 """
 
 import random
@@ -41,19 +41,47 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     seed_everything(derive_seed("step", seed, step, rank))
 
 
-class KeyedDataset(Dataset):
-    """A map-style data set of (image, class) whose random transforms depend on `Key` and seed alone."""
+def seed_sample(seed: int, epoch: int, position: int) -> None:
+    """To be called before an image's transforms, in whatever process runs them."""
+    derived = derive_seed("sample", seed, epoch, position)
+    random.seed(derived)
+    np.random.seed(derived % 2**32)
+    torch.default_generator.manual_seed(derived)  # 1.5 us; torch.manual_seed visits every device
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+
+class UnreadableImageError(ValueError):
+    """An image cannot be decoded; the message starts with its path."""
+
+
+class Sample(NamedTuple):
+    image: Tensor
+    label: int
+    unreadable: tuple[str, ...]  # what could not be read in its place
+
+
+class KeyedDataset(Dataset):
+    """A map-style data set of (image, class) whose random transforms depend on `Key` and seed alone.
+
+    In place of an image that cannot be read comes the next one that can, with the same key, and what was wrong beside it: at most
+    max_bad images are passed over, then UnreadableImageError is raised.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, max_bad: int = 0) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.max_bad = max_bad
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        seed = derive_seed("sample", self.seed, key.epoch, key.position)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)  # 1.5 us; torch.manual_seed visits every device
-        return self.dataset[key.index]
+    def __getitem__(self, key: Key) -> Sample:
+        unreadable: list[str] = []
+        while True:
+            seed_sample(self.seed, key.epoch, key.position)
+            try:
+                image, label = self.dataset[(key.index + len(unreadable)) % len(self.dataset)]
+                return Sample(image, label, tuple(unreadable))
+            except UnreadableImageError as error:
+                unreadable.append(str(error))
+                if len(unreadable) > min(self.max_bad, len(self.dataset) - 1):
+                    raise
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,11 +90,17 @@ class KeyedDataset(Dataset):
 class EpochBatches(Sampler[list[Key]]):
     """The batches of one epoch for one rank, each of batch_size keys; what does not fill a batch on every rank is left out.
 
+    With repeats every image that an epoch takes comes so many times in a row, hence, where there are as many ranks, on different
+    ones (repeated augmentation, Hoffer et al. 2020); the epoch keeps its length and takes fewer images.
+
     `set_epoch` chooses the epoch and the batch to start at.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, repeats: int = 1
+    ) -> None:
         self.length = length
+        self.repeats = repeats
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -80,26 +114,16 @@ class EpochBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
+        for batch in range(self.first_batch, self.first_batch + len(self)):
+            yield [Key(self.epoch, p, order[p // self.repeats]) for p in self.positions(batch)]
+
+    def positions(self, batch: int) -> range:
+        """Of an epoch's batch on this rank: where its samples are in the epoch, over all ranks."""
         stride = self.batch_size * self.world_size
-        for batch in range(self.first_batch, self.length // stride):
-            start = batch * stride + self.rank
-            positions = range(start, (batch + 1) * stride, self.world_size)
-            yield [Key(self.epoch, position, order[position]) for position in positions]
+        return range(batch * stride + self.rank, (batch + 1) * stride, self.world_size)
 
     def __len__(self) -> int:
         return self.length // (self.batch_size * self.world_size) - self.first_batch
-
-
-def train_loader(dataset: Dataset, batches: EpochBatches, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Batches of (images (B, C, H, W), classes (B,)) in the order of `batches`, whose epoch is set before each pass.
-
-    Raises:
-        ValueError: fewer images than one batch.
-    """
-    if not len(batches):
-        raise ValueError(f"batch_size: {batches.batch_size} is more than the {batches.length} training images")
-    keyed = KeyedDataset(dataset, batches.seed)
-    return DataLoader(keyed, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
 
 
 def eval_loader(dataset: Dataset, batch_size: int, workers: int, pin_memory: bool) -> DataLoader[Any]:

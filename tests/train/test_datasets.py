@@ -27,9 +27,10 @@ def test_no_digit_is_in_both_splits():
 @pytest.mark.parametrize("channels, mean", [(1, [0.3]), (3, [0.3, 0.3, 0.3])])
 def test_images_have_the_size_and_channels_of_the_model(channels, mean):
     config = load_config("digits", dict(in_chans=channels, img_size=24, mean=mean, std=mean))
-    for dataset in (load_data(config).train, load_data(config).val):
+    data = load_data(config)
+    for dataset, dtype in ((data.train, torch.uint8), (data.val, torch.float32)):
         image, digit = dataset[0]
-        assert image.shape == (channels, 24, 24) and image.dtype == torch.float32 and 0 <= digit < 10
+        assert image.shape == (channels, 24, 24) and image.dtype == dtype and 0 <= digit < 10
 
 
 def test_a_folder_gives_its_images_and_classes(small_config):

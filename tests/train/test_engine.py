@@ -8,6 +8,7 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
+from fastdeit.train import sampling
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import load_data
 from fastdeit.train.engine import NonFiniteLossError, Trainer, create_criterion, evaluate
@@ -70,7 +71,9 @@ def test_a_step_is_the_recipe_written_out(small_config):
         weight_decay=config.weight_decay,
     )  # fmt: skip
     trainer.batches.set_epoch(0)
-    images, classes = next(iter(trainer.loader))
+    batch = next(iter(trainer.loader))
+    sampling.seed_step(config.seed, 0)
+    images, classes = trainer.augment(*batch, 0)
     class_logits, distillation_logits = by_hand(images)
     labels = trainer.criterion.teacher_model(images).argmax(1)
     loss = 0.7 * nn.functional.cross_entropy(class_logits, classes) + 0.3 * nn.functional.cross_entropy(

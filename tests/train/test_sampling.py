@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from fastdeit.train import sampling
+from fastdeit.train.config import Config
+from fastdeit.train.loading import TrainLoader
 from fastdeit.train.sampling import EpochBatches, Key
 
 
@@ -23,7 +25,8 @@ class Noise(torch.utils.data.Dataset):
 def epoch_of(workers, epoch=3, first_batch=0, seed=5):
     batches = EpochBatches(20, 4, seed)
     batches.set_epoch(epoch, first_batch)
-    return torch.cat([images for images, _ in sampling.train_loader(Noise(), batches, workers, pin_memory=False)])
+    loader = TrainLoader(Noise(), batches, Config(workers=workers), torch.device("cpu"))
+    return torch.cat([images for images, _ in loader])
 
 
 def test_any_number_of_workers_gives_the_same_images():
@@ -83,4 +86,4 @@ def test_a_step_draws_the_same_whatever_was_drawn_before():
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="batch_size: 32 is more than the 20 training images"):
-        sampling.train_loader(Noise(), EpochBatches(20, 32, 0), 0, False)
+        TrainLoader(Noise(), EpochBatches(20, 32, 0), Config(), torch.device("cpu"))

@@ -1,0 +1,148 @@
+"""Training batches on their way from the data set to the device: workers, pinned memory, copies ahead of the step."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.data.loader import fast_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from fastdeit.train.config import Config
+from fastdeit.train.sampling import EpochBatches, KeyedDataset, Sample, UnreadableImageError, derive_seed, seed_sample
+
+Batch = tuple[Tensor, Tensor]
+
+
+class TrainLoader:
+    """Batches of (images (B, C, H, W), classes (B,)) on device, in the order of `batches`, whose epoch is set before each pass.
+
+    Images are as the transforms leave them, uint8 that `BatchAugmentation` normalises, so that a quarter of the bytes is copied.
+    On a GPU the next batch is copied from pinned memory, on a stream of its own, while a step computes. The same batches come for
+    any number of workers.
+
+    Images that cannot be read are named on stderr, once each, and replaced; more than max_bad_images of them stop the run.
+
+    Args:
+        dataset: of (image, class), map-style; or a stream, whose batches are in its reader's order and which can start at the
+            beginning of an epoch only.
+        batches: of this rank.
+
+    Raises:
+        ValueError: fewer images than one batch.
+    """
+
+    def __init__(self, dataset: Dataset, batches: EpochBatches, config: Config, device: torch.device) -> None:
+        if batches.length < batches.batch_size * batches.world_size:
+            whole = batches.batch_size * batches.world_size
+            raise ValueError(f"batch_size: {whole} is more than the {batches.length} training images")
+        self.batches = batches
+        self.device = device
+        self.max_bad_images = config.max_bad_images
+        self.unreadable: dict[str, None] = {}
+        self.streams = isinstance(dataset, IterableDataset)
+        options: dict[str, Any] = dict(
+            num_workers=config.workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=config.prefetch if config.workers else None,
+            collate_fn=collate,
+        )
+        if self.streams:
+            source = KeyedStream(dataset, batches)
+            options |= dict(batch_size=batches.batch_size, drop_last=True)
+        else:
+            source = KeyedDataset(dataset, batches.seed, config.max_bad_images)
+            options |= dict(batch_sampler=batches)
+        self.loader = DataLoader(source, **options)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.streams and self.batches.first_batch:
+            raise ValueError(
+                f"data: a stream starts at the beginning of an epoch only, not at batch {self.batches.first_batch}; "
+                "resume from a checkpoint that was written at the end of an epoch"
+            )
+        ahead = _copied_ahead if self.device.type == "cuda" else _copied
+        given = 0
+        for batch in ahead(self._host_batches(), self.device):
+            yield batch
+            given += 1
+        if given < len(self):
+            raise ValueError(
+                f"data: the stream ended after {given} of {len(self)} batches of epoch {self.batches.epoch}"
+            )
+
+    def _host_batches(self) -> Iterator[Batch]:
+        iterator = iter(self.loader)
+        for _ in range(len(self)):
+            try:
+                images, classes, unreadable = next(iterator)
+            except StopIteration:
+                return
+            self._report(unreadable)
+            yield images, classes
+
+    def _report(self, unreadable: list[str]) -> None:
+        for message in unreadable:
+            if message not in self.unreadable:
+                self.unreadable[message] = None
+                print(f"unreadable image, replaced by the next: {message}", file=sys.stderr, flush=True)
+        if len(self.unreadable) > self.max_bad_images:
+            raise UnreadableImageError(
+                f"data: {len(self.unreadable)} images cannot be read, max_bad_images is {self.max_bad_images}; the last: "
+                f"{list(self.unreadable)[-1]}"
+            )
+
+
+class KeyedStream(IterableDataset):
+    """A stream of (image, class) whose random transforms depend on seed, epoch, rank, worker and place in the worker's share."""
+
+    def __init__(self, dataset: IterableDataset, batches: EpochBatches) -> None:
+        self.dataset = dataset
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Sample]:
+        batches, worker = self.batches, get_worker_info()
+        seed = derive_seed("stream", batches.seed, batches.rank, worker.id if worker else 0)
+        self.dataset.set_epoch(batches.epoch)
+        iterator, position = iter(self.dataset), 0
+        while True:
+            seed_sample(seed, batches.epoch, position)
+            try:
+                image, label = next(iterator)
+            except StopIteration:
+                return
+            yield Sample(image, label, ())
+            position += 1
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, classes, and what could not be read: uint8 images by timm's collate, others by PyTorch's."""
+    pairs = [(sample.image, sample.label) for sample in samples]
+    images, classes = (fast_collate if samples[0].image.dtype == torch.uint8 else default_collate)(pairs)
+    return images, classes, [message for sample in samples for message in sample.unreadable]
+
+
+def _copied(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    for images, classes in batches:
+        yield images.to(device), classes.to(device)
+
+
+def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """One batch ahead: while a batch is computed with, the next one's copy from pinned memory runs on another stream."""
+    stream = torch.cuda.Stream(device)
+    waiting: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied = tuple(t.to(device, non_blocking=True) for t in batch)
+        if waiting is not None:
+            yield waiting
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for tensor in copied:  # its memory must not be given to another copy while the step still reads it
+            tensor.record_stream(torch.cuda.current_stream(device))
+        waiting = copied
+    if waiting is not None:
+        yield waiting
