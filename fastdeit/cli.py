@@ -21,6 +21,9 @@ COMMANDS = {
     ),
     "eval": Command("fastdeit.train.command_eval", "accuracy of a checkpoint, per head and of both together"),
     "predict": Command("fastdeit.train.command_predict", "the likeliest classes of images, by a checkpoint"),
+    "cache-teacher": Command(
+        "fastdeit.train.command_cache_teacher", "run the teacher once and keep its labels for every later training"
+    ),
     "explain": Command("fastdeit.explain_command", "what of a timm model runs fused, and why the rest does not"),
     "kernels": Command("fastdeit.kernels.report", "what the compiler made of every kernel, without a GPU"),
     "bench": Command("fastdeit.benchmarks.command", "time the fused ops beside PyTorch's own"),

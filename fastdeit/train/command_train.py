@@ -10,14 +10,19 @@ from fastdeit.train.extras import check_extras
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.allow_abbrev = False  # an unknown field must not be taken for a longer one
-    parser.add_argument("--config", metavar="NAME|FILE", help="shipped configuration or YAML file (default: digits)")
     parser.add_argument(
         "--resume", metavar="auto|FILE", help="continue: auto finds the run (or starts one), FILE is its last.state.pt"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print configuration, schedule and parameter groups; train nothing"
     )
+    add_config_arguments(parser)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config`, and an option for every field."""
+    parser.allow_abbrev = False  # an unknown field must not be taken for a longer one
+    parser.add_argument("--config", metavar="NAME|FILE", help="shipped configuration or YAML file (default: digits)")
     fields = parser.add_argument_group("fields of the configuration, each read as YAML")
     for name, field in FIELDS.items():
         option = "--" + name.replace("_", "-")
@@ -26,9 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         fields.add_argument(*spellings, dest=f"field_{name}", metavar="VALUE", default=None, help=help_text)
 
 
+def overrides_of(args: argparse.Namespace) -> dict[str, str]:
+    """The fields given on the command line, as text."""
+    return {name: value for name in FIELDS if (value := getattr(args, f"field_{name}")) is not None}
+
+
 def run(args: argparse.Namespace) -> int:
     check_extras()
-    overrides = {name: value for name in FIELDS if (value := getattr(args, f"field_{name}")) is not None}
+    overrides = overrides_of(args)
     source = args.config or "digits"
     folder = folder_to_resume(args.resume, source, overrides) if args.resume else None
     if folder is not None and not args.config and (folder / "args.yaml").is_file():

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from fastdeit.losses import DistillationLoss
 from fastdeit.train.augmentation import BatchAugmentation
+from fastdeit.train.cached_labels import CachedTeacher
 from fastdeit.train.config import Config
 from fastdeit.train.device import autocast
 from fastdeit.train.loading import TrainLoader
@@ -33,7 +34,7 @@ class Trainer:
     Args:
         config: of the run.
         model: on its device; a distilled one returns its pair of outputs in train mode.
-        teacher: in eval mode, or None without distillation.
+        teacher: in eval mode, its cached labels, or None without distillation.
         dataset: of (image, class), map-style.
         num_classes: of the data set.
     """
@@ -48,6 +49,7 @@ class Trainer:
         self.loader = TrainLoader(dataset, self.batches, config, self.device)
         self.augment = BatchAugmentation(config, num_classes, self.device)
         self.criterion = create_criterion(config, teacher)
+        self.cached_teacher = teacher if isinstance(teacher, CachedTeacher) else None
         self.optimizer = create_optimizer(config, model)
         self.schedule = Schedule(config, self.optimizer, len(self.batches))
         self.ema = create_ema(config, model)
@@ -68,6 +70,8 @@ class Trainer:
         seed_step(self.config.seed, self.step)
         self.schedule.set(self.step)
         images, classes = self.augment(images, classes, epoch)
+        if self.cached_teacher is not None:
+            self.cached_teacher.seek(epoch, self.batches.positions(self.step % self.schedule.updates_per_epoch))
         with autocast(self.config, self.device):
             loss = self.criterion(images, self.model(images), classes)
         value = loss.item()

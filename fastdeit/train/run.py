@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastdeit.train import analysis, checkpoints, report, reporting
+from fastdeit.train.cached_labels import CachedTeacher
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import Data, load_data
 from fastdeit.train.device import reproducible, select_device
@@ -49,11 +50,13 @@ def train(config: Config, folder: Path, resume: bool = False) -> Result:
     with reproducible(config):
         device = select_device(config)
         data = load_data(config)
-        teacher, teacher_fit = None, None
+        teacher, labels, teacher_fit = None, None, None
         if config.distillation_type != "none" and config.teacher_epochs:
             own = teacher_config(config)
             teacher = create_student(own, len(data.classes), device)
             teacher_fit = Fit("teacher", own, data, teacher, None, folder / "teacher", resume)
+        elif config.teacher_cache is not None:
+            labels = CachedTeacher(config, data, device)
         elif config.distillation_type != "none":
             teacher = create_teacher(config, len(data.classes), device)
         student_fit = Fit(
@@ -61,7 +64,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> Result:
             config,
             data,
             create_student(config, len(data.classes), device, initial_weights=True),
-            teacher,
+            teacher or labels,
             folder,
             resume,
         )

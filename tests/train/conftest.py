@@ -24,18 +24,25 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def small_config(image_folder) -> Config:
+@pytest.fixture(scope="session")
+def make_small_config(image_folder):
     """Every part of the recipe at its smallest: 3 updates an epoch, a teacher trained here, mixup, erasing, drop path, EMA."""
-    return load_config(
-        "digits",
-        dict(
+
+    def make(**changes) -> Config:
+        small = dict(
             data=str(image_folder), img_size=16, in_chans=1, batch_size=32, epochs=3, warmup_epochs=1, threads=1,
             model_kwargs=dict(patch_size=8, embed_dim=32, num_heads=1, depth=2), drop_path=0.2,
             teacher_model="regnetx_002", teacher_kwargs=dict(depth=8, stem_width=8), teacher_epochs=2,
             reprob=0.5, mixup=0.8, cutmix=1.0, mixup_prob=1.0,
-        ),
-    )  # fmt: skip
+        )  # fmt: skip
+        return load_config("digits", {**small, **changes})
+
+    return make
+
+
+@pytest.fixture
+def small_config(make_small_config) -> Config:
+    return make_small_config()
 
 
 @pytest.fixture

@@ -1,0 +1,294 @@
+"""Hard teacher labels, computed once and kept in a file: the teacher sees each augmented image of a run, later runs only its label.
+
+Augmentation is keyed, so that a run's images are known before it starts. The file holds an int16 class per (epoch, position); its
+header names all that they depend on, and training refuses a file whose header is not its own.
+
+    8 bytes   magic
+    8 bytes   length of the header, little endian
+    header    JSON
+    labels    int16, little endian, (epochs, positions); -1 where none is yet
+    32 bytes  SHA-256 of all that precedes, once the file is complete
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from fastdeit.train.augmentation import BatchAugmentation
+from fastdeit.train.config import Config
+from fastdeit.train.datasets import ArrayDataset, Data
+from fastdeit.train.device import autocast
+from fastdeit.train.loading import TrainLoader
+from fastdeit.train.sampling import EpochBatches, seed_step
+
+MAGIC = b"FDLABEL1"
+MISSING = -1
+FILES_READ = 1000
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")  # that augment
+FIELDS_OF_LABELS = (
+    "seed", "batch_size", "repeated_aug", "img_size", "in_chans", "mean", "std", "interpolation", "simple_random_crop", "scale",
+    "ratio", "hflip", "vflip", "three_augment", "aa", "color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob",
+    "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
+    "mixup_off_epoch", "precision", "teacher_model", "teacher_kwargs",
+)  # fmt: skip
+
+
+def label_header(config: Config, data: Data, device: torch.device, ranks: int, teacher_hash: str) -> dict[str, Any]:
+    """All that labels depend on, as plain values.
+
+    Raises:
+        ValueError: data is a stream, or has more classes than int16 counts.
+    """
+    if isinstance(data.train, IterableDataset):
+        raise ValueError(
+            f"data: {config.data} is a stream, whose images have no position that labels could be kept for"
+        )
+    if len(data.classes) > np.iinfo(np.int16).max:
+        raise ValueError(f"data: labels are int16, {config.data} has {len(data.classes)} classes")
+    batches = EpochBatches(len(data.train), config.batch_size, config.seed, repeats=config.repeated_aug)
+    return {
+        **{name: getattr(config, name) for name in FIELDS_OF_LABELS},
+        "ranks": ranks,
+        "sampler": "keyed",
+        "device": device.type,  # random numbers of a CPU and of a GPU differ
+        "teacher_weights": teacher_hash,
+        "dataset": fingerprint(data.train),
+        "classes": len(data.classes),
+        "positions": len(batches) * config.batch_size,
+        "libraries": {name: version(name).partition("+")[0] for name in LIBRARIES},
+    }
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of what a data set holds and in which order.
+
+    Of files: their paths below the root, their sizes, and the content of about FILES_READ of them, evenly spread. Else the pixels.
+    """
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    if isinstance(dataset, ArrayDataset):
+        for image, label in zip(dataset.images, dataset.classes, strict=True):
+            digest.update(image.tobytes() + label.to_bytes(4, "little"))
+        return digest.hexdigest()
+    source = dataset.source
+    samples = getattr(getattr(source, "reader", source), "samples", None)
+    if samples and isinstance(samples[0][0], str):
+        root = os.path.commonpath([os.path.dirname(path) for path, _ in samples])
+        for number, (path, label) in enumerate(samples):
+            digest.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\0{label}\n".encode())
+            if number % (len(samples) // FILES_READ + 1) == 0:
+                digest.update(Path(path).read_bytes())
+    elif hasattr(getattr(source, "reader", None), "dataset"):  # of Hugging Face, which keeps a fingerprint itself
+        digest.update(str(source.reader.dataset._fingerprint).encode())
+    else:
+        for index in range(len(source)):
+            image, label = source[index]
+            digest.update(image.tobytes() + int(label).to_bytes(4, "little"))
+    return digest.hexdigest()
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class LabelFile:
+    """An open file of labels.
+
+    Attributes:
+        header: what the labels depend on, with the number of epochs.
+        labels: (epochs, positions) int16, mapped from the file.
+    """
+
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        """Raises FileNotFoundError, or ValueError if path is no file of labels or is cut off."""
+        if not path.is_file():
+            raise FileNotFoundError(f"teacher_cache: {path}: no such file")
+        self.path = path
+        with path.open("rb") as file:
+            magic, length = file.read(len(MAGIC)), int.from_bytes(file.read(8), "little")
+            if magic != MAGIC:
+                raise ValueError(f"teacher_cache: {path}: not a file of fastdeit cache-teacher")
+            try:
+                self.header = json.loads(file.read(length))
+            except ValueError:
+                raise ValueError(f"teacher_cache: {path}: its header cannot be read") from None
+        shape = (self.header["epochs"], self.header["positions"])
+        self.start = len(MAGIC) + 8 + length
+        self.end = self.start + 2 * shape[0] * shape[1]
+        if path.stat().st_size < self.end:
+            raise ValueError(f"teacher_cache: {path}: cut off at {path.stat().st_size} of {self.end} bytes")
+        self.labels = np.memmap(path, "<i2", "r+" if writable else "r", self.start, shape)
+
+    @classmethod
+    def create(cls, path: Path, header: Mapping[str, Any], epochs: int) -> "LabelFile":
+        """A file without labels yet."""
+        text = json.dumps({**header, "epochs": epochs}, sort_keys=True).encode()
+        row = np.full(header["positions"], MISSING, "<i2").tobytes()
+        try:
+            with path.open("wb") as file:
+                file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+                for _ in range(epochs):
+                    file.write(row)
+        except BaseException:  # a full disk, say: what is there of it would be no file to go on with
+            path.unlink(missing_ok=True)
+            raise
+        return cls(path, writable=True)
+
+    def digest(self) -> bytes:
+        """SHA-256 of header and labels."""
+        found = hashlib.sha256()
+        with self.path.open("rb") as file:
+            left = self.end
+            while left:
+                part = file.read(min(left, 1 << 22))
+                found.update(part)
+                left -= len(part)
+        return found.digest()
+
+    def check_whole(self) -> str:
+        """The file's hash. Raises ValueError if it is not complete or its content is not what was written."""
+        with self.path.open("rb") as file:
+            file.seek(self.end)
+            stored = file.read()
+        if not stored:
+            raise ValueError(f"teacher_cache: {self.path}: not complete; run fastdeit cache-teacher again to go on")
+        if stored != self.digest():
+            raise ValueError(
+                f"teacher_cache: {self.path}: damaged, its content does not have the hash that it ends with"
+            )
+        return stored.hex()
+
+
+def check_header(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError naming the fields in which a file's labels are of another run."""
+    differing = [
+        f"{name} ({found.get(name)!r} there, {value!r} now)"
+        for name, value in expected.items()
+        if found.get(name) != json.loads(json.dumps(value))
+    ]
+    if differing:
+        raise ValueError(f"teacher_cache: {path}: labels of another run: {'; '.join(differing)}")
+
+
+def teacher_hash_of(config: Config, path: Path) -> str:
+    """The hash of config's teacher without the teacher: of its checkpoint's tensors, else what the file says.
+
+    timm's pretrained weights are known by the model's name, which the header has as well.
+    """
+    if config.teacher_checkpoint is None:
+        return LabelFile(path).header["teacher_weights"]
+    from safetensors.torch import load_file
+
+    return weights_hash(load_file(config.teacher_checkpoint))
+
+
+class CachedTeacher(nn.Module):
+    """In the teacher's place: gives the labels of the batch that `seek` has chosen, whatever it is shown.
+
+    Args:
+        config: of the run; its teacher_cache is the file.
+        data: the run's.
+        device: the run's.
+        ranks: processes of the run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, not complete, or has the labels of another run.
+    """
+
+    def __init__(self, config: Config, data: Data, device: torch.device, ranks: int = 1) -> None:
+        super().__init__()
+        path = Path(config.teacher_cache)
+        self.file = LabelFile(path)
+        check_header(self.file.header, label_header(config, data, device, ranks, teacher_hash_of(config, path)), path)
+        self.file.check_whole()
+        if self.file.header["epochs"] < config.epochs:
+            raise ValueError(
+                f"teacher_cache: {path}: has {self.file.header['epochs']} epochs, epochs is {config.epochs}"
+            )
+        self.device = device
+        self.current: Tensor | None = None
+
+    def seek(self, epoch: int, positions: range) -> None:
+        """Chooses the batch of an epoch by the positions of its samples."""
+        row = self.file.labels[epoch, positions.start : positions.stop : positions.step]
+        self.current = torch.from_numpy(row.astype(np.int64)).to(self.device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classes (B,) int64."""
+        assert self.current is not None and len(self.current) == len(images)
+        return self.current
+
+
+@torch.no_grad()
+def cache_labels(
+    config: Config, data: Data, teacher: nn.Module, device: torch.device, path: Path, ranks: int = 1
+) -> Iterator[int]:
+    """Runs the teacher over every batch of every epoch, and leaves its labels in path. Yields after each batch, the labels so far.
+
+    Work goes into PATH.partial, which becomes path when it is whole; a second call goes on after the last whole epoch there.
+
+    Args:
+        config: of the run that is to use the labels.
+        teacher: in eval mode, on device.
+        ranks: processes of that run; one process here computes the batches of them all.
+
+    Raises:
+        ValueError: ranks do not divide the batch, or a partial file is of another run.
+    """
+    if config.batch_size % ranks:
+        raise ValueError(f"ranks: expected a divisor of batch_size {config.batch_size}, got {ranks}")
+    header = label_header(config, data, device, ranks, weights_hash(teacher.state_dict()))
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if partial.exists():
+        file = LabelFile(partial, writable=True)
+        check_header(file.header, {**header, "epochs": config.epochs}, partial)
+    else:
+        file = LabelFile.create(partial, header, config.epochs)
+
+    augment = BatchAugmentation(config, len(data.classes), device)
+    shares = [
+        EpochBatches(len(data.train), config.batch_size // ranks, config.seed, rank, ranks, config.repeated_aug)
+        for rank in range(ranks)
+    ]
+    loaders = [TrainLoader(data.train, share, config, device) for share in shares]
+    done = 0
+    for epoch in range(config.epochs):
+        if (file.labels[epoch] != MISSING).all():
+            done += file.labels.shape[1]
+            continue
+        row = np.empty(file.labels.shape[1], np.int16)
+        for share, loader in zip(shares, loaders, strict=True):
+            share.set_epoch(epoch)
+            for batch, (images, classes) in enumerate(loader):
+                seed_step(config.seed, epoch * len(share) + batch, share.rank)
+                images, _ = augment(images, classes, epoch)
+                with autocast(config, device):
+                    labels = teacher(images).argmax(1)
+                positions = share.positions(batch)
+                row[positions.start : positions.stop : positions.step] = labels.cpu().numpy()
+                done += len(labels)
+                yield done
+        file.labels[epoch] = row
+        file.labels.flush()
+    with partial.open("r+b") as stream:
+        stream.seek(file.end)
+        stream.write(file.digest())
+        stream.truncate()
+        os.fsync(stream.fileno())
+    partial.replace(path)
