@@ -21,6 +21,7 @@ MODES = {
         "fastdeit.benchmarks.evidence", "what can be known without a GPU: counts, compiled kernels, host time"
     ),
     "pictures": Mode("fastdeit.benchmarks.pictures", "draws where a step's time goes by roofline arithmetic"),
+    "profile": Mode("fastdeit.benchmarks.profile_step", "what a forward pass and a training step spend their time on"),
     "readme": Mode("fastdeit.benchmarks.readme", "writes the README's performance section from the committed results"),
     "roofline": Mode("fastdeit.benchmarks.roofline_table", "what whole models could reach, from two numbers of a GPU"),
 }
