@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--amp", choices=("float16", "bfloat16"), help="explain what runs under autocast to this dtype")
     parser.add_argument("--train", action="store_true", help="explain training mode rather than evaluation")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these modules timm's")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="add launches and memory traffic of a forward pass of N images"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     model = timm.create_model(args.model).train(args.train).to(device, DTYPES[args.dtype])
     accelerate(model, exclude=args.exclude)
     with torch.autocast(device.type, DTYPES[args.amp]) if args.amp else contextlib.nullcontext():
-        report = explain(model)
+        report = explain(model, batch_size=args.batch_size)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
 

@@ -1,10 +1,12 @@
 """The report of what runs fused in a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fastdeit.costs import Cost
 
 
 class Row(NamedTuple):
@@ -17,10 +19,18 @@ class Row(NamedTuple):
 
 
 class Report:
-    """Rows in the order of the model's modules. Iterate over it, print it, or take `as_dict()`."""
+    """Rows in the order of the model's modules. Iterate over it, print it, or take `as_dict()`.
 
-    def __init__(self, rows: list[Row]):
+    Args:
+        rows: one a module.
+        costs: by module name what a forward pass costs there, as it would run and as timm runs it; empty if nobody asked.
+        batch_size: images of that pass.
+    """
+
+    def __init__(self, rows: list[Row], costs: Mapping[str, tuple[Cost, Cost]] | None = None, batch_size: int = 0):
         self.rows = rows
+        self.costs = costs or {}
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -29,23 +39,47 @@ class Report:
         return len(self.rows)
 
     def as_dict(self) -> dict[str, dict[str, object]]:
-        """{name: {"kind", "fused", "reason"}}, for JSON."""
-        return {row.name: {"kind": row.kind, "fused": row.fused, "reason": row.reason} for row in self.rows}
+        """{name: {"kind", "fused", "reason"}}, for JSON; with costs also "launches", "bytes", "timm_launches", "timm_bytes"."""
+        found: dict[str, dict[str, object]] = {}
+        for row in self.rows:
+            found[row.name] = {"kind": row.kind, "fused": row.fused, "reason": row.reason}
+            if row.name in self.costs:
+                ours, timms = self.costs[row.name]
+                found[row.name] |= dict(launches=ours.launches, bytes=ours.bytes)
+                found[row.name] |= dict(timm_launches=timms.launches, timm_bytes=timms.bytes)
+        return found
 
     def __str__(self) -> str:
         """A table. Modules that differ in their index alone and fare the same share a line: `blocks.0-11.attn`."""
-        lines = [("module", "kind", "runs", "reason")]
+        priced = ("launches", "MB", "timm's launches", "timm's MB") if self.costs else ()
+        lines = [("module", "kind", "runs", *priced, "reason")]
         for rows in self._alike():
             name = _joint_name([row.name for row in rows]) or "(the model)"
-            lines.append((name, rows[0].kind, "fused" if rows[0].fused else "timm's", rows[0].reason))
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+            prices = _prices(self.costs, [row.name for row in rows]) if priced else ()
+            lines.append((name, rows[0].kind, "fused" if rows[0].fused else "timm's", *prices, rows[0].reason))
+        last = len(lines[0]) - 1
+        widths = [max(len(line[i]) for line in lines) for i in range(last)]
         lines.insert(1, tuple("-" * width for width in (*widths, len("reason"))))
         table = "\n".join(
-            "  ".join((*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3])).rstrip()
+            "  ".join(
+                (
+                    *(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))),
+                    line[last],
+                )
+            ).rstrip()
             for line in lines
         )
         fused = sum(row.fused for row in self.rows)
-        return f"{table}\n{fused} of {len(self.rows)} modules run fused"
+        return f"{table}\n{fused} of {len(self.rows)} modules run fused" + self._total()
+
+    def _total(self) -> str:
+        if not self.costs:
+            return ""
+        launches, megabytes, timms_launches, timms_megabytes = _prices(self.costs, list(self.costs))
+        return (
+            f"\na forward pass of {self.batch_size} images, by arithmetic: {launches} launches and {megabytes} MB, "
+            f"in timm {timms_launches} and {timms_megabytes} MB"
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {sum(row.fused for row in self.rows)} of {len(self.rows)} modules fused>"
@@ -55,12 +89,12 @@ class Report:
         for row in self.rows:
             parts, place = _last_index(row.name)
             name = row.name if place is None else (place, *parts[:place], *parts[place + 1 :])
-            groups.setdefault((name, *row[1:]), []).append(row)
+            groups.setdefault((name, *row[1:], self.costs.get(row.name)), []).append(row)
         return list(groups.values())
 
 
-def explain_modules(named: dict[str, nn.Module]) -> Report:
-    """The report of `fastdeit.explain` on what `named_modules()` gave."""
+def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) -> Report:
+    """The report of `fastdeit.explain` on what `named_modules()` gave, with costs for a batch_size that is not None."""
     from fastdeit.nn import FUSED_CLASSES, Attention, Block, Mlp  # imports timm, which `import fastdeit` need not
 
     sources = {twin: source for source, twin in FUSED_CLASSES.items()}
@@ -86,7 +120,20 @@ def explain_modules(named: dict[str, nn.Module]) -> Report:
             rows.append(Row(name, cls.__name__, False, f"no fused class for {cls.__name__}"))
         if isinstance(module, whole):
             explained += (name + "." if name else "",)
-    return Report(rows)
+    if batch_size is None:
+        return Report(rows)
+    from fastdeit.cost_view import forward_costs
+
+    return Report(rows, forward_costs(named[""], rows, batch_size), batch_size)
+
+
+def _prices(costs: Mapping[str, tuple[Cost, Cost]], names: list[str]) -> tuple[str, ...]:
+    """Launches and megabytes, as it runs and as in timm, of modules together; empty texts where they have no costs."""
+    found = [costs[name] for name in names if name in costs]
+    if not found:
+        return ("",) * 4
+    sums = (sum((pair[i] for pair in found), Cost(0, 0, 0)) for i in (0, 1))
+    return tuple(text for cost in sums for text in (f"{cost.launches:,}", f"{cost.bytes / 1e6:,.0f}"))
 
 
 def _why_not_fused(module: nn.Module, fallback: Tensor) -> str | None:

@@ -32,6 +32,7 @@ class Shape:
     patch_size: int = 16
     hidden: int = 0  # of the MLP; 0 is four times the channels
     classes: int = 1000
+    classifiers: int = 2  # tokens, or means of tokens, that have one
 
     @property
     def mlp(self) -> int:
@@ -100,7 +101,7 @@ def parts(shape: Shape, batch: int, execution: str, precision: str = "amp", *, t
     found += [replace(part, count=whole) for part in block]
     if pruned:
         found += _last_block(shape, batch, block)
-    found += _heads(shape, batch, execution)
+    found += _heads(shape, batch, execution, training)
     return found if training else [replace(part, backward=Cost(0, 0, 0)) for part in found]
 
 
@@ -226,18 +227,19 @@ def _scaled(cost: Cost, share: float) -> Cost:
     return Cost(round(share * cost.flops), round(share * cost.bytes), cost.launches)
 
 
-def _heads(shape: Shape, batch: int, execution: str) -> Iterator[Part]:
-    """The classifiers of the one or two prefix tokens that have one, and the loss on their logits."""
-    heads = min(shape.prefix_tokens, 2) or 1
+def _heads(shape: Shape, batch: int, execution: str, training: bool) -> Iterator[Part]:
+    """The classifiers, each of one token, and in training the loss on their logits."""
+    heads = shape.classifiers
     rows = heads * batch
     flops = 2 * rows * shape.classes * shape.channels
     weights = 2 * heads * shape.classes * shape.channels
     logits = 4 * rows * shape.classes
-    ours = execution in PREFIX_ONLY
-    loss = 2 * logits if ours else 20 * logits
+    passes, forward, backward = (2, 2, 1) if execution in PREFIX_ONLY else (20, 10, 10)  # over the logits; launches
+    if not training:
+        passes, forward = 0, 0
     yield Part(
         "heads and loss",
-        Cost(flops, weights + logits + loss, 2 * heads + (2 if ours else 10)),
-        Cost(2 * flops, 3 * (weights + logits), 4 * heads + (1 if ours else 10)),
+        Cost(flops, weights + (1 + passes) * logits, heads + forward),
+        Cost(2 * flops, 3 * (weights + logits), 3 * heads + backward),
         matrix=True,
     )

@@ -58,22 +58,28 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def explain(model: nn.Module) -> Report:
+def explain(model: nn.Module, *, batch_size: int | None = None) -> Report:
     """What runs fused in model, and why the rest does not.
 
     Each module is asked as its forward asks, for an input of its parameters' device and dtype in the present state: training or
     evaluation, backend, autocast. So call it inside `torch.autocast` if that is where the model runs. Weights that `fully_shard`
     has sharded count as gathered, which they are in forward.
 
+    Args:
+        model: any module.
+        batch_size: of a forward pass whose launches and memory traffic the report then has, by arithmetic, as the model runs and as
+            timm runs it; for timm's vision transformers.
+
     Returns:
         A `Report`: rows (name, kind, fused, reason) in the order of `model.named_modules()`; `str()` of it is a table.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or batch_size not an int.
+        ValueError: batch_size is below 1, or given for a model whose costs are not known.
     """
     named = _named_modules(model)
     with _gathered(named.values()):
-        return explain_modules(named)
+        return explain_modules(named, batch_size)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ LAYERS = (
     ("fastdeit.backends", "fastdeit.costs", "fastdeit.model_costs"),
     ("fastdeit.ops",),
     ("fastdeit.nn", "fastdeit.losses"),
-    ("fastdeit.patching", "fastdeit.explanation", "fastdeit.testing"),
+    ("fastdeit.patching", "fastdeit.explanation", "fastdeit.cost_view", "fastdeit.testing"),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
     ("fastdeit.train", "fastdeit.cli", "fastdeit.explain_command", "fastdeit.benchmarks", "fastdeit.__main__"),
 )

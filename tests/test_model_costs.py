@@ -37,7 +37,7 @@ def timms(name, **kwargs):
         ("deit_tiny_distilled_patch16_224", DEIT["Ti"], 224),
         ("deit_small_distilled_patch16_224", DEIT["S"], 224),
         ("deit_base_distilled_patch16_384", DEIT["B"].at(384), 384),
-        ("deit3_large_patch16_224", Shape(1024, 16, 24, tokens=197, prefix_tokens=1), 224),
+        ("deit3_large_patch16_224", Shape(1024, 16, 24, tokens=197, prefix_tokens=1, classifiers=1), 224),
     ],
 )
 def test_matrix_arithmetic_is_what_pytorch_counts(name, shape, size):
