@@ -14,7 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", metavar="auto|FILE", help="continue: auto finds the run (or starts one), FILE is its last.state.pt"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print configuration, schedule and parameter groups; train nothing"
+        "--dry-run",
+        action="store_true",
+        help="print configuration, schedule, parameter groups, memory and GPU-hours; train nothing",
+    )
+    parser.add_argument(
+        "--measure-data",
+        action="store_true",
+        help="time the loader alone and the training step alone, and say which is the bottleneck; keep nothing",
     )
     add_config_arguments(parser)
 
@@ -49,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
         from fastdeit.train.dry_run import describe
 
         print(describe(config))
+        return 0
+    if args.measure_data:
+        from fastdeit.train.measure import measure_data
+
+        print(measure_data(config))
         return 0
     if holds_run(folder) and not args.resume:
         raise ValueError(

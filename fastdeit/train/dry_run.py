@@ -6,13 +6,14 @@ import yaml
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import load_data
 from fastdeit.train.device import select_device
+from fastdeit.train.estimate import describe_needs
 from fastdeit.train.models import create_student
 from fastdeit.train.optimization import Schedule, create_optimizer, parameter_groups
 from fastdeit.train.sampling import EpochBatches
 
 
 def describe(config: Config) -> str:
-    """The resolved configuration, the data, the schedule and the parameter groups. Raises ValueError as `run.train` would."""
+    """The resolved configuration, data, schedule, parameter groups and needs. Raises ValueError as `run.train` would."""
     data = load_data(config)
     model = create_student(config, len(data.classes), torch.device("cpu"))
     optimizer = create_optimizer(config, model)
@@ -33,4 +34,5 @@ def describe(config: Config) -> str:
             f"  weight decay {group.weight_decay:g}: {len(group.names)} tensors, {group.parameters:,} parameters"
         )
         lines += [f"    {name}" for name in group.names]
+    lines += describe_needs(config, model, len(data.classes), updates * config.epochs)
     return "\n".join(lines)

@@ -41,6 +41,35 @@ def test_a_file_is_a_configuration(tmp_path):
     assert load_config(str(tmp_path / "mine.yaml")).epochs == 7
 
 
+def test_a_file_states_what_differs_from_its_base(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: deit_small_distilled\nlr: 1e-3\n")
+    (tmp_path / "longer.yaml").write_text("base: mine.yaml\nepochs: 400\n")
+    mine, longer = (load_config(str(tmp_path / name)) for name in ("mine.yaml", "longer.yaml"))
+    assert mine == load_config("deit_small_distilled").replace(lr=1e-3, name="mine")
+    assert longer == mine.replace(epochs=400, name="longer")
+
+
+def test_bases_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ValueError, match=r"base: .*a\.yaml -> .*b\.yaml -> .*a\.yaml is a circle"):
+        load_config(str(tmp_path / "a.yaml"))
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: deit_bas\n")
+    with pytest.raises(ValueError, match=r"'deit_bas' is neither a file nor one of .*; did you mean deit_base"):
+        load_config(str(tmp_path / "a.yaml"))
+
+
+def test_a_run_continues_from_its_own_arguments(tmp_path):
+    import yaml
+
+    config = load_config("deit3_small")
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    assert load_config(str(tmp_path / "args.yaml")) == config
+
+
 def test_plain_values_round_trip():
     config = load_config()
     assert config_from(config.as_dict()) == config
@@ -71,6 +100,10 @@ def test_an_unknown_configuration_is_refused_with_the_list():
         ("scale", [0.9, 0.5], r"scale: expected \[low, high\] with 0 < low <= high"),
         ("std", [0.2, 0, 0.2], "std: expected values more than 0"),
         ("opt_betas", [0.9, 1], "opt_betas: expected values from 0 to less than 1"),
+        ("repeated_aug", 0, "repeated_aug: expected a value at least 1"),
+        ("mixup_mode", "image", "mixup_mode: expected one of batch, pair, elem"),
+        ("crop_mode", "middle", "crop_mode: expected one of center, squash, border"),
+        ("cutmix_minmax", [0.5], r"cutmix_minmax: expected 2 value\(s\)"),
         ("mean", [0.5], r"mean: expected 3 value\(s\)"),
         ("model_kwargs", [1], "model_kwargs: expected dict"),
     ],
@@ -87,6 +120,17 @@ def test_a_bad_value_is_named(field, value, message):
         (dict(epochs=5), "warmup_epochs: expected less than epochs"),
         (dict(teacher_model=None), "teacher_model: distillation_type hard needs a teacher"),
         (dict(teacher_epochs=3, teacher_checkpoint="x"), "teacher_checkpoint: contradicts teacher_epochs"),
+        (dict(three_augment=True), "three_augment: takes the place of aa, which is rand"),
+        (dict(bce_target_thresh=0.0), "bce_target_thresh: binary targets are those of bce_loss"),
+        (
+            dict(bce_loss=True, bce_target_thresh=0.0),
+            "smoothing: with bce_target_thresh 0.0 every smoothed target may become 1",
+        ),
+        (dict(pretrained=True, finetune="x"), "finetune: contradicts pretrained"),
+        (dict(mixup=0, cutmix=0, mixup_off_epoch=3), "mixup_off_epoch: nothing is mixed"),
+        (dict(distillation_type="soft", teacher_cache="x"), "teacher_cache: holds the teacher's classes"),
+        (dict(teacher_cache="x", teacher_epochs=2), "teacher_cache: contradicts teacher_epochs"),
+        (dict(distillation_type="none", distil_class_token=True), "distil_class_token: has no effect without"),
         (dict(model_kwargs=dict(num_classes=3)), "model_kwargs: num_classes is set by"),
     ],
 )

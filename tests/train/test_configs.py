@@ -1,5 +1,7 @@
 """The configurations that are shipped: the papers' recipes, and that each of them trains."""
 
+import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -126,3 +128,17 @@ def test_deit_3_fine_tunes_at_224(name, drop_path):
 
 def test_a_run_is_named_after_its_configuration():
     assert {name for name in shipped_configs() if load_config(name).name != name} == set()
+
+
+OPTIONS = (Path(__file__).parents[2] / "docs/training-options.md").read_text()
+
+
+def test_every_field_is_documented():
+    documented = set(re.findall(r"`([a-z_0-9]+)`", OPTIONS))
+    assert [name for name in FIELDS if name not in documented] == []
+
+
+def test_every_shipped_configuration_is_documented():
+    documented = set(re.findall(r"`([a-z_0-9]+)`", OPTIONS))
+    documented |= {f"{name}_1000" for name in documented}
+    assert [name for name in shipped_configs() if name not in documented] == []

@@ -1,11 +1,12 @@
 """Digits and image folders, and the folders that are refused."""
 
+import importlib.util
 import shutil
 
 import pytest
 import torch
 
-from fastdeit.train.config import load_config
+from fastdeit.train.config import Config, load_config
 from fastdeit.train.datasets import check_image_folder, load_data
 
 
@@ -81,3 +82,86 @@ def test_a_class_without_images_is_named(folder):
         image.rename(image.with_suffix(".txt"))
     with pytest.raises(ValueError, match=r"train/digit-0 has no image"):
         check_image_folder(folder)
+
+
+class Cifar(torch.utils.data.Dataset):
+    """Stands in for torchvision's: images in memory, names of classes."""
+
+    classes = ("cat", "dog")
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        from PIL import Image
+
+        return Image.new("RGB", (8, 8), (index, 0, 0)), index % 2
+
+
+def test_a_set_of_timms_gives_images_and_classes(monkeypatch, tmp_path):
+    asked = []
+
+    def create(name, **options):
+        asked.append((name, options["split"], options["root"], options["download"]))
+        return Cifar()
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    config = Config(data="torch/cifar10", data_dir=str(tmp_path), img_size=8, aa=None, val_split="test")
+    data = load_data(config)
+    assert asked == [("torch/cifar10", split, str(tmp_path), False) for split in ("train", "test")]
+    assert data.classes == ("cat", "dog") and data.train[3][0].shape == (3, 8, 8) and data.train[3][1] == 1
+    with pytest.raises(ValueError, match="num_classes: torch/cifar10 has 2 classes, got 10"):
+        load_data(config.replace(num_classes=10))
+
+
+def test_a_real_set_of_torchvision_is_read(tmp_path):
+    """MNIST in its own file format, made of digits."""
+    import struct
+
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.nn.functional.interpolate(
+        torch.from_numpy(digits.images[:20]).float()[:, None] * 15, (28, 28)
+    ).byte()
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, part in (("train", slice(0, 16)), ("t10k", slice(16, 20))):
+        pixels, labels = images[part, 0].numpy(), digits.target[part].astype("uint8")
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, len(pixels), 28, 28) + pixels.tobytes()
+        )
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(labels)) + labels.tobytes())
+    config = Config(data="torch/mnist", data_dir=str(tmp_path), img_size=28, in_chans=1, mean=[0.5], std=[0.5], aa=None)
+    data = load_data(config)
+    assert (len(data.train), len(data.val), len(data.classes)) == (16, 4, 10)
+    assert [data.train[i][1] for i in range(16)] == digits.target[:16].tolist()
+    assert data.val[0][0].shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(data="torch/nothing"),
+            "data: timm cannot make torch/nothing, split 'train': Unknown torchvision dataset",
+        ),
+        (dict(data="torch/cifar10", data_dir="/nowhere"), "data_dir: /nowhere is not there"),
+        (
+            dict(data="torch/cifar10", data_dir="."),
+            "data: timm cannot make torch/cifar10, split 'train': Dataset not found",
+        ),
+    ],
+)
+def test_a_set_that_timm_cannot_make_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(Config(**changes))
+
+
+@pytest.mark.parametrize("prefix", ["hfds", "wds", "tfds"])
+def test_a_set_whose_library_is_missing_is_named(prefix):
+    library = dict(hfds="datasets", wds="webdataset", tfds="tensorflow")[prefix]
+    if importlib.util.find_spec(library):
+        pytest.skip(f"{library} is installed")
+    with pytest.raises((ImportError, ValueError), match=f"data: .*{prefix}/x"):
+        load_data(Config(data=f"{prefix}/x", repeated_aug=1))

@@ -3,10 +3,11 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from fastdeit.train.checkpoints import save_weights
 from fastdeit.train.config import Config
-from fastdeit.train.models import create_student, create_teacher, head_logits
+from fastdeit.train.models import create_student, create_teacher, has_distillation_head, head_logits
 
 CPU = torch.device("cpu")
 SMALL = Config(
@@ -88,3 +89,73 @@ def test_the_teacher_does_not_learn(teacher_weights):
 def test_weights_of_another_teacher_are_refused(teacher_weights):
     with pytest.raises(ValueError, match=r"teacher\.safetensors: from another model"):
         create_teacher(SMALL.replace(teacher_model="regnety_002", teacher_checkpoint=str(teacher_weights[0])), 3, CPU)
+
+
+def checkpoint_of(model, path, **wrapped):
+    torch.save({**wrapped, "model": model.state_dict()} if wrapped else model.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_another_resolution_and_other_classes_are_taken_up(tmp_path, suffix):
+    """Every tensor but the heads as it was, positions as timm interpolates them."""
+    import safetensors.torch
+    from timm.layers import resample_abs_pos_embed
+
+    source = create_student(SMALL.replace(seed=7), 5, CPU)
+    path = tmp_path / f"source{suffix}"
+    if suffix == ".pth":  # as facebookresearch/deit writes it
+        checkpoint_of(source, path, epoch=3)
+    else:
+        safetensors.torch.save_file(source.state_dict(), path)
+    target = create_student(
+        SMALL.replace(img_size=2 * SMALL.img_size, finetune=str(path)), 3, CPU, initial_weights=True
+    )
+    fresh = create_student(SMALL.replace(img_size=2 * SMALL.img_size), 3, CPU)
+    size = 2 * SMALL.img_size // SMALL.model_kwargs["patch_size"]
+    positions = resample_abs_pos_embed(source.pos_embed, (size, size), num_prefix_tokens=2)
+    torch.testing.assert_close(target.pos_embed, positions)
+    for name, tensor in target.state_dict().items():
+        if name.startswith("head"):
+            assert torch.equal(tensor, fresh.state_dict()[name])
+        elif name != "pos_embed":
+            assert torch.equal(tensor, source.state_dict()[name]), name
+
+
+def test_a_head_for_the_same_classes_is_kept(tmp_path):
+    source = create_student(SMALL.replace(seed=7), 3, CPU)
+    path = checkpoint_of(source, tmp_path / "source.pth")
+    target = create_student(SMALL.replace(finetune=path), 3, CPU, initial_weights=True)
+    assert torch.equal(target.head.weight, source.head.weight)
+    assert torch.equal(target.head_dist.weight, source.head_dist.weight)
+
+
+def test_fine_tuning_starts_from_whole_weights_of_the_same_model(tmp_path):
+    deeper = SMALL.replace(model_kwargs=dict(SMALL.model_kwargs, depth=SMALL.model_kwargs["depth"] + 1))
+    path = checkpoint_of(create_student(SMALL, 3, CPU), tmp_path / "source.pth")
+    with pytest.raises(ValueError, match="from another model: it has no blocks"):
+        create_student(deeper.replace(finetune=path), 3, CPU, initial_weights=True)
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "source.pth").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut\.pth: cannot be read as a checkpoint"):
+        create_student(SMALL.replace(finetune=str(tmp_path / "cut.pth")), 3, CPU, initial_weights=True)
+    with pytest.raises(FileNotFoundError, match=r"none\.pth: no such checkpoint"):
+        create_student(SMALL.replace(finetune=str(tmp_path / "none.pth")), 3, CPU, initial_weights=True)
+
+
+def test_a_model_that_is_given_weights_needs_no_initial_ones():
+    create_student(SMALL.replace(finetune="none.pth"), 3, CPU)
+
+
+def test_a_uniform_drop_path_is_the_same_in_every_block():
+    uniform = create_student(SMALL.replace(drop_path=0.3, drop_path_uniform=True), 3, CPU)
+    rates = {drop.drop_prob for block in uniform.blocks for drop in (block.drop_path1, block.drop_path2)}
+    assert rates == {0.3}
+    rising = create_student(SMALL.replace(drop_path=0.3), 3, CPU)
+    assert isinstance(rising.blocks[0].drop_path1, nn.Identity)
+
+
+def test_distilling_into_the_class_token_needs_a_model_without_the_other():
+    plain = SMALL.replace(model="deit_tiny_patch16_224", distil_class_token=True)
+    assert not has_distillation_head(create_student(plain, 3, CPU))
+    with pytest.raises(ValueError, match=r"distil_class_token: .* has a distillation token"):
+        create_student(SMALL.replace(distil_class_token=True), 3, CPU)

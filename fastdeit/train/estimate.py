@@ -1,0 +1,113 @@
+"""What a run needs before it is started: memory and GPU-hours, by arithmetic from the shapes of model and batch."""
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdeit.model_costs import Shape, parts, seconds
+from fastdeit.train.config import Config
+from fastdeit.train.optimization import create_optimizer
+
+# What a large GPU reaches in matrix products of these sizes and in a copy: the rates of docs/performance.md.
+FLOPS_PER_SECOND, BYTES_PER_SECOND = 600e12, 4.3e12
+KEPT_BYTES = 36  # for backward, a token, channel and block, by PyTorch's own layers under autocast
+GB = 1e9
+
+
+def shape_of(model: nn.Module) -> Shape | None:
+    """The sizes that costs are a function of; None of a model that is no plain vision transformer."""
+    if not isinstance(model, VisionTransformer):
+        return None
+    block = model.blocks[0]
+    return Shape(
+        channels=model.embed_dim,
+        heads=block.attn.num_heads,
+        depth=len(model.blocks),
+        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+        patch_size=model.patch_embed.patch_size[0],
+        prefix_tokens=model.num_prefix_tokens,
+        hidden=block.mlp.fc1.out_features,
+        classes=model.num_classes,
+    )
+
+
+def memory(config: Config, model: nn.Module) -> dict[str, float]:
+    """Bytes by use, for one process that computes the whole batch at once; activations of a vision transformer alone."""
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    found = {
+        "weights": weights,
+        "gradients": weights,
+        f"state of {config.opt}": weights * _state_per_parameter(config),
+    }
+    if config.model_ema_decay:
+        found["moving average"] = weights
+    shape = shape_of(model)
+    if shape is not None:
+        found["activations"] = KEPT_BYTES * config.batch_size * shape.tokens * shape.channels * shape.depth
+    return found
+
+
+def gpu_hours(config: Config, model: nn.Module, updates: int) -> float | None:
+    """The roofline of forward and backward of the student in `updates` updates; None of a model without costs."""
+    shape = shape_of(model)
+    if shape is None:
+        return None
+    execution = "fastdeit" if config.accelerate else "eager"
+    work = parts(shape, config.batch_size, execution, "amp", training=True)
+    return updates * seconds(work, FLOPS_PER_SECOND, BYTES_PER_SECOND) / 3600
+
+
+def teacher_gpu_hours(config: Config, num_classes: int, updates: int) -> float:
+    """Its forward passes at the full rate of matrix products, which a convnet does not reach."""
+    kwargs = dict(config.teacher_kwargs, num_classes=num_classes, in_chans=config.in_chans)
+    with torch.device("meta"):
+        teacher = timm.create_model(config.teacher_model, **kwargs).eval()
+        image = torch.empty(1, config.in_chans, config.img_size, config.img_size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            teacher(image)
+    return updates * config.batch_size * counter.get_total_flops() / FLOPS_PER_SECOND / 3600
+
+
+def describe_needs(config: Config, model: nn.Module, num_classes: int, updates: int) -> list[str]:
+    """Lines of text: memory by use, and hours.
+
+    Args:
+        updates: of the whole run.
+    """
+    uses = memory(config, model)
+    lines = ["memory, estimated, for the whole batch on one GPU:"]
+    lines += [f"  {size / GB:9.3g} GB  {name}" for name, size in uses.items()]
+    if "activations" in uses:
+        lines.append(
+            f"  {sum(uses.values()) / GB:9.3g} GB  in all; activations are those of PyTorch's own layers under autocast, and are "
+            "divided by the number of GPUs"
+        )
+    hours = gpu_hours(config, model, updates)
+    rates = f"{FLOPS_PER_SECOND / 1e12:g} TFLOP/s and {BYTES_PER_SECOND / 1e12:g} TB/s"
+    if hours is None:
+        lines.append(f"time: no estimate for a {type(model).__name__}")
+    else:
+        lines.append(
+            f"time: at least {hours:.3g} GPU-hours for the student, by arithmetic, on a GPU that reaches {rates}"
+        )
+    if config.distillation_type != "none" and config.teacher_cache is None:
+        teacher = teacher_gpu_hours(config, num_classes, updates)
+        lines.append(
+            f"      and {teacher:.3g} for the teacher, which fastdeit cache-teacher spends once for all students"
+        )
+    return lines
+
+
+def _state_per_parameter(config: Config) -> float:
+    """Numbers that the optimizer keeps for each weight, found by one update of a small layer."""
+    layer = nn.Linear(64, 64)
+    optimizer = create_optimizer(config, layer)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = sum(
+        t.numel() for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.dim()
+    )
+    return kept / sum(p.numel() for p in layer.parameters())
