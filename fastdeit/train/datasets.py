@@ -86,7 +86,10 @@ class Images(Dataset):
     def filename(self, index: int) -> str:
         """The image's whole path, as far as the set knows of files."""
         reader = getattr(self.source, "reader", None)
-        return reader.filename(index, absolute=True) if reader is not None else f"image {index}"
+        if reader is not None:
+            return reader.filename(index, absolute=True)
+        samples = getattr(self.source, "samples", None)  # of torchvision's folders
+        return samples[index][0] if samples else f"image {index}"
 
     def __len__(self) -> int:
         return len(self.source)

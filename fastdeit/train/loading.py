@@ -53,7 +53,7 @@ class TrainLoader:
             options |= dict(batch_size=batches.batch_size, drop_last=True)
         else:
             source = KeyedDataset(dataset, batches.seed, config.max_bad_images)
-            options |= dict(batch_sampler=batches)
+            options |= dict(batch_sampler=batches, persistent_workers=config.workers > 0)  # keys come with each batch
         self.loader = DataLoader(source, **options)
 
     def __len__(self) -> int:

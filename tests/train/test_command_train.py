@@ -153,7 +153,23 @@ def test_a_dry_run_describes_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert f"1437 training and 360 validation images of 10 classes; {1437 // config.batch_size} updates" in out
     assert "weight decay 0: " in out and "weight decay 0.05: " in out and "    dist_token\n" in out
     assert f"     0  {config.warmup_lr:.4e}" in out
+    assert " GB  weights\n" in out and " GB  state of adamw\n" in out and " GB  activations\n" in out
+    assert "GPU-hours for the student, by arithmetic" in out and "for the teacher" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_data_is_measured_and_nothing_is_written(small_config, tmp_path, monkeypatch, capsys):
+    import yaml
+
+    from fastdeit.train import measure
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure.measure_data, "__defaults__", (0.1,))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_config.as_dict()))
+    assert cli.main(["train", "--measure-data", "--config", "small.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "images/s with 0 workers" in out and "is the bottleneck" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["small.yaml"]
 
 
 def test_new_runs_are_numbered_and_auto_finds_the_last(tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ def test_table_9():
     c = load_config("deit_base")
     assert (c.epochs, c.batch_size, c.opt, c.scaled_lr, c.sched) == (300, 1024, "adamw", 1e-3, "cosine")
     assert (c.weight_decay, c.warmup_epochs, c.smoothing, c.drop, c.drop_path) == (0.05, 5, 0.1, 0.0, 0.1)
+    assert c.color_jitter == 0.4  # of the released code; acts where aa is null
     assert (c.repeated_aug, c.clip_grad, c.aa) == (3, None, "rand-m9-mstd0.5-inc1")
     assert (c.mixup, c.cutmix, c.mixup_prob, c.reprob) == (0.8, 1.0, 1.0, 0.25)
 

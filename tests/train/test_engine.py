@@ -142,6 +142,22 @@ def test_the_criterion_follows_mixup_and_smoothing(changes, kind):
     assert type(criterion.base_criterion) is kind and criterion.distillation_type == "hard"
 
 
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_distilling_into_the_class_token_takes_its_logits_for_both_terms(kind):
+    config = Config(
+        mixup=0.0, cutmix=0.0, smoothing=0.0, distil_class_token=True, distillation_type=kind, distillation_alpha=0.3
+    )
+    logits, teacher, classes = torch.randn(4, 5), torch.randn(4, 5), torch.arange(4)
+    loss = create_criterion(config, lambda images: teacher)(None, logits, classes)
+    log_probs, log_teacher = logits.log_softmax(1), teacher.log_softmax(1)
+    distillation = (
+        nn.functional.cross_entropy(logits, teacher.argmax(1))
+        if kind == "hard"
+        else nn.functional.kl_div(log_probs, log_teacher, reduction="sum", log_target=True) / logits.numel()
+    )
+    torch.testing.assert_close(loss, 0.7 * nn.functional.cross_entropy(logits, classes) + 0.3 * distillation)
+
+
 def test_a_state_continues_where_it_was_taken(small_config, trainer):
     trainer.train_epoch(0, mock.Mock())
     other = make_trainer(small_config)

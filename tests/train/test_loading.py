@@ -1,5 +1,6 @@
 """Batches: the same for any number of workers, unreadable images replaced and named, streams from their beginning."""
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from timm.data import IterableImageDataset
 
 from fastdeit import cli
+from fastdeit.train import loading
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import load_data, train_transform
 from fastdeit.train.loading import TrainLoader
@@ -46,6 +48,50 @@ def test_augmented_images_of_a_folder_do_not_depend_on_workers(make_small_config
     config = make_small_config(aa="rand-m9-mstd0.5-inc1", color_jitter=0.3, repeated_aug=3)
     none, some = (epoch_of(config.replace(workers=workers), epoch=4)[0] for workers in (0, 2))
     assert same(none, some) and none[0][0].dtype == torch.uint8
+
+
+def test_workers_that_stay_give_the_epochs_of_those_that_start(make_small_config):
+    config = make_small_config(workers=2)
+    dataset = load_data(config).train
+    batches = EpochBatches(len(dataset), 32, config.seed)
+    loader = TrainLoader(dataset, batches, config, CPU)
+    for epoch, first_batch in ((0, 0), (1, 2), (2, 0)):
+        batches.set_epoch(epoch, first_batch)
+        assert same(list(loader), epoch_of(config.replace(workers=0), epoch, first_batch)[0])
+    batches.set_epoch(3)
+    next(iter(loader))  # left after a batch, as when a run stops
+    assert same(list(loader), epoch_of(config.replace(workers=0), 3)[0])
+
+
+def test_a_copy_to_a_gpu_is_issued_before_the_step_it_runs_beside(monkeypatch):
+    """The order of work on both streams, with stand-ins for CUDA's: batch 1 is copied before batch 0 is given."""
+    log = []
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            log.append("wait")
+
+    step_stream = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step_stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: log.append("record"), raising=False)
+
+    def host():
+        for number in range(3):
+            log.append(f"load {number}")
+            yield torch.full((2,), number), torch.full((2,), number)
+
+    for images, classes in loading._copied_ahead(host(), CPU):
+        log.append(f"step {images[0]}")
+        assert torch.equal(images, classes)
+    assert [entry for entry in log if entry != "record"] == [
+        "load 0", "wait", "load 1", "step 0", "wait", "load 2", "step 1", "wait", "step 2",
+    ]  # fmt: skip
+    assert log.count("record") == 6
 
 
 def test_unreadable_images_are_named_once_and_replaced(damaged_config, capsys):

@@ -193,6 +193,20 @@ def test_a_finished_teacher_serves_another_run(whole, small_config, tmp_path):
     assert same_files(whole, tmp_path, "last.safetensors") and summary(whole) == summary(tmp_path)
 
 
+def test_fine_tuning_at_a_higher_resolution_goes_on_distilling(whole, small_config, tmp_path):
+    """Student and teacher both see the larger images; the weights are those of the run before, positions interpolated."""
+    config = small_config.replace(
+        img_size=32, epochs=1, warmup_epochs=0, teacher_epochs=0, lr=1e-12, warmup_lr=0.0, min_lr=0.0, model_ema_decay=0.0,
+        finetune=str(whole / "last.safetensors"), teacher_checkpoint=str(whole / "teacher" / "last.safetensors"),
+    )  # fmt: skip
+    result = run.train(config, tmp_path)
+    assert result.teacher_top1 is not None and {"class", "distillation", "both"} <= set(result.last)
+    before, after = (load_file(folder / "last.safetensors") for folder in (whole, tmp_path))
+    assert after["pos_embed"].shape[1] == 16 + 2
+    for name in before.keys() - {"pos_embed"}:
+        torch.testing.assert_close(after[name], before[name], atol=1e-9, rtol=0)
+
+
 def test_without_distillation_there_is_one_readout_and_no_teacher(small_config, tmp_path):
     config = small_config.replace(
         distillation_type="none", model="deit_tiny_patch16_224", epochs=2, model_ema_decay=0.0, teacher_epochs=0
