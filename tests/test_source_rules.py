@@ -12,7 +12,8 @@ PACKAGE = ("fastdeit", "kernels", "benchmarks")
 READABLE_VARIABLES = {
     "TRITON_INTERPRET",  # Triton's own switch, on which kernels are interpreted
     "CUBLAS_WORKSPACE_CONFIG",  # which cuBLAS reads: a deterministic run sets it unless the user has
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",  # set by torchrun
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",  # torchrun's
+    "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST",  # set by Slurm's srun
 }  # fmt: skip
 NAN_DROPPING = {"minimum", "maximum", "clamp"}
 TRITON_LANGUAGE = {"tl", "triton.language", "gl", "libdevice", "tl.math"}

@@ -17,7 +17,10 @@ from fastdeit.train.config import FIELDS, FREE_FIELDS, Config, config_from
 
 STATE = "last.state.pt"
 METADATA_KEY = "fastdeit"
-STATE_KEYS = {"config", "classes", "epoch", "step", "model", "ema", "optimizer", "history", "best"}
+BAD_STATE = "nonfinite.state.pt"  # of a run that stopped at a loss that was not finite, before that step
+STATE_KEYS = {
+    *("config", "classes", "epoch", "step", "loss_sum", "model", "ema", "optimizer", "scaler", "history", "best"),
+}
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

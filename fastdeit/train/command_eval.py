@@ -129,7 +129,7 @@ def evaluate_checkpoint(
     from fastdeit.train.checkpoints import load_weights, read_metadata
     from fastdeit.train.datasets import load_data
     from fastdeit.train.device import reproducible, select_device
-    from fastdeit.train.engine import evaluate
+    from fastdeit.train.evaluation import evaluate
     from fastdeit.train.label_maps import LabelMap, evaluate_labelled, labelled_images
     from fastdeit.train.models import create_student
     from fastdeit.train.sampling import eval_loader

@@ -70,16 +70,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(config: Config, folder: Path, resume: bool) -> int:
-    from fastdeit.train.engine import NonFiniteLossError
+    from fastdeit.train.device import select_device
+    from fastdeit.train.distributed import joined, started_world
+    from fastdeit.train.monitor import NonFiniteLossError
     from fastdeit.train.reporting import results_table
     from fastdeit.train.run import train
+    from fastdeit.train.signals import Stopped
 
-    print(f"run folder: {folder}", flush=True)
-    try:
-        result = train(config, folder, resume)
-    except NonFiniteLossError as error:
-        print(f"fastdeit train: {error}; the last good checkpoint is in {folder}", file=sys.stderr)
-        return 1
+    world = started_world()
+    with joined(world, select_device(config, world).type):
+        folder = world.agreed(folder)
+        if world.main:
+            print(f"run folder: {folder}", flush=True)
+        try:
+            result = train(config, folder, resume, world)
+        except NonFiniteLossError as error:
+            print(f"fastdeit train: {error}; the last good checkpoint is in {folder}", file=sys.stderr)
+            return 1
+        except Stopped as stopped:
+            if world.main:
+                print(f"fastdeit train: {stopped}", file=sys.stderr)
+            return stopped.exit_code
+    if not world.main:
+        return 0
     columns = {"last epoch": result.last, **({"moving average": result.ema} if result.ema else {})}
     teacher = (config.teacher_model, result.teacher_top1) if result.teacher_top1 is not None else None
     print()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DISTILLATION_TYPES = ("none", "soft", "hard")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def _help(text: str, default: Any) -> Any:
@@ -123,7 +123,11 @@ class Config:
     lr: float = _help("learning rate for lr_base_size images per update, to which it is scaled linearly", 5e-4)
     lr_base_size: int = _help("images per update that lr is meant for; 0 takes lr as it is", 512)
     weight_decay: float = _help("weight decay of matrices; none for biases, norms, tokens and positions", 0.05)
-    clip_grad: float | None = _help("largest norm of the gradient", None)
+    layer_decay: float | None = _help("each layer's learning rate relative to the next one's", None)
+    clip_grad: float | None = _help("largest norm, value or ratio of the gradient, as clip_mode has it", None)
+    clip_mode: str = _help("clip by norm, value or agc (adaptively, relative to the weights)", "norm")
+    grad_accum_steps: int = _help("equal parts that a process cuts its batch into, for less memory", 1)
+    grad_checkpointing: bool = _help("keep no activations within a block but make them again in backward", False)
     sched: str = _help("timm's name of the learning-rate schedule", "cosine")
     sched_on_updates: bool = _help("a new learning rate each update rather than each epoch", False)
     warmup_epochs: int = _help("epochs of linear warm-up, the first of all", 5)
@@ -135,7 +139,12 @@ class Config:
     tensorboard: bool = _help("write event files for TensorBoard into the run folder", False)
     wandb: str | None = _help("project of Weights & Biases to report to", None)
 
-    precision: str = _help("auto (bf16 on a GPU, else fp32), bf16 or fp32", "auto")
+    checkpoint_minutes: float = _help("save the state within an epoch after so many minutes; 0 is off", 10.0)
+    checkpoint_steps: int = _help("save it after so many updates, too; 0 is off", 0)
+    keep_best: int = _help("keep the weights of so many best epochs", 1)
+
+    compile: bool = _help("compile the model with torch.compile", False)
+    precision: str = _help("auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32", "auto")
     device: str | None = _help("by default a GPU if there is one, else the CPU", None)
     threads: int | None = _help("CPU threads; sums, hence the last bits, depend on it", None)
 
@@ -164,6 +173,9 @@ FREE_FIELDS = (
     "max_bad_images",
     "tensorboard",
     "wandb",
+    "checkpoint_minutes",
+    "checkpoint_steps",
+    "keep_best",
 )  # a run may be resumed with others
 
 
@@ -264,12 +276,15 @@ def _coerce(name: str, value: Any) -> Any:
 def check(config: Config) -> None:
     """Raises ValueError for a field out of range, and for fields that contradict each other."""
     c = config
-    at_least_1 = ("epochs", "batch_size", "img_size", "threads", "repeated_aug", "recount", "num_classes", "prefetch")
+    at_least_1 = (
+        "epochs", "batch_size", "img_size", "threads", "repeated_aug", "recount", "num_classes", "prefetch",
+        "grad_accum_steps", "keep_best",
+    )  # fmt: skip
     not_negative = (
         "seed", "workers", "mixup", "cutmix", "teacher_epochs", "lr_base_size", "weight_decay", "warmup_epochs", "warmup_lr",
-        "min_lr", "color_jitter", "max_bad_images", "mixup_off_epoch",
+        "min_lr", "color_jitter", "max_bad_images", "mixup_off_epoch", "checkpoint_minutes", "checkpoint_steps",
     )  # fmt: skip
-    positive = ("lr", "teacher_lr", "opt_eps", "distillation_tau", "clip_grad", "crop_pct")
+    positive = ("lr", "teacher_lr", "opt_eps", "distillation_tau", "clip_grad", "crop_pct", "layer_decay")
     shares = (
         "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "distillation_alpha", "model_ema_decay",
         "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "drop", "bce_target_thresh",
@@ -288,6 +303,7 @@ def check(config: Config) -> None:
         ("distillation_type", DISTILLATION_TYPES),
         ("precision", PRECISIONS),
         ("remode", ("const", "rand", "pixel")),
+        ("clip_mode", ("norm", "value", "agc")),
         ("interpolation", ("nearest", "bilinear", "bicubic", "random")),
         ("crop_mode", ("center", "squash", "border")),
         ("mixup_mode", ("batch", "pair", "elem")),

@@ -8,11 +8,14 @@ import torch
 import torch.utils.deterministic
 
 from fastdeit.train.config import Config
+from fastdeit.train.distributed import SINGLE, World
 
 
-def select_device(config: Config) -> torch.device:
-    """config.device, or a GPU if there is one. Raises ValueError where it does not exist."""
+def select_device(config: Config, world: World = SINGLE) -> torch.device:
+    """config.device, or a GPU if there is one, of several processes each its own. Raises ValueError where it does not exist."""
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and world.size > 1:
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -23,9 +26,15 @@ def select_device(config: Config) -> torch.device:
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The context of a forward pass: bf16 if precision says so, or on a GPU by default."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    """The context of a forward pass: bf16 or fp16 if precision says so, on a GPU bf16 by default."""
+    low = config.precision in ("bf16", "fp16") or (config.precision == "auto" and device.type == "cuda")
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=low)
+
+
+def create_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler | None:
+    """Scales the loss so that small gradients survive fp16; None in other precisions, which have fp32's range."""
+    return torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
 
 
 @contextlib.contextmanager

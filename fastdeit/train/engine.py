@@ -1,27 +1,29 @@
-"""The training step and the epoch around it, and evaluation."""
+"""The training step and the epoch around it."""
 
-import math
+import contextlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import model_parameters
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
 
+from fastdeit.cost_view import shape_of
 from fastdeit.losses import DistillationLoss
+from fastdeit.model_costs import training_flops_per_image
 from fastdeit.train.augmentation import BatchAugmentation
 from fastdeit.train.cached_labels import CachedTeacher
 from fastdeit.train.config import Config
-from fastdeit.train.device import autocast
+from fastdeit.train.device import autocast, create_scaler
+from fastdeit.train.distributed import SINGLE, World
 from fastdeit.train.loading import TrainLoader
-from fastdeit.train.models import head_logits
+from fastdeit.train.meter import Meter, peak_flops
+from fastdeit.train.monitor import LossMonitor
 from fastdeit.train.optimization import Schedule, create_ema, create_optimizer
 from fastdeit.train.sampling import EpochBatches, seed_step
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the weights are those before that step."""
 
 
 class Progress(Protocol):
@@ -37,66 +39,133 @@ class Trainer:
         teacher: in eval mode, its cached labels, or None without distillation.
         dataset: of (image, class), map-style.
         num_classes: of the data set.
+        world: the processes that share the batches.
+
+    Raises:
+        ValueError: the processes and their accumulated parts cannot share a batch evenly.
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, teacher: nn.Module | None, dataset: Any, num_classes: int
+        self,
+        config: Config,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        dataset: Any,
+        num_classes: int,
+        world: World = SINGLE,
     ) -> None:
         self.config = config
         self.model = model
+        self.world = world
         self.device = next(model.parameters()).device
-        self.batches = EpochBatches(len(dataset), config.batch_size, config.seed, repeats=config.repeated_aug)
+        share = share_of_batch(config, world)
+        self.batches = EpochBatches(len(dataset), share, config.seed, world.rank, world.size, config.repeated_aug)
         self.loader = TrainLoader(dataset, self.batches, config, self.device)
         self.augment = BatchAugmentation(config, num_classes, self.device)
         self.criterion = create_criterion(config, teacher)
         self.cached_teacher = teacher if isinstance(teacher, CachedTeacher) else None
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing(True)
         self.optimizer = create_optimizer(config, model)
         self.schedule = Schedule(config, self.optimizer, len(self.batches))
+        self.scaler = create_scaler(config, self.device)
         self.ema = create_ema(config, model)
+        self.net = self._parallel(model)
+        # What the update heeds on the device: a scaler, or the fused optimizers of PyTorch, skip it where a loss was not finite.
+        masked = self.scaler is not None or getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        self.monitor = LossMonitor(self.device, world, deferred=self.device.type == "cuda" and masked)
+        peak = peak_flops(self.device)
+        self.meter = Meter(config.batch_size, _flops_per_image(model), peak and peak * world.size)
+        self.stop_requested: Callable[[], bool] = lambda: False  # whether this process was asked to stop
+        self.after_step: Callable[[], None] = lambda: None
         self.step = 0  # updates so far
-        self.last_loss = math.nan
+
+    @property
+    def last_loss(self) -> float:
+        """The last finite one, NaN before there is any."""
+        return self.monitor.last_finite
 
     def train_epoch(self, epoch: int, progress: Progress) -> float:
-        """Trains on every batch of the epoch and returns the mean loss. Raises NonFiniteLossError before a bad update."""
-        self.model.train()
-        self.batches.set_epoch(epoch)
-        total = 0.0
-        for images, classes in self.loader:
-            total += self._train_step(epoch, images, classes)
-            progress.update()
-        return total / len(self.batches)
+        """Trains on the batches of the epoch that remain and returns the mean loss of all.
 
-    def _train_step(self, epoch: int, images: Tensor, classes: Tensor) -> float:
-        seed_step(self.config.seed, self.step)
+        Raises:
+            NonFiniteLossError: a loss is not finite. The weights are those before that step.
+        """
+        updates = self.schedule.updates_per_epoch
+        self.model.train()
+        self.batches.set_epoch(epoch, min(max(self.step - epoch * updates, 0), updates))
+        for images, classes in self.meter.batches(self.loader):
+            self._train_step(epoch, images, classes)
+            progress.update()
+            self.after_step()
+        self.monitor.check()
+        loss = self.monitor.mean(updates)
+        self.monitor.reset()
+        return loss
+
+    def _train_step(self, epoch: int, images: Tensor, classes: Tensor) -> None:
+        seed_step(self.config.seed, self.step, self.world.rank)
         self.schedule.set(self.step)
-        images, classes = self.augment(images, classes, epoch)
-        if self.cached_teacher is not None:
-            self.cached_teacher.seek(epoch, self.batches.positions(self.step % self.schedule.updates_per_epoch))
-        with autocast(self.config, self.device):
-            loss = self.criterion(images, self.model(images), classes)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss is {value} at step {self.step} (epoch {epoch}); the last finite one was {self.last_loss:.6g}. "
-                "The update was not made and no checkpoint was written since the last epoch"
-            )
+        images, targets = self.augment(images, classes, epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.config.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.optimizer.step()
+        loss = self._backward(epoch, images, targets)
+        bad = self.monitor.note(loss, self.step, epoch, self.stop_requested())
+        self._update(bad)
         self.step += 1
-        self.last_loss = value
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        return value
+
+    def _backward(self, epoch: int, images: Tensor, targets: Tensor) -> Tensor:
+        """Adds up the gradients of the batch's parts; returns their mean loss. Processes exchange gradients with the last part."""
+        parts = self.config.grad_accum_steps
+        positions = self.batches.positions(self.step % self.schedule.updates_per_epoch)
+        size = len(images) // parts
+        total = torch.zeros((), device=self.device)
+        for part in range(parts):
+            chosen = slice(part * size, (part + 1) * size)
+            if self.cached_teacher is not None:
+                self.cached_teacher.seek(epoch, positions[chosen])
+            last = part == parts - 1
+            alone = isinstance(self.net, DistributedDataParallel) and not last
+            with self.net.no_sync() if alone else contextlib.nullcontext():
+                with autocast(self.config, self.device):
+                    loss = self.criterion(images[chosen], self.net(images[chosen]), targets[chosen]) / parts
+                (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+            total += loss.detach()
+        return total
+
+    def _update(self, bad: Tensor) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.config.clip_grad:
+            agc = self.config.clip_mode == "agc"
+            parameters = model_parameters(self.model, exclude_head=agc)
+            dispatch_clip_grad(parameters, self.config.clip_grad, mode=self.config.clip_mode)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            if self.monitor.deferred:
+                self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+            self.optimizer.step()
+
+    def _parallel(self, model: nn.Module) -> nn.Module:
+        """What a step calls: the model, compiled and shared among the processes as the configuration and the world have it."""
+        net = torch.compile(model) if self.config.compile else model
+        if self.world.size == 1:
+            return net
+        return DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def state_dict(self) -> dict[str, Any]:
+        """All that training depends on. Reads what is still on its way; raises NonFiniteLossError if that is bad."""
+        self.monitor.check()
         return {
             "step": self.step,
+            "loss_sum": float(self.monitor.total),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -104,7 +173,31 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.monitor.reset(state["loss_sum"] if self.world.main else 0.0)
         self.step = state["step"]
+
+
+def share_of_batch(config: Config, world: World) -> int:
+    """Images of a batch that one process takes. Raises ValueError unless all processes take as many, in as large parts."""
+    share, left = divmod(config.batch_size, world.size)
+    if left:
+        raise ValueError(f"batch_size: {config.batch_size} images cannot be shared evenly by {world.size} processes")
+    if share % config.grad_accum_steps:
+        raise ValueError(
+            f"grad_accum_steps: {share} images of a process cannot be cut into {config.grad_accum_steps} equal parts"
+        )
+    if config.mixes and share % 2:
+        raise ValueError(f"batch_size: mixup pairs a process's images, so expected an even number of them, got {share}")
+    return share
+
+
+def _flops_per_image(model: nn.Module) -> float | None:
+    try:
+        return training_flops_per_image(shape_of(model))
+    except ValueError:  # no vision transformer
+        return None
 
 
 def create_criterion(config: Config, teacher: nn.Module | None) -> DistillationLoss:
@@ -127,26 +220,3 @@ class ClassTokenDistillationLoss(DistillationLoss):
 
     def forward(self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         return super().forward(inputs, (outputs, outputs) if isinstance(outputs, Tensor) else outputs, labels)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader[Any], config: Config, device: torch.device) -> dict[str, float]:
-    """Cross-entropy (`loss`) of the model's prediction and top-1 in percent by readout, over every image of loader.
-
-    The model's prediction is the last readout: both heads together for a distilled model.
-    """
-    was_training = model.training
-    model.eval()
-    images_seen = 0
-    total_loss = 0.0
-    correct: dict[str, int] = {}
-    for images, classes in loader:
-        images, classes = images.to(device), classes.to(device)
-        with autocast(config, device):
-            readouts = head_logits(model, images)
-        for name, logits in readouts.items():
-            correct[name] = correct.get(name, 0) + int((logits.argmax(1) == classes).sum())
-        total_loss += float(F.cross_entropy(logits.float(), classes, reduction="sum"))
-        images_seen += len(images)
-    model.train(was_training)
-    return {"loss": total_loss / images_seen, **{name: 100 * n / images_seen for name, n in correct.items()}}

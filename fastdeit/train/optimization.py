@@ -26,9 +26,16 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     kwargs: dict[str, Any] = dict(eps=config.opt_eps, betas=tuple(config.opt_betas))
     if "sgd" in config.opt or config.opt in ("momentum", "nesterov"):
         kwargs = dict(momentum=config.opt_betas[0])
+    if config.opt in ("adam", "adamw") and next(model.parameters()).is_cuda:
+        kwargs["fused"] = True  # one kernel for all parameters, which can be told on the device to leave them alone
     try:
         return timm.optim.create_optimizer_v2(
-            model, opt=config.opt, lr=config.scaled_lr, weight_decay=config.weight_decay, **kwargs
+            model,
+            opt=config.opt,
+            lr=config.scaled_lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **kwargs,
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"opt: timm cannot make {config.opt!r} with {kwargs}: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 
 class Key(NamedTuple):
@@ -126,6 +126,10 @@ class EpochBatches(Sampler[list[Key]]):
         return self.length // (self.batch_size * self.world_size) - self.first_batch
 
 
-def eval_loader(dataset: Dataset, batch_size: int, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Every image once, in order."""
+def eval_loader(
+    dataset: Dataset, batch_size: int, workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
+) -> DataLoader[Any]:
+    """Every image once, in order; of several processes each takes every world_size-th, from its rank on."""
+    if world_size > 1:
+        dataset = Subset(dataset, range(rank, len(dataset), world_size))
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)

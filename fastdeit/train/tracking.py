@@ -27,7 +27,7 @@ class TensorBoard:
 
     def log(self, row: Mapping[str, Any]) -> None:
         for name, value in row.items():
-            if name != "epoch":
+            if name != "epoch" and value is not None:
                 self.writer.add_scalar(name, value, row["epoch"])
         self.writer.flush()
 
@@ -54,7 +54,8 @@ class WeightsAndBiases:
         )
 
     def log(self, row: Mapping[str, Any]) -> None:
-        self.run.log({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
+        values = {name: value for name, value in row.items() if name != "epoch" and value is not None}
+        self.run.log(values, step=row["epoch"])
 
     def close(self) -> None:
         self.run.finish()

@@ -11,8 +11,10 @@ from torch import nn
 from fastdeit.train import sampling
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import load_data
-from fastdeit.train.engine import NonFiniteLossError, Trainer, create_criterion, evaluate
+from fastdeit.train.engine import Trainer, create_criterion
+from fastdeit.train.evaluation import evaluate
 from fastdeit.train.models import create_student
+from fastdeit.train.monitor import NonFiniteLossError
 from fastdeit.train.sampling import eval_loader
 
 CPU = torch.device("cpu")

@@ -12,12 +12,16 @@ from safetensors.torch import load_file
 from fastdeit.train import run
 from fastdeit.train.checkpoints import load_state
 from fastdeit.train.config import config_from
-from fastdeit.train.engine import NonFiniteLossError, Trainer
+from fastdeit.train.engine import Trainer
+from fastdeit.train.monitor import NonFiniteLossError
 
 
 def summary(folder):
     with (folder / "summary.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "data_wait", "mfu")}
+            for row in csv.DictReader(file)
+        ]
 
 
 def same_files(a, b, name):

@@ -1,0 +1,45 @@
+"""Loss and top-1 over a data set, which the processes of a run share among themselves."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from fastdeit.train.config import Config
+from fastdeit.train.device import autocast
+from fastdeit.train.distributed import SINGLE, World
+from fastdeit.train.models import head_logits
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader[Any], config: Config, device: torch.device, world: World = SINGLE
+) -> dict[str, float]:
+    """Cross-entropy (`loss`) of the model's prediction and top-1 in percent by readout, over every image of all loaders.
+
+    The model's prediction is the last readout: both heads together for a distilled model.
+
+    Args:
+        loader: of this process's share of the images. Shares may differ in size: images are counted, none twice.
+    """
+    was_training = model.training
+    model.eval()
+    seen, loss = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+    correct: dict[str, Tensor] = {}
+    for images, classes in loader:
+        images, classes = images.to(device, non_blocking=True), classes.to(device, non_blocking=True)
+        with autocast(config, device):
+            readouts = head_logits(model, images)
+        for name, logits in readouts.items():
+            correct[name] = correct.get(name, 0) + (logits.argmax(1) == classes).sum().double()
+        loss += F.cross_entropy(logits.float(), classes, reduction="sum").double()
+        seen += len(images)
+    model.train(was_training)
+    if world.size > 1:
+        names = world.agreed(list(correct))  # a process without images has counted nothing
+        counts = [correct.get(name, torch.zeros_like(seen)) for name in names]
+        seen, loss, *counts = world.sum(torch.stack([seen, loss, *counts]))
+        correct = dict(zip(names, counts, strict=True))
+    return {"loss": float(loss / seen), **{name: 100 * float(n) / float(seen) for name, n in correct.items()}}

@@ -1,0 +1,118 @@
+"""Two processes over gloo do what one does; the environment of a launcher is read as it should be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdeit.train import run
+from fastdeit.train.checkpoints import BAD_STATE, STATE, load_state
+from fastdeit.train.distributed import SINGLE, World, started_world
+from fastdeit.train.engine import share_of_batch
+from fastdeit.train.sampling import eval_loader
+
+
+@pytest.fixture
+def config(small_config):
+    """Without what each process draws for itself: mixup, erasing, drop path."""
+    plain = dict(
+        mixup=0.0, cutmix=0.0, reprob=0.0, drop_path=0.0, smoothing=0.0, epochs=2, teacher_epochs=1, warmup_epochs=0
+    )
+    return small_config.replace(**plain)
+
+
+def two_processes(folder, config, what):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder.parent / "config.json"
+    file.write_text(json.dumps(config.as_dict()))
+    script = Path(__file__).with_name("distributed_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, script, folder, file, what], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [(folder / f"rank-{rank}.txt").read_text() for rank in range(2)]
+
+
+def history(folder):
+    return load_state(folder / STATE)["history"]
+
+
+def test_two_processes_train_what_one_trains(config, tmp_path):
+    run.train(config, tmp_path / "one")
+    assert two_processes(tmp_path / "two", config, "train") == ["trained", "trained"]
+    for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+    one, two = (load_state(tmp_path / name / STATE)["model"] for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["top1"]
+
+
+def test_a_bad_loss_in_one_process_stops_both_with_clean_weights(config, tmp_path):
+    outcomes = two_processes(tmp_path / "run", config, "diverge")
+    assert all("on rank 1 at step 4 (epoch 1); the last finite one was" in outcome for outcome in outcomes)
+    state = load_state(tmp_path / "run" / BAD_STATE)
+    assert state["step"] == 4 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(config, tmp_path):
+    outcomes = two_processes(tmp_path / "run", config, "stop")
+    assert all("stopped by SIGTERM" in outcome for outcome in outcomes)
+    assert load_state(tmp_path / "run" / STATE)["step"] == 5
+
+
+@pytest.mark.parametrize(
+    "environment, world",
+    [
+        ({}, SINGLE),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World(3, 8, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, World(2, 4, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, SINGLE),
+    ],
+)
+def test_the_launchers_environment_is_read(environment, world, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert started_world() == world
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is missing"),
+        ({"RANK": "a", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "must be numbers"),
+    ],
+)
+def test_half_an_environment_is_refused(environment, message, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        started_world()
+
+
+@pytest.mark.parametrize(
+    "changes, size, message",
+    [
+        (dict(batch_size=32), 3, "batch_size: 32 images cannot be shared evenly by 3 processes"),
+        (dict(batch_size=32, grad_accum_steps=3), 2, "grad_accum_steps: 16 images of a process cannot be cut into 3"),
+        (dict(batch_size=6, mixup=0.8), 2, "batch_size: mixup pairs a process's images, .* got 3"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(small_config, changes, size, message):
+    with pytest.raises(ValueError, match=message):
+        share_of_batch(small_config.replace(**changes), World(0, size))
+
+
+def test_every_image_is_evaluated_by_one_process():
+    shares = [eval_loader(list(range(11)), 2, 0, False, rank, 3) for rank in range(3)]
+    assert sorted(int(i) for share in shares for batch in share for i in batch) == list(range(11))

@@ -1,0 +1,178 @@
+"""What a recipe may ask of the step: precision, accumulation, clipping, layer decay, checkpointing, compiling; its learning rates."""
+
+import copy
+import math
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from fastdeit.train import run
+from fastdeit.train.checkpoints import STATE, load_state
+from fastdeit.train.config import load_config
+from fastdeit.train.datasets import load_data
+from fastdeit.train.engine import Trainer
+from fastdeit.train.models import create_student
+from fastdeit.train.optimization import Schedule
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def plain(small_config):
+    """Nothing drawn at random within a step."""
+    return small_config.replace(mixup=0.0, cutmix=0.0, reprob=0.0, drop_path=0.0, warmup_epochs=0)
+
+
+def trainer_of(config):
+    torch.manual_seed(3)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(256, 3)).eval().requires_grad_(False)
+    return Trainer(config, create_student(config, 3, CPU), teacher, load_data(config).train, 3)
+
+
+def after_an_epoch(config):
+    trainer = trainer_of(config)
+    loss = trainer.train_epoch(0, mock.Mock())
+    return loss, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_close(found, expected, atol=2e-5):
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    for name, tensor in expected[1].items():
+        torch.testing.assert_close(
+            found[1][name], tensor, rtol=1e-3, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_give_the_whole_batchs_update(plain, parts):
+    assert_close(
+        after_an_epoch(plain.replace(grad_accum_steps=parts, opt="sgd")), after_an_epoch(plain.replace(opt="sgd"))
+    )
+
+
+def test_checkpointed_blocks_give_the_same_update(small_config):
+    """Drop path is on: the masks of the forward pass come again."""
+    config = small_config.replace(opt="sgd")
+    assert_close(after_an_epoch(config.replace(grad_checkpointing=True)), after_an_epoch(config), atol=1e-6)
+
+
+def test_a_compiled_model_is_what_is_called(plain, monkeypatch):
+    calls = []
+
+    def compile(model):
+        return lambda images: calls.append(len(images)) or model(images)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert_close(after_an_epoch(plain.replace(compile=True)), after_an_epoch(plain), atol=0)
+    assert calls == [32] * 3
+
+
+@pytest.mark.parametrize(
+    "precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_products_run_in_the_precision_asked_for(plain, precision, dtype):
+    trainer, seen = trainer_of(plain.replace(precision=precision)), set()
+    trainer.model.head.register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
+    trainer.train_epoch(0, mock.Mock())
+    assert seen == {dtype}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_fp16_skips_an_update_that_overflows_and_scales_less(plain):
+    trainer = trainer_of(plain.replace(precision="fp16"))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    trainer.batches.set_epoch(0)
+    trainer._train_step(0, *next(iter(trainer.loader)))
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    assert trainer.scaler.get_scale() == 2.0**39
+
+
+def test_the_scale_of_fp16_is_resumed(small_config, tmp_path):
+    run.train(small_config.replace(precision="fp16"), tmp_path)
+    state = load_state(tmp_path / STATE)
+    trainer = trainer_of(small_config.replace(precision="fp16"))
+    trainer.load_state_dict(state)
+    assert state["scaler"]["_growth_tracker"] > 0
+    assert trainer.scaler.state_dict() == state["scaler"]
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_gradients_are_clipped_in_every_mode(plain, mode):
+    trainer = trainer_of(plain.replace(clip_grad=1e-3, clip_mode=mode))
+    seen = []
+    trainer.optimizer.step = lambda: seen.append({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    trainer.train_epoch(0, mock.Mock())
+    for gradients in seen:
+        if mode == "norm":
+            assert math.sqrt(sum(g.square().sum().item() for g in gradients.values())) <= 1e-3 * 1.001
+        elif mode == "value":
+            assert max(g.abs().max().item() for g in gradients.values()) <= 1.001e-3
+        else:
+            ratio = gradients["head.weight"].norm() / trainer.model.head.weight.norm()
+            assert (
+                ratio > 0
+                and gradients["blocks.0.mlp.fc1.weight"].norm()
+                <= 1.1e-3 * trainer.model.blocks[0].mlp.fc1.weight.norm()
+            )
+
+
+def test_layers_decay_towards_the_first(small_config):
+    trainer = trainer_of(small_config.replace(layer_decay=0.5))
+    trainer.schedule.set(4)
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    model = trainer.model
+    first, second = (rates[id(block.attn.qkv.weight)] for block in model.blocks)
+    assert first == pytest.approx(second / 2) and rates[id(model.patch_embed.proj.weight)] == pytest.approx(first / 2)
+    assert rates[id(model.head.weight)] > second
+
+
+# DeiT-B's recipe: 1024 images, 1e-3 at the peak, warm-up from 1e-6 over 5 epochs, cosine to 1e-5 over 300.
+LEARNING_RATES = {
+    0: 1e-6,
+    1: 1e-6 + (1e-3 - 1e-6) / 5,
+    4: 1e-6 + 4 * (1e-3 - 1e-6) / 5,
+    5: 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * 5 / 300)) / 2,
+    150: 1e-5 + (1e-3 - 1e-5) / 2,
+    299: 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * 299 / 300)) / 2,
+}
+
+
+@pytest.mark.parametrize("epoch", LEARNING_RATES)
+def test_learning_rates_are_those_of_the_recipe(epoch):
+    config = load_config("deit_base")
+    optimizer = torch.optim.AdamW(
+        [nn.Parameter(torch.zeros(2, 2))], lr=config.scaled_lr, weight_decay=config.weight_decay
+    )
+    schedule = Schedule(config, optimizer, updates_per_epoch=1251)
+    for step in (epoch * 1251, epoch * 1251 + 1250):  # the same through the epoch
+        assert schedule.set(step) == pytest.approx(LEARNING_RATES[epoch], rel=1e-6)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.05
+
+
+def test_a_deferred_verdict_keeps_the_step_going(plain, monkeypatch):
+    """As on a GPU: the loss of one step is read in the next, and the update heeds it on the device."""
+    trainer = trainer_of(plain)
+    trainer.monitor.deferred = True
+    heeded = []
+    update = trainer._update
+    monkeypatch.setattr(trainer, "_update", lambda bad: heeded.append(bad.item()))
+    real = trainer.criterion.forward
+    trainer.criterion.forward = lambda *args: real(*args) * (float("nan") if len(heeded) == 1 else 1)
+    with pytest.raises(ArithmeticError, match="the loss is nan at step 1"):
+        trainer.train_epoch(0, mock.Mock())
+    assert heeded == [0.0, 1.0] and update is not None
+
+
+def test_fused_optimizers_leave_weights_alone_where_they_are_told(plain):
+    """What `_update` relies on, on a CPU."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for bad, changed in ((1.0, False), (0.0, True)):
+        weight.grad = torch.full((3,), float("nan") if bad else 1.0)
+        optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(bad)
+        optimizer.step()
+        assert bool((weight != 1).any()) is changed and weight.isfinite().all()
+    assert copy.deepcopy(optimizer.state_dict())["state"][0]["step"] == 1
