@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class World:
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
+
+    def same_buffers(self, model: nn.Module) -> None:
+        """Gives all processes the main one's buffers: BatchNorm's statistics are of what each has seen."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
         if self.size > 1:

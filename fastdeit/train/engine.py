@@ -99,6 +99,7 @@ class Trainer:
             progress.update()
             self.after_step()
         self.monitor.check()
+        self.world.same_buffers(self.model)
         loss = self.monitor.mean(updates)
         self.monitor.reset()
         return loss

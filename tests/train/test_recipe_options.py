@@ -1,4 +1,4 @@
-"""What a recipe may ask of the step: precision, accumulation, clipping, layer decay, checkpointing, compiling; its learning rates."""
+"""What a recipe may ask of the step: precision, accumulation, clipping, layer decay, checkpointing, compiling; learning rates."""
 
 import copy
 import math
