@@ -25,6 +25,9 @@ COMMANDS = {
         "fastdeit.train.command_cache_teacher", "run the teacher once and keep its labels for every later training"
     ),
     "explain": Command("fastdeit.explain_command", "what of a timm model runs fused, and why the rest does not"),
+    "run": Command(
+        "fastdeit.run_command", "run a script of yours or of timm, every model it creates by timm accelerated"
+    ),
     "kernels": Command("fastdeit.kernels.report", "what the compiler made of every kernel, without a GPU"),
     "bench": Command("fastdeit.benchmarks.command", "time the fused ops beside PyTorch's own"),
     "tune": Command("fastdeit.benchmarks.tune", "find the fastest configuration of each kernel on the GPU at hand"),

@@ -23,7 +23,14 @@ LAYERS = (
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.patching", "fastdeit.explanation", "fastdeit.cost_view", "fastdeit.testing"),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
-    ("fastdeit.train", "fastdeit.cli", "fastdeit.explain_command", "fastdeit.benchmarks", "fastdeit.__main__"),
+    (
+        "fastdeit.train",
+        "fastdeit.cli",
+        "fastdeit.explain_command",
+        "fastdeit.run_command",
+        "fastdeit.benchmarks",
+        "fastdeit.__main__",
+    ),
 )
 KERNEL_LIBRARIES = {"torch", "triton"}
 CORE_LIBRARIES = {"numpy", "torch", "triton", "timm"}
