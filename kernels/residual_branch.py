@@ -101,14 +101,17 @@ def scale_add_backward_kernel(
         tl.store(sum_partial_ptr + strip * N + column, tl.sum(total, axis=0), column < N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "TOKENS"])
 def folded_layer_norm_backward_kernel(
     dx_hat_ptr,  # (M, C), gradient of the normalised rows
     x_hat_ptr,  # (M, C)
     rstd_ptr,  # (M,) fp32
     dx_new_ptr,  # (M, C), the gradient that reaches x beside the branch, or None
-    dx_ptr,  # (M, C)
+    drop_path_scale_ptr,  # (M / TOKENS,) fp32 or None
+    dx_ptr,  # (M, C) or None
+    dbranch_ptr,  # (M, C), of the branch that was scaled and added to give x, or None
     M,
+    TOKENS,
     C: tl.constexpr,
     CHANNELS: tl.constexpr,  # C rounded up to a power of two
     ROWS: tl.constexpr,
@@ -124,7 +127,12 @@ def folded_layer_norm_backward_kernel(
     dx = (dx - x_hat * along_x_hat - along_one) * tl.load(rstd_ptr + row, row < M, other=0.0)
     if dx_new_ptr is not None:
         dx += tl.load(dx_new_ptr + row * C + col, inside, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + row * C + col, dx.to(dx_ptr.dtype.element_ty), inside)
+    if dx_ptr is not None:
+        tl.store(dx_ptr + row * C + col, dx.to(dx_ptr.dtype.element_ty), inside)
+    if dbranch_ptr is not None:
+        if drop_path_scale_ptr is not None:
+            dx *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
+        tl.store(dbranch_ptr + row * C + col, dx.to(dbranch_ptr.dtype.element_ty), inside)
 
 
 def scale_add_forward(
@@ -184,21 +192,39 @@ def scale_add_backward(
 
 
 def folded_layer_norm_backward(
-    dx_hat: torch.Tensor, x_hat: torch.Tensor, rstd: torch.Tensor, dx_new: torch.Tensor | None, dx_dtype: torch.dtype
-) -> torch.Tensor:
-    """The gradient (M, C) of x, where x_hat = (x - mean) * rstd. All contiguous; dx_new is added where there is one."""
+    dx_hat: torch.Tensor,
+    x_hat: torch.Tensor,
+    rstd: torch.Tensor,
+    dx_new: torch.Tensor | None,
+    dx_dtype: torch.dtype | None,
+    *,
+    drop_path_scale: torch.Tensor | None = None,
+    dbranch_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients (M, C) of x, where x_hat = (x - mean) * rstd, and of the branch where x was something + drop_path_scale * branch.
+
+    Each in the dtype asked for, None where none is. All contiguous; dx_new is added where there is one.
+    """
     M, channels = x_hat.shape
-    dx = torch.empty((M, channels), dtype=dx_dtype, device=x_hat.device)
-    if dx.numel():
+    dx, dbranch = (
+        None if dtype is None else torch.empty((M, channels), dtype=dtype, device=x_hat.device)
+        for dtype in (dx_dtype, dbranch_dtype)
+    )
+    if x_hat.numel():
         config = select_row_config(channels)
         launch(
             folded_layer_norm_backward_kernel,
             (cdiv(M, config.rows),),
-            (dx_hat, x_hat, rstd, dx_new, dx, M),
+            (dx_hat, x_hat, rstd, dx_new, drop_path_scale, dx, dbranch, M, _tokens(M, drop_path_scale)),
             (channels, config.columns, config.rows),
             config.num_warps,
         )
-    return dx
+    return dx, dbranch
+
+
+def column_sums(x: torch.Tensor) -> torch.Tensor:
+    """The sums (N,) in fp32, in a fixed order, of the columns of contiguous x (M, N)."""
+    return scale_add_backward(x, None, x.dtype, needs_sum=True)[1]
 
 
 def _tokens(rows: int, drop_path_scale: torch.Tensor | None) -> int:
@@ -217,9 +243,8 @@ def shipped(arch: int) -> Iterator[Shipped]:
         yield Shipped(scale_add_backward_kernel, backward, tile, TILE.num_warps, 1, label, matrix=False)
     for channels in (192, 384, 768, 1024, 1280, 8192):
         config = select_row_config(channels)
-        types = dict(
-            dx_hat_ptr="*bf16", x_hat_ptr="*bf16", rstd_ptr="*fp32", dx_new_ptr="*fp32", dx_ptr="*fp32", M="i32"
-        )
+        types = dict(dx_hat_ptr="*bf16", x_hat_ptr="*bf16", rstd_ptr="*fp32", dx_new_ptr="*fp32", dx_ptr="*fp32")
+        types |= dict(drop_path_scale_ptr="*fp32", dbranch_ptr="*bf16", M="i32", TOKENS="i32")
         constexprs = dict(C=channels, CHANNELS=config.columns, ROWS=config.rows)
         label = f"C={channels} autocast"
         yield Shipped(folded_layer_norm_backward_kernel, types, constexprs, config.num_warps, 1, label, matrix=False)

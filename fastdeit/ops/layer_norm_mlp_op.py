@@ -1,13 +1,6 @@
 """The MLP branch of a transformer block as one autograd node: LayerNorm, MLP, LayerScale, stochastic depth, residual addition.
 
-Under autocast the weight w and bias b of the LayerNorm are folded into the first layer as its fp32 master weight is cast:
-
-    layer_norm(x) W1^T + b1 = x_hat (W1 w)^T + (b1 + W1 b),   x_hat = (x - mean) * rstd
-
-so that x_hat, in the dtype of the products, is the product's input, the weight gradient's operand and all that LayerNorm's
-backward needs. With G = dz^T x_hat the parameters' gradients take no sums over rows of their own:
-
-    dW1 = G * w + db1 (outer) b,   dw = column sums of W1 * G,   db = W1^T db1
+Under autocast LayerNorm's weight and bias are folded into the first layer (`branch_ends` has the formulas).
 """
 
 from typing import NamedTuple
@@ -16,16 +9,28 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops.branch_ends import (
+    Norm,
+    Start,
+    end_data_gradient,
+    end_parameter_gradients,
+    folds,
+    in_order,
+    start_backward,
+    start_forward,
+    sums_for_start,
+)
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _check as _check_layer_norm
 from fastdeit.ops.layer_norm_op import _dense, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
-from fastdeit.ops.linear_op import check_drop_path_scale, gamma_gradient, promoted, scaled, without_autocast
+from fastdeit.ops.linear_op import check_drop_path_scale, promoted, without_autocast
 from fastdeit.ops.mlp_op import _check as _check_mlp
-from fastdeit.ops.mlp_op import _linear, _weight_gradient, mlp_reference
+from fastdeit.ops.mlp_op import _linear, mlp_reference
 from fastdeit.ops.mlp_op import why_reference as why_no_mlp
 
-_GRADIENTS = ("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "b2", "gamma")  # in the order of the ops' arguments
+# In the order of the ops' arguments: x, norm_weight, norm_bias, w1, b1, w2, b2, gamma.
+_GRADIENTS = ("x", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
 
 
 def layer_norm_mlp(
@@ -138,7 +143,7 @@ def _check(x, w2, gamma, drop_path_scale, residual) -> None:
 
 
 class _Kept(NamedTuple):
-    """What backward needs of forward. Of x, mean and x_hat it is x_hat alone in the folded form, else the other two."""
+    """What backward needs of forward: a `Start` and the pre-activation."""
 
     x: Tensor | None
     mean: Tensor | None
@@ -147,30 +152,14 @@ class _Kept(NamedTuple):
     z: Tensor  # (M, H), the pre-activation
 
 
-def folds(products: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor | None, w1: Tensor) -> bool:
-    """Whether LayerNorm's parameters are folded into w1: where the product's weight is a rounded copy of an fp32 master anyway."""
-    masters = [t for t in (norm_weight, norm_bias, w1) if t is not None]
-    return products != torch.float32 and all(t.dtype == torch.float32 for t in masters)
-
-
 def _forward(
     x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, products, adds_x
 ) -> tuple[Tensor, _Kept]:
-    from fastdeit.kernels.layer_norm import layer_norm_forward
     from fastdeit.kernels.mlp import activation_forward
     from fastdeit.kernels.residual_branch import scale_add_forward
 
     with without_autocast(x):
-        folded = folds(products, norm_weight, norm_bias, w1)
-        affine = (None, None) if folded else (_dense(norm_weight), _dense(norm_bias))
-        _, normed, mean, rstd = layer_norm_forward(x, *affine, eps, products)
-        normed = normed.view(-1, x.shape[-1])
-        if folded:
-            if norm_bias is not None:
-                shift = torch.mv(w1, norm_bias)
-                b1 = shift if b1 is None else shift + b1
-            w1 = scaled(w1, norm_weight, products)
-        z = _linear(normed, w1, b1)
+        _, z, start = start_forward(x, None, None, Norm(norm_weight, norm_bias, eps), w1, b1, products)
         branch = _linear(activation_forward(z, activation), w2, b2)
         residual = x if adds_x else residual
         out = branch
@@ -179,75 +168,39 @@ def _forward(
             out = scale_add_forward(
                 branch, rows, _dense(gamma), _dense(drop_path_scale), promoted(products, gamma, residual)
             )
-    kept = _Kept(None, None, normed, rstd, z) if folded else _Kept(x, mean, None, rstd, z)
-    return out.view(*x.shape[:-1], out.shape[-1]), kept
+    return out.view(*x.shape[:-1], out.shape[-1]), _Kept(*start, z)
 
 
 def _backward(
     dy, kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale, eps, activation, adds_x, shape, dtypes
 ) -> tuple[Tensor | None, ...]:
     """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None. x has the given shape."""
-    from fastdeit.kernels.layer_norm import layer_norm_backward, layer_norm_forward
     from fastdeit.kernels.mlp import activation_backward, activation_forward
-    from fastdeit.kernels.residual_branch import folded_layer_norm_backward, scale_add_backward
+    from fastdeit.kernels.residual_branch import scale_add_backward
 
     to = dict(zip(_GRADIENTS, dtypes, strict=True))
-    needs = {name for name, dtype in to.items() if dtype is not None}
-    found: dict[str, Tensor] = {}
-    _, mean, x_hat, rstd, z = kept
-    products, channels = z.dtype, shape[-1]
-    dy = dy.reshape(-1, w2.shape[0]).contiguous()
+    wants = lambda *names: any(to[name] is not None for name in names)  # noqa: E731
+    *start, z = kept
+    start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
+    rows = dy.reshape(-1, w2.shape[0]).contiguous()
     with without_autocast(dy):
-        g, g_sum = scale_add_backward(dy, _dense(drop_path_scale), products, needs_sum=bool(needs & {"b2", "gamma"}))
-        if "b2" in needs:
-            found["b2"] = g_sum if gamma is None else g_sum * gamma
-        h, db1 = None, None
-        if needs & {"x", "norm_weight", "norm_bias", "w1", "b1"}:
-            dh = torch.mm(g, scaled(w2, None if gamma is None else gamma[:, None], products))
-            sums = torch.float32 if needs & {"b1", "norm_bias", "w1"} else None
-            dz, h, db1 = activation_backward(dh, z, activation, needs_h=bool(needs & {"w2", "gamma"}), dbias_dtype=sums)
+        g, g_sum = scale_add_backward(rows, _dense(drop_path_scale), z.dtype, needs_sum=wants("end_bias", "gamma"))
+        into_start = wants(*_GRADIENTS[:5])
+        needs_h = wants("end_weight", "gamma")
+        h = dz = dz_sum = None
+        if into_start:
+            dh = end_data_gradient(g, w2, gamma)
+            sums = torch.float32 if sums_for_start(start, to) else None
+            dz, h, dz_sum = activation_backward(dh, z, activation, needs_h=needs_h, dbias_dtype=sums)
             del dh
-            found["b1"] = db1
-        elif needs & {"w2", "gamma"}:
+        elif needs_h:
             h = activation_forward(z, activation)
-        if gamma is None and "w2" in needs:
-            found["w2"] = _weight_gradient(g, h, to["w2"])
-        elif needs & {"w2", "gamma"}:
-            product = _weight_gradient(g, h, torch.float32)
-            found["w2"] = product * gamma[:, None]
-            if "gamma" in needs:
-                found["gamma"] = gamma_gradient(product, w2, b2, g_sum)
-        h = None
-        if x_hat is not None:
-            if needs & {"norm_weight", "w1"}:
-                product = _weight_gradient(dz, x_hat, torch.float32)
-                if "norm_weight" in needs:
-                    found["norm_weight"] = (product * w1).sum(0)
-                if "w1" in needs:
-                    product = product if norm_weight is None else product.mul_(norm_weight)
-                    found["w1"] = product if norm_bias is None else product.addr_(db1, norm_bias)
-            if "norm_bias" in needs:
-                found["norm_bias"] = torch.mv(w1.t(), db1)
-            if "x" in needs:
-                dx_hat = torch.mm(dz, scaled(w1, norm_weight, products))
-                found["x"] = folded_layer_norm_backward(dx_hat, x_hat, rstd, dy if adds_x else None, to["x"])
-        else:
-            x, affine = kept.x, (_dense(norm_weight), _dense(norm_bias))
-            if "w1" in needs:
-                normed = layer_norm_forward(x, *affine, eps, products, keep_statistics=False)[1]
-                found["w1"] = _weight_gradient(dz, normed.view(-1, channels), to["w1"])
-            if needs & {"x", "norm_weight", "norm_bias"}:
-                found["x"], _, found["norm_weight"], found["norm_bias"], _ = layer_norm_backward(
-                    torch.mm(dz, w1.to(products)).view(shape),
-                    *(x, mean, rstd, affine[0]),
-                    dx_new=dy.view(shape) if adds_x else None,
-                    dx_dtype=to["x"],
-                    dweight_dtype=to["norm_weight"],
-                    dbias_dtype=to["norm_bias"],
-                )
-    if "x" in needs:
-        found["x"] = found["x"].view(shape)
-    return tuple(found[name].to(to[name]) if name in needs else None for name in _GRADIENTS)
+        found = end_parameter_gradients(g, g_sum, h, w2, b2, gamma, to)
+        del h, g
+        if into_start:
+            upstream = dy.reshape(shape) if adds_x else None
+            found |= start_backward(dz, dz_sum, upstream, start, None, norm, w1, shape, {**to, "branch": None})
+    return tuple(in_order(found, to))
 
 
 # ---- eager

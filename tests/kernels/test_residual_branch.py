@@ -76,9 +76,22 @@ def test_the_start_of_a_branch(channels, beside):
     rstd = (x.double().var(1, unbiased=False, keepdim=True) + 1e-6).rsqrt()
     x_hat = ((x - mean) * rstd).float()
     with poisoned_memory():
-        dx = folded_layer_norm_backward(upstream, x_hat, rstd.flatten().float(), dx_new, torch.float32)
+        dx, _ = folded_layer_norm_backward(upstream, x_hat, rstd.flatten().float(), dx_new, torch.float32)
     largest = max(1.0, rstd.max().item()) * upstream.abs().max().item() * max(1.0, x_hat.abs().max().item())
     assert_close_to_oracle("dx", dx, gradient(torch.float64), gradient(torch.float32), largest)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("with_dx", [False, True])
+def test_the_branch_added_before_gets_its_scaled_share(scaled, with_dx):
+    x_hat, upstream, dx_new, rstd = randn(6, 40), randn(6, 40), randn(6, 40), torch.rand(6, device=DEVICE)
+    scale = torch.tensor([0.0, 2.0, 0.5], device=DEVICE) if scaled else None
+    dtypes = dict(dx_dtype=torch.float32 if with_dx else None, dbranch_dtype=torch.float16)
+    with poisoned_memory():
+        alone, _ = folded_layer_norm_backward(upstream, x_hat, rstd, dx_new, torch.float32)
+        dx, dbranch = folded_layer_norm_backward(upstream, x_hat, rstd, dx_new, drop_path_scale=scale, **dtypes)
+    assert torch.equal(dx, alone) if with_dx else dx is None
+    assert torch.equal(dbranch, (alone if scale is None else alone * per_row(scale, 6)).half())
 
 
 def test_no_rows():
@@ -86,7 +99,7 @@ def test_no_rows():
     with poisoned_memory():
         assert scale_add_forward(empty, empty, None, None, torch.float16).shape == (0, 8)
         assert not scale_add_backward(empty, None, torch.float16, needs_sum=True)[1].any()
-        assert folded_layer_norm_backward(empty, empty, randn(0), None, torch.float32).shape == (0, 8)
+        assert folded_layer_norm_backward(empty, empty, randn(0), None, torch.float32)[0].shape == (0, 8)
 
 
 def test_a_row_is_held_by_few_enough_warps():

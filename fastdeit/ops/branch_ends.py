@@ -1,0 +1,205 @@
+"""What every residual branch of a pre-norm block begins and ends with, around what is its own.
+
+    x_new = x + drop_path_scale * previous branch,   z = layer_norm(x_new) W^T + b,   h = its own,   out = gamma * (h P^T + p)
+
+Where W is an fp32 master that the product sees rounded anyway, the weight w and bias v of the LayerNorm are folded into it:
+
+    layer_norm(x) W^T + b = x_hat (W w)^T + (b + W v),   x_hat = (x - mean) * rstd
+
+so that x_hat, in the dtype of the products, is the product's input, the weight gradient's operand and all that LayerNorm's
+backward needs. With G = dz^T x_hat the parameters' gradients take no sums over rows of their own:
+
+    dW = G * w + db (outer) v,   dw = column sums of W * G,   dv = W^T db
+
+LayerScale's gamma is folded into P and p likewise. Its gradient comes from g^T h, so the branch's output need not be kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdeit.ops.layer_norm_op import _dense
+from fastdeit.ops.linear_op import gamma_gradient, scaled
+from fastdeit.ops.mlp_op import _linear, _weight_gradient
+
+Dtypes = dict[str, torch.dtype | None]  # of the gradients that are wanted, by name; None for one that is not
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's parameters."""
+
+    weight: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,)
+    eps: float
+
+
+class Start(NamedTuple):
+    """What backward needs of a branch's start. Of x, mean and x_hat it is x_hat alone in the folded form, else the other two."""
+
+    x: Tensor | None  # (..., C), what was normalised
+    mean: Tensor | None  # (M,) fp32
+    x_hat: Tensor | None  # (M, C)
+    rstd: Tensor  # (M,) fp32
+
+
+def folds(products: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether LayerNorm's parameters are folded into weight: where the product's is a rounded copy of an fp32 master anyway."""
+    masters = [t for t in (norm_weight, norm_bias, weight) if t is not None]
+    return products != torch.float32 and all(t.dtype == torch.float32 for t in masters)
+
+
+def start_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None,
+    products: torch.dtype,
+) -> tuple[Tensor | None, Tensor, Start]:
+    """x_new (..., C), None without a branch; z (M, O) in the dtype of the products; and what to keep."""
+    from fastdeit.kernels.layer_norm import layer_norm_forward
+
+    folded = folds(products, norm.weight, norm.bias, weight)
+    affine = (None, None) if folded else (_dense(norm.weight), _dense(norm.bias))
+    x_new, normed, mean, rstd = layer_norm_forward(
+        x, *affine, norm.eps, products, branch=branch, drop_path_scale=_dense(drop_path_scale)
+    )
+    normed = normed.view(-1, x.shape[-1])
+    normalised = x if x_new is None else x_new
+    start = Start(None, None, normed, rstd) if folded else Start(normalised, mean, None, rstd)
+    return x_new, start_product(start, normed, norm, weight, bias), start
+
+
+def start_product(start: Start, normed: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """z (M, O) of the rows that `start_forward` normalised or `normalised_rows` gives."""
+    if start.x_hat is None:
+        return _linear(normed, weight, bias)
+    if norm.bias is not None:
+        shift = torch.mv(weight, norm.bias)
+        bias = shift if bias is None else shift + bias
+    return _linear(normed, scaled(weight, norm.weight, normed.dtype), bias)
+
+
+def normalised_rows(start: Start, norm: Norm, products: torch.dtype) -> Tensor:
+    """The product's input (M, C): kept in the folded form, else computed again."""
+    from fastdeit.kernels.layer_norm import layer_norm_forward
+
+    if start.x_hat is not None:
+        return start.x_hat
+    affine = (_dense(norm.weight), _dense(norm.bias))
+    normed = layer_norm_forward(start.x, *affine, norm.eps, products, keep_statistics=False)[1]
+    return normed.view(-1, normed.shape[-1])
+
+
+def sums_for_start(start: Start, to: Dtypes) -> bool:
+    """Whether `start_backward` wants the column sums of dz."""
+    names = ("bias",) if start.x_hat is None else ("bias", "norm_bias", "weight")
+    return any(to[name] is not None for name in names)
+
+
+def start_backward(
+    dz: Tensor,
+    dz_sum: Tensor | None,
+    dx_new: Tensor | None,
+    start: Start,
+    drop_path_scale: Tensor | None,
+    norm: Norm,
+    weight: Tensor,
+    shape: tuple[int, ...],
+    to: Dtypes,
+) -> dict[str, Tensor | None]:
+    """Gradients by the names of `to`: x, branch, norm_weight, norm_bias, weight, bias.
+
+    Args:
+        dz: (M, O), contiguous, in the dtype of the products.
+        dz_sum: its column sums (O,) in fp32, where `sums_for_start` wants them.
+        dx_new: of x's shape, what else the residual stream's gradient is, or None.
+        shape: x's.
+    """
+    from fastdeit.kernels.layer_norm import layer_norm_backward
+    from fastdeit.kernels.residual_branch import folded_layer_norm_backward
+
+    wants = lambda *names: any(to[name] is not None for name in names)  # noqa: E731
+    products = dz.dtype
+    found: dict[str, Tensor | None] = {"bias": dz_sum}
+    if start.x_hat is not None:
+        if wants("norm_weight", "weight"):
+            product = _weight_gradient(dz, start.x_hat, torch.float32)
+            if wants("norm_weight"):
+                found["norm_weight"] = (product * weight).sum(0)
+            if wants("weight"):
+                product = product if norm.weight is None else product.mul_(norm.weight)
+                found["weight"] = product if norm.bias is None else product.addr_(dz_sum, norm.bias)
+        if wants("norm_bias"):
+            found["norm_bias"] = torch.mv(weight.t(), dz_sum)
+        if wants("x", "branch"):
+            dx_hat = torch.mm(dz, scaled(weight, norm.weight, products))
+            rows = None if dx_new is None else dx_new.reshape(dx_hat.shape).contiguous()
+            options = dict(drop_path_scale=_dense(drop_path_scale), dbranch_dtype=to["branch"])
+            given = (dx_hat, start.x_hat, start.rstd, rows)
+            dx, dbranch = folded_layer_norm_backward(*given, to["x"], **options)
+            found["x"], found["branch"] = (None if t is None else t.view(shape) for t in (dx, dbranch))
+        return found
+    if wants("weight"):
+        found["weight"] = _weight_gradient(dz, normalised_rows(start, norm, products), to["weight"])
+    if wants("x", "branch", "norm_weight", "norm_bias"):
+        found["x"], found["branch"], found["norm_weight"], found["norm_bias"], _ = layer_norm_backward(
+            torch.mm(dz, weight.to(products)).view(shape),
+            *(start.x, start.mean, start.rstd, _dense(norm.weight)),
+            dx_new=dx_new,
+            drop_path_scale=_dense(drop_path_scale),
+            dx_dtype=to["x"],
+            dbranch_dtype=to["branch"],
+            dweight_dtype=to["norm_weight"],
+            dbias_dtype=to["norm_bias"],
+        )
+    return found
+
+
+def end_forward(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
+    """gamma * (h P^T + p) for h (M, H), in h's dtype."""
+    if gamma is None:
+        return _linear(h, weight, bias)
+    return _linear(h, scaled(weight, gamma[:, None], h.dtype), None if bias is None else bias * gamma)
+
+
+def end_data_gradient(g: Tensor, weight: Tensor, gamma: Tensor | None) -> Tensor:
+    """The gradient (M, H) of h."""
+    return torch.mm(g, scaled(weight, None if gamma is None else gamma[:, None], g.dtype))
+
+
+def end_parameter_gradients(
+    g: Tensor,
+    g_sum: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    to: Dtypes,
+) -> dict[str, Tensor | None]:
+    """Gradients by the names of `to`: end_weight, end_bias, gamma.
+
+    Args:
+        g: (M, O), contiguous.
+        g_sum: its column sums (O,) in fp32, where those of the bias or gamma are wanted.
+        h: (M, H), where those of the weight or gamma are.
+    """
+    found: dict[str, Tensor | None] = {}
+    if to["end_bias"] is not None:
+        found["end_bias"] = g_sum if gamma is None else g_sum * gamma
+    if gamma is None and to["end_weight"] is not None:
+        found["end_weight"] = _weight_gradient(g, h, to["end_weight"])
+    elif to["end_weight"] is not None or to["gamma"] is not None:
+        product = _weight_gradient(g, h, torch.float32)
+        if to["end_weight"] is not None:
+            found["end_weight"] = product * gamma[:, None]
+        if to["gamma"] is not None:
+            found["gamma"] = gamma_gradient(product, weight, bias, g_sum)
+    return found
+
+
+def in_order(found: dict[str, Tensor | None], to: Dtypes) -> list[Tensor | None]:
+    """The gradients that are wanted in the order of `to`, each in its dtype; None for the others."""
+    return [None if dtype is None else found[name].to(dtype) for name, dtype in to.items()]
