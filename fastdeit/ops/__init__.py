@@ -1,5 +1,7 @@
 """Fused operations. Each has a plain PyTorch twin, `<op>_reference`, beside it in its file."""
 
+from fastdeit.ops.add_layer_norm_attention_op import add_layer_norm_attention, add_layer_norm_attention_reference
+from fastdeit.ops.add_layer_norm_mlp_op import add_layer_norm_mlp, add_layer_norm_mlp_reference
 from fastdeit.ops.attention_op import attention, attention_qkv, attention_qkv_reference, attention_reference
 from fastdeit.ops.distillation_cross_entropy_op import (
     distillation_cross_entropy,
@@ -12,6 +14,10 @@ from fastdeit.ops.mlp_op import mlp, mlp_reference
 
 __all__ = [
     "add_layer_norm",
+    "add_layer_norm_attention",
+    "add_layer_norm_attention_reference",
+    "add_layer_norm_mlp",
+    "add_layer_norm_mlp_reference",
     "add_layer_norm_reference",
     "attention",
     "attention_qkv",

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeit.ops.layer_norm_op import _dense
+from fastdeit.ops.layer_norm_op import _check, _check_branch, _dense
 from fastdeit.ops.linear_op import gamma_gradient, scaled
 from fastdeit.ops.mlp_op import _linear, _weight_gradient
 
@@ -47,6 +47,25 @@ def folds(products: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor |
     """Whether LayerNorm's parameters are folded into weight: where the product's is a rounded copy of an fp32 master anyway."""
     masters = [t for t in (norm_weight, norm_bias, weight) if t is not None]
     return products != torch.float32 and all(t.dtype == torch.float32 for t in masters)
+
+
+def check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps, gamma, end_weight) -> None:
+    """Raises for what of a branch op's arguments is not its own layers'."""
+    _check(x, norm_weight, norm_bias, eps, None)
+    if branch is not None:
+        _check_branch(x, branch, None, drop_path_scale)
+    elif drop_path_scale is not None:
+        raise ValueError("drop_path_scale: expected None without a branch to scale, got a tensor")
+    if gamma is None:
+        return
+    if not isinstance(gamma, Tensor) or not gamma.is_floating_point():
+        raise TypeError(
+            f"gamma: expected a floating-point tensor or None, got {getattr(gamma, 'dtype', type(gamma).__name__)}"
+        )
+    if gamma.shape != end_weight.shape[:1]:
+        raise ValueError(f"gamma: expected shape ({end_weight.shape[0]},), got {tuple(gamma.shape)}")
+    if gamma.device != x.device:
+        raise ValueError(f"gamma: expected device {x.device} as x has, got {gamma.device}")
 
 
 def start_forward(
@@ -203,3 +222,61 @@ def end_parameter_gradients(
 def in_order(found: dict[str, Tensor | None], to: Dtypes) -> list[Tensor | None]:
     """The gradients that are wanted in the order of `to`, each in its dtype; None for the others."""
     return [None if dtype is None else found[name].to(dtype) for name, dtype in to.items()]
+
+
+def share_gradient(wanted: list[torch.dtype | None], drop_path_scale: Tensor | None) -> tuple[list, bool]:
+    """Unscaled and of one dtype, the gradients of x and branch, the first two, are one tensor: then only x's is asked for."""
+    shared = wanted[0] is not None and wanted[0] == wanted[1] and drop_path_scale is None
+    return ([wanted[0], None, *wanted[2:]] if shared else wanted), shared
+
+
+# ---- of the registered ops, whose outputs may be neither None nor their inputs
+
+
+def fake_start(x: Tensor, branch: Tensor | None, products: torch.dtype, folded: bool) -> tuple[Tensor, ...]:
+    """The shapes of x_new, mean, x_hat and rstd, empty where they are not there."""
+    rows = x.numel() // x.shape[-1]
+    single = dict(dtype=torch.float32, device=x.device)
+    x_new = torch.empty(0, **single)
+    if branch is not None:
+        x_new = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+    return (
+        x_new,
+        torch.empty(0 if folded else rows, **single),
+        torch.empty((rows, x.shape[-1]), dtype=products, device=x.device) if folded else torch.empty(0, **single),
+        torch.empty(rows, **single),
+    )
+
+
+def kept_start(
+    x: Tensor, branch: Tensor | None, x_new: Tensor, mean: Tensor, x_hat: Tensor, rstd: Tensor
+) -> tuple[Tensor | None, ...]:
+    """A `Start` of what a registered op was given and returned."""
+    if x_hat.dim() == 2:
+        return None, None, x_hat, rstd
+    return x if branch is None else x_new, mean, None, rstd
+
+
+def wanted_dtypes(
+    needs: list[bool], x_dtype: torch.dtype, branch_dtype: torch.dtype, parameters: tuple[Tensor | None, ...]
+) -> list[torch.dtype | None]:
+    """Those of the gradients of x, branch and the parameters, None for what needs none."""
+    dtypes = (x_dtype, branch_dtype, *(None if p is None else p.dtype for p in parameters))
+    return [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)]
+
+
+def fake_gradients(
+    like: Tensor,
+    shape: tuple[int, ...],
+    parameters: tuple[Tensor | None, ...],
+    needs: list[bool],
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype,
+) -> list[Tensor]:
+    """The gradients' shapes, empty for what needs none."""
+    shapes = (shape, shape, *(None if p is None else p.shape for p in parameters))
+    wanted = wanted_dtypes(needs, x_dtype, branch_dtype, parameters)
+    return [
+        like.new_empty(0, dtype=torch.float32) if dtype is None else like.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, wanted, strict=True)
+    ]

@@ -1,0 +1,42 @@
+"""What the tests of the branch ops share."""
+
+import pytest
+import torch
+
+from fastdeit import backends
+
+
+def _kept_bytes(function, given, parameters) -> int:
+    """Bytes of distinct storages saved for backward, without parameters and what has the size of one: their casts."""
+    casts = {(p.numel(), size) for p in parameters for size in (2, 4)}
+    kept = {}
+
+    def pack(tensor):
+        if (tensor.numel(), tensor.element_size()) not in casts:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = function(*given)  # alive while counting: a freed storage's address is given out again
+    del outputs
+    return sum(kept.values())
+
+
+def _run(function, given):
+    given = [t if t is None else t.detach().clone().requires_grad_() for t in given]
+    with backends.use_backend("triton"):
+        outputs = function(*given)
+        sum((i + 1) * out.float().square().sum() for i, out in enumerate(outputs)).backward()
+    return [*outputs, *(t.grad for t in given if t is not None)]
+
+
+@pytest.fixture
+def kept_bytes():
+    return _kept_bytes
+
+
+@pytest.fixture
+def run():
+    """Outputs and all gradients of a function of these tensors, on the kernels."""
+    return _run
