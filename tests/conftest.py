@@ -56,6 +56,14 @@ def kernels_stood_in(monkeypatch) -> Counter:
 
         return call
 
-    for name in ("add_layer_norm", "attention", "attention_qkv", "layer_norm", "mlp"):
+    for name in (
+        "add_layer_norm",
+        "add_layer_norm_attention",
+        "add_layer_norm_mlp",
+        "attention",
+        "attention_qkv",
+        "layer_norm",
+        "mlp",
+    ):
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
     return calls

@@ -200,8 +200,8 @@ def test_the_fused_path_gives_timms_numbers(kernels_stood_in, name):
     x = images(model, batch=4)
     expected = outputs_and_gradients(model, x)
     got = outputs_and_gradients(fastdeit.accelerate(model), x)
-    assert kernels_stood_in["mlp"] == 2
-    assert kernels_stood_in["layer_norm"] + kernels_stood_in["add_layer_norm"] == 5
+    assert kernels_stood_in["mlp"] + kernels_stood_in["add_layer_norm_mlp"] == 2
+    assert kernels_stood_in["attention_qkv"] + kernels_stood_in["add_layer_norm_attention"] == 2
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
 

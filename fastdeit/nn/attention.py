@@ -78,6 +78,29 @@ class Attention(FusedModule, timm.layers.Attention):
         out = F.linear(out, proj["weight"], proj["bias"])
         return children["proj_drop"](out)
 
+    def forward_branch(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        norm: nn.Module,
+        *,
+        gamma: Tensor | None = None,
+        drop_path_scale: Tensor | None = None,
+        lean: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """x + drop_path_scale * branch, and gamma * what `forward_inlined` makes of its LayerNorm, in one autograd node.
+
+        For a caller that has asked `why_not_inlined` of this module and of norm. Lean or not, it keeps the same.
+        """
+        children, affine = self._modules, norm._parameters
+        qkv, proj = children["qkv"]._parameters, children["proj"]._parameters
+        weights = (qkv["weight"], qkv["bias"], proj["weight"], proj["bias"], self.num_heads)
+        options = {"gamma": gamma, "drop_path_scale": drop_path_scale}
+        x, out = ops.add_layer_norm_attention(
+            x, branch, affine["weight"], affine["bias"], norm.eps, *weights, **options
+        )
+        return x, children["proj_drop"](out)
+
     def forward_prefix(self, x: Tensor, keep: int) -> Tensor:
         """What `forward_inlined` gives for the first `keep` of x's tokens: their queries alone, keys and values of all.
 

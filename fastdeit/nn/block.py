@@ -9,6 +9,8 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from fastdeit import ops
+from fastdeit.backends import product_dtype
+from fastdeit.kernels.attention_config import HANDED_OVER
 from fastdeit.nn.attention import Attention
 from fastdeit.nn.eligibility import (
     FusedModule,
@@ -31,6 +33,7 @@ PARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: TorchLayerNorm,
 }
 _NORMS = {LayerNorm, TorchLayerNorm}
+_NOTHING = nn.Identity()
 _TIMM_FORWARD = forward_of(vision_transformer.Block)
 
 
@@ -47,6 +50,16 @@ class Carried(NamedTuple):
         """x and a branch behind LayerScale and stochastic depth, either of which may be an Identity."""
         gamma = layer_scale._parameters.get("gamma")
         return cls(x, branch, gamma, drop_path_scale(drop_path, branch, gamma))
+
+    def through(self, norm: nn.Module, part: Attention | Mlp, layer_scale: nn.Module, drop_path: nn.Module, lean: bool):
+        """The same after the addition and with what part makes of its LayerNorm, scaled but for the factor per sample, as branch.
+
+        One autograd node. There must be no gamma left to apply, and this one must be `_in_product`.
+        """
+        gamma = layer_scale._parameters.get("gamma")
+        options = {"gamma": gamma, "drop_path_scale": self.scale, "lean": lean}
+        x, branch = part.forward_branch(self.x, self.branch, norm, **options)
+        return Carried(x, branch, None, drop_path_scale(drop_path, branch, gamma))
 
     def add_layer_norm(self, norm: nn.Module, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The stream after its addition, and norm's output on it, in one kernel."""
@@ -67,7 +80,14 @@ class Block(FusedModule, vision_transformer.Block):
     LayerScale, stochastic depth, the first addition and norm2 are one kernel. `forward` takes and returns (B, N, C). Attention and
     MLP of any class are called as they are; this package's own are fused without a call between. Under autocast the residual stream
     keeps its dtype, as in timm. Stochastic depth draws timm's masks from the same random numbers.
+
+    Attributes:
+        memory: what is kept for backward. "usual": both normalised inputs, qkv, attention's output and the MLP's pre-activation,
+            20 of timm's 36 bytes a token and channel under autocast. "lean": not the pre-activation, which backward computes
+            again from the MLP's input, 12 bytes.
     """
+
+    memory = "usual"
 
     @functools.wraps(vision_transformer.Block.__init__)
     def __init__(self, *args, **kwargs):
@@ -111,55 +131,72 @@ class Block(FusedModule, vision_transformer.Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self.why_not_fused(x, attn_mask, is_causal) is not None:
             return super().forward(x, attn_mask, is_causal)
-        children = self._modules
-        x, branch = self.before_last_addition(Carried(x), attn_mask, is_causal)
-        return x + children["drop_path2"](children["ls2"](branch))
+        last = self.through(Carried(x), attn_mask, is_causal, carry=False)
+        return last.x + last.branch
 
-    def before_last_addition(
+    def through(
         self,
         carried: Carried,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
+        carry: bool,
         keep: int | None = None,
         whole: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream and the MLP's output, which is still to be scaled and added to it.
+    ) -> Carried:
+        """What enters the block through it, up to the addition of the MLP's output, which is left to the caller.
 
-        For a caller that has asked `why_not_fused` or `why_not_carried`.
+        For a caller that has asked `why_not_fused`, or `why_not_carried` if LayerScale and stochastic depth are to be carried.
 
         Args:
             carried: what enters the block.
             attn_mask, is_causal: handed on to the attention.
-            whole: `run_whole` has found that attention and MLP run fused, so that they need not be asked.
+            carry: leave the last LayerScale and stochastic depth to the addition too, else call their modules.
             keep: compute the first `keep` tokens alone, which attend to all as ever. Needs a fused `Attention`.
+            whole: `run_whole` has found that attention and MLP run fused, so that they need not be asked.
         """
         children = self._modules
         norm1, attn, norm2, mlp = (children[name] for name in ("norm1", "attn", "norm2", "mlp"))
-        # Only a fused child's matrix product reads the normalised tokens: it takes them in the dtype that it multiplies in.
-        products = autocast_dtype(carried.x)
+        ls1, drop_path1, ls2, drop_path2 = (children[name] for name in ("ls1", "drop_path1", "ls2", "drop_path2"))
+        lean = self.memory == "lean"
 
         inline = whole or (attn_mask is None and not is_causal and inlines(attn, Attention, carried.x))
-        x, tokens = carried.add_layer_norm(norm1, out_dtype=products if inline else None)
-        if keep is not None:
-            x, branch = x[:, :keep], attn.forward_prefix(tokens, keep)
+        joint = inline and keep is None and carried.gamma is None and not HANDED_OVER
+        if joint and _in_product(ls1, carried.x):
+            carried = carried.through(norm1, attn, ls1, drop_path1, lean)
         else:
-            branch = attn.forward_inlined(tokens) if inline else attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
-        if (
-            type(branch) is not Tensor and not exported(branch)
-        ) or branch.shape != x.shape:  # a custom attention's, which PyTorch's addition takes
-            x = x + children["drop_path1"](children["ls1"](branch))
-            return x, mlp(norm2(x))
+            # Only a fused child's product reads the normalised tokens: it takes them in the dtype that it multiplies in.
+            x, tokens = carried.add_layer_norm(norm1, out_dtype=autocast_dtype(carried.x) if inline else None)
+            if keep is not None:
+                x, branch = x[:, :keep], attn.forward_prefix(tokens, keep)
+            elif inline:
+                branch = attn.forward_inlined(tokens)
+            else:
+                branch = attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
+            plain = type(branch) is Tensor or exported(branch)
+            if plain and branch.shape == x.shape:
+                carried = Carried.of(x, branch, ls1, drop_path1)
+            else:  # a custom attention's, which PyTorch's addition takes
+                carried = Carried(x + drop_path1(ls1(branch)))
 
         inline = whole or inlines(mlp, Mlp)
-        carried = Carried.of(x, branch, children["ls1"], children["drop_path1"])
-        x, tokens = carried.add_layer_norm(norm2, out_dtype=products if inline else None)
-        return x, mlp.forward_inlined(tokens) if inline else mlp(tokens)
+        scales = (ls2, drop_path2) if carry else (_NOTHING, _NOTHING)
+        if inline and carried.gamma is None and _in_product(scales[0], carried.x):
+            carried = carried.through(norm2, mlp, *scales, lean)
+            return carried if carry else carried._replace(branch=drop_path2(ls2(carried.branch)))
+        x, tokens = carried.add_layer_norm(norm2, out_dtype=autocast_dtype(carried.x) if inline else None)
+        branch = mlp.forward_inlined(tokens) if inline else mlp(tokens)
+        return Carried.of(x, branch, ls2, drop_path2) if carry else Carried(x, drop_path2(ls2(branch)))
 
 
 def inlines(module: nn.Module, fused: type[nn.Module], *args) -> bool:
     """Whether a caller may run `module.forward_inlined` in place of the module; args are those of its `why_not_inlined`."""
     return type(module) is fused and not (why_not_bypassed((module,)) or module.why_not_inlined(*args))
+
+
+def _in_product(layer_scale: nn.Module, x: Tensor) -> bool:
+    """Whether LayerScale may be folded into the weight before it. Multiplied by a small gamma, weights leave the range of fp16."""
+    return layer_scale._parameters.get("gamma") is None or product_dtype(x) is not torch.float16
 
 
 def drop_path_scale(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:

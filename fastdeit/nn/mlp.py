@@ -81,3 +81,25 @@ class Mlp(FusedModule, timm.layers.Mlp):
         activation = activation_name(children["act"])
         out = ops.mlp(x, fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"], activation=activation)
         return children["drop2"](out)
+
+    def forward_branch(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        norm: nn.Module,
+        *,
+        gamma: Tensor | None = None,
+        drop_path_scale: Tensor | None = None,
+        lean: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """x + drop_path_scale * branch, and gamma * what `forward_inlined` makes of its LayerNorm, in one autograd node.
+
+        For a caller that has asked `why_not_inlined` of this module and of norm. Lean, it computes the pre-activation again.
+        """
+        children, affine = self._modules, norm._parameters
+        fc1, fc2 = children["fc1"]._parameters, children["fc2"]._parameters
+        weights = (fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"])
+        options = {"gamma": gamma, "drop_path_scale": drop_path_scale, "lean": lean}
+        options["activation"] = activation_name(children["act"])
+        x, out = ops.add_layer_norm_mlp(x, branch, affine["weight"], affine["bias"], norm.eps, *weights, **options)
+        return x, children["drop2"](out)

@@ -81,18 +81,13 @@ class _CarriesResidual(FusedModule):
         carried = Carried(tokens)
         *blocks, last = self.blocks
         for block in blocks:
-            carried = _through_block(block, carried, whole)
+            carried = block.through(carried, carry=True, whole=whole)
         # The head reads the prefix tokens alone: the last block attends to all, and computes nothing else for the others.
         prefix = self.num_prefix_tokens
         prune = _why_not_pruned(last, tokens) is None
-        carried = _through_block(last, carried, whole, keep=prefix if prune else None)
+        carried = last.through(carried, carry=True, whole=whole, keep=prefix if prune else None)
         carried = carried._replace(x=carried.x[:, :prefix], branch=carried.branch[:, :prefix])
         return self.forward_head(carried.add_layer_norm(self.norm)[1])
-
-
-def _through_block(block: Block, carried: Carried, whole: bool, keep: int | None = None) -> Carried:
-    x, branch = block.before_last_addition(carried, keep=keep, whole=whole)
-    return Carried.of(x, branch, block._modules["ls2"], block._modules["drop_path2"])
 
 
 def _methods(cls: type) -> tuple:

@@ -10,7 +10,7 @@ from fastdeit import backends
 from fastdeit.nn import Block, TorchLayerNorm
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
-FUSED = {"layer_norm": 1, "attention": 1, "add_layer_norm": 1, "mlp": 1}
+FUSED = {"add_layer_norm_attention": 1, "add_layer_norm_mlp": 1}
 
 
 def pair(dim=32, heads=2, **kwargs):
@@ -119,7 +119,19 @@ def test_dropout_does_not_hinder_fusion_in_evaluation(kernels_stood_in):
 
 
 @pytest.mark.parametrize("init_values", [None, 0.5])
-def test_autocast_keeps_the_residual_stream_in_float32(kernels_stood_in, monkeypatch, init_values):
+def test_autocast_keeps_the_residual_stream_in_float32(kernels_stood_in, init_values):
+    fused, timms = pair(init_values=init_values)
+    x = torch.randn(2, 5, 32)
+    exact = timms.double()(x.double())
+    timms.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = fused(x), timms(x)
+    assert got.dtype is expected.dtype is torch.float32
+    assert (got - exact).abs().max() <= 2 * (expected - exact).abs().max()
+    assert kernels_stood_in == FUSED
+
+
+def test_timms_attention_and_mlp_get_what_timms_norms_give(kernels_stood_in, monkeypatch):
     from fastdeit import ops
 
     dtypes = []
@@ -129,20 +141,12 @@ def test_autocast_keeps_the_residual_stream_in_float32(kernels_stood_in, monkeyp
 
     for name in ("layer_norm", "add_layer_norm"):
         monkeypatch.setattr(ops, name, recorded(getattr(ops, name)))
-    fused, timms = pair(init_values=init_values)
-    x = torch.randn(2, 5, 32)
-    exact = timms.double()(x.double())
-    timms.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        got, expected = fused(x), timms(x)
-    assert got.dtype is expected.dtype is torch.float32
-    assert dtypes == [torch.bfloat16, torch.bfloat16]  # only the fused products read them
-    assert (got - exact).abs().max() <= 2 * (expected - exact).abs().max()
+    fused, _ = pair()
     fused.attn.qkv.register_forward_hook(lambda *_: None)
     fused.mlp.fc1.register_forward_hook(lambda *_: None)
     with torch.autocast("cpu", torch.bfloat16):
-        fused(x)
-    assert dtypes[2:] == [None, None]  # timm's attention and MLP get what timm's norms give
+        fused(torch.randn(2, 5, 32))
+    assert dtypes == [None, None]
 
 
 @pytest.mark.parametrize("given", [{"attn_mask": torch.ones(5, 5).tril().bool()}, {"is_causal": True}])
@@ -150,7 +154,7 @@ def test_masks_reach_timms_attention_and_the_rest_stays_fused(kernels_stood_in, 
     fused, timms = pair()
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(fused(x, **given), timms(x, **given))
-    assert kernels_stood_in == {"layer_norm": 1, "add_layer_norm": 1, "mlp": 1}
+    assert kernels_stood_in == {"layer_norm": 1, "add_layer_norm_mlp": 1}
 
 
 @pytest.mark.parametrize("kwargs", [{"attn_layer": DiffAttention}, {"mlp_layer": SwiGLU}, {"qk_norm": True}])
@@ -158,7 +162,7 @@ def test_other_attention_and_mlp_classes_run_inside_a_fused_block(kernels_stood_
     fused, timms = pair(**kwargs)
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(fused.eval()(x), timms.eval()(x))
-    assert kernels_stood_in["add_layer_norm"] == 1
+    assert kernels_stood_in["add_layer_norm"] + kernels_stood_in["add_layer_norm_mlp"] == 1
 
 
 def test_what_a_custom_attention_returns_is_added_as_pytorch_adds(kernels_stood_in):
@@ -228,3 +232,24 @@ def test_checkpointing_replays_the_same_masks(kernels_stood_in):
         run(x).sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("gamma", [1e-7, 0.0, 3.0])
+def test_a_small_layer_scale_survives_fp16(gamma):
+    """Folded into weights as it is, it would leave fp16's range: timm multiplies in fp32."""
+    fused, timms = pair(64, 2, init_values=1.0, drop_path=0.3)
+    with torch.no_grad():
+        for block in (fused, timms):
+            block.ls1.gamma.mul_(gamma)
+            block.ls2.gamma.mul_(gamma)
+    x = torch.zeros(3, 5, 64)  # so that the branches are not rounded away
+    x[..., 0] = 1e-3
+    results = []
+    for block, backend in ((fused, "triton"), (timms, "reference")):
+        torch.manual_seed(3)
+        with backends.use_backend(backend), torch.autocast("cpu", torch.float16):
+            out = block(x) - x
+        out.sum().backward()
+        results.append((out, block.ls1.gamma.grad, block.attn.proj.weight.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())

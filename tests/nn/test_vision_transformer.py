@@ -12,7 +12,9 @@ from fastdeit.nn import VisionTransformer, VisionTransformerDistilled
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
 PLAIN = timm.models.vision_transformer.VisionTransformer
 DISTILLED = timm.models.deit.VisionTransformerDistilled
-FUSED_CALLS = {"layer_norm": 1, "add_layer_norm": 6, "attention": 2, "attention_qkv": 1, "mlp": 3}
+# The last block computes the prefix tokens alone, with an addition and LayerNorm of its own before its queries and after it.
+FUSED_CALLS = {"add_layer_norm_attention": 2, "attention_qkv": 1, "add_layer_norm_mlp": 3, "add_layer_norm": 2}
+LAYER_SCALE_CALLS = FUSED_CALLS | {"add_layer_norm_mlp": 2, "add_layer_norm": 3, "mlp": 1}
 
 KINDS = {
     "class token": (PLAIN, {}),
@@ -60,8 +62,8 @@ def test_outputs_gradients_and_random_state_are_timms(kernels_stood_in, kind):
     expected, state = outputs_and_gradients(build(cls, **options), images())
     kernels_stood_in.clear()
     got, fused_state = outputs_and_gradients(fastdeit.accelerate(build(cls, **options)), images())
-    before_blocks = 1 if "pre_norm" in options else 0
-    assert kernels_stood_in == {**FUSED_CALLS, "layer_norm": FUSED_CALLS["layer_norm"] + before_blocks}
+    calls = LAYER_SCALE_CALLS if "init_values" in options else FUSED_CALLS
+    assert kernels_stood_in == (calls | {"layer_norm": 1} if "pre_norm" in options else calls)
     assert torch.equal(state, fused_state)
     for a, b in zip(got, expected, strict=True):
         # float64 throughout but for drop path's factor, which is float32
