@@ -25,6 +25,9 @@ COMMANDS = {
         "fastdeit.train.command_cache_teacher", "run the teacher once and keep its labels for every later training"
     ),
     "explain": Command("fastdeit.explain_command", "what of a timm model runs fused, and why the rest does not"),
+    "verify": Command(
+        "fastdeit.verify_command", "on your device and weights: every layer's error beside timm's, speed and memory"
+    ),
     "run": Command(
         "fastdeit.run_command", "run a script of yours or of timm, every model it creates by timm accelerated"
     ),

@@ -29,20 +29,33 @@ def run(args: argparse.Namespace) -> int:
 
     from fastdeit.patching import accelerate, explain
 
-    if not timm.is_model(args.model):
-        raise ValueError(f"MODEL: timm has no model named {args.model!r}{_suggestion(timm, args.model)}")
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device: expected a device such as cpu, cuda or cuda:1, got {args.device!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: {args.device} was given, but PyTorch sees no CUDA device")
-    model = timm.create_model(args.model).train(args.train).to(device, DTYPES[args.dtype])
+    check_model_name(args.model)
+    on = device(args.device)
+    model = timm.create_model(args.model).train(args.train).to(on, DTYPES[args.dtype])
     accelerate(model, exclude=args.exclude)
-    with torch.autocast(device.type, DTYPES[args.amp]) if args.amp else contextlib.nullcontext():
+    with torch.autocast(on.type, DTYPES[args.amp]) if args.amp else contextlib.nullcontext():
         report = explain(model, batch_size=args.batch_size)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
+
+
+def check_model_name(name: str) -> None:
+    """Raises ValueError, with the names that are close to it, unless timm has the model."""
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"MODEL: timm has no model named {name!r}{_suggestion(timm, name)}")
+
+
+def device(name: str | None) -> torch.device:
+    """The device of that name, by default the GPU if there is one. Raises ValueError if there is none such."""
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device: expected a device such as cpu, cuda or cuda:1, got {name!r}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {name} was given, but PyTorch sees no CUDA device")
+    return found
 
 
 def _suggestion(timm, name: str) -> str:

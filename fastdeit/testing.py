@@ -5,7 +5,7 @@ Used by the tests, the benchmarks (which refuse to time a wrong kernel) and by a
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 from fastdeit.backends import interpreter_active, use_backend
 
 __all__ = [
+    "Error",
     "assert_as_accurate_as_eager",
     "assert_close_to_oracle",
     "assert_model_close_to_oracle",
+    "compare_with_oracle",
     "correct_interpreter_bfloat16",
     "interpreter_active",
     "kernel_device",
@@ -158,6 +160,18 @@ def assert_model_close_to_oracle(
         oracle: the same of timm's model in float64.
         eager: the same of timm's model in the setting under test. Their dtypes and shapes are what got's must be.
     """
+    for kind, error in zip(("maximum", "RMS"), compare_with_oracle(got, oracle, eager), strict=True):
+        error.check(f"the model: {kind}")
+
+
+def compare_with_oracle(
+    got: Mapping[str, Tensor | None], oracle: Mapping[str, Tensor | None], eager: Mapping[str, Tensor | None]
+) -> tuple["Error", "Error"]:
+    """Maximum and root-mean-square errors that `assert_model_close_to_oracle` judges, for the same arguments.
+
+    Raises:
+        AssertionError: names, shapes, dtypes or which values are finite are not PyTorch's.
+    """
     assert got.keys() == oracle.keys() == eager.keys()
     errors, ulps = [], 0.0
     for name, expected in oracle.items():
@@ -171,7 +185,7 @@ def assert_model_close_to_oracle(
         errors.append([error.flatten() / largest for error in _errors(got[name], expected, eager[name])])
         if got[name].dtype == torch.float32:
             ulps = _FP32_ULPS * torch.finfo(torch.float32).eps
-    _assert_within_allowance("the model", [torch.cat(kind) for kind in zip(*errors, strict=True)], ulps)
+    return _measured([torch.cat(kind) for kind in zip(*errors, strict=True)], ulps)
 
 
 def _errors(got: Tensor, oracle: Tensor, eager: Tensor) -> list[Tensor]:
@@ -181,14 +195,36 @@ def _errors(got: Tensor, oracle: Tensor, eager: Tensor) -> list[Tensor]:
     return [torch.where(finite, tensor.double() - oracle, 0.0) for tensor in (got, eager, rounded)]
 
 
-def _assert_within_allowance(name: str, errors: list[Tensor], ulps: float) -> None:
-    measured = [(error.abs().max().item(), error.square().mean().sqrt().item()) for error in errors]
-    for kind, fused, eager_error, rounding in zip(("maximum", "RMS"), *measured, strict=True):
-        limit = ALLOWANCE * eager_error + rounding + ulps
-        assert fused <= limit, (
-            f"{name}: {kind} error {fused:.3e} against float64 is over {limit:.3e} "
-            f"(PyTorch's own {eager_error:.3e}, rounding {rounding:.3e}, fp32 ulps {ulps:.3e})"
+class Error(NamedTuple):
+    """Against float64: of the fused result, of PyTorch's own operations, of rounding the oracle, and of sums in another order."""
+
+    fused: float
+    eager: float
+    rounding: float
+    ulps: float
+
+    @property
+    def limit(self) -> float:
+        """The most that the fused result's may be."""
+        return ALLOWANCE * self.eager + self.rounding + self.ulps
+
+    def check(self, name: str) -> None:
+        """Raises AssertionError if it is over its limit."""
+        assert self.fused <= self.limit, (
+            f"{name} error {self.fused:.3e} against float64 is over {self.limit:.3e} "
+            f"(PyTorch's own {self.eager:.3e}, rounding {self.rounding:.3e}, fp32 ulps {self.ulps:.3e})"
         )
+
+
+def _assert_within_allowance(name: str, errors: list[Tensor], ulps: float) -> None:
+    for kind, error in zip(("maximum", "RMS"), _measured(errors, ulps), strict=True):
+        error.check(f"{name}: {kind}")
+
+
+def _measured(errors: list[Tensor], ulps: float) -> tuple[Error, Error]:
+    maximum = (error.abs().max().item() for error in errors)
+    rms = (error.square().mean().sqrt().item() for error in errors)
+    return Error(*maximum, ulps), Error(*rms, ulps)
 
 
 def _is_float(value: Any) -> bool:

@@ -28,6 +28,8 @@ LAYERS = (
         "fastdeit.cli",
         "fastdeit.explain_command",
         "fastdeit.run_command",
+        "fastdeit.verification",
+        "fastdeit.verify_command",
         "fastdeit.benchmarks",
         "fastdeit.__main__",
     ),
