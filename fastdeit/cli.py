@@ -1,6 +1,7 @@
 """`fastdeit COMMAND ...`: a table of commands, each a module with `add_arguments(parser)` and `run(args) -> exit code`."""
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -38,6 +39,13 @@ COMMANDS = {
 }
 
 
+def _did_you_mean(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """The options of parser that are nearest to those unknown, if any are near."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    near = [m for u in unknown if u.startswith("-") for m in difflib.get_close_matches(u.split("=")[0], options, n=1)]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Expected errors are printed without a traceback and give 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -51,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(command.module)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(unknown, commands.choices[args.command])}"
+        )
     try:
         code = args.run(args)
         sys.stdout.flush()

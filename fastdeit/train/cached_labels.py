@@ -262,19 +262,16 @@ def cache_labels(
         file = LabelFile.create(partial, header, config.epochs)
 
     augment = BatchAugmentation(config, len(data.classes), device)
-    shares = [
-        EpochBatches(len(data.train), config.batch_size // ranks, config.seed, rank, ranks, config.repeated_aug)
-        for rank in range(ranks)
-    ]
-    loaders = [TrainLoader(data.train, share, config, device) for share in shares]
+    share = EpochBatches(len(data.train), config.batch_size // ranks, config.seed, 0, ranks, config.repeated_aug)
+    loader = TrainLoader(data.train, share, config, device)
     done = 0
     for epoch in range(config.epochs):
         if (file.labels[epoch] != MISSING).all():
             done += file.labels.shape[1]
             continue
         row = np.empty(file.labels.shape[1], np.int16)
-        for share, loader in zip(shares, loaders, strict=True):
-            share.set_epoch(epoch)
+        share.set_epoch(epoch)
+        for share.rank in range(ranks):
             for batch, (images, classes) in enumerate(loader):
                 seed_step(config.seed, epoch * len(share) + batch, share.rank)
                 images, _ = augment(images, classes, epoch)

@@ -122,11 +122,20 @@ def test_a_run_that_its_file_places_is_not_overwritten_either(tmp_path, capsys):
     assert "out holds a run already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--epoch", "--learning-rate", "--teacher"])
-def test_an_unknown_field_is_refused_before_anything_loads(option, capsys):
+@pytest.mark.parametrize(
+    "option, near",
+    [
+        ("--epoch", "--epochs"),
+        ("--teacher", "--teacher_lr"),
+        ("--mix-up", "--mixup"),
+        ("--distillation_alpa", "--distillation_alpha"),
+    ],
+)
+def test_an_unknown_field_is_refused_before_anything_loads(option, near, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", option, "3"])
-    assert stop.value.code == 2 and f"unrecognized arguments: {option}" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"unrecognized arguments: {option} 3; did you mean {near}?" in capsys.readouterr().err
 
 
 def test_an_unknown_field_in_a_file_is_refused(tmp_path, monkeypatch, capsys):
