@@ -28,6 +28,7 @@ from fastdeit.train.config import Config
 from fastdeit.train.datasets import ArrayDataset, Data
 from fastdeit.train.device import autocast
 from fastdeit.train.loading import TrainLoader
+from fastdeit.train.models import create_teacher
 from fastdeit.train.sampling import EpochBatches, seed_step
 
 MAGIC = b"FDLABEL1"
@@ -184,13 +185,10 @@ def check_header(found: Mapping[str, Any], expected: Mapping[str, Any], path: Pa
         raise ValueError(f"teacher_cache: {path}: labels of another run: {'; '.join(differing)}")
 
 
-def teacher_hash_of(config: Config, path: Path) -> str:
-    """The hash of config's teacher without the teacher: of its checkpoint's tensors, else what the file says.
-
-    timm's pretrained weights are known by the model's name, which the header has as well.
-    """
+def teacher_hash(config: Config, num_classes: int) -> str:
+    """The hash of the weights of config's teacher, as its checkpoint has them or timm, before they are made fast for a device."""
     if config.teacher_checkpoint is None:
-        return LabelFile(path).header["teacher_weights"]
+        return weights_hash(create_teacher(config, num_classes, torch.device("cpu")).state_dict())
     from safetensors.torch import load_file
 
     return weights_hash(load_file(config.teacher_checkpoint))
@@ -214,7 +212,10 @@ class CachedTeacher(nn.Module):
         super().__init__()
         path = Path(config.teacher_cache)
         self.file = LabelFile(path)
-        check_header(self.file.header, label_header(config, data, device, ranks, teacher_hash_of(config, path)), path)
+        # timm's pretrained weights are known by the model's name, which the header has as well: no need to load them
+        known = self.file.header["teacher_weights"]
+        weights = teacher_hash(config, len(data.classes)) if config.teacher_checkpoint is not None else known
+        check_header(self.file.header, label_header(config, data, device, ranks, weights), path)
         self.file.check_whole()
         if self.file.header["epochs"] < config.epochs:
             raise ValueError(
@@ -252,7 +253,7 @@ def cache_labels(
     """
     if config.batch_size % ranks:
         raise ValueError(f"ranks: expected a divisor of batch_size {config.batch_size}, got {ranks}")
-    header = label_header(config, data, device, ranks, weights_hash(teacher.state_dict()))
+    header = label_header(config, data, device, ranks, teacher_hash(config, len(data.classes)))
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     if partial.exists():
@@ -275,8 +276,8 @@ def cache_labels(
             for batch, (images, classes) in enumerate(loader):
                 seed_step(config.seed, epoch * len(share) + batch, share.rank)
                 images, _ = augment(images, classes, epoch)
-                with autocast(config, device):
-                    labels = teacher(images).argmax(1)
+                with autocast(config, device):  # in the parts that the run sees, so that not even roundings differ
+                    labels = torch.cat([teacher(part).argmax(1) for part in images.chunk(config.grad_accum_steps)])
                 positions = share.positions(batch)
                 row[positions.start : positions.stop : positions.step] = labels.cpu().numpy()
                 done += len(labels)

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     check_extras()
     from tqdm import tqdm
 
-    from fastdeit.train.cached_labels import LabelFile, cache_labels, check_header, label_header, weights_hash
+    from fastdeit.train.cached_labels import LabelFile, cache_labels, check_header, label_header, teacher_hash
     from fastdeit.train.datasets import load_data
     from fastdeit.train.device import reproducible, select_device
     from fastdeit.train.models import create_teacher
@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.labels or f"{config.name}.labels")
     with reproducible(config):
         device, data = select_device(config), load_data(config)
-        teacher = create_teacher(config, len(data.classes), device)
         if path.exists():
             file = LabelFile(path)
-            header = label_header(config, data, device, args.ranks, weights_hash(teacher.state_dict()))
+            header = label_header(config, data, device, args.ranks, teacher_hash(config, len(data.classes)))
             check_header(file.header, {**header, "epochs": config.epochs}, path)
             print(f"{path} is complete, SHA-256 {file.check_whole()}")
             return 0
+        teacher = create_teacher(config, len(data.classes), device)
         positions = len(data.train) // config.batch_size * config.batch_size
         with tqdm(total=positions * config.epochs, desc="teacher", unit="image", disable=None) as bar:
             for done in cache_labels(config, data, teacher, device, path, args.ranks):

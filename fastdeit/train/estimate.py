@@ -2,10 +2,10 @@
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdeit.cost_view import shape_of
 from fastdeit.model_costs import Shape, parts, seconds
 from fastdeit.train.config import Config
 from fastdeit.train.optimization import create_optimizer
@@ -16,21 +16,12 @@ KEPT_BYTES = 36  # for backward, a token, channel and block, by PyTorch's own la
 GB = 1e9
 
 
-def shape_of(model: nn.Module) -> Shape | None:
+def _shape(model: nn.Module) -> Shape | None:
     """The sizes that costs are a function of; None of a model that is no plain vision transformer."""
-    if not isinstance(model, VisionTransformer):
+    try:
+        return shape_of(model)
+    except ValueError:
         return None
-    block = model.blocks[0]
-    return Shape(
-        channels=model.embed_dim,
-        heads=block.attn.num_heads,
-        depth=len(model.blocks),
-        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
-        patch_size=model.patch_embed.patch_size[0],
-        prefix_tokens=model.num_prefix_tokens,
-        hidden=block.mlp.fc1.out_features,
-        classes=model.num_classes,
-    )
 
 
 def memory(config: Config, model: nn.Module) -> dict[str, float]:
@@ -43,7 +34,7 @@ def memory(config: Config, model: nn.Module) -> dict[str, float]:
     }
     if config.model_ema_decay:
         found["moving average"] = weights
-    shape = shape_of(model)
+    shape = _shape(model)
     if shape is not None:
         found["activations"] = KEPT_BYTES * config.batch_size * shape.tokens * shape.channels * shape.depth
     return found
@@ -51,7 +42,7 @@ def memory(config: Config, model: nn.Module) -> dict[str, float]:
 
 def gpu_hours(config: Config, model: nn.Module, updates: int) -> float | None:
     """The roofline of forward and backward of the student in `updates` updates; None of a model without costs."""
-    shape = shape_of(model)
+    shape = _shape(model)
     if shape is None:
         return None
     execution = "fastdeit" if config.accelerate else "eager"

@@ -65,7 +65,7 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
             teacher = create_student(own, len(data.classes), device)
             teacher_fit = Fit("teacher", own, data, teacher, None, folder / "teacher", resume, world, stop)
         elif config.teacher_cache is not None:
-            labels = CachedTeacher(config, data, device)
+            labels = CachedTeacher(config, data, device, world.size)
         elif config.distillation_type != "none":
             teacher = create_teacher(config, len(data.classes), device)
         student_fit = Fit(

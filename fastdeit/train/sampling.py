@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 
 class Key(NamedTuple):
@@ -130,6 +130,6 @@ def eval_loader(
     dataset: Dataset, batch_size: int, workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Any]:
     """Every image once, in order; of several processes each takes every world_size-th, from its rank on."""
-    if world_size > 1:
+    if world_size > 1 and not isinstance(dataset, IterableDataset):  # timm's streams are shared by their readers
         dataset = Subset(dataset, range(rank, len(dataset), world_size))
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from fastdeit.train import run
-from fastdeit.train.checkpoints import BAD_STATE, STATE, load_state
+from fastdeit.train.cached_labels import cache_labels
+from fastdeit.train.checkpoints import BAD_STATE, STATE, load_state, save_weights
+from fastdeit.train.datasets import load_data
 from fastdeit.train.distributed import SINGLE, World, started_world
 from fastdeit.train.engine import share_of_batch
+from fastdeit.train.models import create_teacher
 from fastdeit.train.sampling import eval_loader
 
 
@@ -118,3 +122,23 @@ def test_a_batch_that_cannot_be_shared_is_refused(small_config, changes, size, m
 def test_every_image_is_evaluated_by_one_process():
     shares = [eval_loader(list(range(11)), 2, 0, False, rank, 3) for rank in range(3)]
     assert sorted(int(i) for share in shares for batch in share for i in batch) == list(range(11))
+
+
+def test_two_processes_train_on_labels_as_with_the_teacher(small_config, tmp_path):
+    """Each process finds the labels of its own batches, mixed by itself; to the bit."""
+    config = small_config.replace(
+        epochs=1, warmup_epochs=0, repeated_aug=2, teacher_epochs=0, grad_accum_steps=2, model_ema_decay=0.0
+    )
+    data, cpu = load_data(config), torch.device("cpu")
+    teacher = timm.create_model(config.teacher_model, num_classes=3, in_chans=1, **config.teacher_kwargs).eval()
+    images = torch.stack([image for image, _ in data.val])
+    with torch.no_grad():
+        teacher.get_classifier().bias -= teacher(images).mean(0)  # else it says the same of all images
+    save_weights(tmp_path / "teacher.safetensors", teacher.state_dict(), config, data.classes)
+    config = config.replace(teacher_checkpoint=str(tmp_path / "teacher.safetensors"))
+    list(cache_labels(config, data, create_teacher(config, 3, cpu), cpu, tmp_path / "x.labels", ranks=2))
+    two_processes(tmp_path / "live", config, "train")
+    two_processes(tmp_path / "cached", config.replace(teacher_cache=str(tmp_path / "x.labels")), "train")
+    live, cached = (load_state(tmp_path / name / STATE) for name in ("live", "cached"))
+    assert live["history"][0]["train_loss"] == cached["history"][0]["train_loss"]
+    assert all(torch.equal(live["model"][name], tensor) for name, tensor in cached["model"].items())
