@@ -1,5 +1,7 @@
 """accelerate, restore: which classes they swap, and what they refuse."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -165,3 +167,32 @@ def test_scripting_names_restore():
     with pytest.raises(RuntimeError, match=r"fastdeit\.restore\(model\)"):
         torch.jit.script(model)
     torch.jit.script(fastdeit.restore(model))
+
+
+def test_memory_is_the_blocks_and_restore_leaves_nothing_of_it():
+    model = fastdeit.accelerate(tiny(), memory="lean", exclude="blocks.1")
+    assert [block.__dict__.get("memory") for block in model.blocks] == ["lean", None]
+    assert copy.deepcopy(model).blocks[0].memory == "lean"
+    fastdeit.accelerate(model)
+    assert not any("memory" in block.__dict__ for block in model.blocks)
+    fastdeit.restore(fastdeit.accelerate(model, memory="lean"))
+    assert not any("memory" in block.__dict__ for block in model.blocks)
+
+
+def test_another_memory_is_refused_before_any_swap():
+    model = tiny()
+    before = classes(model)
+    with pytest.raises(ValueError, match="memory: expected one of usual, lean, got 'least'"):
+        fastdeit.accelerate(model, memory="least")
+    assert classes(model) == before
+
+
+def test_a_lean_model_gives_the_usual_ones_bits():
+    results = []
+    for memory in ("usual", "lean"):
+        torch.manual_seed(0)
+        model = fastdeit.accelerate(tiny(embed_dim=64, num_heads=2), memory=memory)
+        with fastdeit.use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(1, 3, 32, 32)).square().sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
