@@ -124,8 +124,8 @@ def compare(benchmark, request):
     """compare(candidates, inputs, cost=..., matrix=..., **shape): measures all candidates and records a row of each.
 
     The first candidate is fastdeit, the second the eager form that errors are put beside. `expected` and `different` are those of
-    timing.measure; `compile_cost` is the least work of an ideal compiler around the same products, where that is more than `cost`;
-    `images` is how many a call processes.
+    timing.measure; `floors` gives from ceilings the least microseconds of fastdeit and of an ideal compiler around the same
+    products, where the work is more than one op; `images` is how many a call processes.
     """
     config = request.config
     case_end = time.monotonic() + config.getoption("--case-seconds")
@@ -136,7 +136,7 @@ def compare(benchmark, request):
         *,
         cost,
         matrix,
-        compile_cost=None,
+        floors=None,
         expected=None,
         different=(),
         images=None,
@@ -146,8 +146,8 @@ def compare(benchmark, request):
         ceilings = roofline.measured_ceilings()
         floor = None if ceilings is None else ceilings.floor_us(cost, matrix=matrix)
         compile_floor = floor
-        if ceilings is not None and compile_cost is not None:
-            compile_floor = ceilings.floor_us(compile_cost, matrix=matrix)
+        if ceilings is not None and floors is not None:
+            floor, compile_floor = floors(ceilings)
         before = timing.clocks()
         result = []
 
