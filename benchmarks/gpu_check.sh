@@ -74,6 +74,13 @@ sanitizer() {
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastdeit.benchmarks.small_kernels
 }
 
+# A whole model with its layers, as a user would ask.
+verify() {
+    local chosen=(deit_base_distilled_patch16_224)
+    [ -n "$toy" ] && chosen=(deit_tiny_distilled_patch16_224 --device cpu --img-size 32 --batch-size 1)
+    "$python" -m fastdeit verify "${chosen[@]}"
+}
+
 bench() {
     local chosen=()
     [ -n "$toy" ] && chosen=(--toy --only layer_norm -k fp32-forward)
@@ -81,7 +88,7 @@ bench() {
         "$python" -m fastdeit bench report "$folder/bench" >"$folder/bench.md"
 }
 
-export -f install parity sanitizer bench
+export -f install parity sanitizer verify bench
 export python folder toy
 
 if [ -z "$toy" ]; then
@@ -94,6 +101,7 @@ fi
 stage install 60 bash -c install
 stage small_kernels 60 "$python" -m fastdeit.benchmarks.small_kernels
 stage parity 150 bash -c parity
+stage verify 90 bash -c verify
 stage repeat 45 "$python" -m fastdeit.benchmarks.repeat_step $toy
 stage profile 60 "$python" -m fastdeit bench profile --out "$folder/profile" $toy
 stage bench 200 bash -c bench
