@@ -13,6 +13,7 @@ from fastdeit.train.optimization import create_optimizer
 # What a large GPU reaches in matrix products of these sizes and in a copy: the rates of docs/performance.md.
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 600e12, 4.3e12
 KEPT_BYTES = 36  # for backward, a token, channel and block, by PyTorch's own layers under autocast
+STREAM_BYTES = 4
 GB = 1e9
 
 
@@ -36,7 +37,10 @@ def memory(config: Config, model: nn.Module) -> dict[str, float]:
         found["moving average"] = weights
     shape = _shape(model)
     if shape is not None:
-        found["activations"] = KEPT_BYTES * config.batch_size * shape.tokens * shape.channels * shape.depth
+        kept = KEPT_BYTES * shape.depth
+        if config.grad_checkpointing:  # the stream at each block, and all of the one that is made again
+            kept = STREAM_BYTES * shape.depth + KEPT_BYTES
+        found["activations"] = kept * config.batch_size // config.grad_accum_steps * shape.tokens * shape.channels
     return found
 
 

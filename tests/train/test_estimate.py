@@ -31,6 +31,15 @@ def test_memory_of_weights_and_optimizer_is_that_of_the_tensors(opt):
     assert found[f"state of {opt}"] == pytest.approx(kept)
 
 
+def test_accumulation_and_checkpointing_keep_fewer_activations():
+    config, model = student()
+    whole, parts, again = (
+        memory(c, model)["activations"]
+        for c in (config, config.replace(grad_accum_steps=4), config.replace(grad_checkpointing=True))
+    )
+    assert parts == whole / 4 and again == whole * (4 * 2 + 36) / (36 * 2)
+
+
 def test_hours_grow_with_updates_and_batch():
     config, model = student()
     hours = gpu_hours(config, model, 100)
