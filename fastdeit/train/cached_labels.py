@@ -28,7 +28,7 @@ from fastdeit.train.config import Config
 from fastdeit.train.datasets import ArrayDataset, Data
 from fastdeit.train.device import autocast
 from fastdeit.train.loading import TrainLoader
-from fastdeit.train.models import create_teacher
+from fastdeit.train.models import create_teacher, quickened
 from fastdeit.train.sampling import EpochBatches, seed_step
 
 MAGIC = b"FDLABEL1"
@@ -254,6 +254,7 @@ def cache_labels(
     if config.batch_size % ranks:
         raise ValueError(f"ranks: expected a divisor of batch_size {config.batch_size}, got {ranks}")
     header = label_header(config, data, device, ranks, teacher_hash(config, len(data.classes)))
+    teacher = quickened(teacher, device)
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     if partial.exists():

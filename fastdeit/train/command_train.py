@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time the loader alone and the training step alone, and say which is the bottleneck; keep nothing",
     )
+    parser.add_argument(
+        "--throughput",
+        action="store_true",
+        help="time the training step on synthetic images: the largest batch that fits, or --batch-size; mean of --runs",
+    )
+    parser.add_argument("--runs", type=int, metavar="N", help="timed runs of --throughput (default: 30)")
     add_config_arguments(parser)
 
 
@@ -62,6 +68,14 @@ def run(args: argparse.Namespace) -> int:
 
         print(measure_data(config))
         return 0
+    if args.throughput:
+        from fastdeit.train.throughput import RUNS, training_throughput
+
+        given = config.batch_size if "batch_size" in overrides else None
+        print(training_throughput(config, given, RUNS if args.runs is None else args.runs))
+        return 0
+    if args.runs is not None:
+        raise ValueError("--runs: is for --throughput")
     if holds_run(folder) and not args.resume:
         raise ValueError(
             f"output: {folder} holds a run already; continue it with --resume auto or choose another folder"

@@ -14,7 +14,7 @@ from fastdeit.train.datasets import Data, load_data
 from fastdeit.train.device import reproducible, select_device
 from fastdeit.train.engine import Trainer
 from fastdeit.train.loading import Batch
-from fastdeit.train.models import create_student, create_teacher
+from fastdeit.train.models import create_student, create_teacher, quickened
 from fastdeit.train.run import teacher_config
 
 WARM_UP = 3  # batches before the clock starts: workers start, memory is allocated, kernels are compiled
@@ -67,7 +67,7 @@ def _teacher(config: Config, data: Data, device: torch.device) -> nn.Module | No
     if config.teacher_epochs:
         own = create_student(teacher_config(config), len(data.classes), device)
         return own.eval().requires_grad_(False)
-    return create_teacher(config, len(data.classes), device)
+    return quickened(create_teacher(config, len(data.classes), device), device)
 
 
 def _loader_rate(trainer: Trainer, seconds: float) -> tuple[float, Batch]:

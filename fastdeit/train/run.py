@@ -20,7 +20,7 @@ from fastdeit.train.distributed import SINGLE, World
 from fastdeit.train.engine import Trainer
 from fastdeit.train.evaluation import evaluate
 from fastdeit.train.meter import postfix
-from fastdeit.train.models import create_student, create_teacher, has_distillation_head
+from fastdeit.train.models import create_student, create_teacher, has_distillation_head, quickened
 from fastdeit.train.monitor import NonFiniteLossError
 from fastdeit.train.sampling import eval_loader
 from fastdeit.train.signals import Stopped, StopRequest
@@ -67,7 +67,7 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
         elif config.teacher_cache is not None:
             labels = CachedTeacher(config, data, device, world.size)
         elif config.distillation_type != "none":
-            teacher = create_teacher(config, len(data.classes), device)
+            teacher = quickened(create_teacher(config, len(data.classes), device), device)
         student_fit = Fit(
             "student",
             config,

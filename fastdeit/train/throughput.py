@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdeit.train.config import Config
+from fastdeit.train.device import reproducible, select_device
+from fastdeit.train.distributed import SINGLE
+from fastdeit.train.models import create_student, quickened, untrained_teacher
+
 RUNS, WARM_UP = 30, 5
 LIMIT = 4096  # images; more do not run faster
 
@@ -107,3 +112,51 @@ def _seconds(step: Callable[[int], object], batch_size: int, device: torch.devic
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000
+
+
+def training_throughput(config: Config, batch_size: int | None = None, runs: int = RUNS) -> Throughput:
+    """Images a second of the whole training step (augmentation on the device, teacher, student, update, moving average).
+
+    No data is needed: the images are synthetic, and there is no loader. The teacher has its initial weights, which cost the same.
+
+    Args:
+        config: of the run, which says all but the data.
+        batch_size: by default the largest that fits on a GPU, and config's on a CPU.
+        runs: timed.
+
+    Raises:
+        ValueError: runs or batch_size is below 1, the batch does not fit the recipe, or config takes cached labels.
+    """
+    from fastdeit.train.engine import Trainer, share_of_batch
+
+    if config.teacher_cache is not None:
+        raise ValueError(
+            "teacher_cache: labels belong to images, and these are synthetic; leave the cache out to time the step"
+        )
+    device = select_device(config)
+    classes = config.num_classes or (10 if config.data == "digits" else 1000)
+    if batch_size is None and device.type == "cpu":
+        batch_size = config.batch_size
+    if batch_size is not None:
+        share_of_batch(config.replace(batch_size=batch_size), SINGLE)
+    unit = config.grad_accum_steps * (2 if config.mixes else 1)  # what a batch must be a multiple of
+    config = config.replace(batch_size=unit, workers=0, repeated_aug=1)
+    with reproducible(config):
+        teacher = None
+        if config.distillation_type != "none":
+            teacher = quickened(untrained_teacher(config, classes, device), device)
+        trainer = Trainer(config, create_student(config, classes, device), teacher, range(unit), classes)
+        trainer.model.train()
+        batches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def step(size: int) -> None:
+            size = -(-size // unit) * unit
+            if size not in batches:
+                batches.clear()
+                shape = (size, config.in_chans, config.img_size, config.img_size)
+                pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+                batches[size] = pixels, torch.randint(0, classes, (size,), device=device)
+            trainer.step = 0
+            trainer._train_step(0, *(t.clone() for t in batches[size]))
+
+        return measure(step, device, batch_size, runs)

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastdeit.train.checkpoints import save_weights
 from fastdeit.train.config import Config
-from fastdeit.train.models import create_student, create_teacher, has_distillation_head, head_logits
+from fastdeit.train.models import create_student, create_teacher, fold_batch_norm, has_distillation_head, head_logits
 
 CPU = torch.device("cpu")
 SMALL = Config(
@@ -159,3 +159,21 @@ def test_distilling_into_the_class_token_needs_a_model_without_the_other():
     assert not has_distillation_head(create_student(plain, 3, CPU))
     with pytest.raises(ValueError, match=r"distil_class_token: .* has a distillation token"):
         create_student(SMALL.replace(distil_class_token=True), 3, CPU)
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "resnet10t", "efficientnet_lite0"])
+def test_folded_batch_norm_changes_rounding_alone(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    model, images = model.double(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)
+        before = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+        torch.testing.assert_close(fold_batch_norm(model)(images), expected)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) < before or name != "regnety_002"

@@ -7,7 +7,7 @@ import torch
 
 from fastdeit import cli
 from fastdeit.train import throughput
-from fastdeit.train.throughput import WARM_UP, largest_batch, measure
+from fastdeit.train.throughput import WARM_UP, largest_batch, measure, training_throughput
 
 CPU = torch.device("cpu")
 
@@ -88,3 +88,46 @@ def test_options_that_do_not_go_together_are_named(small_checkpoint, capsys, arg
 def test_a_configuration_alone_cannot_be_evaluated(capsys):
     assert cli.main(["eval", "--config", "digits"]) == 2
     assert "a configuration has no weights to evaluate, use --checkpoint" in capsys.readouterr().err
+
+
+def test_train_times_the_whole_step(monkeypatch, capsys):
+    small = [
+        "--model-kwargs",
+        "{patch_size: 8, embed_dim: 32, num_heads: 1, depth: 2}",
+        "--teacher-kwargs",
+        "{depth: 8, stem_width: 8}",
+    ]
+    assert cli.main(["train", "--throughput", "--runs", "2", "--batch-size", "6", *small]) == 0
+    assert "images/s: batches of 6, mean of 2 runs" in capsys.readouterr().out
+
+
+def test_the_step_that_is_timed_is_the_recipes(small_config, monkeypatch):
+    from fastdeit.train.engine import Trainer
+
+    sizes, train_step = [], Trainer._train_step
+
+    def noted(trainer, epoch, images, classes):
+        sizes.append(len(images))
+        assert trainer.criterion.teacher_model is not None and trainer.ema is not None and trainer.augment.mixup
+        return train_step(trainer, epoch, images, classes)
+
+    monkeypatch.setattr(Trainer, "_train_step", noted)
+    found = training_throughput(small_config.replace(grad_accum_steps=2), batch_size=8, runs=1)
+    assert found.batch_size == 8 and sizes == [8] * (WARM_UP + 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--throughput", "--batch-size", "5", "--runs", "1"], "batch_size: mixup pairs"),
+        (["--runs", "3"], "--runs: is for --throughput"),
+        (
+            ["--throughput", "--teacher-cache", "labels", "--teacher-epochs", "0"],
+            "teacher_cache: labels belong to images",
+        ),
+    ],
+)
+def test_a_step_that_cannot_be_timed_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
