@@ -33,6 +33,12 @@ LIMITS = {
 }
 
 
+def has_descriptors(arch: int) -> bool:
+    """Where tensor descriptors are hardware and products read shared memory. Elsewhere they become int64 pointer arithmetic, and
+    spill."""
+    return 90 <= arch < 120
+
+
 @lru_cache
 def _capability(device_index: int) -> int:
     major, minor = torch.cuda.get_device_capability(device_index)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fastdeit.kernels.architecture import has_descriptors
+
 # Head dimensions that are no power of two are cut in two pieces rather than padded: 80 = 64 + 16 does five eighths of the work of
 # 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 is cut in halves because whole it spills on sm_80; on sm_90 both
 # compile without.
@@ -75,12 +77,6 @@ def tail(length: int, block: int) -> int:
     """The width of the masked last block, 16 at least: a loop over full blocks leaves 1 ... block rows to it."""
     rest = (length - 1) % block + 1
     return max(16, 1 << (rest - 1).bit_length())
-
-
-def has_descriptors(arch: int) -> bool:
-    """Where tensor descriptors are hardware and products read shared memory. Elsewhere they become int64 pointer arithmetic, and
-    spill."""
-    return 90 <= arch < 120
 
 
 @lru_cache(maxsize=1024)

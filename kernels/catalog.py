@@ -31,6 +31,8 @@ KERNEL_FILES = (
     "attention",
     "attention_backward",
     "distillation_cross_entropy",
+    "gemm",
+    "gemm_backward",
     "mlp",
     "residual_branch",
 )

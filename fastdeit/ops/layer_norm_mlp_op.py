@@ -26,7 +26,7 @@ from fastdeit.ops.layer_norm_op import _dense, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.linear_op import check_drop_path_scale, promoted, without_autocast
 from fastdeit.ops.mlp_op import _check as _check_mlp
-from fastdeit.ops.mlp_op import _linear, mlp_reference
+from fastdeit.ops.mlp_op import mlp_reference
 from fastdeit.ops.mlp_op import why_reference as why_no_mlp
 
 # In the order of the ops' arguments: x, norm_weight, norm_bias, w1, b1, w2, b2, gamma.
@@ -155,19 +155,21 @@ class _Kept(NamedTuple):
 def _forward(
     x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, products, adds_x
 ) -> tuple[Tensor, _Kept]:
+    from fastdeit.kernels.linear import linear_forward
     from fastdeit.kernels.mlp import activation_forward
-    from fastdeit.kernels.residual_branch import scale_add_forward
 
     with without_autocast(x):
         _, z, start = start_forward(x, None, None, Norm(norm_weight, norm_bias, eps), w1, b1, products)
-        branch = _linear(activation_forward(z, activation), w2, b2)
         residual = x if adds_x else residual
-        out = branch
-        if not (gamma is None and drop_path_scale is None and residual is None):
-            rows = None if residual is None else residual.reshape(branch.shape).contiguous()
-            out = scale_add_forward(
-                branch, rows, _dense(gamma), _dense(drop_path_scale), promoted(products, gamma, residual)
-            )
+        out, _ = linear_forward(
+            activation_forward(z, activation),
+            w2,
+            b2,
+            gamma=_dense(gamma),
+            drop_path_scale=_dense(drop_path_scale),
+            residual=None if residual is None else residual.reshape(-1, w2.shape[0]).contiguous(),
+            out_dtype=promoted(products, gamma, residual),
+        )
     return out.view(*x.shape[:-1], out.shape[-1]), _Kept(*start, z)
 
 

@@ -1,4 +1,4 @@
-"""A linear layer and what follows it in a transformer block: a library product, fused pointwise kernels behind it."""
+"""A linear layer and what follows it in a transformer block, by the fastest backend that is known."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdeit import backends
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _dense
-from fastdeit.ops.mlp_op import ACTIVATIONS, _linear, _weight_gradient
+from fastdeit.ops.mlp_op import ACTIVATIONS, _weight_gradient
 
 _GRADIENTS = ("x", "weight", "bias", "gamma")
 
@@ -54,7 +54,7 @@ def linear(
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         out, z = _LinearFunction.apply(*tensors, *rest)
     else:
-        out, z = _forward(*tensors, *rest)
+        out, z = _forward(*tensors, *rest, keeps=False)
     return (out, z.view(out.shape)) if save_preactivation else out
 
 
@@ -147,20 +147,26 @@ def promoted(products: torch.dtype, *others: Tensor | None) -> torch.dtype:
 # ---- the work, shared by both paths
 
 
-def _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save) -> tuple[Tensor, Tensor]:
-    """(..., O) and the pre-activation (M, O), or in its place an empty tensor where nobody will read it."""
-    from fastdeit.kernels.mlp import activation_forward
-    from fastdeit.kernels.residual_branch import scale_add_forward
+def _forward(
+    x, weight, bias, gamma, drop_path_scale, residual, activation, products, save, keeps=True
+) -> tuple[Tensor, Tensor]:
+    """(..., O) and the pre-activation (M, O), or in its place an empty tensor where neither backward nor the caller reads it."""
+    from fastdeit.kernels.linear import linear_forward as forward
 
     with without_autocast(x):
-        z = _linear(x.reshape(-1, x.shape[-1]).to(products), weight, bias)
-        out = z if activation is None else activation_forward(z, activation)
-        if not (gamma is None and drop_path_scale is None and residual is None):
-            rows = None if residual is None else residual.reshape(z.shape).contiguous()
-            dtype = promoted(products, gamma, residual)
-            out = scale_add_forward(out, rows, _dense(gamma), _dense(drop_path_scale), dtype)
-    if activation is None and not save:
-        z = z.new_empty(0)
+        out, z = forward(
+            x.reshape(-1, x.shape[-1]).to(products),
+            weight,
+            bias,
+            activation=activation,
+            gamma=_dense(gamma),
+            drop_path_scale=_dense(drop_path_scale),
+            residual=None if residual is None else residual.reshape(-1, weight.shape[0]).contiguous(),
+            out_dtype=promoted(products, gamma, residual),
+            needs_z=save or (keeps and activation is not None),
+        )
+    if z is None:
+        z = out.new_empty(0, dtype=products)
     elif out is z:
         z = z.clone()
     return out.view(*x.shape[:-1], out.shape[-1]), z

@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block: library matrix products, fused pointwise kernels between them."""
+"""The two-layer perceptron of a transformer block: matrix products with what surrounds them, by the fastest known backend."""
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         return mlp_forward(x, w1, b1, w2, b2, activation, products)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
         return _Mlp.apply(x, w1, b1, w2, b2, activation, products)
-    return _forward(x, w1, b1, w2, b2, activation, products)[0]
+    return _forward(x, w1, b1, w2, b2, activation, products, keeps=False)[0]
 
 
 def mlp_reference(
@@ -83,19 +83,19 @@ def _check(x, w1, b1, w2, b2, activation) -> None:
 # ---- the work, shared by both paths
 
 
-def _forward(x, w1, b1, w2, b2, activation, products):
-    """(..., O) and the pre-activation (M, H)."""
-    from fastdeit.kernels.mlp import activation_forward
+def _forward(x, w1, b1, w2, b2, activation, products, keeps=True):
+    """(..., O) and, if backward will come, the pre-activation (M, H)."""
+    from fastdeit.kernels.linear import linear_forward
 
     rows = x.reshape(-1, x.shape[-1]).to(products)
-    z = _linear(rows, w1, b1)
-    h = activation_forward(z, activation)
-    return _linear(h, w2, b2).view(*x.shape[:-1], w2.shape[0]), z
+    h, z = linear_forward(rows, w1, b1, activation=activation, needs_z=keeps)
+    y, _ = linear_forward(h, w2, b2)
+    return y.view(*x.shape[:-1], w2.shape[0]), z
 
 
 def _backward(dy, x, z, w1, w2, activation, needs, dtypes, shape):
     """Gradients of x, w1, b1, w2 and b2: None where `needs` says so, else in the given dtypes. Only w1's reads x (`shape`)."""
-    from fastdeit.kernels.mlp import activation_backward
+    from fastdeit.kernels.linear import activation_gradient
 
     need_x, need_w1, need_b1, need_w2, need_b2 = needs
     x_dtype, w1_dtype, b1_dtype, w2_dtype, b2_dtype = dtypes
@@ -103,8 +103,8 @@ def _backward(dy, x, z, w1, w2, activation, needs, dtypes, shape):
     dx = dw1 = db1 = dw2 = None
     db2 = dy.sum(0, dtype=torch.float32).to(b2_dtype) if need_b2 else None
     if need_x or need_w1 or need_b1:
-        dh = dy @ w2.to(z.dtype)
-        dz, h, db1 = activation_backward(dh, z, activation, needs_h=need_w2, dbias_dtype=b1_dtype if need_b1 else None)
+        sums = b1_dtype if need_b1 else None
+        dz, h, db1 = activation_gradient(dy, w2.to(z.dtype), z, activation, needs_h=need_w2, dbias_dtype=sums)
         dw1 = _weight_gradient(dz, x.reshape(-1, shape[-1]).to(z.dtype), w1_dtype) if need_w1 else None
         dx = (dz @ w1.to(z.dtype)).view(shape).to(x_dtype) if need_x else None
     elif need_w2:
