@@ -39,6 +39,7 @@ def pytest_configure(config):
     config.bench_folder = None if out is None else pieces.Folder(out)
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config, items):
     if not (torch.cuda.is_available() or config.getoption("--toy")):
         for item in items:
