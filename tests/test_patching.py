@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import fastdeit
 from fastdeit.nn import FUSED_CLASSES, Attention, Block, LayerNorm, Mlp, TorchLayerNorm
+from fastdeit.testing import kernel_device
 
 
 def tiny(**kwargs):
@@ -191,8 +192,9 @@ def test_a_lean_model_gives_the_usual_ones_bits():
     results = []
     for memory in ("usual", "lean"):
         torch.manual_seed(0)
-        model = fastdeit.accelerate(tiny(embed_dim=64, num_heads=2), memory=memory)
-        with fastdeit.use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
-            model(torch.randn(1, 3, 32, 32)).square().sum().backward()
+        device = kernel_device()
+        model = fastdeit.accelerate(tiny(embed_dim=64, num_heads=2), memory=memory).to(device)
+        with fastdeit.use_backend("triton"), torch.autocast(device.type, torch.bfloat16):
+            model(torch.randn(1, 3, 32, 32, device=device)).square().sum().backward()
         results.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

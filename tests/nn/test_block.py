@@ -237,17 +237,17 @@ def test_checkpointing_replays_the_same_masks(kernels_stood_in):
 @pytest.mark.parametrize("gamma", [1e-7, 0.0, 3.0])
 def test_a_small_layer_scale_survives_fp16(gamma):
     """Folded into weights as it is, it would leave fp16's range: timm multiplies in fp32."""
-    fused, timms = pair(64, 2, init_values=1.0, drop_path=0.3)
+    fused, timms = (block.to(kernel_device()) for block in pair(64, 2, init_values=1.0, drop_path=0.3))
     with torch.no_grad():
         for block in (fused, timms):
             block.ls1.gamma.mul_(gamma)
             block.ls2.gamma.mul_(gamma)
-    x = torch.zeros(3, 5, 64)  # so that the branches are not rounded away
+    x = torch.zeros(3, 5, 64, device=kernel_device())  # so that the branches are not rounded away
     x[..., 0] = 1e-3
     results = []
     for block, backend in ((fused, "triton"), (timms, "reference")):
         torch.manual_seed(3)
-        with backends.use_backend(backend), torch.autocast("cpu", torch.float16):
+        with backends.use_backend(backend), torch.autocast(x.device.type, torch.float16):
             out = block(x) - x
         out.sum().backward()
         results.append((out, block.ls1.gamma.grad, block.attn.proj.weight.grad))
