@@ -70,8 +70,15 @@ def oracle():
 
 @pytest.fixture(scope="module")
 def eager():
-    """timm's model in float32, once for each order of the images."""
-    return [run(student().to(testing.kernel_device()), roll=roll) for roll in range(BATCH)]
+    """timm's model in float32, by each of its two attentions and in each order of the images: how far roundings alone lead."""
+    runs = []
+    for fused_attn in (True, False):
+        for roll in range(BATCH):
+            model = student().to(testing.kernel_device())
+            for block in model.blocks:
+                block.attn.fused_attn = fused_attn
+            runs.append(run(model, roll=roll))
+    return runs
 
 
 def assert_same_curve(got, oracle, eager):
