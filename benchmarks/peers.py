@@ -82,6 +82,17 @@ def xformers(heads: int) -> Callable[[Tensor], Tensor]:
     return attention
 
 
+def liger_add_layer_norm(out_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    """PyTorch's addition and Liger-Kernel's LayerNorm, which takes none."""
+
+    def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        layer_norm = imported("liger_kernel.transformers.functional", "liger_layer_norm")
+        x = x + branch
+        return x, layer_norm(x, weight, bias, 1e-6).to(out_dtype)
+
+    return add_layer_norm
+
+
 def forward(function: Callable[..., Any], inputs: int) -> Callable[..., tuple]:
     """The candidate that runs function forward alone; the arguments after the first `inputs` are upstream gradients."""
 

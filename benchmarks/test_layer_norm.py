@@ -36,6 +36,7 @@ def test_add_layer_norm(compare, toy, case):
     candidates = {"fastdeit": op, "PyTorch eager": reference}
     if not toy:
         candidates["torch.compile"] = peers.compiled(reference)
+        candidates["addition, then Liger"] = peers.liger_add_layer_norm(low)
     sizes = dict(stream_bytes=wide.itemsize, out_bytes=low.itemsize, branch_bytes=low.itemsize)
     forward = costs.layer_norm_forward(batch * tokens, channels, **sizes)
     backward = costs.layer_norm_backward(batch * tokens, channels, **sizes)
