@@ -177,10 +177,15 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 def _table(op: str, results: list[dict[str, Any]]) -> str:
+    from fastdeit.kernels.architecture import architecture
+    from fastdeit.testing import kernel_device
+
     choices = _choices(results)
     if op == "layer_norm":
         entries = sorted((int(group), parts["config"]) for group, parts in choices.items())
-        return "\n".join(["# layer_norm.py", "CONFIGS = {", *(f"    {c}: {config}," for c, config in entries), "}"])
+        arch = architecture(torch.empty(0, device=kernel_device()))
+        lines = [f"        {channels}: {config}," for channels, config in entries]
+        return "\n".join(["# layer_norm.py", "CONFIGS = {", f"    {arch}: {{", *lines, "    },", "}"])
     if op == "mlp":
         return "\n".join(["# mlp.py, select_config", *(f"return {parts['config']}" for parts in choices.values())])
     lines = ["# attention_config.py", f"HANDED_OVER = {_hand_overs(results)}"]

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.architecture import multiprocessors
+from fastdeit.kernels.architecture import architecture, multiprocessors
 from fastdeit.kernels.catalog import Shipped
 from fastdeit.kernels.launch import cdiv, launch, next_power_of_2
 
@@ -30,12 +30,18 @@ class Config:
     backward_programs_per_sm: int  # each writes one row of partial sums
 
 
+# Architecture -> channels -> what was measured to be the fastest, as `fastdeit tune layer_norm` prints it. Empty: nothing was yet.
+CONFIGS: dict[int, dict[int, Config]] = {}
+
+
 @lru_cache
-def select_config(channels: int) -> Config:
-    """8 values of each stream a thread: the fewest registers and no spill in every dtype (16 at 8192).
+def select_config(channels: int, arch: int) -> Config:
+    """What CONFIGS has, else 8 values of each stream a thread: the fewest registers and no spill in every dtype (16 at 8192).
 
     Backward runs 12 warps on a multiprocessor: enough loads in flight to cover memory latency, few enough partial rows.
     """
+    if channels in CONFIGS.get(arch, {}):
+        return CONFIGS[arch][channels]
     num_warps = min(max(next_power_of_2(channels) // 256, 1), 16)
     return Config(num_warps=num_warps, backward_programs_per_sm=max(12 // num_warps, 1))
 
@@ -273,7 +279,7 @@ def layer_norm_forward(
     x = _as_tokens(x)
     branch = None if branch is None else _as_tokens(branch)
     strides = branch if branch is not None else x
-    config = config or select_config(channels)
+    config = config or select_config(channels, architecture(x))
     launch(
         layer_norm_forward_kernel,
         (rows,),
@@ -321,7 +327,7 @@ def layer_norm_backward(
     if rows == 0:
         return dx, dbranch, *(s if s is None else s.zero_() for s in sums)
     wanted = [s for s in sums if s is not None]
-    config = config or select_config(channels)
+    config = config or select_config(channels, architecture(x))
     programs = min(rows, config.backward_programs_per_sm * multiprocessors(x))
     partial = torch.empty((len(wanted), programs, channels), dtype=torch.float32, device=x.device)
     tables = iter(partial.unbind(0))
@@ -357,7 +363,7 @@ def shipped(arch: int) -> Iterator[Shipped]:
     strides = ("x_sample_stride", "x_token_stride", "branch_sample_stride", "branch_token_stride")
     backward_strides = ("dy_sample_stride", "dy_token_stride", "dx_new_sample_stride", "dx_new_token_stride", *strides)
     for channels in (192, 384, 768, 1024, 1280, MAX_CHANNELS):
-        config = select_config(channels)
+        config = select_config(channels, arch)
         tile = dict(C=channels, CHANNELS=next_power_of_2(channels), VECTOR=16)
         for label, x, low, residual in (("bf16", "*bf16", "*bf16", False), ("autocast", "*fp32", "*bf16", True)):
             if channels == MAX_CHANNELS and not residual:

@@ -7,7 +7,7 @@ import torch
 
 from fastdeit import cli
 from fastdeit.benchmarks import timing, tune, tuning_cases
-from fastdeit.kernels import mlp
+from fastdeit.kernels import layer_norm, mlp
 from fastdeit.kernels.attention_config import Shapes, Tiles
 from fastdeit.kernels.mlp import Config
 
@@ -46,6 +46,18 @@ def test_finished_cases_are_not_measured_again(tmp_path, capsys, monkeypatch):
     assert toy("mlp", tmp_path) == 0
     assert capsys.readouterr().out == first
     assert file.read_text() == whole
+
+
+def test_the_layer_norm_table_is_what_is_looked_up(monkeypatch):
+    wanted = layer_norm.Config(num_warps=2, backward_programs_per_sm=7)
+    text = tune._table("layer_norm", [result(group="768", config={repr(wanted): 1.0, "Config(1, 1)": 2.0})])
+    configs = eval(text.split("CONFIGS = ")[1], {"Config": layer_norm.Config})
+    before = layer_norm.select_config(768, 90)
+    monkeypatch.setattr(layer_norm, "CONFIGS", configs)
+    layer_norm.select_config.cache_clear()
+    found = [layer_norm.select_config(768, 90), layer_norm.select_config(768, 80)]
+    layer_norm.select_config.cache_clear()
+    assert found == [wanted, before]
 
 
 def test_another_environment_is_measured_anew(tmp_path, capsys, monkeypatch):
