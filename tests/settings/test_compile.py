@@ -61,7 +61,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_batch_sizes_cost_one_recompilation_at_most(settings, small, kernels, options):
     counter = CompileCounterWithBackend("eager")
-    model = fastdeit.accelerate(small(**OPTIONS[options])).to(kernels, torch.float16).train()
+    model = fastdeit.accelerate(small(depth=1, **OPTIONS[options])).to(kernels, torch.float16).train()
     forward = torch.compile(model, backend=counter, fullgraph=True)
     for batch in (2, 4, 3):
         assert forward(settings.images(batch, device=kernels, dtype=torch.float16)).shape[0] == batch

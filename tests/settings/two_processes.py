@@ -18,10 +18,10 @@ import fastdeit
 from fastdeit import backends
 
 
-def accelerated(**options):
+def accelerated(depth=1, **options):
     """The same model on both ranks."""
     torch.manual_seed(0)
-    sizes = dict(img_size=32, embed_dim=64, num_heads=2, depth=2, num_classes=5, init_values=0.3)
+    sizes = dict(img_size=32, embed_dim=64, num_heads=2, depth=depth, num_classes=5, init_values=0.3)
     model = timm.create_model("deit_tiny_distilled_patch16_224", **sizes, **options)
     return fastdeit.accelerate(model)
 
@@ -99,7 +99,7 @@ def check_ddp_replicas_stay_equal_while_drop_path_differs():
 
 
 def sharded():
-    model = accelerated()
+    model = accelerated(depth=2)
     plain = copy.deepcopy(model)
     plain.blocks.register_forward_hook(lambda *_: None)  # block by block, as a model of sharded blocks runs
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
