@@ -31,12 +31,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def maximum(self, tensor: Tensor) -> Tensor:
-        """The largest over all processes, element by element, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
-
     def agreed(self, value: Any) -> Any:
         """The main process's value, in all."""
         if self.size == 1:

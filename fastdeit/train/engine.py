@@ -176,7 +176,7 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.monitor.reset(state["loss_sum"] if self.world.main else 0.0)
+        self.monitor.reset(state["loss_sum"])
         self.step = state["step"]
 
 

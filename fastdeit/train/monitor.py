@@ -10,13 +10,17 @@ from fastdeit.train.distributed import World
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the weights are those before that step."""
+    """The loss of update `step` became NaN or infinite; the weights are those before that step."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class _Noted(NamedTuple):
     step: int
     epoch: int
-    values: Tensor  # on the host: 1 + the last process whose loss was bad, or 0; whether to stop; this process's loss
+    values: Tensor  # on the host: of each process whether its loss was bad; how many are to stop; the mean loss of all
     arrived: "torch.cuda.Event | None"
 
 
@@ -47,19 +51,30 @@ class LossMonitor:
         if self.deferred:
             self.check()
         loss = loss.detach().double()
-        bad = torch.where(torch.isfinite(loss), 0.0, self.world.rank + 1.0)
-        flags = self.world.maximum(torch.stack([bad, torch.full_like(bad, float(stop))]))
-        self.total += loss
-        values = torch.cat([flags, loss[None]])
+        values = torch.zeros(self.world.size + 2, dtype=torch.float64, device=self.device)
+        values[self.world.rank] = ~torch.isfinite(loss)
+        values[-2].fill_(float(stop))
+        values[-1] = loss / self.world.size
+        self.world.sum(values)
+        bad = values[:-2].sum() > 0
+        self.total += torch.where(bad, 0.0, values[-1])  # as if the step had not been
         arrived = None
         if self.device.type == "cuda":
-            values = torch.empty(3, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
+            values = torch.empty(len(values), dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
         self.noted = _Noted(step, epoch, values, arrived)
         if not self.deferred:
             self.check()
-        return (flags[0] > 0).float()
+        return bad.float()
+
+    def clean(self) -> bool:
+        """Whether what was noted last is finite. A process that asks this alone leaves the verdict for all to see together."""
+        if self.noted is None:
+            return True
+        if self.noted.arrived is not None:
+            self.noted.arrived.synchronize()
+        return not any(self.noted.values[:-2].tolist())
 
     def check(self) -> None:
         """Reads what was noted last. Raises NonFiniteLossError if it is bad."""
@@ -68,20 +83,21 @@ class LossMonitor:
         (step, epoch, values, arrived), self.noted = self.noted, None
         if arrived is not None:
             arrived.synchronize()
-        bad, stop, loss = values.tolist()
-        if bad:
-            where = f" on rank {int(bad) - 1}" if self.world.size > 1 else ""
-            what = f"{loss}" if not math.isfinite(loss) else "not finite"
+        *bad, stop, loss = values.tolist()
+        if any(bad):
+            ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag)
+            where = f" on rank {ranks}" if self.world.size > 1 else ""
             raise NonFiniteLossError(
-                f"the loss is {what}{where} at step {step} (epoch {epoch}); the last finite one was {self.last_finite:.6g}. "
-                "The update was not made"
+                f"the loss is {loss}{where} at step {step} (epoch {epoch}); the last finite one was {self.last_finite:.6g}. "
+                "The update was not made",
+                step,
             )
         self.last_finite = loss
         self.stop = self.stop or bool(stop)
 
     def mean(self, steps: int) -> float:
         """Of all processes' losses since the last reset, over so many steps."""
-        return float(self.world.sum(self.total.clone())) / (steps * self.world.size)
+        return float(self.total) / steps
 
     def reset(self, total: float = 0.0) -> None:
         self.total.fill_(total)

@@ -234,9 +234,10 @@ class Fit:
         except NonFiniteLossError as error:
             if not self.world.main:
                 raise
+            self.trainer.step = error.step  # a verdict that comes late comes after the step was counted
             self._save_state(checkpoints.BAD_STATE)
             raise NonFiniteLossError(
-                f"{error}; the state before it is in {self.folder / checkpoints.BAD_STATE}"
+                f"{error}; the state before it is in {self.folder / checkpoints.BAD_STATE}", error.step
             ) from None
 
     def _between_steps(self) -> None:
@@ -254,7 +255,8 @@ class Fit:
         if not self.world.main or streams:
             return
         minutes, steps = self.config.checkpoint_minutes, self.config.checkpoint_steps
-        if (minutes and now - self.saved >= 60 * minutes) or (steps and self.trainer.step % steps == 0):
+        due = (minutes and now - self.saved >= 60 * minutes) or (steps and self.trainer.step % steps == 0)
+        if due and self.trainer.monitor.clean():
             self._save_state()
 
     def _keep_best(self) -> None:

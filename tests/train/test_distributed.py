@@ -72,6 +72,11 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(config, tmp_path):
     outcomes = two_processes(tmp_path / "run", config, "stop")
     assert all("stopped by SIGTERM" in outcome for outcome in outcomes)
     assert load_state(tmp_path / "run" / STATE)["step"] == 5
+    # Taken up in the middle of an epoch, by one process: the epoch's mean loss is of all that both had seen.
+    run.train(config, tmp_path / "run", resume=True)
+    run.train(config, tmp_path / "one")
+    for there, here in zip(history(tmp_path / "one"), history(tmp_path / "run"), strict=True):
+        assert here["train_loss"] == pytest.approx(there["train_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

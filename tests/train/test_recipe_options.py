@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit.train import run
-from fastdeit.train.checkpoints import STATE, load_state
+from fastdeit.train import engine, run
+from fastdeit.train.checkpoints import BAD_STATE, STATE, load_state
 from fastdeit.train.config import load_config
 from fastdeit.train.datasets import load_data
+from fastdeit.train.distributed import SINGLE
 from fastdeit.train.engine import Trainer
 from fastdeit.train.models import create_student
+from fastdeit.train.monitor import LossMonitor, NonFiniteLossError
 from fastdeit.train.optimization import Schedule
 
 CPU = torch.device("cpu")
@@ -164,6 +166,48 @@ def test_a_deferred_verdict_keeps_the_step_going(plain, monkeypatch):
     with pytest.raises(ArithmeticError, match="the loss is nan at step 1"):
         trainer.train_epoch(0, mock.Mock())
     assert heeded == [0.0, 1.0] and update is not None
+
+
+def test_a_verdict_that_one_process_asks_for_stays_for_all():
+    """A timed save asks on one process only; raising there would leave the others waiting for its gradients."""
+    monitor = LossMonitor(torch.device("cpu"), SINGLE, deferred=True)
+    monitor.note(torch.tensor(2.0), 0, 0, stop=False)
+    assert monitor.clean()
+    monitor.note(torch.tensor(float("inf")), 1, 0, stop=False)
+    assert not monitor.clean()
+    with pytest.raises(NonFiniteLossError, match="the loss is inf at step 1") as raised:
+        monitor.check()
+    assert raised.value.step == 1 and monitor.mean(1) == 2.0
+
+
+def test_a_late_verdict_saves_the_state_of_the_step_before(small_config, tmp_path, monkeypatch):
+    """As on a GPU: the verdict on step 4 is read in step 5, while the weights are still those before step 4."""
+    create, train_step, before = engine.create_optimizer, engine.Trainer._train_step, {}
+
+    def fused(config, model):
+        optimizer = create(config, model)
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        return optimizer
+
+    def diverge(trainer, epoch, images, classes):
+        trainer.monitor.deferred = True
+        if trainer.step == 4:
+            before.update({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+            images = images.float() * float("nan")
+        return train_step(trainer, epoch, images, classes)
+
+    monkeypatch.setattr(engine, "create_optimizer", fused)
+    monkeypatch.setattr(engine.Trainer, "_train_step", diverge)
+    config = small_config.replace(
+        model="deit_tiny_patch16_224", distillation_type="none", teacher_epochs=0, checkpoint_steps=1
+    )
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan at step 4"):
+        run.train(config, tmp_path)
+    state = load_state(tmp_path / BAD_STATE)
+    assert state["step"] == 4 and math.isfinite(state["loss_sum"])
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in before.items())
+    assert load_state(tmp_path / STATE)["step"] == 4
 
 
 def test_fused_optimizers_leave_weights_alone_where_they_are_told(plain):
