@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastdeit.benchmarks import models
 from fastdeit.benchmarks.cases import by_importance, label
+from fastdeit.benchmarks.model_peers import HfDeit
 from fastdeit.testing import assert_close_to_oracle, kernel_device
 
 CASES = by_importance(list(models.NAMES), [224, 384], [256, 64, 1024, 1, 8], models.KINDS)
@@ -50,8 +51,11 @@ def test_model(compare, toy, case):
             return models.logits(exact(images[:2].double()))
 
     cost, floors = models.work(models.shape_of(model), batch, kind)
+    candidates = models.candidates(model, call, toy)
+    if not trains and hasattr(model, "head_dist"):  # theirs cannot train with two heads
+        candidates["Hugging Face's DeiT"] = call(HfDeit(model), model)
     compare(
-        models.candidates(model, call, toy),
+        candidates,
         inputs,
         cost=cost,
         matrix=True,
