@@ -46,4 +46,8 @@ def main(folder: str, config: str, what: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(
+        code
+    )  # without the interpreter's end, in which threads of a destroyed process group have aborted the process
