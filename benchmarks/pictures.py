@@ -14,7 +14,7 @@ _LABELS = {
     "eager": "timm,\neager",
     "compile": "ideal\ntorch.compile",
     "fastdeit": "fastdeit",
-    "epilogues": "fastdeit,\nepilogues",
+    "epilogues": "everything\nfused",
 }
 
 

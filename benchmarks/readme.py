@@ -92,7 +92,7 @@ def without_gpu() -> str:
         [
             f"What to expect at most, by roofline arithmetic for a GPU of {TFLOPS:.0f} TFLOP/s and {TBPS} TB/s (autocast, batches "
             "of 256): images a second of timm as it is, of an ideal torch.compile with the same matrix products, of fastdeit as it "
-            "ships, and with activations inside its own matrix products ([docs/performance.md](docs/performance.md)).",
+            "ships, and with everything fused that could be ([docs/performance.md](docs/performance.md)).",
             table([{k: v for k, v in row.items() if k not in ("pixels", "precision")} for row in rows]),
             "What a block launches, casts included, and the bytes it keeps for backward per token and channel, counted on a CPU:",
             table(counts),

@@ -72,7 +72,7 @@ def mlp_forward(rows: int, channels: int, hidden: int, *, element_bytes: int = 2
 
 
 def mlp_backward(rows: int, channels: int, hidden: int, *, element_bytes: int = 2) -> Cost:
-    """Four products, one pointwise kernel, two reductions for b1's gradient and one for b2's."""
+    """Four products, one pointwise kernel, a reduction for each bias's gradient."""
     pointwise = (
         4 * rows * hidden
     )  # reads the pre-activation and its output's gradient, writes both operands of what follows

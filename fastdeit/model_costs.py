@@ -14,7 +14,8 @@ EXECUTIONS = {
     "eager": "timm in PyTorch, operation by operation",
     "compile": "an ideal torch.compile: pointwise operations between two products are one kernel",
     "fastdeit": "this package with the libraries' matrix products, as it ships",
-    "epilogues": "this package with activation and its derivative in its own matrix products",
+    "epilogues": "the same with everything fused: activation and its derivative, column sums and embedding in products of its own, "
+    "attention's gradient in one pass",
 }
 PRECISIONS = ("amp", "bf16")
 PREFIX_ONLY = ("fastdeit", "epilogues")  # executions that compute the last block's prefix tokens alone
@@ -66,18 +67,32 @@ class Part:
 #   eager, amp   cast to 2 bytes after the norm (6), the norm (8), drop path (4), addition (10); backward the casts, two passes of
 #                the norm, the addition of two gradients
 #   compile      one kernel of addition, norm and cast (12), backward one and a second for the norm's parameters
-#   fastdeit     one kernel each way: stream and branch in, stream and normalised out
+#   fastdeit     one kernel each way: stream and branch in, stream and normalised out; with "amp" backward reads the 2 bytes of the
+#                normalised tokens, with "bf16" it normalises again (4), which epilogues could spare
 _NORMS_AND_ADDITIONS = {
     ("amp", "eager"): (2 * (14 + 4 + 10), 2 * 4, 2 * (26 + 10 + 12), 2 * 8),
     ("bf16", "eager"): (2 * (4 + 4 + 6), 2 * 3, 2 * (10 + 4 + 6), 2 * 5),
     ("amp", "compile"): (2 * 12, 2, 2 * (16 + 6), 2 * 2),
     ("bf16", "compile"): (2 * 8, 2, 2 * (10 + 4), 2 * 2),
-    ("amp", "fastdeit"): (2 * 12, 2, 2 * 16, 2 * 2),
-    ("bf16", "fastdeit"): (2 * 8, 2, 2 * 8, 2 * 2),
+    ("amp", "fastdeit"): (2 * 12, 2, 2 * 14, 2 * 2),
+    ("bf16", "fastdeit"): (2 * 8, 2, 2 * 14, 2 * 3),
+    ("amp", "epilogues"): (2 * 12, 2, 2 * 14, 2 * 2),
+    ("bf16", "epilogues"): (2 * 8, 2, 2 * 10, 2 * 2),
 }
 _DROP_PATH = {"amp": (2 * 4, 2), "bf16": (2 * 4, 2)}  # of eager, in training alone: forward bytes and launches
-# Attention's gradient: PyTorch's kernels (26) and the stacking of three gradients into one (12); here one packed tensor.
-_ATTENTION_BACKWARD = {"eager": (38, 4), "compile": (38, 4), "fastdeit": (16, 2)}
+# Attention's gradient, (products, bytes, launches): PyTorch's kernels (26 bytes) and the stacking of three gradients into one (12);
+# here two kernels, each with scores of its own, that read q, k, v and the output's gradient twice; at best one pass.
+_ATTENTION_BACKWARD = {"eager": (5, 38, 4), "compile": (5, 38, 4), "fastdeit": (7, 24, 2), "epilogues": (5, 16, 1)}
+# Patches to tokens beside the product, (forward bytes, forward launches, backward bytes, backward launches). This package leaves it
+# to timm: the image's cast, the convolution, the prefix tokens' concatenation, the positions' addition.
+_EMBEDDING = {
+    ("amp", "eager"): (14, 4, 6, 4),
+    ("bf16", "eager"): (8, 4, 4, 4),
+    ("amp", "compile"): (6, 2, 6, 3),
+    ("bf16", "compile"): (4, 2, 4, 3),
+    ("amp", "epilogues"): (2, 2, 0, 2),
+    ("bf16", "epilogues"): (0, 2, 0, 2),
+}
 
 
 def parts(shape: Shape, batch: int, execution: str, precision: str = "amp", *, training: bool) -> list[Part]:
@@ -91,18 +106,15 @@ def parts(shape: Shape, batch: int, execution: str, precision: str = "amp", *, t
     Raises:
         ValueError: an execution or precision that is not there.
     """
-    for name, value, allowed in (("execution", execution, EXECUTIONS), ("precision", precision, PRECISIONS)):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-    found = list(_embedding(shape, batch, execution, precision))
+    _check(execution, precision)
+    found = [_embedding(shape, batch, execution, precision)]
     pruned = execution in PREFIX_ONLY and shape.prefix_tokens > 0
     whole = shape.depth - 1 if pruned else shape.depth
-    block = list(_block(shape, batch, execution, precision, training))
-    found += [replace(part, count=whole) for part in block]
+    found += [replace(part, count=whole) for part in _block(shape, batch, execution, precision, training)]
     if pruned:
-        found += _last_block(shape, batch, block)
+        found += _last_block(shape, batch, execution, precision, training)
     found += _heads(shape, batch, execution, training)
-    return found if training else [replace(part, backward=Cost(0, 0, 0)) for part in found]
+    return found if training else _forward_only(found)
 
 
 def total(found: list[Part]) -> Cost:
@@ -134,69 +146,88 @@ def training_flops_per_image(shape: Shape) -> float:
     return 3.0 * forward
 
 
-def _embedding(shape: Shape, batch: int, execution: str, precision: str) -> Iterator[Part]:
-    """Patches to tokens, with bias, positions and prefix tokens. Here they go into the token buffer as they come."""
+def _check(execution: str, precision: str) -> None:
+    for name, value, allowed in (("execution", execution, EXECUTIONS), ("precision", precision, PRECISIONS)):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _forward_only(found: list[Part]) -> list[Part]:
+    return [replace(part, backward=Cost(0, 0, 0)) for part in found]
+
+
+def _embedding(shape: Shape, batch: int, execution: str, precision: str) -> Part:
+    """Patches to tokens, with bias, positions and prefix tokens."""
     patches = batch * (shape.tokens - shape.prefix_tokens)
     elements = batch * shape.tokens * shape.channels
     pixels = 3 * shape.patch_size**2
     flops = 2 * patches * shape.channels * pixels
     traffic = 2 * patches * (pixels + shape.channels)
-    ours = execution in PREFIX_ONLY
-    extra, launches = (2, 2) if ours else ({"amp": 14, "bf16": 8}[precision], 4)
-    backward = 0 if ours else {"amp": 6, "bf16": 4}[precision]
-    yield Part(
+    forward, launches, backward, backward_launches = _EMBEDDING[
+        precision, "eager" if execution == "fastdeit" else execution
+    ]
+    return Part(
         "patch embedding",
-        Cost(flops, traffic + extra * elements, launches),
-        Cost(flops, traffic + backward * elements, 2 if ours else 4),
+        Cost(flops, traffic + forward * elements, launches),
+        Cost(flops, traffic + backward * elements, backward_launches),
         matrix=True,
     )
 
 
-def _block(shape: Shape, batch: int, execution: str, precision: str, training: bool) -> Iterator[Part]:
-    rows = batch * shape.tokens
-    elements = rows * shape.channels
+def _block(
+    shape: Shape, batch: int, execution: str, precision: str, training: bool, queries: int | None = None
+) -> Iterator[Part]:
+    """One block. Everything after the first norm, keys and values is of `queries` tokens, None for all."""
+    queries = shape.tokens if queries is None else queries
+    elements = batch * shape.tokens * shape.channels
+    few = batch * queries * shape.channels
+    rows = batch * queries
     family = "fastdeit" if execution in PREFIX_ONLY else execution
-    own_products = execution == "epilogues"
+    ideal = execution == "epilogues"
 
-    forward, launches, backward, backward_launches = _NORMS_AND_ADDITIONS[precision, family]
+    forward, launches, backward, backward_launches = _NORMS_AND_ADDITIONS[precision, execution]
     if family == "eager" and not training:
         dropped, fewer = _DROP_PATH[precision]
         forward, launches = forward - dropped, launches - fewer
     yield Part(
         "norms and additions",
-        Cost(0, forward * elements, launches),
-        Cost(0, backward * elements, backward_launches),
+        Cost(0, forward * (elements + few) // 2, launches),
+        Cost(0, backward * (elements + few) // 2, backward_launches),
         matrix=False,
     )
-    # The gradient of fc1's and fc2's bias is summed where the activation's is made, except in PyTorch.
-    bias_sums = {"qkv": True, "proj": True, "fc1": family != "fastdeit", "fc2": True}
-    if own_products:
-        bias_sums = dict.fromkeys(bias_sums, False)
-    yield _product("qkv", rows, 3 * shape.channels, shape.channels, bias_sums["qkv"])
-    scores = 2 * batch * shape.heads * shape.tokens**2 * (shape.channels // shape.heads)
-    lse = 4 * batch * shape.heads * shape.tokens if training else 0
-    moved, launched = _ATTENTION_BACKWARD[family]
+    qkv = _product("qkv", batch * shape.tokens, 3 * shape.channels, shape.channels, not ideal)
+    if queries < shape.tokens:  # two products
+        keys_values = _product("qkv", batch * shape.tokens, 2 * shape.channels, shape.channels, not ideal)
+        query = _product("qkv", rows, shape.channels, shape.channels, not ideal)
+        qkv = replace(qkv, forward=keys_values.forward + query.forward, backward=keys_values.backward + query.backward)
+    yield qkv
+    product = 2 * batch * shape.heads * queries * shape.tokens * (shape.channels // shape.heads)
+    lse = 4 * batch * shape.heads * queries if training else 0
+    products, moved, launched = _ATTENTION_BACKWARD[execution]
+    # Half of what moves, forward and backward, belongs to queries and outputs, half to keys and values.
     yield Part(
         "attention",
-        Cost(2 * scores, 8 * elements + lse, 1),
-        Cost(5 * scores, moved * elements + lse, launched),
+        Cost(2 * product, 4 * (elements + few) + lse, 1),
+        Cost(products * product, moved * (elements + few) // 2 + lse, launched),
         matrix=True,
     )
-    yield _product("proj", rows, shape.channels, shape.channels, bias_sums["proj"])
+    yield _product("proj", rows, shape.channels, shape.channels, not ideal)
     hidden_bytes = 2 * rows * shape.mlp
-    fc1 = _product("fc1", rows, shape.mlp, shape.channels, bias_sums["fc1"])
-    fc2 = _product("fc2", rows, shape.channels, shape.mlp, bias_sums["fc2"])
-    if (
-        own_products
-    ):  # fc1 also writes its pre-activation, the gradient through fc2 reads it and writes the activation again
-        fc1 = replace(fc1, forward=fc1.forward + Cost(0, hidden_bytes if training else 0, 0))
-        fc2 = replace(fc2, backward=fc2.backward + Cost(0, 2 * hidden_bytes, 0))
+    fc1 = _product("fc1", rows, shape.mlp, shape.channels, family != "fastdeit")
+    fc2 = _product("fc2", rows, shape.channels, shape.mlp, not ideal)
+    if ideal:  # fc1 also writes its pre-activation, the gradient through fc2 reads it and writes the activation again
+        yield replace(fc1, forward=fc1.forward + Cost(0, hidden_bytes if training else 0, 0))
+        yield replace(fc2, backward=fc2.backward + Cost(0, 2 * hidden_bytes, 0))
+        return
     yield fc1
-    if (
-        not own_products
-    ):  # backward reads pre-activation and gradient, writes the gradient; here the activation too, not kept
-        written = 4 if family == "fastdeit" else 3
-        yield Part("activation", Cost(0, 2 * hidden_bytes, 1), Cost(0, written * hidden_bytes, 1), matrix=False)
+    # Backward reads pre-activation and gradient, writes the gradient; here also the activation, which was not kept, and a bias'.
+    written, activation_launches = (4, 2) if family == "fastdeit" else (3, 1)
+    yield Part(
+        "activation",
+        Cost(0, 2 * hidden_bytes, 1),
+        Cost(0, written * hidden_bytes, activation_launches),
+        matrix=False,
+    )
     yield fc2
 
 
@@ -214,17 +245,19 @@ def _product(name: str, rows: int, outputs: int, inputs: int, bias_sum: bool) ->
     )
 
 
-def _last_block(shape: Shape, batch: int, block: list[Part]) -> Iterator[Part]:
-    """The first norm and keys and values of all tokens; the rest of the prefix tokens alone, which is next to nothing."""
-    few = shape.prefix_tokens / shape.tokens
-    for part in block:
-        share = {"norms and additions": (1 + few) / 2, "qkv": (2 + few) / 3, "attention": few}.get(part.name, few)
-        name = f"last block: {part.name}"
-        yield Part(name, _scaled(part.forward, share), _scaled(part.backward, share), part.matrix)
+# What joins the gradients of the last block's few and many tokens as it ships: the stream's, padded with zeros (4 or 2 bytes), the
+# normalised tokens', padded and added (8), those of keys and values, stacked (8).
+_JOINS = {"amp": (4 + 8 + 8, 6), "bf16": (2 + 8 + 8, 6)}
 
 
-def _scaled(cost: Cost, share: float) -> Cost:
-    return Cost(round(share * cost.flops), round(share * cost.bytes), cost.launches)
+def _last_block(shape: Shape, batch: int, execution: str, precision: str, training: bool) -> Iterator[Part]:
+    """The first norm and keys and values of all tokens, the rest of the prefix tokens alone."""
+    for part in _block(shape, batch, execution, precision, training, queries=shape.prefix_tokens):
+        if execution == "fastdeit" and part.name == "norms and additions":
+            moved, launches = _JOINS[precision]
+            joins = Cost(0, moved * batch * shape.tokens * shape.channels, launches)
+            part = replace(part, backward=part.backward + joins)
+        yield replace(part, name=f"last block: {part.name}")
 
 
 def _heads(shape: Shape, batch: int, execution: str, training: bool) -> Iterator[Part]:
@@ -234,7 +267,7 @@ def _heads(shape: Shape, batch: int, execution: str, training: bool) -> Iterator
     flops = 2 * rows * shape.classes * shape.channels
     weights = 2 * heads * shape.classes * shape.channels
     logits = 4 * rows * shape.classes
-    passes, forward, backward = (2, 2, 1) if execution in PREFIX_ONLY else (20, 10, 10)  # over the logits; launches
+    passes, forward, backward = (20, 10, 10) if execution == "eager" else (2, 2, 1)  # over the logits; launches
     if not training:
         passes, forward = 0, 0
     yield Part(
