@@ -24,6 +24,7 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || ec
 mkdir -p "$folder/log" || exit 2
 folder=$(cd "$folder" && pwd)
 began=$SECONDS
+total=600 # seconds, for all stages together
 failed=0
 stages=()
 
@@ -35,6 +36,13 @@ stage() {
     if [ -e "$folder/log/$name.passed" ]; then
         return
     fi
+    local left=$((total - SECONDS + began))
+    if [ "$left" -lt 10 ]; then
+        echo "not run: ten minutes are over, the same command goes on" >"$folder/log/$name.outcome"
+        echo 0 >"$folder/log/$name.seconds"
+        return
+    fi
+    [ "$limit" -gt "$left" ] && limit=$left
     echo "== $name (at most $limit s)"
     timeout --kill-after=10 "$limit" "$@" >"$folder/log/$name.txt" 2>&1
     code=$?
@@ -108,7 +116,7 @@ stage bench 200 bash -c bench
 stage memcheck 60 bash -c "sanitizer memcheck"
 stage racecheck 60 bash -c "sanitizer racecheck"
 if [ -z "$toy" ]; then # what is left of the ten minutes
-    left=$((590 - SECONDS + began))
+    left=$((total - 10 - SECONDS + began))
     [ "$left" -gt 60 ] && stage tune "$left" "$python" -m fastdeit tune all --out "$folder/tuning" --seconds $((left - 20))
 fi
 
