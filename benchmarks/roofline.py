@@ -1,5 +1,6 @@
 """The fastest that an op could run: the larger of its arithmetic and its memory traffic over what the device reaches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +20,16 @@ class Ceilings:
         """Microseconds below which the work cannot be done. Pointwise work counts its traffic alone."""
         memory = cost.bytes / self.tb_per_s / 1e6
         return max(memory, cost.flops / self.tflops / 1e6) if matrix else memory
+
+
+def beside_compile(cost: Cost, more_bytes: int, *, matrix: bool) -> Callable[[Ceilings], tuple[float, float]]:
+    """From ceilings the floor of an op, and that of an ideal torch.compile, which moves so many bytes more for it."""
+
+    def floors(ceilings: Ceilings) -> tuple[float, float]:
+        compiled = cost + Cost(0, more_bytes, 0)
+        return ceilings.floor_us(cost, matrix=matrix), ceilings.floor_us(compiled, matrix=matrix)
+
+    return floors
 
 
 @lru_cache
