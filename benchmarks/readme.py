@@ -94,7 +94,7 @@ def without_gpu() -> str:
             "of 256): images a second of timm as it is, of an ideal torch.compile with the same matrix products, of fastdeit as it "
             "ships, and with everything fused that could be ([docs/performance.md](docs/performance.md)).",
             table([{k: v for k, v in row.items() if k not in ("pixels", "precision")} for row in rows]),
-            "What a block launches, casts included, and the bytes it keeps for backward per token and channel, counted on a CPU:",
+            "What a block launches, casts included, and the bytes it keeps and, at one image, moves per token and channel:",
             table(counts),
         ]
     )

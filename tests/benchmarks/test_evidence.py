@@ -5,14 +5,14 @@ import json
 import pytest
 
 from fastdeit import cli
-from fastdeit.benchmarks import block_counts, evidence, readme
+from fastdeit.benchmarks import evidence, readme
 from fastdeit.benchmarks.roofline_table import GROUPS, by_group, rooflines
 from fastdeit.model_costs import DEIT, EXECUTIONS, parts, total
 
 
 @pytest.fixture(scope="module")
 def found():
-    return block_counts.counts()
+    return evidence.current()
 
 
 def test_no_count_is_worse_than_on_record(found):
@@ -23,7 +23,8 @@ def test_no_count_is_worse_than_on_record(found):
 def test_a_worse_count_is_named(found):
     better = {form: {name: value - 1 for name, value in counts.items()} for form, counts in found.items()}
     assert (
-        len(evidence.worsened(found, better)) == 6 and "bf16 fused: kept_bytes" in evidence.worsened(found, better)[-1]
+        len(evidence.worsened(found, better)) == 10
+        and "bf16 fused: bytes_backward" in evidence.worsened(found, better)[-1]
     )
     assert evidence.worsened(found, {})[0].endswith("and nothing is on record")
     worse = {form: {name: value + 1 for name, value in counts.items()} for form, counts in found.items()}
@@ -46,6 +47,7 @@ def test_a_fused_block_keeps_less_and_launches_no_more_forward(found):
         fused, eager = found[f"{precision} fused"], found[f"{precision} eager"]
         assert fused["launches_forward"] <= eager["launches_forward"]
         assert fused["kept_bytes"] <= share * eager["kept_bytes"]
+        assert fused["bytes_forward"] + fused["bytes_backward"] < eager["bytes_forward"] + eager["bytes_backward"]
 
 
 def test_the_groups_are_all_of_a_step():
@@ -82,13 +84,13 @@ def test_numbers_that_are_none_are_refused(option, value, capsys):
 
 def test_evidence_puts_on_record_and_says_what_is_worse(tmp_path, monkeypatch, capsys, found):
     monkeypatch.setattr(evidence, "RECORD", tmp_path / "record.json")
-    monkeypatch.setattr(block_counts, "counts", lambda: found)
+    monkeypatch.setattr(evidence, "current", lambda: found)
     assert cli.main(["bench", "evidence", "--update", "--no-host"]) == 0
     out = capsys.readouterr().out
     assert "attention_forward_descriptor_kernel" in out and "worse" not in out
     assert evidence.recorded() == found
     more = {form: {**counts, "kept_bytes": 99.0} for form, counts in found.items()}
-    monkeypatch.setattr(block_counts, "counts", lambda: more)
+    monkeypatch.setattr(evidence, "current", lambda: more)
     assert cli.main(["bench", "evidence", "--no-host"]) == 1
     assert "worse than on record: amp fused: kept_bytes is 99.0" in capsys.readouterr().out
 
