@@ -68,22 +68,6 @@ def input_dtype(kind: str) -> torch.dtype:
     return torch.bfloat16 if kind.endswith("bf16") else torch.float32
 
 
-def shape_of(module: nn.Module, tokens: int | None = None) -> Shape:
-    """The sizes of a model that `create` made."""
-    block = module.blocks[0]
-    return Shape(
-        channels=module.embed_dim,
-        heads=block.attn.num_heads,
-        depth=len(module.blocks),
-        tokens=tokens or module.pos_embed.shape[1] + (module.num_prefix_tokens if module.no_embed_class else 0),
-        prefix_tokens=module.num_prefix_tokens,
-        patch_size=module.patch_embed.patch_size[0],
-        hidden=block.mlp.fc1.out_features,
-        classes=module.num_classes,
-        classifiers=2 if hasattr(module, "head_dist") else 1,
-    )
-
-
 def work(shape: Shape, batch: int, kind: str, block: bool = False):
     """What a case has to do at the least, and a function from ceilings to the floors of fastdeit and of an ideal compiler.
 

@@ -8,6 +8,7 @@ import torch
 from fastdeit.benchmarks import models
 from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.benchmarks.peers import autotuned, compiled
+from fastdeit.cost_view import shape_of
 from fastdeit.testing import kernel_device
 
 CASES = by_importance(list(models.NAMES), [224, 384], [256, 64, 1024, 1], models.KINDS)
@@ -19,7 +20,7 @@ def test_block(compare, toy, case):
     name, img_size, batch, kind = case
     batch = min(batch, 2) if toy else batch
     model = models.create(name, img_size, kind, toy)
-    shape, trains = models.shape_of(model), kind.startswith("train")
+    shape, trains = shape_of(model), kind.startswith("train")
     device, dtype = kernel_device(), models.input_dtype(kind)
     source = model.blocks[-1]
     ours: dict[int, torch.nn.Module] = {}

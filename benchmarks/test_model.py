@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastdeit.benchmarks import models
 from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.benchmarks.model_peers import HfDeit
+from fastdeit.cost_view import shape_of
 from fastdeit.testing import assert_close_to_oracle, kernel_device
 
 CASES = by_importance(list(models.NAMES), [224, 384], [256, 64, 1024, 1, 8], models.KINDS)
@@ -50,7 +51,7 @@ def test_model(compare, toy, case):
         with torch.no_grad():
             return models.logits(exact(images[:2].double()))
 
-    cost, floors = models.work(models.shape_of(model), batch, kind)
+    cost, floors = models.work(shape_of(model), batch, kind)
     candidates = models.candidates(model, call, toy)
     if not (trains or toy) and hasattr(model, "head_dist"):  # theirs cannot train with two heads
         candidates["Hugging Face's DeiT"] = call(HfDeit(model), model)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdeit import costs
 from fastdeit.benchmarks import models, peers
 from fastdeit.benchmarks.cases import by_importance, label
+from fastdeit.cost_view import shape_of
 from fastdeit.costs import Cost
 from fastdeit.testing import kernel_device
 from fastdeit.train.config import load_config
@@ -67,7 +68,7 @@ def _steps(batch: int, toy: bool, update: bool):
 
         return run
 
-    cost, floors = models.work(models.shape_of(model), batch, "train_amp")
+    cost, floors = models.work(shape_of(model), batch, "train_amp")
     if update:
         adamw, student = _per_parameter(_ADAMW, model), floors
         cost += adamw

@@ -21,8 +21,8 @@ from fastdeit.kernels.architecture import has_descriptors
 BACKENDS = ("cublas", "triton", "tma")
 
 # What follows a product: the activation; that and the pre-activation; gamma, drop-path factor and residual; in backward the
-# derivative of the activation with the bias gradient. The last is LayerNorm and both layers of an MLP in one kernel.
-EPILOGUES = ("activation", "activation_z", "residual", "derivative", "whole_mlp")
+# derivative of the activation with the bias gradient.
+EPILOGUES = ("activation", "activation_z", "residual", "derivative")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Measured:
 
 CUBLAS = Gemm()
 
-# Architecture -> what was measured to be faster than the library, as `fastdeit tune mlp` prints it. Empty: nothing was measured.
+# Architecture -> what was measured to be faster than the library. Empty: nothing was measured.
 GEMMS: dict[int, tuple[Measured, ...]] = {}
 
 _POINTERS = (Tile(128, 128, depth=32), Tile(64, 128))
@@ -64,16 +64,11 @@ _SQUARE = Tile(128, 128)
 _NARROW = Tile(64, 128, num_stages=4)
 _DESCRIPTORS = (_SQUARE, _WIDE, _NARROW)
 
-WHOLE_MLP_CHANNELS = 192  # two pieces of 128 and 64; the next width, 384, has no room for its sums in registers
-_WHOLE_MLP = Tile(128, 64, num_warps=8, num_stages=2, programs_per_sm=1)
-
 _forced: Gemm | None = None
 
 
 def candidates(arch: int, epilogue: str) -> tuple[Gemm, ...]:
     """Every kernel of ours that may be named in the table: what tuning tries and the compile gate holds."""
-    if epilogue == "whole_mlp":
-        return (Gemm("tma", _WHOLE_MLP),) if has_descriptors(arch) else ()
     if not has_descriptors(arch):
         return tuple(Gemm("triton", tile) for tile in _POINTERS)
     # The fp32 stream's staging leaves room for one block of 128 x 128; tcgen05's 128 x 128 spills 16 bytes in backward.
@@ -125,4 +120,4 @@ def _forced_for(epilogue: str, arch: int) -> Gemm:
     fitting = [gemm for gemm in candidates(arch, epilogue) if gemm.backend == _forced.backend]
     if not fitting:
         return CUBLAS
-    return _forced if _forced.tile is not None and epilogue != "whole_mlp" else fitting[0]
+    return _forced if _forced.tile is not None else fitting[0]

@@ -109,7 +109,7 @@ def read_image(path: Path, mode: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert(mode)
-    except OSError as error:
+    except Exception as error:  # what PIL raises depends on the format and on where the file is damaged
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fastdeit import ops
 from fastdeit.benchmarks import models, peers, timing
+from fastdeit.cost_view import shape_of
 
 
 def arguments(batch: int):
@@ -53,7 +54,7 @@ def test_an_accelerated_copy_shares_every_parameter():
 def test_the_floor_of_a_block_is_what_one_more_adds_to_a_model():
     from fastdeit.benchmarks.roofline import Ceilings
 
-    shape = models.shape_of(models.create("Ti", 224, "inference_bf16", toy=True))
+    shape = shape_of(models.create("Ti", 224, "inference_bf16", toy=True))
     cost, floors = models.work(shape, 8, "train_amp", block=True)
     fused, compiled = floors(Ceilings(tflops=600.0, tb_per_s=4.0))
     assert cost.flops > 0 and cost.bytes > 0 and 0 < fused <= compiled
