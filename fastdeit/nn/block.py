@@ -23,6 +23,7 @@ from fastdeit.nn.eligibility import (
 )
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp
+from fastdeit.nn.whole_block import run_whole
 from fastdeit.ops.layer_norm_op import why_reference
 
 # Source class -> fused class, of what a block is made of.
@@ -129,9 +130,11 @@ class Block(FusedModule, vision_transformer.Block):
         )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.why_not_fused(x, attn_mask, is_causal) is not None:
+        plain_call = attn_mask is None and not is_causal and why_not_plain_call(x) is None and why_global_hook() is None
+        whole = plain_call and run_whole((self,), Block, x)
+        if not whole and self.why_not_fused(x, attn_mask, is_causal) is not None:
             return super().forward(x, attn_mask, is_causal)
-        last = self.through(Carried(x), attn_mask, is_causal, carry=False)
+        last = self.through(Carried(x), attn_mask, is_causal, carry=False, whole=whole)
         return last.x + last.branch
 
     def through(

@@ -75,7 +75,7 @@ class _CarriesResidual(FusedModule):
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         if why_not_plain_call(tokens) is not None or self._why_not_norm() is not None:
             return self.forward_head(self.norm(self.blocks(tokens)))
-        whole = run_whole(self._modules["blocks"]._modules.values(), tokens)
+        whole = run_whole(self._modules["blocks"]._modules.values(), Block, tokens)
         if not whole and self._why_not_blocks(tokens) is not None:
             return self.forward_head(self.norm(self.blocks(tokens)))
         carried = Carried(tokens)

@@ -2,6 +2,8 @@
 
 The methods named `why_not_...` say why something does not; asked one after the other they take 8 microseconds a block, before every
 forward pass. This takes less than 5 to say that none of them would object. Where it says no, or cannot tell, they are asked.
+
+Half of the time goes into the hooks of 20 modules. They are looked at anew each time, since a hook can come by many ways.
 """
 
 from collections.abc import Iterable
@@ -13,7 +15,6 @@ from torch import Tensor, nn
 
 from fastdeit.kernels.attention_config import HANDED_OVER
 from fastdeit.nn.attention import Attention
-from fastdeit.nn.block import Block
 from fastdeit.nn.eligibility import forward_of
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp, activation_name
@@ -22,24 +23,29 @@ from fastdeit.ops.layer_norm_op import MAX_CHANNELS
 
 _Parameter, _Linear, _Identity, _Dropout, _GELU = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout, nn.GELU
 _LayerScale, _DropPath = timm.layers.LayerScale, timm.layers.DropPath
-_OWN_FORWARDS = [
-    (cls, forward_of(cls))
-    for cls in (vision_transformer.Block, timm.layers.Attention, timm.layers.Mlp, timm.layers.LayerNorm, nn.LayerNorm, nn.Linear)
-]  # fmt: skip
+_TimmBlock, _TimmAttention, _TimmMlp = vision_transformer.Block, timm.layers.Attention, timm.layers.Mlp
+_TimmLayerNorm, _TorchLayerNorm = timm.layers.LayerNorm, nn.LayerNorm
+_SOURCES = (_TimmBlock, _TimmAttention, _TimmMlp, _TimmLayerNorm, _TorchLayerNorm, _Linear)
+_OWN_FORWARDS = tuple(map(forward_of, _SOURCES))
 
 
-def run_whole(blocks: Iterable[nn.Module], x: Tensor) -> bool:
-    """True only if a model may run all parts of these blocks itself, without calling any but the two last dropouts.
+def run_whole(blocks: Iterable[nn.Module], kind: type[nn.Module], x: Tensor) -> bool:
+    """True only if a caller may run all parts of these blocks itself, without calling any but the two last dropouts.
 
     Args:
-        blocks: of a model, to whose call neither `why_not_plain_call` nor `why_global_hook` objects.
+        blocks: to whose call neither `why_not_plain_call` nor `why_global_hook` objects.
+        kind: this package's class of blocks.
         x: (B, N, C), what enters the first.
     """
-    if x.dim() != 3 or HANDED_OVER or any(cls.forward is not forward for cls, forward in _OWN_FORWARDS):
+    forwards = (
+        _TimmBlock.forward, _TimmAttention.forward, _TimmMlp.forward,
+        _TimmLayerNorm.forward, _TorchLayerNorm.forward, _Linear.forward,
+    )  # fmt: skip
+    if x.dim() != 3 or HANDED_OVER or forwards != _OWN_FORWARDS:
         return False
     head_dim, dtype = None, x.dtype
     for block in blocks:
-        if not _is_plain(block, dtype):
+        if type(block) is not kind or not _is_plain(block, dtype):
             return False
         attn = block._modules["attn"]
         if attn.head_dim != head_dim:
@@ -50,9 +56,7 @@ def run_whole(blocks: Iterable[nn.Module], x: Tensor) -> bool:
 
 
 def _is_plain(block: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether it is a block built of the usual parts with nothing put between. Long, so as to be one call."""
-    if type(block) is not Block:
-        return False
+    """Whether it is built of the usual parts with nothing put between. Long, so as to be one call."""
     children = block._modules
     norm1, attn, norm2, mlp = children["norm1"], children["attn"], children["norm2"], children["mlp"]
     ls1, drop_path1, ls2, drop_path2 = children["ls1"], children["drop_path1"], children["ls2"], children["drop_path2"]
@@ -90,8 +94,10 @@ def _is_plain(block: nn.Module, dtype: torch.dtype) -> bool:
         return False
     for module in (norm1, qkv, proj, norm2, fc1, fc2):
         parameters = module._parameters
+        if type(parameters["weight"]) is not _Parameter:
+            return False
         bias = parameters["bias"]
-        if type(parameters.get("weight")) is not _Parameter or (bias is not None and type(bias) is not _Parameter):
+        if bias is not None and type(bias) is not _Parameter:
             return False
     for norm in (norm1, norm2):
         if type(norm) is not LayerNorm and type(norm) is not TorchLayerNorm:

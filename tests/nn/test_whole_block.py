@@ -95,7 +95,7 @@ def half_scale():
 @pytest.mark.parametrize("kind", USUAL)
 def test_usual_blocks_run_whole(kind):
     module = USUAL[kind]()
-    assert run_whole([module, block()], tokens()) and not others_object(module, tokens())
+    assert run_whole([module, block()], Block, tokens()) and not others_object(module, tokens())
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
@@ -103,16 +103,16 @@ def test_unusual_ones_are_left_to_the_others(kind):
     module = UNUSUAL[kind]()
     x = torch.randn(2, 5, 60) if "without" in kind else tokens()
     assert others_object(module, x)
-    assert not run_whole([block() if "without" not in kind else module, module], x)
+    assert not run_whole([block() if "without" not in kind else module, module], Block, x)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("child", CHILDREN)
 def test_whatever_is_put_between_is_seen(child, hook):
     module = block(init_values=0.1, drop_path=0.5)
-    assert run_whole([module], tokens())
+    assert run_whole([module], Block, tokens())
     HOOKS[hook](module.get_submodule(child))
-    assert not run_whole([module], tokens()) and others_object(module, tokens())
+    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
 
 
 @pytest.mark.parametrize("name", [name for name, _ in Block(64, 2, qkv_bias=True, init_values=0.1).named_parameters()])
@@ -121,7 +121,7 @@ def test_another_kind_of_weight_is_seen(name):
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     owner._parameters[leaf] = Weight(owner._parameters[leaf].detach())
-    assert not run_whole([module], tokens()) and others_object(module, tokens())
+    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
 
 
 @pytest.mark.parametrize("child", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "ls1", "drop_path2", "attn.q_norm"])
@@ -129,36 +129,49 @@ def test_another_class_is_seen(child):
     module = block(init_values=0.1, drop_path=0.5)
     owner = module.get_submodule(child)
     owner.__class__ = type("Other", (type(owner),), {})
-    assert not run_whole([module], tokens()) and others_object(module, tokens())
+    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
 
 
 def test_attention_maps_asked_for_are_seen():
     module = block()
     module.attn.fused_attn = False
-    assert not run_whole([module], tokens())
+    assert not run_whole([module], Block, tokens())
 
 
 def test_a_replaced_forward_of_timms_is_seen(monkeypatch):
     monkeypatch.setattr(timm.layers.Mlp, "forward", lambda self, x: x)
-    assert not run_whole([block()], tokens())
+    assert not run_whole([block()], Block, tokens())
 
 
 def test_what_is_handed_over_is_asked_about(monkeypatch):
     monkeypatch.setitem(HANDED_OVER, 90, (Shapes(32, range(1, 9), range(1, 99), True),))
-    assert not run_whole([block()], tokens())
+    assert not run_whole([block()], Block, tokens())
 
 
 def test_the_backend_decides():
     with backends.use_backend("reference"):
-        assert not run_whole([block()], tokens())
+        assert not run_whole([block()], Block, tokens())
 
 
 def test_images_are_no_tokens():
-    assert not run_whole([block()], torch.randn(2, 5, 5, 64))
+    assert not run_whole([block()], Block, torch.randn(2, 5, 5, 64))
 
 
-def test_it_takes_little_time():
-    blocks = [block() for _ in range(12)]
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "drop_path": 0.5}], ids=["DeiT", "DeiT III"])
+@pytest.mark.parametrize("number", [1, 12])
+def test_it_takes_little_time(number, options):
+    blocks = [block(**options) for _ in range(number)]
     x = tokens()
-    seconds = min(timeit.repeat(lambda: run_whole(blocks, x), number=50, repeat=40)) / 50 / len(blocks)
+    seconds = min(timeit.repeat(lambda: run_whole(blocks, Block, x), number=50, repeat=40)) / 50 / number
     assert 1e6 * seconds <= GENEROUS * BUDGET
+
+
+def test_a_block_on_its_own_asks_once(monkeypatch, kernels_stood_in):
+    """Where one pass finds nothing in the way, the methods that say why are not asked."""
+    module, x = block(), tokens()
+    expected = module(x)
+    for name in ("why_not_fused", "_why_not_around_children"):
+        monkeypatch.delattr(Block, name)
+    monkeypatch.setattr(Attention, "why_not_inlined", None)
+    monkeypatch.setattr(Mlp, "why_not_inlined", None)
+    assert module(x).equal(expected)
