@@ -145,5 +145,10 @@ def registered_path(*tensors: Tensor | None) -> bool:
     return any(t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to record a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

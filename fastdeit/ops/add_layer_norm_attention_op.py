@@ -12,9 +12,9 @@ from fastdeit.ops.branch_ends import (
     Norm,
     Start,
     check_start,
-    end_data_gradient,
     end_forward,
     end_parameter_gradients,
+    end_weight,
     fake_gradients,
     fake_start,
     folds,
@@ -23,6 +23,7 @@ from fastdeit.ops.branch_ends import (
     share_gradient,
     start_backward,
     start_forward,
+    start_product,
     sums_for_start,
     wanted_dtypes,
 )
@@ -88,7 +89,7 @@ def add_layer_norm_attention(
     options = (eps, num_heads, backends.product_dtype(x))
     if backends.registered_path(*tensors):
         out, x_new, *_ = add_layer_norm_attention_forward(*tensors, *options)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    elif backends.wants_gradient(*tensors):
         out, x_new = _AddLayerNormAttention.apply(*tensors, *options)
     else:
         out, x_new, _ = _forward(*tensors, *options)
@@ -177,7 +178,9 @@ def _forward(
 
     with without_autocast(x):
         norm = Norm(norm_weight, norm_bias, eps)
-        x_new, qkv, start = start_forward(x, branch, drop_path_scale, norm, qkv_weight, qkv_bias, products)
+        x_new, rows, start = start_forward(x, branch, drop_path_scale, norm, qkv_weight, products)
+        qkv, _ = start_product(start, rows, norm, qkv_weight, qkv_bias)
+        del rows
         qkv = qkv.view(*x.shape[:-1], qkv.shape[-1])
         attended, lse = attention_forward(qkv, num_heads, _scale(qkv_weight, num_heads))
         out = end_forward(attended.view(-1, attended.shape[-1]), proj_weight, proj_bias, gamma)
@@ -202,7 +205,7 @@ def _backward(
         rows = attended.view(-1, attended.shape[-1])
         found = end_parameter_gradients(g, g_sum, rows, proj_weight, proj_bias, gamma, to)
         if wants(*_GRADIENTS[:6]):
-            dattended = end_data_gradient(g, proj_weight, gamma).view(attended.shape)
+            dattended = torch.mm(g, end_weight(proj_weight, gamma, g.dtype)).view(attended.shape)
             scale = _scale(qkv_weight, num_heads)
             dqkv = attention_backward(dattended, qkv, attended, lse, num_heads, scale).view(-1, qkv.shape[-1])
             del dattended

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.branch_ends import (
+    Dtypes,
     Norm,
     Start,
     check_start,
-    end_data_gradient,
     end_forward,
     end_parameter_gradients,
+    end_weight,
     fake_gradients,
     fake_start,
     folds,
@@ -87,10 +88,11 @@ def add_layer_norm_mlp(
         options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
         return add_layer_norm_mlp_reference(x, branch, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
     tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale)
-    options = (eps, activation, backends.product_dtype(x), lean)
+    differentiated = backends.wants_gradient(*tensors)
+    options = (eps, activation, backends.product_dtype(x), lean or not differentiated)
     if backends.registered_path(*tensors):
         out, x_new, *_ = add_layer_norm_mlp_forward(*tensors, *options)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    elif differentiated:
         out, x_new = _AddLayerNormMlp.apply(*tensors, *options)
     else:
         out, x_new, _ = _forward(*tensors, *options)
@@ -131,7 +133,7 @@ def why_reference(x: Tensor) -> str | None:
 # ---- the work, shared by both paths
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What backward needs of forward: a `Start` and the pre-activation."""
 
     x: Tensor | None
@@ -143,14 +145,14 @@ class _Kept(NamedTuple):
 
 def _forward(
     x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, eps, activation, products, lean
-) -> tuple[Tensor, Tensor | None, _Kept]:
-    from fastdeit.kernels.mlp import activation_forward
-
+) -> tuple[Tensor, Tensor | None, Kept]:
     with without_autocast(x):
         norm = Norm(norm_weight, norm_bias, eps)
-        x_new, z, start = start_forward(x, branch, drop_path_scale, norm, w1, b1, products)
-        out = end_forward(activation_forward(z, activation), w2, b2, gamma)
-    return out.view(*x.shape[:-1], out.shape[-1]), x_new, _Kept(*start, None if lean else z)
+        x_new, rows, start = start_forward(x, branch, drop_path_scale, norm, w1, products)
+        h, z = start_product(start, rows, norm, w1, b1, activation, needs_z=not lean)
+        del rows
+        out = end_forward(h, w2, b2, gamma)
+    return out.view(*x.shape[:-1], out.shape[-1]), x_new, Kept(*start, z)
 
 
 def _backward(
@@ -171,33 +173,53 @@ def _backward(
     dtypes,
 ) -> list[Tensor | None]:
     """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
-    from fastdeit.kernels.mlp import activation_backward, activation_forward
     from fastdeit.kernels.residual_branch import column_sums
 
     to = dict(zip(_GRADIENTS, dtypes, strict=True))
-    wants = lambda *names: any(to[name] is not None for name in names)  # noqa: E731
     *start, z = kept
     start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
-    into_start, needs_h = wants(*_GRADIENTS[:6]), wants("end_weight", "gamma")
-    shape = (*dout.shape[:-1], w1.shape[1])
     with without_autocast(dout):
         g = dout.reshape(-1, w2.shape[0]).to(products).contiguous()
-        if z is None and (into_start or needs_h):
-            z = start_product(start, normalised_rows(start, norm, products), norm, w1, b1)
-        g_sum = column_sums(g) if wants("end_bias", "gamma") else None
-        h = dz = dz_sum = None
-        if into_start:
-            dh = end_data_gradient(g, w2, gamma)
-            sums = torch.float32 if sums_for_start(start, to) else None
-            dz, h, dz_sum = activation_backward(dh, z, activation, needs_h=needs_h, dbias_dtype=sums)
-            del dh
-        elif needs_h:
-            h = activation_forward(z, activation)
-        found = end_parameter_gradients(g, g_sum, h, w2, b2, gamma, to)
-        del h, z
-        if into_start:
+        g_sum = column_sums(g) if to["end_bias"] is not None or to["gamma"] is not None else None
+        if z is None and any(to[name] is not None for name in to.keys() - {"end_bias"}):
+            z, _ = start_product(start, normalised_rows(start, norm, products), norm, w1, b1)
+        dz, dz_sum, found = end_backward(g, g_sum, z, start, w2, b2, gamma, activation, to)
+        del g, z
+        if dz is not None:
+            shape = (*dout.shape[:-1], w1.shape[1])
             found |= start_backward(dz, dz_sum, dx_new, start, drop_path_scale, norm, w1, shape, to)
     return in_order(found, to)
+
+
+def end_backward(
+    g: Tensor,
+    g_sum: Tensor | None,
+    z: Tensor,
+    start: Start,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma: Tensor | None,
+    activation: str,
+    to: Dtypes,
+) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor | None]]:
+    """From the gradient g (M, O) of an MLP's output, and its column sums, back to the pre-activation z (M, H).
+
+    Returns:
+        dz (M, H) and its column sums (H,) in fp32, each None where `start_backward` has no use for it; and the gradients by the
+        names of `to`: end_weight, end_bias, gamma.
+    """
+    from fastdeit.kernels.linear import activation_gradient
+    from fastdeit.kernels.mlp import activation_forward
+
+    into_start = any(to[name] is not None for name in to.keys() - {"end_weight", "end_bias", "gamma"})
+    needs_h = to["end_weight"] is not None or to["gamma"] is not None
+    h = dz = dz_sum = None
+    if into_start:
+        options = dict(needs_h=needs_h, dbias_dtype=torch.float32 if sums_for_start(start, to) else None)
+        dz, h, dz_sum = activation_gradient(g, end_weight(w2, gamma, g.dtype), z, activation, **options)
+    elif needs_h:
+        h = activation_forward(z, activation)
+    return dz, dz_sum, end_parameter_gradients(g, g_sum, h, w2, b2, gamma, to)
 
 
 # ---- eager
@@ -225,7 +247,7 @@ class _AddLayerNormMlp(torch.autograd.Function):
             dout = saved[3].new_zeros(ctx.out, dtype=products)
         wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
         wanted, shared = share_gradient(wanted, saved[-1])
-        gradients = _backward(dout, dx_new, _Kept(*saved[:5]), *saved[5:], *ctx.options, wanted)
+        gradients = _backward(dout, dx_new, Kept(*saved[:5]), *saved[5:], *ctx.options, wanted)
         return gradients[0], gradients[0] if shared else gradients[1], *gradients[2:], *(None,) * 5
 
 
@@ -290,7 +312,7 @@ def add_layer_norm_mlp_backward(
 ) -> list[Tensor]:
     parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
     wanted = wanted_dtypes(needs, x_dtype, branch_dtype, parameters)
-    kept = _Kept(x, mean, x_hat, rstd, z)
+    kept = Kept(x, mean, x_hat, rstd, z)
     gradients = _backward(dout, dx_new, kept, *parameters, drop_path_scale, eps, activation, products, wanted)
     return [rstd.new_empty(0) if g is None else g for g in gradients]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdeit.ops.layer_norm_op import _check, _check_branch, _dense
 from fastdeit.ops.linear_op import gamma_gradient, scaled
-from fastdeit.ops.mlp_op import _linear, _weight_gradient
+from fastdeit.ops.mlp_op import _weight_gradient
 
 Dtypes = dict[str, torch.dtype | None]  # of the gradients that are wanted, by name; None for one that is not
 
@@ -74,10 +74,9 @@ def start_forward(
     drop_path_scale: Tensor | None,
     norm: Norm,
     weight: Tensor,
-    bias: Tensor | None,
     products: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Start]:
-    """x_new (..., C), None without a branch; z (M, O) in the dtype of the products; and what to keep."""
+    """x_new (..., C), None without a branch; the rows (M, C) that weight is to multiply, in that dtype; and what to keep."""
     from fastdeit.kernels.layer_norm import layer_norm_forward
 
     folded = folds(products, norm.weight, norm.bias, weight)
@@ -88,17 +87,27 @@ def start_forward(
     normed = normed.view(-1, x.shape[-1])
     normalised = x if x_new is None else x_new
     start = Start(None, None, normed, rstd) if folded else Start(normalised, mean, None, rstd)
-    return x_new, start_product(start, normed, norm, weight, bias), start
+    return x_new, normed, start
 
 
-def start_product(start: Start, normed: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """z (M, O) of the rows that `start_forward` normalised or `normalised_rows` gives."""
-    if start.x_hat is None:
-        return _linear(normed, weight, bias)
-    if norm.bias is not None:
-        shift = torch.mv(weight, norm.bias)
-        bias = shift if bias is None else shift + bias
-    return _linear(normed, scaled(weight, norm.weight, normed.dtype), bias)
+def start_product(
+    start: Start,
+    rows: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    needs_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """activation(z) (M, O), z itself without one, of the rows that `start_forward` or `normalised_rows` gives; z too if needed."""
+    from fastdeit.kernels.linear import linear_forward
+
+    if start.x_hat is not None:
+        if norm.bias is not None:
+            shift = torch.mv(weight, norm.bias)
+            bias = shift if bias is None else shift + bias
+        weight = scaled(weight, norm.weight, rows.dtype)
+    return linear_forward(rows, weight, bias, activation=activation, needs_z=needs_z)
 
 
 def normalised_rows(start: Start, norm: Norm, products: torch.dtype) -> Tensor:
@@ -179,14 +188,15 @@ def start_backward(
 
 def end_forward(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
     """gamma * (h P^T + p) for h (M, H), in h's dtype."""
-    if gamma is None:
-        return _linear(h, weight, bias)
-    return _linear(h, scaled(weight, gamma[:, None], h.dtype), None if bias is None else bias * gamma)
+    from fastdeit.kernels.linear import linear_forward
+
+    bias = bias if bias is None or gamma is None else bias * gamma
+    return linear_forward(h, end_weight(weight, gamma, h.dtype), bias)[0]
 
 
-def end_data_gradient(g: Tensor, weight: Tensor, gamma: Tensor | None) -> Tensor:
-    """The gradient (M, H) of h."""
-    return torch.mm(g, scaled(weight, None if gamma is None else gamma[:, None], g.dtype))
+def end_weight(weight: Tensor, gamma: Tensor | None, products: torch.dtype) -> Tensor:
+    """gamma * P, as forward multiplies h by and backward the gradient."""
+    return scaled(weight, None if gamma is None else gamma[:, None], products)
 
 
 def end_parameter_gradients(

@@ -3,23 +3,12 @@
 Under autocast LayerNorm's weight and bias are folded into the first layer (`branch_ends` has the formulas).
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastdeit import backends
-from fastdeit.ops.branch_ends import (
-    Norm,
-    Start,
-    end_data_gradient,
-    end_parameter_gradients,
-    folds,
-    in_order,
-    start_backward,
-    start_forward,
-    sums_for_start,
-)
+from fastdeit.ops.add_layer_norm_mlp_op import Kept, end_backward
+from fastdeit.ops.branch_ends import Norm, Start, folds, in_order, start_backward, start_forward, start_product
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _check as _check_layer_norm
 from fastdeit.ops.layer_norm_op import _dense, layer_norm_reference
@@ -82,12 +71,10 @@ def layer_norm_mlp(
     products = backends.product_dtype(x)
     adds_x = residual is x
     tensors = (x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, None if adds_x else residual)
-    options = (eps, activation, products, adds_x)
+    options, keeps = (eps, activation, products, adds_x), backends.wants_gradient(*tensors)
     if backends.registered_path(*tensors):
-        return layer_norm_mlp_forward(*tensors, *options)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _LayerNormMlp.apply(*tensors, *options)
-    return _forward(*tensors, *options)[0]
+        return layer_norm_mlp_forward(*tensors, *options, keeps)[0]
+    return _LayerNormMlp.apply(*tensors, *options) if keeps else _forward(*tensors, *options, keeps)[0]
 
 
 def layer_norm_mlp_reference(
@@ -142,27 +129,33 @@ def _check(x, w2, gamma, drop_path_scale, residual) -> None:
 # ---- the work, shared by both paths
 
 
-class _Kept(NamedTuple):
-    """What backward needs of forward: a `Start` and the pre-activation."""
-
-    x: Tensor | None
-    mean: Tensor | None
-    x_hat: Tensor | None  # (M, C)
-    rstd: Tensor  # (M,) fp32
-    z: Tensor  # (M, H), the pre-activation
-
-
 def _forward(
-    x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, products, adds_x
-) -> tuple[Tensor, _Kept]:
+    x,
+    norm_weight,
+    norm_bias,
+    w1,
+    b1,
+    w2,
+    b2,
+    gamma,
+    drop_path_scale,
+    residual,
+    eps,
+    activation,
+    products,
+    adds_x,
+    keeps,
+) -> tuple[Tensor, Kept]:
     from fastdeit.kernels.linear import linear_forward
-    from fastdeit.kernels.mlp import activation_forward
 
     with without_autocast(x):
-        _, z, start = start_forward(x, None, None, Norm(norm_weight, norm_bias, eps), w1, b1, products)
+        norm = Norm(norm_weight, norm_bias, eps)
+        _, rows, start = start_forward(x, None, None, norm, w1, products)
+        h, z = start_product(start, rows, norm, w1, b1, activation, needs_z=keeps)
+        del rows
         residual = x if adds_x else residual
         out, _ = linear_forward(
-            activation_forward(z, activation),
+            h,
             w2,
             b2,
             gamma=_dense(gamma),
@@ -170,36 +163,25 @@ def _forward(
             residual=None if residual is None else residual.reshape(-1, w2.shape[0]).contiguous(),
             out_dtype=promoted(products, gamma, residual),
         )
-    return out.view(*x.shape[:-1], out.shape[-1]), _Kept(*start, z)
+    return out.view(*x.shape[:-1], out.shape[-1]), Kept(*start, z)
 
 
 def _backward(
     dy, kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale, eps, activation, adds_x, shape, dtypes
 ) -> tuple[Tensor | None, ...]:
     """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None. x has the given shape."""
-    from fastdeit.kernels.mlp import activation_backward, activation_forward
     from fastdeit.kernels.residual_branch import scale_add_backward
 
     to = dict(zip(_GRADIENTS, dtypes, strict=True))
-    wants = lambda *names: any(to[name] is not None for name in names)  # noqa: E731
     *start, z = kept
     start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
     rows = dy.reshape(-1, w2.shape[0]).contiguous()
+    needs_sum = to["end_bias"] is not None or to["gamma"] is not None
     with without_autocast(dy):
-        g, g_sum = scale_add_backward(rows, _dense(drop_path_scale), z.dtype, needs_sum=wants("end_bias", "gamma"))
-        into_start = wants(*_GRADIENTS[:5])
-        needs_h = wants("end_weight", "gamma")
-        h = dz = dz_sum = None
-        if into_start:
-            dh = end_data_gradient(g, w2, gamma)
-            sums = torch.float32 if sums_for_start(start, to) else None
-            dz, h, dz_sum = activation_backward(dh, z, activation, needs_h=needs_h, dbias_dtype=sums)
-            del dh
-        elif needs_h:
-            h = activation_forward(z, activation)
-        found = end_parameter_gradients(g, g_sum, h, w2, b2, gamma, to)
-        del h, g
-        if into_start:
+        g, g_sum = scale_add_backward(rows, _dense(drop_path_scale), z.dtype, needs_sum=needs_sum)
+        dz, dz_sum, found = end_backward(g, g_sum, z, start, w2, b2, gamma, activation, to)
+        del g
+        if dz is not None:
             upstream = dy.reshape(shape) if adds_x else None
             found |= start_backward(dz, dz_sum, upstream, start, None, norm, w1, shape, {**to, "branch": None})
     return tuple(in_order(found, to))
@@ -228,7 +210,7 @@ class _LayerNormMlp(torch.autograd.Function):
         adds_x,
     ):
         parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
-        out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x)
+        out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x, keeps=True)
         ctx.save_for_backward(*kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale)
         ctx.options = (eps, activation, adds_x, x.shape)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, *parameters))
@@ -240,7 +222,7 @@ class _LayerNormMlp(torch.autograd.Function):
     def backward(ctx, dy):
         wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
         saved = ctx.saved_tensors
-        gradients = _backward(dy, _Kept(*saved[:5]), *saved[5:], *ctx.options, wanted)
+        gradients = _backward(dy, Kept(*saved[:5]), *saved[5:], *ctx.options, wanted)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[9] else None
         return *gradients, None, dresidual, None, None, None, None
 
@@ -264,14 +246,16 @@ def layer_norm_mlp_forward(
     activation: str,
     products: torch.dtype,
     adds_x: bool,
+    keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
-    out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x)
+    out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x, keeps)
     return out, *(kept.rstd.new_empty(0) if t is None else t for t in kept[1:])
 
 
 @layer_norm_mlp_forward.register_fake
-def _(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, products, adds_x):
+def _(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, *options):
+    _, _, products, adds_x, keeps = options
     rows = x.numel() // x.shape[-1]
     folded = folds(products, norm_weight, norm_bias, w1)
     dtype = promoted(products, gamma, x if adds_x else residual)
@@ -281,7 +265,7 @@ def _(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residua
         torch.empty(0 if folded else rows, **single),
         torch.empty((rows, x.shape[-1]), dtype=products, device=x.device) if folded else torch.empty(0, **single),
         torch.empty(rows, **single),
-        torch.empty((rows, w1.shape[0]), dtype=products, device=x.device),
+        torch.empty((rows, w1.shape[0]), dtype=products, device=x.device) if keeps else torch.empty(0, **single),
     )
 
 
@@ -313,7 +297,7 @@ def layer_norm_mlp_backward(
     x_dtype: torch.dtype,
     b1_dtype: torch.dtype,
 ) -> list[Tensor]:
-    kept = _Kept(x, mean, x_hat, rstd, z)
+    kept = Kept(x, mean, x_hat, rstd, z)
     dtypes = _dtypes(norm_weight, norm_bias, w1, w2, b2, gamma, x_dtype, b1_dtype)
     wanted = [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)]
     shape = (*dy.shape[:-1], w1.shape[1])
@@ -335,7 +319,7 @@ def _(dy, x, mean, x_hat, rstd, z, norm_weight, norm_bias, w1, w2, b2, gamma, *r
 
 
 def _keep(ctx, inputs, output):
-    x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, _, adds_x = inputs
+    x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, _, adds_x, _ = inputs
     _, mean, x_hat, rstd, z = output
     ctx.mark_non_differentiable(mean, x_hat, rstd, z)
     kept = (None, None, x_hat, rstd, z) if x_hat.dim() == 2 else (x, mean, None, rstd, z)
@@ -350,7 +334,7 @@ def _registered_backward(ctx, dy, *_):
     gradients = layer_norm_mlp_backward(dy, *ctx.saved_tensors, *ctx.options, needs, *ctx.dtypes)
     present = (g if need else None for g, need in zip(gradients, needs, strict=True))
     dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[9] else None
-    return *present, None, dresidual, None, None, None, None
+    return *present, None, dresidual, *(None,) * 5
 
 
 layer_norm_mlp_forward.register_autograd(_registered_backward, setup_context=_keep)

@@ -48,13 +48,12 @@ def linear(
     if why_reference(x) is not None:
         return linear_reference(x, weight, bias, **options, save_preactivation=save_preactivation)
     tensors = (x, weight, bias, gamma, drop_path_scale, residual)
-    rest = (activation, backends.product_dtype(x), save_preactivation)
+    keeps = backends.wants_gradient(*tensors)
+    rest = (activation, backends.product_dtype(x), save_preactivation or (keeps and activation is not None))
     if backends.registered_path(*tensors):
         out, z = linear_forward(*tensors, *rest)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, z = _LinearFunction.apply(*tensors, *rest)
     else:
-        out, z = _forward(*tensors, *rest, keeps=False)
+        out, z = _LinearFunction.apply(*tensors, *rest) if keeps else _forward(*tensors, *rest)
     return (out, z.view(out.shape)) if save_preactivation else out
 
 
@@ -147,9 +146,7 @@ def promoted(products: torch.dtype, *others: Tensor | None) -> torch.dtype:
 # ---- the work, shared by both paths
 
 
-def _forward(
-    x, weight, bias, gamma, drop_path_scale, residual, activation, products, save, keeps=True
-) -> tuple[Tensor, Tensor]:
+def _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save) -> tuple[Tensor, Tensor]:
     """(..., O) and the pre-activation (M, O), or in its place an empty tensor where neither backward nor the caller reads it."""
     from fastdeit.kernels.linear import linear_forward as forward
 
@@ -163,7 +160,7 @@ def _forward(
             drop_path_scale=_dense(drop_path_scale),
             residual=None if residual is None else residual.reshape(-1, weight.shape[0]).contiguous(),
             out_dtype=promoted(products, gamma, residual),
-            needs_z=save or (keeps and activation is not None),
+            needs_z=save,
         )
     if z is None:
         z = out.new_empty(0, dtype=products)
@@ -269,8 +266,7 @@ def linear_forward(
 def _(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save):
     out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=promoted(products, gamma, residual))
     rows = x.numel() // x.shape[-1]
-    shape = (0,) if activation is None and not save else (rows, weight.shape[0])
-    return out, x.new_empty(shape, dtype=products)
+    return out, x.new_empty((rows, weight.shape[0]) if save else 0, dtype=products)
 
 
 @torch.library.custom_op("fastdeit::linear_backward", mutates_args=())

@@ -39,12 +39,11 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     _check(x, w1, b1, w2, b2, activation)
     if why_reference(x) is not None:
         return mlp_reference(x, w1, b1, w2, b2, activation=activation)
-    products = backends.product_dtype(x)
-    if backends.registered_path(x, w1, b1, w2, b2):
-        return mlp_forward(x, w1, b1, w2, b2, activation, products)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
-        return _Mlp.apply(x, w1, b1, w2, b2, activation, products)
-    return _forward(x, w1, b1, w2, b2, activation, products, keeps=False)[0]
+    tensors, options = (x, w1, b1, w2, b2), (activation, backends.product_dtype(x))
+    keeps = backends.wants_gradient(*tensors)
+    if backends.registered_path(*tensors):
+        return mlp_forward(*tensors, *options, keeps)[0]
+    return _Mlp.apply(*tensors, *options) if keeps else _forward(*tensors, *options, keeps)[0]
 
 
 def mlp_reference(
@@ -83,8 +82,8 @@ def _check(x, w1, b1, w2, b2, activation) -> None:
 # ---- the work, shared by both paths
 
 
-def _forward(x, w1, b1, w2, b2, activation, products, keeps=True):
-    """(..., O) and, if backward will come, the pre-activation (M, H)."""
+def _forward(x, w1, b1, w2, b2, activation, products, keeps):
+    """(..., O) and, if it is to be kept for backward, the pre-activation (M, H)."""
     from fastdeit.kernels.linear import linear_forward
 
     rows = x.reshape(-1, x.shape[-1]).to(products)
@@ -116,12 +115,6 @@ def _backward(dy, x, z, w1, w2, activation, needs, dtypes, shape):
     return dx, dw1, db1, dw2, db2
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The library's product in rows' dtype. Casts are made again in backward rather than kept."""
-    weight = weight.to(rows.dtype).t()
-    return torch.mm(rows, weight) if bias is None else torch.addmm(bias.to(rows.dtype), rows, weight)
-
-
 def _weight_gradient(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """d_out^T rows, summed in fp32 and rounded once, to the weight's dtype."""
     if d_out.dtype == dtype:
@@ -138,7 +131,7 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, activation, products):
         x_dtype, x = x.dtype, x.to(products)  # kept in the dtype of the products
-        y, z = _forward(x, w1, b1, w2, b2, activation, products)
+        y, z = _forward(x, w1, b1, w2, b2, activation, products, keeps=True)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, z, w1, w2)
         ctx.activation, ctx.shape = activation, x.shape
         ctx.dtypes = (x_dtype, *(None if t is None else t.dtype for t in (w1, b1, w2, b2)))
@@ -157,16 +150,24 @@ class _Mlp(torch.autograd.Function):
 
 @torch.library.custom_op("fastdeit::mlp_forward", mutates_args=())
 def mlp_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, products: torch.dtype
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    products: torch.dtype,
+    keeps: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, w1, b1, w2, b2, activation, products)
+    y, z = _forward(x, w1, b1, w2, b2, activation, products, keeps)
+    return y, y.new_empty(0) if z is None else z
 
 
 @mlp_forward.register_fake
-def _(x, w1, b1, w2, b2, activation, products):
+def _(x, w1, b1, w2, b2, activation, products, keeps):
     rows = x.numel() // x.shape[-1]
     y = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=products)
-    return y, x.new_empty((rows, w1.shape[0]), dtype=products)
+    return y, x.new_empty((rows, w1.shape[0]) if keeps else 0, dtype=products)
 
 
 @torch.library.custom_op("fastdeit::mlp_backward", mutates_args=())
@@ -197,7 +198,7 @@ def _(dy, x, z, w1, w2, activation, needs, b1_dtype, b2_dtype):
 
 
 def _keep(ctx, inputs, output):
-    x, w1, b1, w2, b2, activation, _ = inputs
+    x, w1, b1, w2, b2, activation, *_ = inputs
     ctx.save_for_backward(x, output[1], w1, w2)
     ctx.mark_non_differentiable(output[1])
     ctx.activation = activation
@@ -207,7 +208,7 @@ def _keep(ctx, inputs, output):
 def _registered_backward(ctx, dy, _):
     needs = list(ctx.needs_input_grad[:5])
     gradients = mlp_backward(dy, *ctx.saved_tensors, ctx.activation, needs, *ctx.bias_dtypes)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
 
 
 mlp_forward.register_autograd(_registered_backward, setup_context=_keep)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from fastdeit import backends, ops
+from fastdeit.kernels import gemm_config
 from fastdeit.kernels import linear as kernels_linear
+from fastdeit.kernels.architecture import architecture
 from fastdeit.kernels.gemm import vector
-from fastdeit.kernels.gemm_config import Tile, use_gemm
+from fastdeit.kernels.gemm_config import Gemm, Measured, Tile, use_gemm
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes, poisoned_memory
 
 DEVICE = kernel_device()
@@ -22,7 +24,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture
 def launched(monkeypatch) -> Counter:
-    """Counts the products that kernels of ours make."""
+    """Counts the products that kernels of ours make, and the pointwise kernels that go with a library's."""
     calls = Counter()
 
     def counted(name):
@@ -34,7 +36,7 @@ def launched(monkeypatch) -> Counter:
 
         return call
 
-    for name in ("gemm_forward", "gemm_backward"):
+    for name in ("gemm_forward", "gemm_backward", "activation_forward", "activation_backward", "scale_add_forward"):
         monkeypatch.setattr(kernels_linear, name, counted(name))
     return calls
 
@@ -43,13 +45,13 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(DEVICE, dtype)
 
 
-def linear_tensors(rows=(6, 9), channels=48, out=72, dtype=torch.float32):
+def linear_tensors(rows=(6, 9), channels=48, out=72, dtype=DTYPES[0]):
     """x, weight, bias, gamma, residual."""
     weight = randn(out, channels, dtype=dtype) * channels**-0.5
     return randn(*rows, channels, dtype=dtype), weight, *(randn(*s, out, dtype=dtype) for s in ((), (), rows))
 
 
-def mlp_tensors(rows=(2, 19), channels=24, hidden=64, dtype=torch.float32, bias=True):
+def mlp_tensors(rows=(2, 19), channels=24, hidden=64, dtype=DTYPES[0], bias=True):
     w1, w2 = randn(hidden, channels) * channels**-0.5, randn(channels, hidden) * hidden**-0.5
     biases = [randn(n, dtype=dtype) if bias else None for n in (hidden, channels)]
     return randn(*rows, channels, dtype=dtype), w1.to(dtype), biases[0], w2.to(dtype), biases[1]
@@ -115,23 +117,107 @@ def test_subsets_of_frozen_inputs(bias, frozen, backend):
         assert_as_accurate_as_eager(ops.mlp, ops.mlp_reference, *given, frozen=frozen)
 
 
+def branch_tensors(rows=(2, 11), dtype=torch.float32):
+    """x, w1, b1, w2, b2, norm_weight, norm_bias, gamma."""
+    rest = 1 + 0.1 * randn(24), 0.1 * randn(24), 0.5 + randn(24).abs()
+    return *mlp_tensors(rows, dtype=dtype), *(t.to(dtype) for t in rest)
+
+
+def branch(function, autocast, **options):
+    """A branch op, or its reference, of `branch_tensors`."""
+
+    def call(x, w1, b1, w2, b2, norm_weight, norm_bias, gamma):
+        with torch.autocast(DEVICE.type, dtype=autocast, enabled=autocast is not None and x.dtype != torch.float64):
+            given = (x, norm_weight, norm_bias, 1e-6, w1, b1, w2, b2)
+            if function in (ops.layer_norm_mlp, ops.layer_norm_mlp_reference):
+                return function(*given, gamma=gamma, residual=x)
+            return function(x, x, *given[1:], gamma=gamma, **options)
+
+    return call
+
+
+branches = pytest.mark.parametrize(
+    ("op", "reference", "products"),
+    [
+        (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference, dict(gemm_forward=1, gemm_backward=1)),
+        (
+            ops.layer_norm_mlp,
+            ops.layer_norm_mlp_reference,
+            dict(gemm_forward=2, gemm_backward=1),
+        ),  # its end is an epilogue
+    ],
+    ids=["add_layer_norm_mlp", "layer_norm_mlp"],
+)
+
+
 @each_backend
-@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
-def test_a_whole_branch_under_autocast(autocast, backend, launched):
-    def under(function):
-        def call(x, norm_weight, norm_bias, gamma, *weights):
-            exact = x.dtype == torch.float64
-            with torch.autocast(DEVICE.type, dtype=autocast, enabled=not exact):
-                return function(x, norm_weight, norm_bias, 1e-6, *weights, gamma=gamma, residual=x)
-
-        return call
-
-    x, *weights = mlp_tensors((2, 11))
-    norm = [1 + 0.1 * randn(24), 0.1 * randn(24), randn(24)]
+@branches
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [*((dtype, None) for dtype in DTYPES), (torch.float32, torch.float16), (torch.float32, torch.bfloat16)],
+)
+def test_a_whole_branch(dtype, autocast, op, reference, products, backend, launched):
     with use_gemm(backend, TILE):
-        pair = (under(f) for f in (ops.layer_norm_mlp, ops.layer_norm_mlp_reference))
-        assert_as_accurate_as_eager(*pair, x, *norm, *weights)
-    assert launched == dict(gemm_forward=1)  # the second layer with the branch's end
+        pair = (branch(f, autocast) for f in (op, reference))
+        assert_as_accurate_as_eager(*pair, *branch_tensors(dtype=dtype))
+    assert launched == products
+
+
+@each_backend
+def test_a_lean_branch(backend, launched):
+    with use_gemm(backend, TILE):
+        op = branch(ops.add_layer_norm_mlp, torch.float16, lean=True)
+        reference = branch(ops.add_layer_norm_mlp_reference, torch.float16)
+        assert_as_accurate_as_eager(op, reference, *branch_tensors())
+    assert launched == dict(gemm_forward=1, gemm_backward=1)
+
+
+@branches
+@pytest.mark.parametrize("trained", [(0,), (2,), (3,), (5, 6)], ids=["x", "b1", "w2", "norm"])
+def test_a_branch_with_little_to_train(trained, op, reference, products):
+    with use_gemm("triton", TILE):
+        pair = (branch(f, torch.float16) for f in (op, reference))
+        assert_as_accurate_as_eager(*pair, *branch_tensors(), frozen=[i for i in range(8) if i not in trained])
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "N", "K", "grad", "expected"),
+    [
+        ("activation", 64, 24, False, dict(gemm_forward=1)),
+        ("activation", 64, 24, True, dict(activation_forward=1, activation_backward=1)),
+        ("activation_z", 64, 24, True, dict(gemm_forward=1, activation_backward=1)),
+        ("derivative", 64, 24, True, dict(activation_forward=1, gemm_backward=1)),
+        ("residual", 24, 64, True, dict(activation_forward=1, activation_backward=1)),
+    ],
+)
+def test_the_table_s_entry_replaces_its_own_product_of_a_branch(epilogue, N, K, grad, expected, launched, monkeypatch):
+    entry = Measured(range(22, 23), N, K, torch.float16, epilogue, Gemm("triton", TILE))
+    monkeypatch.setattr(gemm_config, "GEMMS", {architecture(torch.empty(0, device=DEVICE)): (entry,)})
+    gemm_config._select.cache_clear()
+    given = [t.requires_grad_(grad) for t in branch_tensors()]
+    with backends.use_backend("triton"):
+        x_new, out = branch(ops.add_layer_norm_mlp, torch.float16)(*given)
+    if grad:
+        (x_new.sum() + out.float().sum()).backward()
+    gemm_config._select.cache_clear()
+    assert launched == expected
+
+
+@pytest.mark.parametrize("op", [ops.add_layer_norm_mlp, ops.layer_norm_mlp], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_branch_without_gradients_writes_no_pre_activation(compiled, op, pre_activations):
+    function = branch(op, torch.float16)
+    torch.compiler.reset()
+    function = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    given = branch_tensors((5,))
+    with use_gemm("triton", TILE), backends.use_backend("triton"):
+        plain = function(*given)
+        with torch.no_grad():
+            function(*(t.requires_grad_() for t in given))
+        differentiated = function(*given)
+    assert [written for written in pre_activations if written is not None] == [False, False, True]
+    pairs = zip(plain, differentiated, strict=True) if isinstance(plain, tuple) else [(plain, differentiated)]
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @each_backend
@@ -190,25 +276,42 @@ def test_a_misaligned_input_falls_back(launched):
     x, w1, b1, *_ = mlp_tensors((9,))
     with use_gemm("tma", TILE):
         out, _ = kernels_linear.linear_forward(shifted(x), w1, b1, activation="gelu")
-    assert not launched
+    assert not launched["gemm_forward"]
     assert torch.equal(out, kernels_linear.linear_forward(x, w1, b1, activation="gelu")[0])
 
 
 def test_results_that_a_descriptor_cannot_express_fall_back(launched):
     with use_gemm("tma", TILE):
         assert_as_accurate_as_eager(ops.mlp, ops.mlp_reference, *mlp_tensors((9,), 16, 35))
-    assert not launched
+    assert launched == dict(activation_forward=1, activation_backward=1)
 
 
-def test_without_gradients_the_pre_activation_is_not_written(monkeypatch):
-    needed = []
+@pytest.fixture
+def pre_activations(monkeypatch) -> list[bool | None]:
+    """Whether each product of ours with an activation wrote what that acts on; None for other products."""
+    written = []
     forward = kernels_linear.gemm_forward
-    monkeypatch.setattr(kernels_linear, "gemm_forward", lambda *a, **k: needed.append(k["needs_z"]) or forward(*a, **k))
+
+    def call(*args, activation, needs_z, **kwargs):
+        written.append(None if activation is None else needs_z)
+        return forward(*args, activation=activation, needs_z=needs_z, **kwargs)
+
+    monkeypatch.setattr(kernels_linear, "gemm_forward", call)
+    return written
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_gradients_the_pre_activation_is_not_written(compiled, pre_activations):
     given = mlp_tensors((5,))
+    torch.compiler.reset()
+    mlp, linear = (torch.compile(f, backend="aot_eager") if compiled else f for f in (ops.mlp, ops.linear))
     with use_gemm("triton", TILE), backends.use_backend("triton"):
-        ops.mlp(*given)
-        ops.mlp(*(t.requires_grad_() for t in given))
-    assert needed == [False, True]
+        mlp(*given)
+        linear(*given[:3], activation="gelu")
+        given = [t.requires_grad_() for t in given]
+        mlp(*given)
+        linear(*given[:3], activation="gelu")
+    assert pre_activations == [False, False, True, True]
 
 
 def test_loads_are_as_wide_as_every_stride_allows():

@@ -226,9 +226,11 @@ def test_registered_compiled_and_eager_paths_give_the_same_bits(autocast, residu
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_registered_op_passes_opcheck(products):
     *given, residual = (t.requires_grad_() for t in tensors((3,), 8, 16, 8))
-    torch.library.opcheck(layer_norm_mlp_forward, (*given, None, residual, 1e-6, "gelu", products, False))
+    torch.library.opcheck(layer_norm_mlp_forward, (*given, None, residual, 1e-6, "gelu", products, False, True))
     given[1] = given[4] = None
-    torch.library.opcheck(layer_norm_mlp_forward, (*given, None, None, 1e-6, "gelu", products, True))
+    torch.library.opcheck(layer_norm_mlp_forward, (*given, None, None, 1e-6, "gelu", products, True, True))
+    without = [t if t is None else t.detach() for t in given]
+    torch.library.opcheck(layer_norm_mlp_forward, (*without, None, None, 1e-6, "gelu", products, True, False))
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

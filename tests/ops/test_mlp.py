@@ -169,10 +169,10 @@ def test_compiles_to_one_graph_forward_and_backward():
     assert all(torch.equal(a, b) for a, b in zip(run(ops.mlp, given), run(compiled, given), strict=True))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_registered_op_passes_opcheck(bias):
-    given = [t if t is None else t.requires_grad_() for t in tensors((3,), 8, 16, 8, bias=bias)]
-    torch.library.opcheck(mlp_forward, (*given, "gelu", torch.float32))
+@pytest.mark.parametrize(("bias", "keeps"), [(False, True), (True, True), (True, False)])
+def test_registered_op_passes_opcheck(bias, keeps):
+    given = [t if t is None else t.requires_grad_(keeps) for t in tensors((3,), 8, 16, 8, bias=bias)]
+    torch.library.opcheck(mlp_forward, (*given, "gelu", torch.float32, keeps))
 
 
 def test_a_second_derivative_is_refused_clearly():
