@@ -222,12 +222,21 @@ class CachedTeacher(nn.Module):
                 f"teacher_cache: {path}: has {self.file.header['epochs']} epochs, epochs is {config.epochs}"
             )
         self.device = device
-        self.current: Tensor | None = None
+        self.labels: Tensor | None = None  # of the batch
+        self.current: Tensor | None = None  # of the part of it that is asked for
 
     def seek(self, epoch: int, positions: range) -> None:
-        """Chooses the batch of an epoch by the positions of its samples."""
+        """Chooses the batch of an epoch by the positions of its samples. Batches of one size are in the same memory."""
         row = self.file.labels[epoch, positions.start : positions.stop : positions.step]
-        self.current = torch.from_numpy(row.astype(np.int64)).to(self.device)
+        labels = torch.from_numpy(row.astype(np.int64))
+        if self.labels is None or len(self.labels) != len(labels):
+            self.labels = torch.empty_like(labels, device=self.device)
+        self.labels.copy_(labels)
+        self.take(slice(None))
+
+    def take(self, part: slice) -> None:
+        """Chooses a part of that batch; at first it is the whole."""
+        self.current = self.labels[part]
 
     def forward(self, images: Tensor) -> Tensor:
         """Classes (B,) int64."""

@@ -144,6 +144,7 @@ class Config:
     keep_best: int = _help("keep the weights of so many best epochs", 1)
 
     compile: bool = _help("compile the model with torch.compile", False)
+    cuda_graphs: bool = _help("record the training step as a CUDA graph and replay it, where it can be recorded", False)
     precision: str = _help("auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32", "auto")
     device: str | None = _help("by default a GPU if there is one, else the CPU", None)
     threads: int | None = _help("CPU threads; sums, hence the last bits, depend on it", None)
@@ -176,6 +177,7 @@ FREE_FIELDS = (
     "checkpoint_minutes",
     "checkpoint_steps",
     "keep_best",
+    "cuda_graphs",
 )  # a run may be resumed with others
 
 

@@ -1,6 +1,8 @@
 """The training step and the epoch around it."""
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from fastdeit.train.cached_labels import CachedTeacher
 from fastdeit.train.config import Config
 from fastdeit.train.device import autocast, create_scaler
 from fastdeit.train.distributed import SINGLE, World
+from fastdeit.train.graphs import OFF, CapturedStep, CudaRecorder, DeviceRates, masks_updates, why_not_captured
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.meter import Meter, peak_flops
 from fastdeit.train.monitor import LossMonitor
@@ -72,8 +75,13 @@ class Trainer:
         self.ema = create_ema(config, model)
         self.net = self._parallel(model)
         # What the update heeds on the device: a scaler, or the fused optimizers of PyTorch, skip it where a loss was not finite.
-        masked = self.scaler is not None or getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        masked = self.scaler is not None or masks_updates(self.optimizer)
         self.monitor = LossMonitor(self.device, world, deferred=self.device.type == "cuda" and masked)
+        self.rates = DeviceRates(self.optimizer, self.device)
+        reason = why_not_captured(config, self.device, self.optimizer, world)
+        self.whole_step = CapturedStep(self._whole_step, reason, functools.partial(CudaRecorder, self.device))
+        if reason not in (None, OFF) and world.main:
+            print(f"cuda_graphs: {self.whole_step.outcome}", file=sys.stderr, flush=True)
         peak = peak_flops(self.device)
         self.meter = Meter(config.batch_size, _flops_per_image(model), peak and peak * world.size)
         self.stop_requested: Callable[[], bool] = lambda: False  # whether this process was asked to stop
@@ -107,25 +115,37 @@ class Trainer:
     def _train_step(self, epoch: int, images: Tensor, classes: Tensor) -> None:
         seed_step(self.config.seed, self.step, self.world.rank)
         self.schedule.set(self.step)
+        self.rates.follow()
         images, targets = self.augment(images, classes, epoch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(epoch, images, targets)
-        bad = self.monitor.note(loss, self.step, epoch, self.stop_requested())
-        self._update(bad)
+        if self.cached_teacher is not None:
+            self.cached_teacher.seek(epoch, self.batches.positions(self.step % self.schedule.updates_per_epoch))
+        self.monitor.ask(self.stop_requested())
+        if self.monitor.deferred and self.scaler is None:
+            self.monitor.note(self.whole_step(images, targets), self.step, epoch)
+        else:  # a scaler knows of this step's gradients alone, so that the verdict on the one before must be read first
+            self.monitor.note(self._gradients(images, targets), self.step, epoch)
+            self._update()
         self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.step)
+        if self.config.model_ema_warmup:
+            self._average(self.step)
 
-    def _backward(self, epoch: int, images: Tensor, targets: Tensor) -> Tensor:
-        """Adds up the gradients of the batch's parts; returns their mean loss. Processes exchange gradients with the last part."""
+    def _whole_step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """All that happens on the device between augmentation and the next step, but for an average whose decay changes."""
+        values = self._gradients(images, targets)
+        self._update()
+        return values
+
+    def _gradients(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Adds up the gradients of the batch's parts; returns the verdict on their mean loss. Processes exchange gradients with the
+        last part."""
+        self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.grad_accum_steps
-        positions = self.batches.positions(self.step % self.schedule.updates_per_epoch)
         size = len(images) // parts
         total = torch.zeros((), device=self.device)
         for part in range(parts):
             chosen = slice(part * size, (part + 1) * size)
             if self.cached_teacher is not None:
-                self.cached_teacher.seek(epoch, positions[chosen])
+                self.cached_teacher.take(chosen)
             last = part == parts - 1
             alone = isinstance(self.net, DistributedDataParallel) and not last
             with self.net.no_sync() if alone else contextlib.nullcontext():
@@ -133,9 +153,9 @@ class Trainer:
                     loss = self.criterion(images[chosen], self.net(images[chosen]), targets[chosen]) / parts
                 (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
             total += loss.detach()
-        return total
+        return self.monitor.judge(total)
 
-    def _update(self, bad: Tensor) -> None:
+    def _update(self) -> None:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.config.clip_grad:
@@ -145,10 +165,18 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        elif self.monitor.deferred:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, self.monitor.bad
+            with self.rates.in_place():
+                self.optimizer.step()
         else:
-            if self.monitor.deferred:
-                self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
             self.optimizer.step()
+        if not self.config.model_ema_warmup:
+            self._average(self.step + 1)
+
+    def _average(self, step: int) -> None:
+        if self.ema is not None:
+            self.ema.update(self.model, step=step)
 
     def _parallel(self, model: nn.Module) -> nn.Module:
         """What a step calls: the model, compiled and shared among the processes as the configuration and the world have it."""
@@ -176,6 +204,7 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+        self.whole_step.forget()
         self.monitor.reset(state["loss_sum"])
         self.step = state["step"]
 

@@ -17,7 +17,9 @@ from fastdeit.train.loading import Batch
 from fastdeit.train.models import create_student, create_teacher, quickened
 from fastdeit.train.run import teacher_config
 
-WARM_UP = 3  # batches before the clock starts: workers start, memory is allocated, kernels are compiled
+WARM_UP = (
+    5  # batches before the clock starts: workers start, memory is allocated, kernels are compiled, a step is recorded
+)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,11 @@ class LossMonitor:
     Args:
         device: of the losses.
         world: the processes.
-        deferred: read a verdict one step later. What updates the weights must then heed `note`'s result on the device.
+        deferred: read a verdict one step later. What updates the weights must then heed `bad` on the device.
+
+    Attributes:
+        bad: float32, on the device: 1 from the first loss on that was not finite in any process, so that steps which are already
+            under way when the host learns of it change nothing; 0 before.
     """
 
     def __init__(self, device: torch.device, world: World, deferred: bool) -> None:
@@ -39,25 +43,35 @@ class LossMonitor:
         self.deferred = deferred
         self.last_finite = math.nan
         self.stop = False
+        self.bad = torch.zeros((), device=device)
         self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.asked = torch.zeros((), dtype=torch.float64, device=device)
         self.noted: _Noted | None = None
 
-    def note(self, loss: Tensor, step: int, epoch: int, stop: bool) -> Tensor:
-        """Takes down a step's loss; whether any process's is not finite comes back, as a float32 tensor of 0 or 1 on the device.
+    def ask(self, stop: bool) -> None:
+        """Whether this process is to stop goes round with its next loss."""
+        self.asked.fill_(float(stop))
+
+    def judge(self, loss: Tensor) -> Tensor:
+        """What `note` takes down of a step's loss, the same in all processes. Never waits for the device."""
+        loss = loss.detach().double()
+        values = torch.zeros(self.world.size + 2, dtype=torch.float64, device=self.device)
+        values[self.world.rank] = ~torch.isfinite(loss)
+        values[-2] = self.asked
+        values[-1] = loss / self.world.size
+        self.world.sum(values)
+        self.bad.copy_(torch.maximum(self.bad, (values[:-2].sum() > 0).float()))
+        self.total += torch.where(self.bad > 0, 0.0, values[-1])  # as if the step had not been
+        return values
+
+    def note(self, values: Tensor, step: int, epoch: int) -> None:
+        """Takes down what `judge` gave.
 
         Raises:
             NonFiniteLossError: this one's verdict, or if deferred the one before it, is bad.
         """
         if self.deferred:
             self.check()
-        loss = loss.detach().double()
-        values = torch.zeros(self.world.size + 2, dtype=torch.float64, device=self.device)
-        values[self.world.rank] = ~torch.isfinite(loss)
-        values[-2].fill_(float(stop))
-        values[-1] = loss / self.world.size
-        self.world.sum(values)
-        bad = values[:-2].sum() > 0
-        self.total += torch.where(bad, 0.0, values[-1])  # as if the step had not been
         arrived = None
         if self.device.type == "cuda":
             values = torch.empty(len(values), dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
@@ -66,7 +80,6 @@ class LossMonitor:
         self.noted = _Noted(step, epoch, values, arrived)
         if not self.deferred:
             self.check()
-        return bad.float()
 
     def clean(self) -> bool:
         """Whether what was noted last is finite. A process that asks this alone leaves the verdict for all to see together."""
@@ -101,3 +114,4 @@ class LossMonitor:
 
     def reset(self, total: float = 0.0) -> None:
         self.total.fill_(total)
+        self.bad.zero_()

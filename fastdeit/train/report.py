@@ -48,6 +48,7 @@ def write_results(
     teacher_top1: float | None,
     disagreement: Mapping[tuple[str, str], float],
     cosines: Sequence[float] | None,
+    cuda_graphs: str | None = None,
 ) -> None:
     """Writes results.json and report.md into a run's folder.
 
@@ -57,10 +58,12 @@ def write_results(
         columns: by title (`last epoch`, `moving average`), what `engine.evaluate` returned.
         teacher_top1: in percent.
         disagreement, cosines: as `analysis` gives them; cosines of a model with two tokens alone.
+        cuda_graphs: what became of them, in words, if they were asked for.
     """
     results = {
         "config": dict(config),
         "environment": {"device": device, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "cuda_graphs": cuda_graphs,
         "top1": {title: dict(column) for title, column in columns.items()},
         "teacher_top1": teacher_top1,
         "disagreement": [[*pair, share] for pair, share in disagreement.items()],
@@ -98,6 +101,8 @@ def report(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) ->
             f"{config['distillation_type'].capitalize()} distillation from {config['teacher_model']}, "
             f"weight {config['distillation_alpha']:g}."
         ]
+    if results.get("cuda_graphs"):
+        about += [f"CUDA graphs: {results['cuda_graphs']}."]
     about += ["; ".join(f"{name} {value}" for name, value in environment.items()) + "."]
     parts = [
         f"# {config['name']}",

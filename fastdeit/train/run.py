@@ -110,7 +110,8 @@ def _report(fit: "Fit", data: Data, teacher: nn.Module | None, result: Result, f
     cosines = None
     if has_distillation_head(model):
         cosines = analysis.token_cosines(model, validation, config, device)
-    report.write_results(folder, config.as_dict(), name, columns, result.teacher_top1, different, cosines)
+    graphs = fit.trainer.whole_step.outcome
+    report.write_results(folder, config.as_dict(), name, columns, result.teacher_top1, different, cosines, graphs)
 
 
 def teacher_config(config: Config) -> Config:

@@ -153,6 +153,7 @@ def training_throughput(config: Config, batch_size: int | None = None, runs: int
             size = -(-size // unit) * unit
             if size not in batches:
                 batches.clear()
+                trainer.whole_step.forget()  # a recorded step is of one size
                 shape = (size, config.in_chans, config.img_size, config.img_size)
                 pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
                 batches[size] = pixels, torch.randint(0, classes, (size,), device=device)

@@ -159,21 +159,20 @@ def test_a_deferred_verdict_keeps_the_step_going(plain, monkeypatch):
     trainer = trainer_of(plain)
     trainer.monitor.deferred = True
     heeded = []
-    update = trainer._update
-    monkeypatch.setattr(trainer, "_update", lambda bad: heeded.append(bad.item()))
+    monkeypatch.setattr(trainer, "_update", lambda: heeded.append(trainer.monitor.bad.item()))
     real = trainer.criterion.forward
     trainer.criterion.forward = lambda *args: real(*args) * (float("nan") if len(heeded) == 1 else 1)
     with pytest.raises(ArithmeticError, match="the loss is nan at step 1"):
         trainer.train_epoch(0, mock.Mock())
-    assert heeded == [0.0, 1.0] and update is not None
+    assert heeded == [0.0, 1.0, 1.0]  # the third was under way when the second's verdict was read
 
 
 def test_a_verdict_that_one_process_asks_for_stays_for_all():
     """A timed save asks on one process only; raising there would leave the others waiting for its gradients."""
     monitor = LossMonitor(torch.device("cpu"), SINGLE, deferred=True)
-    monitor.note(torch.tensor(2.0), 0, 0, stop=False)
+    monitor.note(monitor.judge(torch.tensor(2.0)), 0, 0)
     assert monitor.clean()
-    monitor.note(torch.tensor(float("inf")), 1, 0, stop=False)
+    monitor.note(monitor.judge(torch.tensor(float("inf"))), 1, 0)
     assert not monitor.clean()
     with pytest.raises(NonFiniteLossError, match="the loss is inf at step 1") as raised:
         monitor.check()
