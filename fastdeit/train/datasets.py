@@ -1,7 +1,9 @@
 """The images: scikit-learn's digits, a folder or a set of timm's, checked before training, with timm's transforms."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,13 @@ from fastdeit.train.sampling import UnreadableImageError, derive_seed
 DIGITS_VALIDATION = 360  # of 1,797, stratified; the split does not depend on the run's seed
 
 
-TIMM_PREFIXES = ("hfds", "hfids", "wds", "tfds", "torch")
+TIMM_SETS = {  # by prefix, the packages that timm's reader of them imports
+    "hfds": ("datasets",),
+    "hfids": ("datasets",),
+    "wds": ("webdataset",),
+    "tfds": ("tensorflow", "tensorflow_datasets"),
+    "torch": (),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def load_data(config: Config) -> Data:
     mode = "L" if config.in_chans == 1 else "RGB"
     if config.data == "digits":
         return _digits(mode, config)
-    if config.data.partition("/")[0].lower() in TIMM_PREFIXES and not Path(config.data).is_dir():
+    if config.data.partition("/")[0].lower() in TIMM_SETS and not Path(config.data).is_dir():
         return _timm_data(mode, config)
     root = Path(config.data)
     classes = check_image_folder(root)
@@ -93,6 +101,36 @@ class Images(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+class Stream(IterableDataset):
+    """The images of one of timm's readers, in its order. Its length is of all processes together, where timm's is of one.
+
+    Args:
+        reader: of (PIL image, class).
+        transform: of a PIL image.
+    """
+
+    def __init__(self, reader: Any, transform: Callable[[Image.Image], Any]) -> None:
+        self.reader = reader
+        self.transform = transform
+
+    def start(self, epoch: int, seed: int) -> None:
+        """To be called before an epoch's first image, which then depends on no epoch before. In a worker PyTorch's seed counts."""
+        self.reader.set_epoch(epoch)
+        self.reader.worker_seed = seed % 2**31
+        self.reader.ds = None  # readers make it anew, and their random numbers with it
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        return self.share(0, 1)
+
+    def share(self, rank: int, world_size: int) -> Iterator[tuple[Any, int]]:
+        """Every world_size-th image, from rank on."""
+        for image, label in islice(self.reader, rank, None, world_size):
+            yield self.transform(image), int(label)
+
+    def __len__(self) -> int:
+        return self.reader.num_samples
 
 
 def check_image_folder(root: Path) -> tuple[str, ...]:
@@ -182,6 +220,7 @@ class ArrayDataset(Dataset):
 
 
 def _timm_data(mode: str, config: Config) -> Data:
+    _check_packages(config.data)
     if not (config.data_download or config.data_dir is None or Path(config.data_dir).exists()):
         raise ValueError(f"data_dir: {config.data_dir} is not there; data_download gets the sets that can be had")
     options = dict(
@@ -197,24 +236,34 @@ def _timm_data(mode: str, config: Config) -> Data:
     for split, training in ((config.train_split, True), (config.val_split, False)):
         try:
             sources.append(timm.data.create_dataset(config.data, split=split, is_training=training, **options))
-        except ImportError as error:
-            raise ImportError(f"data: {config.data} needs a library that is not installed: {error}") from error
         except (RuntimeError, ValueError, TypeError, AssertionError, FileNotFoundError) as error:
             raise ValueError(f"data: timm cannot make {config.data}, split {split!r}: {error}") from error
     train, val = sources
     if isinstance(train, IterableDataset):
         if config.repeated_aug > 1:
             raise ValueError(f"repeated_aug: {config.data} is a stream, which gives each image once; expected 1")
-        if not len(train):
+        if not train.reader.num_samples:
             raise ValueError(f"train_split: {config.data} does not say how many images {config.train_split!r} has")
         train.set_loader_cfg(num_workers=config.workers)
-        train.transform, val.transform = train_transform(config), eval_transform(config)
-        return Data(train, val, _timm_classes(train, config))
+        # Readers make the shares of several processes even by leaving out and repeating images: evaluation shares them itself.
+        val.reader.dist_rank, val.reader.dist_num_replicas = 0, 1
+        streams = Stream(train.reader, train_transform(config)), Stream(val.reader, eval_transform(config))
+        return Data(*streams, _timm_classes(train, config))
     return Data(
         Images(train, mode, train_transform(config)),
         Images(val, mode, eval_transform(config)),
         _timm_classes(train, config),
     )
+
+
+def _check_packages(data: str) -> None:
+    """Raises ImportError that says what to install for a set of timm's."""
+    for package in TIMM_SETS[data.partition("/")[0].lower()]:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            name = package.replace("_", "-")
+            raise ImportError(f"data: {data} needs the package {name}: pip install {name} ({error})") from error
 
 
 def _timm_classes(source: Any, config: Config) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ class TrainLoader:
         )
         if self.streams:
             source = KeyedStream(dataset, batches)
-            options |= dict(batch_size=batches.batch_size, drop_last=True)
+            self.worker_seeds = torch.Generator()  # from which PyTorch draws those that readers shuffle by
+            options |= dict(batch_size=batches.batch_size, drop_last=True, generator=self.worker_seeds)
         else:
             source = KeyedDataset(dataset, batches.seed, config.max_bad_images)
             options |= dict(batch_sampler=batches, persistent_workers=config.workers > 0)  # keys come with each batch
@@ -65,6 +66,9 @@ class TrainLoader:
                 f"data: a stream starts at the beginning of an epoch only, not at batch {self.batches.first_batch}; "
                 "resume from a checkpoint that was written at the end of an epoch"
             )
+        if self.streams:
+            b = self.batches
+            self.worker_seeds.manual_seed(derive_seed("stream workers", b.seed, b.epoch, b.rank))
         ahead = _copied_ahead if self.device.type == "cuda" else _copied
         given = 0
         for batch in ahead(self._host_batches(), self.device):
@@ -98,7 +102,7 @@ class TrainLoader:
 
 
 class KeyedStream(IterableDataset):
-    """A stream of (image, class) whose random transforms depend on seed, epoch, rank, worker and place in the worker's share."""
+    """A `Stream` of (image, class) whose random transforms depend on seed, epoch, rank, worker and place in the worker's share."""
 
     def __init__(self, dataset: IterableDataset, batches: EpochBatches) -> None:
         self.dataset = dataset
@@ -107,7 +111,7 @@ class KeyedStream(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         batches, worker = self.batches, get_worker_info()
         seed = derive_seed("stream", batches.seed, batches.rank, worker.id if worker else 0)
-        self.dataset.set_epoch(batches.epoch)
+        self.dataset.start(batches.epoch, seed + batches.epoch)
         iterator, position = iter(self.dataset), 0
         while True:
             seed_sample(seed, batches.epoch, position)

@@ -126,10 +126,23 @@ class EpochBatches(Sampler[list[Key]]):
         return self.length // (self.batch_size * self.world_size) - self.first_batch
 
 
+class StreamShare(IterableDataset):
+    """Of a stream that is read whole, every world_size-th image from rank on: each image once over all ranks."""
+
+    def __init__(self, stream: Any, rank: int, world_size: int) -> None:
+        self.stream = stream
+        self.share = rank, world_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return self.stream.share(*self.share)
+
+
 def eval_loader(
     dataset: Dataset, batch_size: int, workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Any]:
     """Every image once, in order; of several processes each takes every world_size-th, from its rank on."""
-    if world_size > 1 and not isinstance(dataset, IterableDataset):  # timm's streams are shared by their readers
+    if world_size > 1 and isinstance(dataset, IterableDataset):
+        dataset = StreamShare(dataset, rank, world_size)
+    elif world_size > 1:
         dataset = Subset(dataset, range(rank, len(dataset), world_size))
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)

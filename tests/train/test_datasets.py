@@ -1,6 +1,5 @@
 """Digits and image folders, and the folders that are refused."""
 
-import importlib.util
 import shutil
 
 import pytest
@@ -156,12 +155,3 @@ def test_a_real_set_of_torchvision_is_read(tmp_path):
 def test_a_set_that_timm_cannot_make_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         load_data(Config(**changes))
-
-
-@pytest.mark.parametrize("prefix", ["hfds", "wds", "tfds"])
-def test_a_set_whose_library_is_missing_is_named(prefix):
-    library = dict(hfds="datasets", wds="webdataset", tfds="tensorflow")[prefix]
-    if importlib.util.find_spec(library):
-        pytest.skip(f"{library} is installed")
-    with pytest.raises((ImportError, ValueError), match=f"data: .*{prefix}/x"):
-        load_data(Config(data=f"{prefix}/x", repeated_aug=1))

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import IterableImageDataset
 
 from fastdeit import cli
 from fastdeit.train import loading
-from fastdeit.train.config import Config
-from fastdeit.train.datasets import load_data, train_transform
+from fastdeit.train.datasets import Stream, load_data, train_transform
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.sampling import EpochBatches, UnreadableImageError
 
@@ -183,14 +181,13 @@ def test_repetitions_go_to_different_ranks():
 class Reader:
     """Stands in for timm's readers of streams: shuffled by epoch, split among workers."""
 
+    num_samples = 40
+
     def __init__(self, count):
         self.count, self.epoch = count, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
-
-    def __len__(self):
-        return 40
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -200,7 +197,7 @@ class Reader:
 
 
 def stream_of(config, epoch=0, first_batch=0, count=40):
-    dataset = IterableImageDataset("", reader=Reader(count), transform=train_transform(config))
+    dataset = Stream(Reader(count), train_transform(config))
     batches = EpochBatches(len(dataset), 8, config.seed)
     batches.set_epoch(epoch, first_batch)
     return [(images.clone(), classes) for images, classes in TrainLoader(dataset, batches, config, CPU)]
@@ -221,14 +218,3 @@ def test_a_stream_does_not_start_in_the_middle_of_an_epoch(make_small_config):
 def test_a_stream_that_ends_early_is_an_error(make_small_config):
     with pytest.raises(ValueError, match="the stream ended after 3 of 5 batches of epoch 0"):
         stream_of(make_small_config(), count=30)
-
-
-def test_a_stream_is_not_repeated(monkeypatch):
-    import timm.data
-
-    monkeypatch.setattr(timm.data, "create_dataset", lambda *a, **k: IterableImageDataset("", reader=Reader(40)))
-    with pytest.raises(ValueError, match="repeated_aug: wds/x is a stream"):
-        load_data(Config(data="wds/x"))
-    with pytest.raises(ValueError, match="num_classes: wds/x does not say how many classes it has"):
-        load_data(Config(data="wds/x", repeated_aug=1))
-    assert load_data(Config(data="wds/x", repeated_aug=1, num_classes=40)).classes[-1] == "39"
