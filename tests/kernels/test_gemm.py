@@ -231,16 +231,52 @@ def test_large_activations_overflow_as_in_the_reference(backend, launched):
     assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize("backend", ["cublas", *OURS])
+@branches
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float16, None), (torch.float32, torch.float16)])
+def test_a_branch_overflows_as_the_reference_does(dtype, autocast, op, reference, products, backend, launched):
+    """Gradients may be finite where PyTorch's pass through fp16 on their way to fp32, but not the other way round."""
+    x, w1, *rest = branch_tensors((15,), dtype)
+
+    def run(function):
+        given = [t.detach().clone().requires_grad_() for t in (x, w1 * 3e4, *rest)]
+        outputs = branch(function, autocast)(*given)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+        return outputs, [t.grad for t in given]
+
+    with use_gemm(backend, TILE), backends.use_backend("triton"):
+        outputs, gradients = run(op)
+    expected, eagers = run(reference)
+    assert not expected[-1].isfinite().all()
+    for out, eager in zip(outputs, expected, strict=True):
+        assert torch.equal(out.isnan(), eager.isnan()) and torch.equal(out.isinf(), eager.isinf())
+    assert all((ours.isfinite() >= eager.isfinite()).all() for ours, eager in zip(gradients, eagers, strict=True))
+    assert launched["gemm_forward"] == (0 if backend == "cublas" else products["gemm_forward"])
+
+
+@branches
+def test_a_branch_without_biases(op, reference, products, launched):
+    x, w1, _, w2, _, norm_weight, _, gamma = branch_tensors()
+    given = x, w1, None, w2, None, norm_weight, None, gamma
+    with use_gemm("triton", TILE):
+        assert_as_accurate_as_eager(*(branch(f, torch.bfloat16) for f in (op, reference)), *given)
+    assert launched == products
+
+
 @each_backend
-def test_repeats_give_the_same_bits(backend):
+@pytest.mark.parametrize("of_a_branch", [False, True])
+def test_repeats_give_the_same_bits(of_a_branch, backend):
+    function = branch(ops.layer_norm_mlp, torch.bfloat16) if of_a_branch else ops.mlp
+    fixed = branch_tensors((3, 23)) if of_a_branch else mlp_tensors((3, 23))
+
     def run():
         given = [t.clone().requires_grad_() for t in fixed]
         with use_gemm(backend, TILE), backends.use_backend("triton"), poisoned_memory():
-            out = ops.mlp(*given)
+            out = function(*given)
         out.sum().backward()
         return [out, *(t.grad for t in given)]
 
-    fixed = mlp_tensors((3, 23))
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
