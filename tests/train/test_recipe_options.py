@@ -154,6 +154,56 @@ def test_learning_rates_are_those_of_the_recipe(epoch):
     assert optimizer.param_groups[0]["weight_decay"] == 0.05
 
 
+def rate_of_the_recipe(config, step, updates):
+    """Linear warm-up from warmup_lr, then a cosine over all epochs down to min_lr, by epoch or by update; deit's formula."""
+    peak = config.lr * config.batch_size / config.lr_base_size
+    time, unit = (step, updates) if config.sched_on_updates else (step // updates, 1)
+    warm_up, whole = config.warmup_epochs * unit, config.epochs * unit
+    if time < warm_up:
+        return config.warmup_lr + (peak - config.warmup_lr) * time / warm_up
+    return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * time / whole)) / 2
+
+
+@pytest.mark.parametrize("by_update", [False, True])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_every_step_has_the_rate_and_the_weight_decay_of_the_recipe(small_config, by_update, layer_decay):
+    """Read where the optimizer takes them, for every weight in every step of a run."""
+    config = small_config.replace(
+        epochs=6, warmup_epochs=2, warmup_lr=1e-6, min_lr=1e-5, lr=2e-3, weight_decay=0.07, sched_on_updates=by_update,
+        layer_decay=layer_decay, model_ema_decay=0.0, reprob=0.0, mixup=0.0, cutmix=0.0,
+    )  # fmt: skip
+    trainer = trainer_of(config)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    depth, found = len(trainer.model.blocks), []
+    step = trainer.optimizer.step
+
+    def scale(name):
+        """Of the layer's own rate: the head's is whole, the last norm is of the last block, the embedding the first layer."""
+        if layer_decay is None or name.startswith("head"):
+            return 1.0
+        layer = depth if name.startswith("norm.") else int(name.split(".")[1]) + 1 if name.startswith("blocks") else 0
+        return layer_decay ** (depth + 1 - layer)
+
+    def decays(name, parameter):
+        return parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
+
+    def recording_step():
+        groups = trainer.optimizer.param_groups
+        found.append({names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]})
+        step()
+
+    trainer.optimizer.step = recording_step
+    for epoch in range(config.epochs):
+        trainer.train_epoch(epoch, mock.Mock())
+    assert len(found) == 18
+    for number, rates in enumerate(found):
+        expected = rate_of_the_recipe(config, number, updates=3)
+        for name, parameter in trainer.model.named_parameters():
+            decay = 0.07 if decays(name, parameter) else 0.0
+            assert rates[name] == (pytest.approx(expected * scale(name), rel=1e-9), decay), (number, name)
+    assert len({rates["head.weight"] for rates in found}) == (18 if by_update else 6)
+
+
 def test_a_deferred_verdict_keeps_the_step_going(plain, monkeypatch):
     """As on a GPU: the loss of one step is read in the next, and the update heeds it on the device."""
     trainer = trainer_of(plain)
