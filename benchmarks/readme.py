@@ -51,15 +51,15 @@ UNMEASURED = (
 
 
 def measured(folder: Path) -> str:
-    """Per suite and direction, the range and the geometric mean of the speed-up over the best other candidate of each case."""
+    """Per suite, work and direction the range and the geometric mean of the speed-up over each case's best other candidate."""
     identity, benchmarks, missing = pieces.read(folder)
     groups: dict[str, list[float]] = {}
     for benchmark in benchmarks:
         ours, *others = benchmark["extra_info"]["rows"]
         times = [row["median_us"] for row in others if row["median_us"]]
         if ours["median_us"] and times:
-            direction = benchmark["extra_info"]["shape"].get("direction", "")
-            name = f"{pieces.suite_of(benchmark)} {direction}".strip()
+            shape = benchmark["extra_info"]["shape"]
+            name = " ".join(filter(None, (pieces.suite_of(benchmark), shape.get("work"), shape.get("direction"))))
             groups.setdefault(name, []).append(min(times) / ours["median_us"])
     rows: list[dict[str, Any]] = [
         {

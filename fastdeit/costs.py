@@ -62,6 +62,34 @@ def layer_norm_backward(
     return Cost((13 if branch_bytes is None else 14) * elements, per_element * elements + 8 * rows, 2)
 
 
+# ---- a linear layer with its epilogue in the product
+
+
+def linear_forward(
+    rows: int,
+    channels: int,
+    outputs: int,
+    *,
+    element_bytes: int = 2,
+    preactivation: bool = False,
+    residual_bytes: int | None = None,
+) -> Cost:
+    """One product; reads input and weight, writes the result, also before its activation if asked; or adds it to a stream."""
+    results = 2 * element_bytes if preactivation else element_bytes
+    written = results if residual_bytes is None else 2 * residual_bytes
+    traffic = (rows * channels + channels * outputs) * element_bytes + rows * outputs * written
+    return Cost(2 * rows * channels * outputs, traffic, 1)
+
+
+def activation_gradient(rows: int, channels: int, hidden: int, *, element_bytes: int = 2) -> Cost:
+    """From the gradient of a layer's (rows, channels) output to that of the pre-activation before its (rows, hidden) input.
+
+    Reads gradient, weight and pre-activation, writes the gradient and the activation again, and sums the columns.
+    """
+    traffic = rows * channels + channels * hidden + 3 * rows * hidden
+    return Cost(2 * rows * channels * hidden, traffic * element_bytes, 2)
+
+
 # ---- MLP: library products with a pointwise kernel between them
 
 

@@ -22,6 +22,27 @@ def test_one_head_for_both_terms_is_read_once():
     assert two.bytes - one.bytes == 2 * B * C and two.flops == one.flops
 
 
+def test_an_activation_in_the_product_spares_an_mlp_one_reading_of_its_pre_activation():
+    rows, channels, hidden = 198, 192, 768
+    fused = costs.linear_forward(rows, channels, hidden, preactivation=True)
+    fused += costs.linear_forward(rows, hidden, channels)
+    apart = costs.mlp_forward(rows, channels, hidden)
+    assert (apart.bytes - fused.bytes, apart.flops, apart.launches - fused.launches) == (
+        2 * rows * hidden,
+        fused.flops,
+        1,
+    )
+
+
+def test_a_residual_in_the_product_is_read_and_written_in_its_own_width():
+    plain, added = (costs.linear_forward(10, 6, 4, residual_bytes=width) for width in (None, 4))
+    assert added.bytes - plain.bytes == 10 * 4 * (2 * 4 - 2)
+
+
+def test_the_gradient_through_an_activation_moves_three_hidden_streams():
+    assert costs.activation_gradient(10, 6, 24) == costs.Cost(2 * 10 * 6 * 24, 2 * (10 * 6 + 6 * 24 + 3 * 10 * 24), 2)
+
+
 @pytest.mark.parametrize(("reduction", "launches"), [("mean", 3), ("sum", 3), ("none", 2)])
 def test_launches_of_the_distillation_loss(reduction, launches):
     forward = costs.distillation_cross_entropy_forward(B, C, reduction=reduction)

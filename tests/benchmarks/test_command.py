@@ -10,6 +10,7 @@ import torch
 
 from fastdeit import cli
 from fastdeit.benchmarks import command, pieces
+from fastdeit.kernels.gemm_config import EPILOGUES
 
 
 def bench(*arguments: object, cwd) -> subprocess.CompletedProcess:
@@ -43,6 +44,18 @@ def test_every_suite_runs_and_every_row_has_its_figures(results):
     assert compared and all(
         m >= r >= 0 for row in compared for m, r in zip(row["max_errors"], row["rms_errors"], strict=True)
     )
+
+
+def test_every_work_of_the_mlp_runs(tmp_path):
+    """A short run has its first alone."""
+    words = ("full", "--toy", "--only", "mlp", "-k", "198-768-256-", "--out", tmp_path / "r")
+    done = bench(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, benchmarks, _ = pieces.read(tmp_path / "r")
+    works = [benchmark["extra_info"]["shape"] for benchmark in benchmarks]
+    assert len({(shape["work"], shape["direction"]) for shape in works}) == len(works) == 10
+    assert {shape["work"] for shape in works} >= {"branch", "mlp", *EPILOGUES}
+    assert all(row["status"] == "ok" for benchmark in benchmarks for row in benchmark["extra_info"]["rows"])
 
 
 def test_a_line_tells_of_each_case(results):
