@@ -31,6 +31,7 @@ KERNEL_FILES = (
     "attention",
     "attention_backward",
     "distillation_cross_entropy",
+    "folded_weights",
     "gemm",
     "gemm_backward",
     "mlp",

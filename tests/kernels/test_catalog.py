@@ -54,9 +54,9 @@ def uses_descriptors(row: Shipped) -> bool:
     return any(kind.startswith("tensordesc") for kind in row.signature.values())
 
 
-def test_at_most_400_configurations():
+def test_at_most_440_configurations():
     """A full sweep takes seconds for each."""
-    assert len(report.entries()) <= 400
+    assert len(report.entries()) <= 440
 
 
 def test_two_configurations_of_one_name_are_refused(monkeypatch):
