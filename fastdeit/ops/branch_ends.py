@@ -146,6 +146,7 @@ def start_backward(
         dx_new: of x's shape, what else the residual stream's gradient is, or None.
         shape: x's.
     """
+    from fastdeit.kernels.folded_weights import fold_columns_backward
     from fastdeit.kernels.layer_norm import layer_norm_backward
     from fastdeit.kernels.residual_branch import folded_layer_norm_backward
 
@@ -153,15 +154,10 @@ def start_backward(
     products = dz.dtype
     found: dict[str, Tensor | None] = {"bias": dz_sum}
     if start.x_hat is not None:
-        if wants("norm_weight", "weight"):
-            product = _weight_gradient(dz, start.x_hat, torch.float32)
-            if wants("norm_weight"):
-                found["norm_weight"] = (product * weight).sum(0)
-            if wants("weight"):
-                product = product if norm.weight is None else product.mul_(norm.weight)
-                found["weight"] = product if norm.bias is None else product.addr_(dz_sum, norm.bias)
-        if wants("norm_bias"):
-            found["norm_bias"] = torch.mv(weight.t(), dz_sum)
+        product = _weight_gradient(dz, start.x_hat, torch.float32) if wants("norm_weight", "weight") else None
+        needs = dict(needs_weight=wants("weight"), needs_scale=wants("norm_weight"), needs_shift=wants("norm_bias"))
+        gradients = fold_columns_backward(product, dz_sum, weight, norm.weight, norm.bias, **needs)
+        found |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
         if wants("x", "branch"):
             dx_hat = torch.mm(dz, scaled(weight, norm.weight, products))
             rows = None if dx_new is None else dx_new.reshape(dx_hat.shape).contiguous()
@@ -215,18 +211,17 @@ def end_parameter_gradients(
         g_sum: its column sums (O,) in fp32, where those of the bias or gamma are wanted.
         h: (M, H), where those of the weight or gamma are.
     """
-    found: dict[str, Tensor | None] = {}
-    if to["end_bias"] is not None:
-        found["end_bias"] = g_sum if gamma is None else g_sum * gamma
-    if gamma is None and to["end_weight"] is not None:
-        found["end_weight"] = _weight_gradient(g, h, to["end_weight"])
-    elif to["end_weight"] is not None or to["gamma"] is not None:
-        product = _weight_gradient(g, h, torch.float32)
-        if to["end_weight"] is not None:
-            found["end_weight"] = product * gamma[:, None]
-        if to["gamma"] is not None:
-            found["gamma"] = gamma_gradient(product, weight, bias, g_sum)
-    return found
+    from fastdeit.kernels.folded_weights import fold_rows_backward
+
+    names = ("end_weight", "end_bias", "gamma")
+    needs_weight, needs_bias, needs_gamma = (to[name] is not None for name in names)
+    if gamma is None:
+        gradients = _weight_gradient(g, h, to["end_weight"]) if needs_weight else None, g_sum, None
+    else:
+        product = _weight_gradient(g, h, torch.float32) if needs_weight or needs_gamma else None
+        needs = dict(needs_weight=needs_weight, needs_bias=needs_bias, needs_scale=needs_gamma)
+        gradients = fold_rows_backward(product, g_sum, weight, bias, gamma, **needs)
+    return dict(zip(names, gradients, strict=True))
 
 
 def in_order(found: dict[str, Tensor | None], to: Dtypes) -> list[Tensor | None]:
