@@ -179,7 +179,7 @@ def fold_forward(
     What is None does nothing; the second is None without bias and shift. What nothing changes is returned as it is.
     """
     if column_scale is column_shift is row_scale is None and weight.dtype == dtype:
-        return weight, bias if bias is None else bias.to(dtype)
+        return weight, bias if bias is None else bias.contiguous().to(dtype)
     weight, bias, column_scale, column_shift, row_scale = map(
         _contiguous, (weight, bias, column_scale, column_shift, row_scale)
     )
@@ -298,7 +298,7 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _constexprs(config: Config, channels: int) -> tuple[int, int, int]:
-    return config.rows, config.columns, min(channels & -channels, 16)
+    return config.rows, config.columns, min(channels & -channels, 16) or 1
 
 
 def shipped(arch: int) -> Iterator[Shipped]:

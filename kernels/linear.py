@@ -6,6 +6,7 @@ Where that is the library's product, or where a kernel of ours cannot read the o
 import torch
 
 from fastdeit.kernels.architecture import architecture
+from fastdeit.kernels.folded_weights import fold_forward
 from fastdeit.kernels.gemm import fits, gemm_forward
 from fastdeit.kernels.gemm_backward import gemm_backward
 from fastdeit.kernels.gemm_config import CUBLAS, Gemm, select_gemm
@@ -33,7 +34,7 @@ def linear_forward(
         gamma: (N,); drop_path_scale: fp32, M being a multiple of its length; residual: (M, N). Contiguous or None.
         out_dtype: rows' by default; of no effect without gamma, drop_path_scale and residual.
     """
-    weight = weight.to(rows.dtype)
+    weight, bias = fold_forward(weight, bias, rows.dtype)
     scales = not (gamma is None and drop_path_scale is None and residual is None)
     gemm = CUBLAS
     if scales or activation is not None:
@@ -42,7 +43,7 @@ def linear_forward(
     if gemm is not CUBLAS:
         return gemm_forward(
             *(rows, weight, gemm),
-            bias=None if bias is None else bias.contiguous(),
+            bias=bias,
             activation=activation,
             gamma=gamma,
             drop_path_scale=drop_path_scale,
@@ -51,7 +52,7 @@ def linear_forward(
             needs_z=needs_z,
         )
     weight = weight.t()
-    z = torch.mm(rows, weight) if bias is None else torch.addmm(bias.to(rows.dtype), rows, weight)
+    z = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
     out = z if activation is None else activation_forward(z, activation)
     if scales:
         out = scale_add_forward(out, residual, gamma, drop_path_scale, out_dtype or rows.dtype)

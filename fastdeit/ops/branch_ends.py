@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.ops.layer_norm_op import _check, _check_branch, _dense
-from fastdeit.ops.linear_op import gamma_gradient, scaled
+from fastdeit.ops.linear_op import parameter_gradients, scaled
 from fastdeit.ops.mlp_op import _weight_gradient
 
 Dtypes = dict[str, torch.dtype | None]  # of the gradients that are wanted, by name; None for one that is not
@@ -100,13 +100,11 @@ def start_product(
     needs_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """activation(z) (M, O), z itself without one, of the rows that `start_forward` or `normalised_rows` gives; z too if needed."""
+    from fastdeit.kernels.folded_weights import fold_forward
     from fastdeit.kernels.linear import linear_forward
 
     if start.x_hat is not None:
-        if norm.bias is not None:
-            shift = torch.mv(weight, norm.bias)
-            bias = shift if bias is None else shift + bias
-        weight = scaled(weight, norm.weight, rows.dtype)
+        weight, bias = fold_forward(weight, bias, rows.dtype, column_scale=norm.weight, column_shift=norm.bias)
     return linear_forward(rows, weight, bias, activation=activation, needs_z=needs_z)
 
 
@@ -184,10 +182,10 @@ def start_backward(
 
 def end_forward(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
     """gamma * (h P^T + p) for h (M, H), in h's dtype."""
+    from fastdeit.kernels.folded_weights import fold_forward
     from fastdeit.kernels.linear import linear_forward
 
-    bias = bias if bias is None or gamma is None else bias * gamma
-    return linear_forward(h, end_weight(weight, gamma, h.dtype), bias)[0]
+    return linear_forward(h, *fold_forward(weight, bias, h.dtype, row_scale=gamma))[0]
 
 
 def end_weight(weight: Tensor, gamma: Tensor | None, products: torch.dtype) -> Tensor:
@@ -211,16 +209,8 @@ def end_parameter_gradients(
         g_sum: its column sums (O,) in fp32, where those of the bias or gamma are wanted.
         h: (M, H), where those of the weight or gamma are.
     """
-    from fastdeit.kernels.folded_weights import fold_rows_backward
-
     names = ("end_weight", "end_bias", "gamma")
-    needs_weight, needs_bias, needs_gamma = (to[name] is not None for name in names)
-    if gamma is None:
-        gradients = _weight_gradient(g, h, to["end_weight"]) if needs_weight else None, g_sum, None
-    else:
-        product = _weight_gradient(g, h, torch.float32) if needs_weight or needs_gamma else None
-        needs = dict(needs_weight=needs_weight, needs_bias=needs_bias, needs_scale=needs_gamma)
-        gradients = fold_rows_backward(product, g_sum, weight, bias, gamma, **needs)
+    gradients = parameter_gradients(g, g_sum, h, weight, bias, gamma, *(to[name] for name in names))
     return dict(zip(names, gradients, strict=True))
 
 

@@ -198,24 +198,43 @@ def _backward(
         else:
             if "x" in needs:
                 found["x"] = torch.mm(g, scaled(weight, None if gamma is None else gamma[:, None], products))
-            if "bias" in needs:
-                found["bias"] = g_sum if gamma is None else g_sum * gamma
-            if gamma is None and "weight" in needs:
-                found["weight"] = _weight_gradient(g, rows, to["weight"])
-            elif needs & {"weight", "gamma"}:
-                product = _weight_gradient(g, rows, torch.float32)
-                found["weight"] = product * gamma[:, None]
-                if "gamma" in needs:
-                    found["gamma"] = gamma_gradient(product, weight, bias, g_sum)
+            given = (g, g_sum, rows, weight, bias, gamma)
+            wanted = [to[name] for name in ("weight", "bias", "gamma")]
+            found["weight"], found["bias"], found["gamma"] = parameter_gradients(*given, *wanted)
         if "x" in needs:
             found["x"] = found["x"].view(shape)
     return tuple(found[name].to(to[name]) if name in needs else None for name in _GRADIENTS)
 
 
-def gamma_gradient(product: Tensor, weight: Tensor, bias: Tensor | None, g_sum: Tensor) -> Tensor:
-    """The sum over rows of g * (h W^T + bias), from `product` = g^T h: the layer's output need not be kept."""
-    gradient = (product * weight).sum(1)
-    return gradient if bias is None else gradient + bias * g_sum
+def parameter_gradients(
+    g: Tensor,
+    g_sum: Tensor | None,
+    rows: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    gamma_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of weight, bias and gamma in out = gamma * (rows weight^T + bias), for those whose dtype is given.
+
+    Gamma's comes from the weight's, so that out need not be kept. Without gamma the weight's is rounded to its dtype, from the
+    product's sums; the others are in fp32.
+
+    Args:
+        g: (M, O), contiguous, the gradient of out.
+        g_sum: its column sums (O,) in fp32, where those of the bias or gamma are wanted.
+        rows: (M, K), where those of the weight or gamma are.
+    """
+    from fastdeit.kernels.folded_weights import fold_rows_backward
+
+    needs_weight, needs_bias, needs_gamma = (dtype is not None for dtype in (weight_dtype, bias_dtype, gamma_dtype))
+    if gamma is None:
+        return _weight_gradient(g, rows, weight_dtype) if needs_weight else None, g_sum, None
+    product = _weight_gradient(g, rows, torch.float32) if needs_weight or needs_gamma else None
+    needs = dict(needs_weight=needs_weight, needs_bias=needs_bias, needs_scale=needs_gamma)
+    return fold_rows_backward(product, g_sum, weight, bias, gamma, **needs)
 
 
 # ---- eager
