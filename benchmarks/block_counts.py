@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdeit
 from fastdeit import backends
 from fastdeit.kernels import launch as launch_module
+from fastdeit.ops import mlp_op
 
 # Operations that launch nothing on a GPU: views and allocations.
 _FREE = {
@@ -68,12 +69,15 @@ def kernels_left_out() -> Iterator[list[str]]:
     def launch(kernel, *_):
         launched.append(getattr(kernel, "__name__", str(kernel)))
 
+    def product_in_float32(a: Tensor, b: Tensor) -> Tensor:  # one launch on a GPU, copies on a CPU
+        return torch.mm(a, b).new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
     with (
         mock.patch.object(launch_module, "_launch", launch),
         mock.patch.object(backends, "_why_kernels_cannot_run", lambda x, products: None),
-        mock.patch.object(
-            backends, "registered_path", lambda *tensors: False
-        ),  # whose insides a dispatch mode does not see
+        # whose insides a dispatch mode does not see
+        mock.patch.object(backends, "registered_path", lambda *tensors: False),
+        mock.patch.object(mlp_op, "_product_in_float32", product_in_float32),
     ):
         yield launched
 

@@ -158,26 +158,26 @@ def scale_add_forward(
 
 
 def scale_add_backward(
-    dy: torch.Tensor, drop_path_scale: torch.Tensor | None, dtype: torch.dtype, *, needs_sum: bool
+    dy: torch.Tensor, drop_path_scale: torch.Tensor | None, dtype: torch.dtype, sum_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """g = drop_path_scale * dy (M, N) in the given dtype, dy itself where that is the same, and its column sums (N,) in fp32.
+    """g = drop_path_scale * dy (M, N) in the given dtype, dy itself where that is the same, and its column sums (N,).
 
-    dy is contiguous.
+    dy is contiguous. The sums are made in fp32, in a fixed order, and rounded to sum_dtype if that is given.
     """
     M, N = dy.shape
     same = drop_path_scale is None and dy.dtype == dtype
     g = dy if same else torch.empty((M, N), dtype=dtype, device=dy.device)
-    total = torch.empty(N, dtype=torch.float32, device=dy.device) if needs_sum else None
+    total = None if sum_dtype is None else torch.empty(N, dtype=sum_dtype, device=dy.device)
     if dy.numel() == 0:
         return g, total if total is None else total.zero_()
-    if same and not needs_sum:
+    if same and total is None:
         return g, None
     column_blocks = cdiv(N, TILE.columns)
     # Eight programs a multiprocessor keep enough loads in flight; each strip writes one partial row.
     strips = min(cdiv(M, TILE.rows), cdiv(8 * multiprocessors(dy), column_blocks))
     rows_per_strip = TILE.rows * cdiv(cdiv(M, TILE.rows), strips)
     strips = cdiv(M, rows_per_strip)
-    partial = torch.empty((strips, N), dtype=torch.float32, device=dy.device) if needs_sum else None
+    partial = None if total is None else torch.empty((strips, N), dtype=torch.float32, device=dy.device)
     launch(
         scale_add_backward_kernel,
         (column_blocks, strips),
@@ -185,7 +185,7 @@ def scale_add_backward(
         (TILE.rows, TILE.columns, min(N & -N, 16)),
         TILE.num_warps,
     )
-    if needs_sum:
+    if total is not None:
         grid = (cdiv(N, SUM_TILE[1]), 1)
         launch(partial_sums_backward_kernel, grid, (partial, total, None, None, strips, N), SUM_TILE, 8)
     return g, total
@@ -222,9 +222,9 @@ def folded_layer_norm_backward(
     return dx, dbranch
 
 
-def column_sums(x: torch.Tensor) -> torch.Tensor:
-    """The sums (N,) in fp32, in a fixed order, of the columns of contiguous x (M, N)."""
-    return scale_add_backward(x, None, x.dtype, needs_sum=True)[1]
+def column_sums(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """The sums (N,) of the columns of contiguous x (M, N), made in fp32 in a fixed order, in the given dtype; None for None."""
+    return scale_add_backward(x, None, x.dtype, dtype)[1]
 
 
 def _tokens(rows: int, drop_path_scale: torch.Tensor | None) -> int:

@@ -14,6 +14,7 @@ from fastdeit.ops.branch_ends import (
     check_start,
     end_forward,
     end_parameter_gradients,
+    end_sums,
     end_weight,
     fake_gradients,
     fake_start,
@@ -24,7 +25,7 @@ from fastdeit.ops.branch_ends import (
     start_backward,
     start_forward,
     start_product,
-    sums_for_start,
+    start_sums,
     wanted_dtypes,
 )
 from fastdeit.ops.first_derivative import first_derivative_only
@@ -201,7 +202,7 @@ def _backward(
     start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
     with without_autocast(dout):
         g = dout.reshape(-1, proj_weight.shape[0]).to(qkv.dtype).contiguous()
-        g_sum = column_sums(g) if wants("end_bias", "gamma") else None
+        g_sum = column_sums(g, end_sums(gamma, to))
         rows = attended.view(-1, attended.shape[-1])
         found = end_parameter_gradients(g, g_sum, rows, proj_weight, proj_bias, gamma, to)
         if wants(*_GRADIENTS[:6]):
@@ -209,7 +210,7 @@ def _backward(
             scale = _scale(qkv_weight, num_heads)
             dqkv = attention_backward(dattended, qkv, attended, lse, num_heads, scale).view(-1, qkv.shape[-1])
             del dattended
-            dqkv_sum = column_sums(dqkv) if sums_for_start(start, to) else None
+            dqkv_sum = column_sums(dqkv, start_sums(start, to))
             shape = (*dout.shape[:-1], qkv_weight.shape[1])
             found |= start_backward(dqkv, dqkv_sum, dx_new, start, drop_path_scale, norm, qkv_weight, shape, to)
     return in_order(found, to)

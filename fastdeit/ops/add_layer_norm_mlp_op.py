@@ -13,6 +13,7 @@ from fastdeit.ops.branch_ends import (
     check_start,
     end_forward,
     end_parameter_gradients,
+    end_sums,
     end_weight,
     fake_gradients,
     fake_start,
@@ -24,7 +25,7 @@ from fastdeit.ops.branch_ends import (
     start_backward,
     start_forward,
     start_product,
-    sums_for_start,
+    start_sums,
     wanted_dtypes,
 )
 from fastdeit.ops.first_derivative import first_derivative_only
@@ -180,7 +181,7 @@ def _backward(
     start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
     with without_autocast(dout):
         g = dout.reshape(-1, w2.shape[0]).to(products).contiguous()
-        g_sum = column_sums(g) if to["end_bias"] is not None or to["gamma"] is not None else None
+        g_sum = column_sums(g, end_sums(gamma, to))
         if z is None and any(to[name] is not None for name in to.keys() - {"end_bias"}):
             z, _ = start_product(start, normalised_rows(start, norm, products), norm, w1, b1)
         dz, dz_sum, found = end_backward(g, g_sum, z, start, w2, b2, gamma, activation, to)
@@ -205,7 +206,7 @@ def end_backward(
     """From the gradient g (M, O) of an MLP's output, and its column sums, back to the pre-activation z (M, H).
 
     Returns:
-        dz (M, H) and its column sums (H,) in fp32, each None where `start_backward` has no use for it; and the gradients by the
+        dz (M, H) and its column sums (H,), each None where `start_backward` has no use for it; and the gradients by the
         names of `to`: end_weight, end_bias, gamma.
     """
     from fastdeit.kernels.linear import activation_gradient
@@ -215,7 +216,7 @@ def end_backward(
     needs_h = to["end_weight"] is not None or to["gamma"] is not None
     h = dz = dz_sum = None
     if into_start:
-        options = dict(needs_h=needs_h, dbias_dtype=torch.float32 if sums_for_start(start, to) else None)
+        options = dict(needs_h=needs_h, dbias_dtype=start_sums(start, to))
         dz, h, dz_sum = activation_gradient(g, end_weight(w2, gamma, g.dtype), z, activation, **options)
     elif needs_h:
         h = activation_forward(z, activation)

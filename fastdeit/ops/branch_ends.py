@@ -119,10 +119,18 @@ def normalised_rows(start: Start, norm: Norm, products: torch.dtype) -> Tensor:
     return normed.view(-1, normed.shape[-1])
 
 
-def sums_for_start(start: Start, to: Dtypes) -> bool:
-    """Whether `start_backward` wants the column sums of dz."""
-    names = ("bias",) if start.x_hat is None else ("bias", "norm_bias", "weight")
-    return any(to[name] is not None for name in names)
+def start_sums(start: Start, to: Dtypes) -> torch.dtype | None:
+    """The dtype in which `start_backward` wants the column sums of dz, if it wants them."""
+    if start.x_hat is None:
+        return to["bias"]
+    return torch.float32 if any(to[name] is not None for name in ("bias", "norm_bias", "weight")) else None
+
+
+def end_sums(gamma: Tensor | None, to: Dtypes) -> torch.dtype | None:
+    """The dtype in which `end_parameter_gradients` wants the column sums of g, if it wants them."""
+    if gamma is None:
+        return to["end_bias"]
+    return torch.float32 if any(to[name] is not None for name in ("end_bias", "gamma")) else None
 
 
 def start_backward(
@@ -140,7 +148,7 @@ def start_backward(
 
     Args:
         dz: (M, O), contiguous, in the dtype of the products.
-        dz_sum: its column sums (O,) in fp32, where `sums_for_start` wants them.
+        dz_sum: its column sums (O,), as `start_sums` says.
         dx_new: of x's shape, what else the residual stream's gradient is, or None.
         shape: x's.
     """
@@ -206,7 +214,7 @@ def end_parameter_gradients(
 
     Args:
         g: (M, O), contiguous.
-        g_sum: its column sums (O,) in fp32, where those of the bias or gamma are wanted.
+        g_sum: its column sums (O,), as `end_sums` says.
         h: (M, H), where those of the weight or gamma are.
     """
     names = ("end_weight", "end_bias", "gamma")

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.add_layer_norm_mlp_op import Kept, end_backward
-from fastdeit.ops.branch_ends import Norm, Start, folds, in_order, start_backward, start_forward, start_product
+from fastdeit.ops.branch_ends import (
+    Norm,
+    Start,
+    end_sums,
+    folds,
+    in_order,
+    start_backward,
+    start_forward,
+    start_product,
+)
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _check as _check_layer_norm
 from fastdeit.ops.layer_norm_op import _dense, layer_norm_reference
@@ -176,9 +185,8 @@ def _backward(
     *start, z = kept
     start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
     rows = dy.reshape(-1, w2.shape[0]).contiguous()
-    needs_sum = to["end_bias"] is not None or to["gamma"] is not None
     with without_autocast(dy):
-        g, g_sum = scale_add_backward(rows, _dense(drop_path_scale), z.dtype, needs_sum=needs_sum)
+        g, g_sum = scale_add_backward(rows, _dense(drop_path_scale), z.dtype, end_sums(gamma, to))
         dz, dz_sum, found = end_backward(g, g_sum, z, start, w2, b2, gamma, activation, to)
         del g
         if dz is not None:

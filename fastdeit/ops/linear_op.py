@@ -183,8 +183,10 @@ def _backward(
     rows = None if x is None else x.reshape(-1, shape[-1]).to(products)
     dy = dy.reshape(-1, weight.shape[0]).contiguous()
     with without_autocast(dy):
-        needs_sum = activation is None and bool(needs & {"bias", "gamma"})
-        g, g_sum = scale_add_backward(dy, _dense(drop_path_scale), products, needs_sum=needs_sum)
+        sums = None
+        if activation is None:
+            sums = to["bias"] if gamma is None else torch.float32 if needs & {"bias", "gamma"} else None
+        g, g_sum = scale_add_backward(dy, _dense(drop_path_scale), products, sums)
         if activation is not None:
             dh = g if gamma is None else scaled(g, gamma, products)
             options = dict(needs_h="gamma" in needs, dbias_dtype=to["bias"])
@@ -220,11 +222,11 @@ def parameter_gradients(
     """Gradients of weight, bias and gamma in out = gamma * (rows weight^T + bias), for those whose dtype is given.
 
     Gamma's comes from the weight's, so that out need not be kept. Without gamma the weight's is rounded to its dtype, from the
-    product's sums; the others are in fp32.
+    product's sums; the bias's is g_sum, and otherwise they are in fp32.
 
     Args:
         g: (M, O), contiguous, the gradient of out.
-        g_sum: its column sums (O,) in fp32, where those of the bias or gamma are wanted.
+        g_sum: its column sums (O,), where the gradient of the bias or of gamma is wanted: in fp32 with gamma.
         rows: (M, K), where those of the weight or gamma are.
     """
     from fastdeit.kernels.folded_weights import fold_rows_backward

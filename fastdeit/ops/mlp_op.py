@@ -119,9 +119,12 @@ def _weight_gradient(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """d_out^T rows, summed in fp32 and rounded once, to the weight's dtype."""
     if d_out.dtype == dtype:
         return d_out.t() @ rows
-    if d_out.is_cuda and dtype == torch.float32:
-        return torch.mm(d_out.t(), rows, out_dtype=torch.float32)
-    return (d_out.float().t() @ rows.float()).to(dtype)
+    return _product_in_float32(d_out.t(), rows).to(dtype)
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b of lower precision with an fp32 result: of one kernel on a GPU, by way of fp32 copies on a CPU."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 # ---- eager
