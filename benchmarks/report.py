@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fastdeit.benchmarks import comparison, pieces
+from fastdeit.benchmarks import comparison, pieces, step_parts
 
 _HEADER = (
     "case",
@@ -86,6 +86,8 @@ def _suite(name: str, cases: list[dict[str, Any]]) -> str:
         for row in info["rows"]:
             lines.append(_line(_cells(case_name(info), row, info["rows"])))
         lines += _floors(info)
+    if name == "training" and cases[0]["ceilings"] is not None:
+        lines += ["", *(f"- {sentence}" for sentence in step_parts.sentences(cases))]
     return "\n".join(lines + _kernels(cases))
 
 

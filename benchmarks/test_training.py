@@ -1,7 +1,11 @@
 """DeiT-B's training step on images that are already there, whole and in its parts, with what fastdeit.train puts together.
 
-What a step's plain call takes beyond its replay as a graph is the host's.
+`loop` is what a run does between two batches, host included. What a plain call of another part takes beyond its replay as a graph
+is the host's.
 """
+
+import copy
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -15,24 +19,17 @@ from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.cost_view import shape_of
 from fastdeit.costs import Cost
 from fastdeit.testing import kernel_device
+from fastdeit.train.augmentation import BatchAugmentation
 from fastdeit.train.config import load_config
-from fastdeit.train.engine import create_criterion
+from fastdeit.train.device import reproducible
+from fastdeit.train.engine import Trainer, create_criterion
+from fastdeit.train.models import quickened
 from fastdeit.train.optimization import create_ema, create_optimizer
 
-PARTS = ["step", "student", "optimizer", "loss", "teacher", "ema"]
-CASES = by_importance([256, 64], PARTS)
+WITH_IMAGES = ("step", "student", "loop", "distilled", "teacher", "augmentation")
 QUICK, TURNS = 1, 1
 _ADAMW = Cost(12, 28, 1)  # a parameter: reads it, its gradient and both moments, writes all but the gradient
 _EMA = Cost(3, 12, 1)
-
-
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_training(compare, toy, case):
-    batch, part = case
-    batch = 2 if toy else batch
-    candidates, inputs, facts = _PARTS[part](batch, toy)
-    images = batch if part in ("step", "student", "teacher") else None
-    compare(candidates, inputs, images=images, part=part, batch=batch, **facts)
 
 
 def _student(batch: int, toy: bool):
@@ -43,12 +40,19 @@ def _step(batch: int, toy: bool):
     return _steps(batch, toy, update=True)
 
 
-def _steps(batch: int, toy: bool, update: bool):
-    """Forward, DeiT's loss without a teacher, backward, and the update of all parameters if asked for."""
+def _distilled(batch: int, toy: bool):
+    """The step with the teacher in it, compiled for all candidates alike."""
+    return _steps(batch, toy, update=True, distils=True)
+
+
+def _steps(batch: int, toy: bool, update: bool, distils: bool = False):
+    """Forward, DeiT's loss, backward, and the update of all parameters if asked for."""
     model = models.create("B", 224, "train_amp", toy)
-    model.set_distilled_training(False)
-    config, criterion = _config(), create_criterion(_config(), None)
+    model.set_distilled_training(distils)
     size = model.patch_embed.img_size[0]
+    config = _config(distils)
+    teacher = _create_teacher(toy) if distils else None
+    criterion = create_criterion(config, None if teacher is None else quickened(teacher, kernel_device()))
 
     def inputs():
         images = torch.randn(batch, 3, size, size, device=kernel_device())
@@ -68,16 +72,83 @@ def _steps(batch: int, toy: bool, update: bool):
 
         return run
 
-    cost, floors = models.work(shape_of(model), batch, "train_amp")
+    found = models.candidates(model, call, toy)
+    besides = Cost(0, 0, 0)
     if update:
-        adamw, student = _per_parameter(_ADAMW, model), floors
-        cost += adamw
+        besides += _per_parameter(_ADAMW, model)
+    cost, floors = _student_work(model, batch, besides)
+    if teacher is not None:
+        of_teacher = _teacher_cost(teacher, batch, size)
+        cost += of_teacher
+        floors = _later(floors, of_teacher, matrix=True)
+    return found, inputs, dict(cost=cost, matrix=True, floors=floors)
 
-        def floors(ceilings):
-            update_us = ceilings.floor_us(adamw, matrix=False)
-            return tuple(floor + update_us for floor in student(ceilings))
 
-    return models.candidates(model, call, toy), inputs, dict(cost=cost, matrix=True, floors=floors)
+def _loop(batch: int, toy: bool):
+    """A run's whole step without a teacher: seeds, augmentation, verdict, moving average and bookkeeping as well."""
+    model = models.create("B", 224, "train_amp", toy)
+    model.set_distilled_training(False)
+    size, classes = model.patch_embed.img_size[0], model.num_classes
+
+    def call(function, module, captured=False):
+        config = _config().replace(
+            batch_size=batch, workers=0, repeated_aug=1, cuda_graphs=captured, model_ema_decay=0.9999
+        )
+        trainer = Trainer(config, module, None, range(batch), classes)
+        trainer.net = function
+
+        def run(images, targets):
+            trainer.step = 0
+            with reproducible(config):
+                trainer._train_step(0, images, targets)
+            if captured and not toy and trainer.whole_step.reason is not None:
+                raise RuntimeError(trainer.whole_step.outcome)
+
+        run.host = "the run's graph, and the host" if captured else "kernel by kernel, and the host"
+        return run
+
+    def inputs():
+        pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=kernel_device())
+        return pixels, torch.randint(0, classes, (batch,), device=kernel_device())
+
+    found = models.candidates(model, call, toy)
+    found["fastdeit, cuda_graphs"] = call(models.accelerated(model), model, captured=True)
+    cost, floors = _student_work(model, batch, _per_parameter(_ADAMW, model) + _per_parameter(_EMA, model))
+    return found, inputs, dict(cost=cost, matrix=True, floors=floors)
+
+
+def _augmentation(batch: int, toy: bool):
+    """From uint8 pixels and classes to what model and loss take."""
+    size, classes = (32, 10) if toy else (224, 1000)
+    config = _config()
+    found = {"fastdeit": config, "without erasing": config.replace(reprob=0.0)}
+
+    def call(config):
+        augment = BatchAugmentation(config, classes, kernel_device())
+        return lambda images, targets: augment(images, targets, 0)
+
+    def inputs():
+        pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=kernel_device())
+        return pixels, torch.randint(0, classes, (batch,), device=kernel_device())
+
+    pixels = batch * 3 * size * size
+    cost = Cost(2 * pixels, 5 * pixels, 1)  # each is read as a byte and written as a float
+    return {name: call(config) for name, config in found.items()}, inputs, dict(cost=cost, matrix=False)
+
+
+def _student_work(model: torch.nn.Module, batch: int, besides: Cost):
+    """Forward, backward and what comes after them: its least, and a function from ceilings to floors."""
+    cost, floors = models.work(shape_of(model), batch, "train_amp")
+    return cost + besides, _later(floors, besides, matrix=False)
+
+
+def _later(floors: Callable, cost: Cost, matrix: bool) -> Callable:
+    """Floors with work after theirs."""
+
+    def later(ceilings):
+        return tuple(floor + ceilings.floor_us(cost, matrix=matrix) for floor in floors(ceilings))
+
+    return later
 
 
 def _optimizer(batch: int, toy: bool):
@@ -132,11 +203,10 @@ def _loss(batch: int, toy: bool):
 
 def _teacher(batch: int, toy: bool):
     """The teacher's forward pass as a run makes it, and in other forms of the same network."""
-    name, size = ("regnety_002", 32) if toy else (_config().teacher_model, 224)
-    teacher = timm.create_model(name, pretrained=False).to(kernel_device()).eval().requires_grad_(False)
-    last = timm.create_model(name, pretrained=False).to(kernel_device(), memory_format=torch.channels_last)
-    last.load_state_dict(teacher.state_dict())
-    last = last.eval().requires_grad_(False)
+    size = 32 if toy else 224
+    eager = _create_teacher(toy)
+    last = copy.deepcopy(eager).to(memory_format=torch.channels_last)
+    cost = _teacher_cost(eager, batch, size)
 
     def call(function):
         def run(images):
@@ -148,21 +218,45 @@ def _teacher(batch: int, toy: bool):
     def inputs():
         return (torch.randn(batch, 3, size, size, device=kernel_device()),)
 
-    found = {"fastdeit": call(teacher), "channels last": call(last)}
+    ours = quickened(copy.deepcopy(eager), kernel_device())
+    found = {"fastdeit": call(ours), "timm eager": call(eager), "channels last": call(last)}
     if not toy:
         found["channels last, torch.compile"] = call(peers.compiled(last))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        teacher(inputs()[0][:1])
-    weights = sum(p.numel() for p in teacher.parameters())
-    cost = Cost(counter.get_total_flops() * batch, 2 * weights + 4 * batch * 3 * size * size, 1)
     return found, inputs, dict(cost=cost, matrix=True)
 
 
-_PARTS = dict(step=_step, student=_student, optimizer=_optimizer, loss=_loss, teacher=_teacher, ema=_ema)
+def _create_teacher(toy: bool) -> torch.nn.Module:
+    name = "regnety_002" if toy else _config(distils=True).teacher_model
+    model = timm.create_model(name, pretrained=False, num_classes=10 if toy else 1000)
+    return model.to(kernel_device()).eval().requires_grad_(False)
 
 
-def _config():
-    return load_config("deit_base_distilled").replace(distillation_type="none")
+def _teacher_cost(teacher: torch.nn.Module, batch: int, size: int) -> Cost:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        teacher(torch.zeros(1, 3, size, size, device=kernel_device()))
+    weights = sum(p.numel() for p in teacher.parameters())
+    return Cost(counter.get_total_flops() * batch, 2 * weights + 4 * batch * 3 * size * size, 1)
+
+
+_PARTS = dict(
+    step=_step, student=_student, loop=_loop, distilled=_distilled, teacher=_teacher, optimizer=_optimizer, ema=_ema,
+    augmentation=_augmentation, loss=_loss,
+)  # fmt: skip
+PARTS = list(_PARTS)  # the most telling first
+
+
+@pytest.mark.parametrize("case", by_importance([256, 64], PARTS), ids=label)
+def test_training(compare, toy, case):
+    batch, part = case
+    batch = 2 if toy else batch
+    candidates, inputs, facts = _PARTS[part](batch, toy)
+    images = batch if part in WITH_IMAGES else None
+    compare(candidates, inputs, images=images, part=part, batch=batch, **facts)
+
+
+def _config(distils: bool = False):
+    config = load_config("deit_base_distilled")
+    return config if distils else config.replace(distillation_type="none")
 
 
 def _capturable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

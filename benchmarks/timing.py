@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdeit
+from fastdeit.train.graphs import recorded
 
 PEERS = ("liger-kernel", "flash-attn", "xformers", "transformer-engine", "vit-pytorch", "transformers")
 WARM_UP_TURNS = 3
@@ -109,7 +110,8 @@ def measure(
     """Times every candidate on the same inputs, interleaved.
 
     Args:
-        candidates: name -> function called as `function(*inputs())`; one that raises gets a row that says why.
+        candidates: name -> function called as `function(*inputs())`; one that raises gets a row that says why. What the host does
+            belongs to a function that has an attribute `host`, which says so in words: it is timed as batches of plain calls.
         inputs: makes one fresh set of arguments: tensors, modules (whose parameters count as inputs), anything else.
         turns: how often each candidate is timed after warming up; fewer, `LEAST_TURNS` at least, where `deadline` passes.
         expected: the candidates' results in float64 for the same arguments, in their order, None for one that is not compared.
@@ -236,8 +238,12 @@ class _Timer:
             for i in range(self.calls):
                 self.function(*self.sets[i % len(self.sets)])
 
+        host = getattr(self.function, "host", None)
+        if host is not None:
+            self.run, self.row.timed_by = batch, f"batched events ({host})"
+            return
         try:
-            self.run, self.row.timed_by = _captured(batch, self.side, self.pool), "graph replay"
+            self.run, self.row.timed_by = recorded(batch, self.side, self.pool).replay, "graph replay"
         except Exception as error:
             if _is_out_of_memory(error):
                 raise
@@ -282,13 +288,6 @@ def _rotation(inputs: Callable[[], Sequence[Any]]) -> list[Sequence[Any]]:
 def _bytes(argument: Any) -> int:
     tensors = argument.parameters() if isinstance(argument, nn.Module) else [argument]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-
-
-def _captured(batch: Callable[[], None], side: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=side):
-        batch()
-    return graph.replay
 
 
 def _kernels_of(function: Callable[..., Any], arguments: Sequence[Any]) -> list[str]:

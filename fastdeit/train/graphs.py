@@ -95,8 +95,6 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.generator = torch.cuda.default_generators[index]
 
     def run(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         around = torch.cuda.current_stream(self.stream.device)
@@ -107,21 +105,32 @@ class CudaRecorder:
         return result
 
     def record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Callable[[], Any], Tensor]:
-        """Nothing is computed. Each replay draws from the device's generator as a plain call would.
+        """Nothing is computed. Raises RuntimeError as `recorded`."""
+        found: list[Tensor] = []
+        return recorded(lambda: found.append(function(*inputs)), self.stream).replay, found[0]
 
-        Raises:
-            RuntimeError: something in the function cannot be recorded. The generator is as it was.
-        """
-        graph = torch.cuda.CUDAGraph()
-        spare = self.generator.clone_state()  # PyTorch leaves the one that it records with unusable where that fails
-        try:
-            # The thread that pins batches goes on allocating, which in the default mode would end the recording.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                result = function(*inputs)
-        except RuntimeError:
-            self.generator.graphsafe_set_state(spare)
-            raise
-        return graph.replay, result
+
+def recorded(function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """What function launches, as a graph; each replay draws from the device's generator as a plain call would.
+
+    Args:
+        stream: to record on.
+        pool: of memory, to be shared with other graphs that never run at the same time.
+
+    Raises:
+        RuntimeError: something in it cannot be recorded. The generator is as it was.
+    """
+    graph = torch.cuda.CUDAGraph()
+    generator = torch.cuda.default_generators[stream.device.index]
+    spare = generator.clone_state()  # PyTorch leaves the one that it records with unusable where that fails
+    try:
+        # A thread that pins batches goes on allocating, which in the default mode would end the recording.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            function()
+    except RuntimeError:
+        generator.graphsafe_set_state(spare)
+        raise
+    return graph
 
 
 class CapturedStep:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdeit.benchmarks import timing
+from fastdeit.train import graphs
 
 
 class FakeCuda:
@@ -47,7 +48,7 @@ class FakeCuda:
                 return (end.at - self.at) * 1e3
 
         class capture:
-            def __init__(self, graph, pool, stream) -> None:
+            def __init__(self, graph, pool, stream, capture_error_mode) -> None:
                 assert stream is outer.current, "captured on the stream that all else ran on"
                 outer.log.append(f"capture in pool {pool}")
                 self.graph = graph
@@ -69,7 +70,11 @@ class FakeCuda:
                 outer.current = None
 
         self.CUDAGraph, self.Event, self.graph, self.stream = Graph, Event, capture, stream
-        self.Stream = lambda: SimpleNamespace()
+        self.Stream = lambda: SimpleNamespace(device=SimpleNamespace(index=0))
+        restore = SimpleNamespace(
+            clone_state=lambda: "before", graphsafe_set_state=lambda s: self.log.append(f"state {s}")
+        )
+        self.default_generators = (restore,)
         self.pools = 0
 
     def graph_pool_handle(self) -> int:
@@ -118,6 +123,7 @@ def cuda(monkeypatch) -> FakeCuda:
             return getattr(torch, name)
 
     monkeypatch.setattr(timing, "torch", Torch())
+    monkeypatch.setattr(graphs, "torch", Torch())
     monkeypatch.setattr(
         timing, "_kernels_of", lambda function, arguments: function(*arguments) or ["a_kernel", "b_kernel"]
     )
@@ -200,6 +206,17 @@ def test_what_cannot_be_captured_is_timed_in_plain_calls(cuda):
     assert row.median_us == pytest.approx(1000)
     why = "RuntimeError: operation not permitted when stream is capturing"
     assert row.timed_by == f"batched events (no graph: {why})"
+    assert cuda.log.count("state before") == 1  # random numbers are to be had again
+
+
+def test_what_the_host_does_can_belong_to_a_candidate(cuda):
+    def function():
+        cuda.work(1e-3)
+
+    function.host = "and the host"
+    (row,) = timing.measure({"a": function}, no_inputs)
+    assert row.timed_by == "batched events (and the host)" and row.median_us == pytest.approx(1000)
+    assert not any(entry.startswith("capture") for entry in cuda.log)
 
 
 @pytest.mark.parametrize("when", ["first call", "capture", "turn", "capture, said by what ends it"])
