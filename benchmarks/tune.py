@@ -11,14 +11,13 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdeit.benchmarks import timing
+from fastdeit.benchmarks import timing, tuning_tables
 
 OPS = ("attention", "layer_norm", "mlp")
 
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     for op in OPS if args.op == "all" else (args.op,):
         done, missing = _tune(op, args.out / f"tune_{op}.jsonl", environment, deadline, args.toy)
         left += missing
-        print(f"\n{_table(op, done)}\n" if done else f"\n# {op}: nothing measured yet\n")
+        print(f"\n{tuning_tables.table(op, done)}\n" if done else f"\n# {op}: nothing measured yet\n")
     if args.toy:
         print("# Toy shapes: these tables mean nothing.")
     if left:
@@ -152,12 +151,8 @@ def _check(candidate, inputs, oracle, eager, largest) -> None:
         assert_close_to_oracle(f"result {index}", mine, exact, plain, largest)
 
 
-def _ours(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in result["rows"] if row["part"] != "peer" and row["median_us"]]
-
-
 def _summary(result: dict[str, Any]) -> str:
-    ours = _ours(result)
+    ours = tuning_tables.timed(result)
     if not ours:
         return f"{result['case']}: no candidate ran; {result['rows'][0]['status']}"
     best = min(ours, key=lambda row: row["median_us"])
@@ -174,95 +169,3 @@ def _summary(result: dict[str, Any]) -> str:
         first = min((row for row in ours if row["part"] == part), key=lambda row: row["median_us"])
         text += f"\n    {part}: {first['median_us']:.1f} us, {first['config']}"
     return text
-
-
-def _table(op: str, results: list[dict[str, Any]]) -> str:
-    from fastdeit.kernels.architecture import architecture
-    from fastdeit.testing import kernel_device
-
-    choices = _choices(results)
-    if op == "layer_norm":
-        entries = sorted((int(group), parts["config"]) for group, parts in choices.items())
-        arch = architecture(torch.empty(0, device=kernel_device()))
-        lines = [f"        {channels}: {config}," for channels, config in entries]
-        return "\n".join(["# layer_norm.py", "CONFIGS = {", f"    {arch}: {{", *lines, "    },", "}"])
-    if op == "mlp":
-        return "\n".join(["# mlp.py, select_config", *(f"return {parts['config']}" for parts in choices.values())])
-    lines = ["# attention_config.py", f"HANDED_OVER = {_hand_overs(results)}"]
-    lines += [f"WHOLE_BACKWARD_TOKENS = {_whole_table(results)}"]
-    for group, parts in choices.items():
-        for form in ("pointers", "descriptors"):
-            entries = [parts.get(f"{entry} {form}") for entry in ("forward", "dq", "dkv")]
-            if all(entries):
-                lines += [f"# _tiles, {group}, {form}", f"return {', '.join(entries)}"]
-        if "whole" in parts:
-            lines += [f"# whole_tiles, {group}", f"return {parts['whole']}"]
-    return "\n".join(lines)
-
-
-def _choices(results: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """Group -> part -> the configuration with the least geometric mean of its times over the group's cases."""
-    times: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for result in results:
-        for row in _ours(result):
-            times[result["group"]][row["part"]][row["config"]].append(math.log(row["median_us"]))
-    return {group: {part: _least(entries) for part, entries in parts.items()} for group, parts in times.items()}
-
-
-def _least(entries: dict[str, list[float]]) -> str:
-    """Only what ran in as many cases as any is comparable."""
-    most = max(map(len, entries.values()))
-    return min((config for config, logs in entries.items() if len(logs) == most), key=lambda c: sum(entries[c]))
-
-
-def _whole_tokens(results: list[dict[str, Any]]) -> int:
-    """Up to how many tokens backward in one kernel was faster, in every case, than the best of two kernels."""
-    longest = 0
-    for result in sorted(results, key=lambda result: result["tokens"]):
-        parts = defaultdict(list)
-        for row in _ours(result):
-            parts[row["part"]].append(row["median_us"])
-        # dq and dkv are varied one at a time, from the same pair, which is the first of each: what both save adds up.
-        two_kernels = [
-            min(parts[f"dq {form}"]) + min(parts[f"dkv {form}"]) - parts[f"dq {form}"][0]
-            for form in ("pointers", "descriptors")
-            if f"dq {form}" in parts and f"dkv {form}" in parts
-        ]
-        if "whole" not in parts or not two_kernels:
-            continue
-        if min(parts["whole"]) >= min(two_kernels):
-            break
-        longest = result["tokens"]
-    return longest
-
-
-def _whole_table(results: list[dict[str, Any]]) -> dict[int, int]:
-    from fastdeit.kernels.architecture import architecture
-    from fastdeit.kernels.attention_config import WHOLE_BACKWARD_TOKENS, has_descriptors
-    from fastdeit.testing import kernel_device
-
-    arch = architecture(torch.empty(0, device=kernel_device()))
-    return WHOLE_BACKWARD_TOKENS | ({arch: _whole_tokens(results)} if has_descriptors(arch) else {})
-
-
-def _hand_overs(results: list[dict[str, Any]]) -> dict[int, tuple]:
-    """Where the fastest peer beat the best of ours, in forward alone or in forward and backward together."""
-    from fastdeit.kernels.architecture import architecture
-    from fastdeit.kernels.attention_config import around
-    from fastdeit.testing import kernel_device
-
-    calls: dict[tuple, list[tuple[float, float]]] = defaultdict(
-        list
-    )  # a call's cases, its forward first: ours, the peer's
-    for result in sorted(results, key=lambda result: "backward" in result["case"]):
-        ours = [row["median_us"] for row in _ours(result)]
-        peers = [row["median_us"] for row in result["rows"] if row["part"] == "peer" and row["median_us"]]
-        if ours and peers:
-            calls[tuple(result["call"].values())].append((min(ours), min(peers)))
-    found = []
-    for call, directions in calls.items():
-        for gradients, measured in ((False, directions[:1]), (True, directions if len(directions) == 2 else [])):
-            if sum(peer - mine for mine, peer in measured) < 0:
-                found.append(around(*call, gradients))
-    arch = architecture(torch.empty(0, device=kernel_device()))
-    return {arch: tuple(found)} if found else {}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastdeit import ops
 from fastdeit.benchmarks import peers
-from fastdeit.kernels import attention_config, layer_norm, mlp
+from fastdeit.benchmarks.cases import by_importance
+from fastdeit.kernels import attention_config, gemm_config, layer_norm, linear, mlp
 from fastdeit.kernels.architecture import architecture
 from fastdeit.kernels.attention import attention_forward, config_for
 from fastdeit.kernels.attention_backward import attention_backward
@@ -23,6 +24,18 @@ ATTENTION = [(256, 197, 12, 64), (64, 577, 12, 64), (256, 50, 12, 64), (1, 197, 
 ATTENTION += [(64, 257, 16, 80)]
 CHANNELS = (768, 384, 192, 1024, 1280)
 HIDDEN = (3072, 1536, 768)
+# Batches of 198 tokens whose ranges of rows (gemm_config.around) meet: together they speak for 99 to 405,503 rows.
+GEMM_BATCHES = (256, 64, 1024, 1, 16, 4)
+GEMM_WIDTHS = (768, 384, 192)
+# Epilogue, N and K in widths, and dtypes of the residual stream: fc1 in training, its pre-activation's gradient, fc1 in inference,
+# fc2 and proj at a branch's end. A product with nothing but a bias is the library's own.
+GEMM_FORMS = (
+    ("activation_z", 4, 1, ("",)),
+    ("derivative", 4, 1, ("",)),
+    ("activation", 4, 1, ("",)),
+    ("residual", 1, 4, ("fp32 stream", "low-precision stream")),
+    ("residual", 1, 1, ("fp32 stream", "low-precision stream")),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class Case:
     reference: Callable[..., tuple[Tensor, ...]]  # plain PyTorch, for inputs of any dtype
     candidates: list[Candidate]
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    call: dict[str, int] = field(default_factory=dict)  # what a hand-over to a peer would be decided by
+    call: dict[str, Any] = field(default_factory=dict)  # what a table that looks calls up knows it by
 
 
 def cases(op: str, toy: bool) -> Iterator[Case]:
@@ -64,6 +77,7 @@ def cases(op: str, toy: bool) -> Iterator[Case]:
     else:
         for hidden in (32, 64) if toy else HIDDEN:
             yield _mlp(hidden, dtype, toy)
+        yield from _gemms(toy)
 
 
 def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) -> Iterator[Case]:
@@ -202,6 +216,71 @@ def _mlp(hidden: int, dtype: torch.dtype, toy: bool) -> Case:
         configs.append(mlp.Config(size, max(size // columns, 1), columns, num_warps))
     name = f"mlp hidden={hidden} rows={batch * tokens}"
     return Case(name, "all", batch, tokens, inputs, reference, [candidate(c) for c in dict.fromkeys(configs)])
+
+
+def _gemms(toy: bool) -> Iterator[Case]:
+    """Every product with an epilogue, the library's with its pointwise kernels beside ours with the epilogue inside."""
+    batches, widths = ((2,), (16,)) if toy else (GEMM_BATCHES, GEMM_WIDTHS)
+    for dtype in (torch.float16,) if toy else (torch.bfloat16, torch.float16):
+        for batch, width, (epilogue, n, k, streams) in by_importance(batches, widths, GEMM_FORMS):
+            for stream in streams:
+                yield _gemm(batch, 3 if toy else 198, n * width, k * width, dtype, epilogue, stream, len(streams), toy)
+
+
+def _gemm(batch, tokens, N, K, dtype: torch.dtype, epilogue: str, stream: str, streams: int, toy: bool) -> Case:
+    M = batch * tokens
+    arch = architecture(torch.empty(0, device=kernel_device()))
+    now = gemm_config.select_gemm(M, N, K, dtype, epilogue, arch)
+
+    def inputs(size):
+        def randn(*shape, dtype=dtype):
+            return torch.randn(shape, device=kernel_device()).to(dtype)
+
+        rows = randn(size * tokens, K)
+        if epilogue == "derivative":
+            return rows, randn(K, N) * K**-0.5, randn(size * tokens, N)
+        weight, bias = randn(N, K) * K**-0.5, randn(N)
+        if epilogue != "residual":
+            return rows, weight, bias
+        kept = torch.rand(size, device=kernel_device()) < 0.9  # drop path at 0.1
+        residual = randn(size * tokens, N, dtype=torch.float32 if stream == "fp32 stream" else dtype)
+        return rows, weight, bias, randn(N, dtype=residual.dtype), kept / 0.9, residual
+
+    def call(rows, weight, *rest):
+        if epilogue == "derivative":
+            return linear.activation_gradient(rows, weight, *rest, "gelu", dbias_dtype=torch.float32)
+        if epilogue != "residual":
+            out, z = linear.linear_forward(rows, weight, *rest, activation="gelu", needs_z=epilogue == "activation_z")
+            return (out,) if z is None else (out, z)
+        bias, gamma, drop_path_scale, residual = rest
+        keywords = dict(gamma=gamma, drop_path_scale=drop_path_scale, residual=residual, out_dtype=residual.dtype)
+        return linear.linear_forward(rows, weight, bias, **keywords)[:1]
+
+    def reference(rows, weight, *rest):
+        if epilogue == "derivative":
+            (dz,) = _gradients(lambda z: (F.gelu(z),), rest, (rows @ weight,))
+            return dz, F.gelu(*rest), dz.sum(0, dtype=torch.promote_types(dz.dtype, torch.float32))
+        z = F.linear(rows, weight, rest[0])
+        if epilogue != "residual":
+            return (F.gelu(z), z)[: 2 if epilogue == "activation_z" else 1]
+        _, gamma, drop_path_scale, residual = rest
+        factor = drop_path_scale.to(residual.dtype).repeat_interleave(tokens)[:, None]
+        return (residual + z * gamma * factor,)
+
+    def candidate(gemm):
+        def run(*arguments):
+            with gemm_config.use_gemm(gemm.backend, gemm.tile):
+                return call(*arguments)
+
+        return Candidate("gemm", gemm, run, gemm == now)
+
+    tried = (
+        (gemm_config.Gemm("triton", gemm_config.Tile(32, 64, 32)),) if toy else gemm_config.candidates(arch, epilogue)
+    )
+    found = [candidate(gemm) for gemm in dict.fromkeys([gemm_config.CUBLAS, now, *tried])]
+    key = dict(M=M, N=N, K=K, dtype=str(dtype), epilogue=epilogue, cases=streams)
+    name = " ".join(filter(None, (f"mlp {epilogue} M={M} N={N} K={K}", str(dtype).removeprefix("torch."), stream)))
+    return Case(name, f"{epilogue} {N}x{K}", batch, tokens, inputs, reference, found, call=key)
 
 
 def _gradients(function, args, upstream) -> tuple[Tensor, ...]:

@@ -7,8 +7,9 @@ import torch
 
 from fastdeit import cli
 from fastdeit.benchmarks import timing, tune, tuning_cases
-from fastdeit.kernels import layer_norm, mlp
-from fastdeit.kernels.attention_config import Shapes, Tiles
+from fastdeit.kernels import gemm_config, linear, mlp
+from fastdeit.kernels.attention_config import Tiles
+from fastdeit.kernels.gemm import fits
 from fastdeit.kernels.mlp import Config
 
 
@@ -21,20 +22,11 @@ def table(out: str, header: str) -> list[str]:
     return [line for line in lines[: lines.index("")] if not line.startswith("#")]
 
 
-def result(tokens=197, group="g", **microseconds) -> dict:
-    """A finished case; keywords are parts, with the time of each configuration."""
-    rows = [
-        dict(part=part.replace("_", " "), config=config, median_us=time, present=False)
-        for part, times in microseconds.items()
-        for config, time in times.items()
-    ]
-    return dict(case="c", group=group, tokens=tokens, rows=rows)
-
-
 def test_finished_cases_are_not_measured_again(tmp_path, capsys, monkeypatch):
     assert toy("mlp", tmp_path) == 0
     first = capsys.readouterr().out
     (line,) = table(first, "# mlp.py, select_config")
+    assert isinstance(eval(" ".join(table(first, "# gemm_config.py")).split(" = ")[1], vars(gemm_config)), dict)
     assert isinstance(eval(line.removeprefix("return "), {"Config": Config}), Config)
 
     file = tmp_path / "tune_mlp.jsonl"
@@ -46,18 +38,6 @@ def test_finished_cases_are_not_measured_again(tmp_path, capsys, monkeypatch):
     assert toy("mlp", tmp_path) == 0
     assert capsys.readouterr().out == first
     assert file.read_text() == whole
-
-
-def test_the_layer_norm_table_is_what_is_looked_up(monkeypatch):
-    wanted = layer_norm.Config(num_warps=2, backward_programs_per_sm=7)
-    text = tune._table("layer_norm", [result(group="768", config={repr(wanted): 1.0, "Config(1, 1)": 2.0})])
-    configs = eval(text.split("CONFIGS = ")[1], {"Config": layer_norm.Config})
-    before = layer_norm.select_config(768, 90)
-    monkeypatch.setattr(layer_norm, "CONFIGS", configs)
-    layer_norm.select_config.cache_clear()
-    found = [layer_norm.select_config(768, 90), layer_norm.select_config(768, 80)]
-    layer_norm.select_config.cache_clear()
-    assert found == [wanted, before]
 
 
 def test_another_environment_is_measured_anew(tmp_path, capsys, monkeypatch):
@@ -87,7 +67,7 @@ def test_attention_is_tuned_in_every_form(tmp_path, capsys):
 def test_time_that_is_over_leaves_the_cases_for_later(tmp_path, capsys):
     assert toy("all", tmp_path, "--seconds", "1e-9") == 0
     out = capsys.readouterr().out
-    assert "6 cases are left: the same command goes on with them" in out
+    assert "13 cases are left: the same command goes on with them" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -100,60 +80,48 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch):
     assert status[True]["status"].startswith("wrong: result 0") and status[True]["median_us"] is None
 
 
+def test_every_kernel_of_ours_multiplies_when_its_turn_comes(monkeypatch):
+    calls = []
+    for name in ("gemm_forward", "gemm_backward"):
+        kernel = getattr(linear, name)
+        monkeypatch.setattr(linear, name, lambda *a, kernel=kernel, **k: calls.append(1) or kernel(*a, **k))
+    cases = [case for case in tuning_cases.cases("mlp", True) if case.call]
+    assert {case.call["epilogue"] for case in cases} == set(gemm_config.EPILOGUES)
+    for case in cases:
+        expected = tune._expected(case)
+        for candidate in case.candidates:
+            calls.clear()
+            tune._check(candidate, *expected)
+            assert len(calls) == (candidate.config is not gemm_config.CUBLAS)
+
+
+def test_every_kernel_of_ours_can_do_every_product_that_is_tuned(monkeypatch):
+    monkeypatch.setattr(tuning_cases, "kernel_device", lambda: torch.device("meta"))
+    for case in tuning_cases.cases("mlp", False):
+        if case.call:
+            rows, weight, *rest = case.inputs(case.batch)
+            operands = (rows, weight, *rest) if case.call["epilogue"] == "derivative" else (rows, weight)
+            assert (len(rows), rows.shape[1]) == (case.call["M"], case.call["K"])
+            assert all(fits(c.config, case.call["N"], *operands) for c in case.candidates)
+
+
 @pytest.mark.parametrize("op", tune.OPS)
 def test_the_present_choice_is_among_the_candidates_of_every_shape(op):
     cases = list(tuning_cases.cases(op, toy=False))
     assert len(cases) >= 3
     for case in cases:
         labels = [candidate.label for candidate in case.candidates]
-        assert len(set(labels)) == len(labels) >= 10
+        assert len(set(labels)) == len(labels) >= (4 if "K" in case.call else 10)
         present = [candidate.part for candidate in case.candidates if candidate.present]
         assert len(present) == (2 if "backward" in case.name else 1)  # dq and dkv are entries of their own
 
 
-def test_a_group_shares_the_choice_with_the_least_geometric_mean():
-    results = [result(config={"a": 1.0, "b": 2.0, "c": 0.1}), result(config={"a": 9.0, "b": 4.0})]
-    assert tune._choices(results) == {"g": {"config": "b"}}  # c did not run everywhere
-
-
-def test_one_kernel_backward_up_to_the_first_length_where_two_are_faster():
-    two = dict(dq_pointers={"x": 10.0, "y": 9.0}, dkv_pointers={"x": 10.0, "y": 8.0})  # 7 together
-    faster, slower = dict(whole={"w": 6.5}), dict(whole={"w": 7.5})
-    results = [
-        result(256, **two, **faster),
-        result(197, **two, **slower),
-        result(50, **two, **faster),
-        result(577, **two),
-    ]
-    assert tune._whole_tokens(results) == 50
-
-
 def test_a_faster_peer_asks_for_a_hand_over():
-    case = result(config={"a": 3.0, "b": 2.0})
-    for row in case["rows"]:
-        row |= dict(candidate=row["config"], status="ok", present=row["config"] == "a")
-    case["rows"].append(dict(part="peer", candidate="SDPA flash", median_us=1.0))
+    times = {"a": 3.0, "b": 2.0}
+    rows = [dict(part="config", config=c, candidate=c, median_us=t, present=c == "a") for c, t in times.items()]
+    rows.append(dict(part="peer", candidate="SDPA flash", median_us=1.0))
+    case = dict(case="c", rows=rows)
     assert "0.67x the present choice's time, 2.00x SDPA flash's: hand over" in tune._summary(case)
-
-
-@pytest.mark.parametrize(
-    "forward, backward, gradients",
-    [
-        ((2.0, 3.0), (5.0, 6.0), []),
-        ((3.0, 2.0), (5.0, 7.0), [False]),
-        ((2.0, 3.0), (8.0, 6.0), [True]),
-        ((3.0, 2.0), (8.0, 6.0), [False, True]),
-    ],
-)
-def test_the_table_hands_over_what_a_peer_does_faster(forward, backward, gradients):
-    cases = []
-    for direction, (ours, peer) in (("backward", backward), ("forward", forward)):
-        case = result(config={"a": ours, "b": ours + 1}) | dict(case=f"attention {direction}")
-        case["rows"].append(dict(part="peer", candidate="SDPA flash", median_us=peer))
-        cases.append(case | dict(call=dict(head_dim=64, tokens=197, batch_heads=12)))
-    shapes = tuple(Shapes(64, range(193, 209), range(6, 24), each) for each in gradients)
-    printed = str(tune._hand_overs(cases))
-    assert eval(printed, {"Shapes": Shapes}) == ({90: shapes} if shapes else {})
 
 
 def test_without_a_gpu_it_says_what_it_needs(tmp_path, capsys, monkeypatch):
