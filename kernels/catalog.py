@@ -36,6 +36,7 @@ KERNEL_FILES = (
     "gemm_backward",
     "mlp",
     "residual_branch",
+    "whole_mlp",
 )
 ARCHITECTURES = (80, 89, 90, 100)  # what the configurations are compiled for; others run the nearest one's choices
 

@@ -89,14 +89,13 @@ def add_layer_norm_mlp(
         options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
         return add_layer_norm_mlp_reference(x, branch, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
     tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale)
-    differentiated = backends.wants_gradient(*tensors)
-    options = (eps, activation, backends.product_dtype(x), lean or not differentiated)
+    options, keeps = (eps, activation, backends.product_dtype(x), lean), backends.wants_gradient(*tensors)
     if backends.registered_path(*tensors):
-        out, x_new, *_ = add_layer_norm_mlp_forward(*tensors, *options)
-    elif differentiated:
+        out, x_new, *_ = add_layer_norm_mlp_forward(*tensors, *options, keeps)
+    elif keeps:
         out, x_new = _AddLayerNormMlp.apply(*tensors, *options)
     else:
-        out, x_new, _ = _forward(*tensors, *options)
+        out, x_new, _ = _forward(*tensors, *options, keeps)
     return x if branch is None else x_new, out
 
 
@@ -145,15 +144,23 @@ class Kept(NamedTuple):
 
 
 def _forward(
-    x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, eps, activation, products, lean
-) -> tuple[Tensor, Tensor | None, Kept]:
+    x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, eps, activation, products, lean, keeps
+) -> tuple[Tensor, Tensor | None, Kept | None]:
+    """out, x_new and what is to be kept for backward, if anything is."""
+    from fastdeit.kernels.whole_mlp import whole_mlp_forward
+
+    if not keeps and drop_path_scale is None:
+        options = dict(norm=(norm_weight, norm_bias, eps), branch=branch, gamma=gamma)
+        whole = whole_mlp_forward(x, w1, b1, w2, b2, activation, products, **options)
+        if whole is not None:
+            return whole[1], whole[0], None
     with without_autocast(x):
         norm = Norm(norm_weight, norm_bias, eps)
         x_new, rows, start = start_forward(x, branch, drop_path_scale, norm, w1, products)
-        h, z = start_product(start, rows, norm, w1, b1, activation, needs_z=not lean)
+        h, z = start_product(start, rows, norm, w1, b1, activation, needs_z=keeps and not lean)
         del rows
         out = end_forward(h, w2, b2, gamma)
-    return out.view(*x.shape[:-1], out.shape[-1]), x_new, Kept(*start, z)
+    return out.view(*x.shape[:-1], out.shape[-1]), x_new, Kept(*start, z) if keeps else None
 
 
 def _backward(
@@ -232,7 +239,7 @@ class _AddLayerNormMlp(torch.autograd.Function):
         ctx, x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, eps, activation, products, lean
     ):
         tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma)
-        out, x_new, kept = _forward(*tensors, drop_path_scale, eps, activation, products, lean)
+        out, x_new, kept = _forward(*tensors, drop_path_scale, eps, activation, products, lean, keeps=True)
         ctx.save_for_backward(*kept, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale)
         ctx.set_materialize_grads(False)
         ctx.options = (eps, activation, products)
@@ -271,20 +278,25 @@ def add_layer_norm_mlp_forward(
     activation: str,
     products: torch.dtype,
     lean: bool,
+    keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma)
-    out, x_new, kept = _forward(*tensors, drop_path_scale, eps, activation, products, lean)
-    return out, *(kept.rstd.new_empty(0) if t is None else t for t in (x_new, *kept[1:]))
+    out, x_new, kept = _forward(*tensors, drop_path_scale, eps, activation, products, lean, keeps)
+    kept = (None,) * 4 if kept is None else kept[1:]
+    return out, *(out.new_empty(0, dtype=torch.float32) if t is None else t for t in (x_new, *kept))
 
 
 @add_layer_norm_mlp_forward.register_fake
-def _(x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, eps, activation, products, lean):
+def _(
+    x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, eps, activation, products, lean, keeps
+):
+    out = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=products)
+    x_new, *statistics = fake_start(x, branch, products, folds(products, norm_weight, norm_bias, w1))
+    if not keeps:
+        return out, x_new, *(x.new_empty(0, dtype=torch.float32) for _ in range(4))
     rows = x.numel() // x.shape[-1]
-    return (
-        x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=products),
-        *fake_start(x, branch, products, folds(products, norm_weight, norm_bias, w1)),
-        x.new_empty(0, dtype=torch.float32) if lean else x.new_empty((rows, w1.shape[0]), dtype=products),
-    )
+    z = x.new_empty(0, dtype=torch.float32) if lean else x.new_empty((rows, w1.shape[0]), dtype=products)
+    return out, x_new, *statistics, z
 
 
 @torch.library.custom_op("fastdeit::add_layer_norm_mlp_backward", mutates_args=())
@@ -326,21 +338,25 @@ def _(dout, dx_new, x, mean, x_hat, rstd, z, norm_weight, norm_bias, w1, b1, w2,
 
 
 def _keep(ctx, inputs, output):
-    x, branch, *parameters, drop_path_scale, eps, activation, products, _ = inputs
+    x, branch, *parameters, drop_path_scale, eps, activation, products, _, keeps = inputs
     _, x_new, mean, x_hat, rstd, z = output
     ctx.mark_non_differentiable(mean, x_hat, rstd, z)
     start = kept_start(x, branch, x_new, mean, x_hat, rstd)
     ctx.save_for_backward(*start, z if z.dim() == 2 else None, *parameters, drop_path_scale)
     ctx.options = (eps, activation, products)
-    ctx.added = branch is not None
+    ctx.added, ctx.kept = branch is not None, keeps
     ctx.dtypes = (x.dtype, branch.dtype if ctx.added else x.dtype)
 
 
 def _registered_backward(ctx, dout, dx_new, *_):
-    needs = list(ctx.needs_input_grad[:9])
+    needs, saved = list(ctx.needs_input_grad[:9]), ctx.saved_tensors
+    if not ctx.kept:  # exported without gradients, and trained nevertheless
+        x, *parameters = saved[0], *saved[5:12]
+        again = add_layer_norm_mlp_forward(x, None, *parameters, None, *ctx.options, lean=True, keeps=True)
+        saved = (*kept_start(x, None, None, *again[2:5]), *saved[4:])
     dx_new = dx_new if ctx.added else None
-    gradients = add_layer_norm_mlp_backward(dout, dx_new, *ctx.saved_tensors, *ctx.options, needs, *ctx.dtypes)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 5
+    gradients = add_layer_norm_mlp_backward(dout, dx_new, *saved, *ctx.options, needs, *ctx.dtypes)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 6
 
 
 add_layer_norm_mlp_forward.register_autograd(_registered_backward, setup_context=_keep)

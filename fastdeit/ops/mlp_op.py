@@ -21,7 +21,8 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     """activation(x W1^T + b1) W2^T + b2 (Vaswani et al. 2017, eq. 2, with Hendrycks and Gimpel 2016 for GELU).
 
     One autograd node. It keeps x and the pre-activation for backward, in the dtype of the products, and computes the activation
-    again there, in the kernel that also gives its gradient and b1's.
+    again there, in the kernel that also gives its gradient and b1's. Without gradients it keeps nothing, and 192 channels may run
+    in one kernel.
 
     Args:
         x: (..., C), a float dtype, any strides.
@@ -85,8 +86,12 @@ def _check(x, w1, b1, w2, b2, activation) -> None:
 def _forward(x, w1, b1, w2, b2, activation, products, keeps):
     """(..., O) and, if it is to be kept for backward, the pre-activation (M, H)."""
     from fastdeit.kernels.linear import linear_forward
+    from fastdeit.kernels.whole_mlp import whole_mlp_forward
 
     rows = x.reshape(-1, x.shape[-1]).to(products)
+    whole = None if keeps else whole_mlp_forward(rows, w1, b1, w2, b2, activation, products)
+    if whole is not None:
+        return whole[1].view(x.shape), None
     h, z = linear_forward(rows, w1, b1, activation=activation, needs_z=keeps)
     y, _ = linear_forward(h, w2, b2)
     return y.view(*x.shape[:-1], w2.shape[0]), z
@@ -201,16 +206,19 @@ def _(dy, x, z, w1, w2, activation, needs, b1_dtype, b2_dtype):
 
 
 def _keep(ctx, inputs, output):
-    x, w1, b1, w2, b2, activation, *_ = inputs
-    ctx.save_for_backward(x, output[1], w1, w2)
+    *tensors, activation, products, keeps = inputs
+    ctx.save_for_backward(*tensors, output[1] if keeps else None)
     ctx.mark_non_differentiable(output[1])
-    ctx.activation = activation
-    ctx.bias_dtypes = tuple(w.dtype if b is None else b.dtype for w, b in ((w1, b1), (w2, b2)))
+    ctx.options = (activation, products)
 
 
 def _registered_backward(ctx, dy, _):
     needs = list(ctx.needs_input_grad[:5])
-    gradients = mlp_backward(dy, *ctx.saved_tensors, ctx.activation, needs, *ctx.bias_dtypes)
+    x, w1, b1, w2, b2, z = ctx.saved_tensors
+    if z is None:  # exported without gradients, and trained nevertheless
+        _, z = mlp_forward(x, w1, b1, w2, b2, *ctx.options, keeps=True)
+    dtypes = (w.dtype if b is None else b.dtype for w, b in ((w1, b1), (w2, b2)))
+    gradients = mlp_backward(dy, x, z, w1, w2, ctx.options[0], needs, *dtypes)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
 
 
