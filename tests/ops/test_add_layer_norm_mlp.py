@@ -157,10 +157,9 @@ def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, auto
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_registered_op_passes_opcheck(products):
     x, branch, *parameters = (t.requires_grad_() for t in tensors((3,), 8, 16))
-    torch.library.opcheck(
-        add_layer_norm_mlp_forward, (x, branch, *parameters, None, 1e-6, "gelu", products, False, True)
-    )
-    torch.library.opcheck(add_layer_norm_mlp_forward, (x, None, *parameters, None, 1e-6, "gelu", products, True))
+    inputs = (*parameters, None, 1e-6, "gelu", products)
+    torch.library.opcheck(add_layer_norm_mlp_forward, (x, branch, *inputs, False, True))
+    torch.library.opcheck(add_layer_norm_mlp_forward, (x, None, *inputs, True, True))
 
 
 @pytest.mark.parametrize("unused", [0, 1])
