@@ -41,7 +41,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         option = "--" + name.replace("_", "-")
         spellings = [option] if "_" not in name else [option, f"--{name}"]
         help_text = field.metadata["help"].replace("%", "%%")
-        fields.add_argument(*spellings, dest=f"field_{name}", metavar="VALUE", default=None, help=help_text)
+        bare = dict(nargs="?", const="true") if field.type in (bool, "bool") else {}  # --compile is --compile true
+        fields.add_argument(*spellings, dest=f"field_{name}", metavar="VALUE", default=None, help=help_text, **bare)
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, str]:

@@ -153,6 +153,12 @@ def test_every_field_is_an_option(capsys):
     assert all(f"--{name.replace('_', '-')}" in out for name in FIELDS)
 
 
+def test_a_switch_needs_no_value(capsys):
+    assert cli.main(["train", "--dry-run", "--compile", "--cuda-graphs", "--drop-path-uniform", "false", *SHORT]) == 0
+    out = capsys.readouterr().out
+    assert "\ncompile: true\n" in out and "\ncuda_graphs: true\n" in out and "\ndrop_path_uniform: false\n" in out
+
+
 def test_a_dry_run_describes_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--dry-run", "--lr", "2e-3", "--drop_path", "0.1"]) == 0

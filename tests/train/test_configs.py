@@ -96,7 +96,7 @@ def test_soft_distillation_is_the_papers():
 def test_fine_tuning_at_384_is_the_released_command(name, distillation, model):
     c = load_config(name)
     assert (c.img_size, c.epochs, c.scaled_lr, c.min_lr, c.weight_decay) == (384, 30, 5e-6, 5e-6, 1e-8)
-    assert (c.batch_size, c.distillation_type, c.model) == (512, distillation, model) and c.finetune
+    assert (c.batch_size, c.distillation_type, c.model, c.drop_path) == (512, distillation, model, 0.0) and c.finetune
 
 
 @pytest.mark.parametrize(
