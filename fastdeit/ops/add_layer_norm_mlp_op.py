@@ -36,7 +36,7 @@ from fastdeit.ops.mlp_op import _check as _check_mlp
 from fastdeit.ops.mlp_op import mlp_reference
 
 # In the order of the ops' arguments: x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma.
-_GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
+GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
 
 
 def add_layer_norm_mlp(
@@ -142,6 +142,10 @@ class Kept(NamedTuple):
     rstd: Tensor  # (M,) fp32
     z: Tensor | None  # (M, H), None where it is computed again
 
+    @property
+    def start(self) -> Start:
+        return Start(*self[:4])
+
 
 def _forward(
     x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, eps, activation, products, lean, keeps
@@ -180,37 +184,36 @@ def _backward(
     products,
     dtypes,
 ) -> list[Tensor | None]:
-    """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
+    """Gradients in the order of GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
     from fastdeit.kernels.residual_branch import column_sums
 
-    to = dict(zip(_GRADIENTS, dtypes, strict=True))
-    *start, z = kept
-    start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
+    to = dict(zip(GRADIENTS, dtypes, strict=True))
+    norm = Norm(norm_weight, norm_bias, eps)
     with without_autocast(dout):
         g = dout.reshape(-1, w2.shape[0]).to(products).contiguous()
         g_sum = column_sums(g, end_sums(gamma, to))
-        if z is None and any(to[name] is not None for name in to.keys() - {"end_bias"}):
-            z, _ = start_product(start, normalised_rows(start, norm, products), norm, w1, b1)
-        dz, dz_sum, found = end_backward(g, g_sum, z, start, w2, b2, gamma, activation, to)
-        del g, z
+        dz, dz_sum, found = end_backward(g, g_sum, kept, norm, w1, b1, w2, b2, gamma, activation, to)
+        del g
         if dz is not None:
             shape = (*dout.shape[:-1], w1.shape[1])
-            found |= start_backward(dz, dz_sum, dx_new, start, drop_path_scale, norm, w1, shape, to)
+            found |= start_backward(dz, dz_sum, dx_new, kept.start, drop_path_scale, norm, w1, shape, to)
     return in_order(found, to)
 
 
 def end_backward(
     g: Tensor,
     g_sum: Tensor | None,
-    z: Tensor,
-    start: Start,
+    kept: Kept,
+    norm: Norm,
+    w1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
     gamma: Tensor | None,
     activation: str,
     to: Dtypes,
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor | None]]:
-    """From the gradient g (M, O) of an MLP's output, and its column sums, back to the pre-activation z (M, H).
+    """From the gradient g (M, O) of an MLP's output, and its column sums, back to the pre-activation.
 
     Returns:
         dz (M, H) and its column sums (H,), each None where `start_backward` has no use for it; and the gradients by the
@@ -219,9 +222,12 @@ def end_backward(
     from fastdeit.kernels.linear import activation_gradient
     from fastdeit.kernels.mlp import activation_forward
 
+    start, z = kept.start, kept.z
     into_start = any(to[name] is not None for name in to.keys() - {"end_weight", "end_bias", "gamma"})
     needs_h = to["end_weight"] is not None or to["gamma"] is not None
     h = dz = dz_sum = None
+    if z is None and (into_start or needs_h):
+        z, _ = start_product(start, normalised_rows(start, norm, g.dtype), norm, w1, b1)
     if into_start:
         options = dict(needs_h=needs_h, dbias_dtype=start_sums(start, to))
         dz, h, dz_sum = activation_gradient(g, end_weight(w2, gamma, g.dtype), z, activation, **options)

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
-from fastdeit.ops.add_layer_norm_mlp_op import Kept, end_backward
+from fastdeit.ops.add_layer_norm_mlp_op import GRADIENTS, Kept, end_backward
 from fastdeit.ops.branch_ends import (
     Norm,
-    Start,
     end_sums,
+    fake_gradients,
+    fake_start,
     folds,
     in_order,
+    kept_start,
     start_backward,
     start_forward,
     start_product,
+    wanted_dtypes,
 )
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _check as _check_layer_norm
@@ -26,9 +29,6 @@ from fastdeit.ops.linear_op import check_drop_path_scale, promoted, without_auto
 from fastdeit.ops.mlp_op import _check as _check_mlp
 from fastdeit.ops.mlp_op import mlp_reference
 from fastdeit.ops.mlp_op import why_reference as why_no_mlp
-
-# In the order of the ops' arguments: x, norm_weight, norm_bias, w1, b1, w2, b2, gamma.
-_GRADIENTS = ("x", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
 
 
 def layer_norm_mlp(
@@ -45,6 +45,7 @@ def layer_norm_mlp(
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    lean: bool = False,
 ) -> Tensor:
     """residual + gamma * drop_path_scale * mlp(layer_norm(x)): the second half of a pre-norm transformer block.
 
@@ -61,6 +62,7 @@ def layer_norm_mlp(
         gamma: (O,) or None, LayerScale.
         drop_path_scale: (x.shape[0],) float32 or None, without gradient.
         residual: (..., O) or None. Given x itself, its two gradients are added where the first is made.
+        lean: compute the pre-activation again in backward rather than keep it: one more product, and of the 10 bytes 2 are left.
 
     Returns:
         (..., O), of the dtype that PyTorch's promotion gives the formula.
@@ -80,10 +82,11 @@ def layer_norm_mlp(
     products = backends.product_dtype(x)
     adds_x = residual is x
     tensors = (x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, None if adds_x else residual)
-    options, keeps = (eps, activation, products, adds_x), backends.wants_gradient(*tensors)
+    differentiated = backends.wants_gradient(*tensors)
+    options = (eps, activation, products, adds_x, lean or not differentiated)
     if backends.registered_path(*tensors):
-        return layer_norm_mlp_forward(*tensors, *options, keeps)[0]
-    return _LayerNormMlp.apply(*tensors, *options) if keeps else _forward(*tensors, *options, keeps)[0]
+        return layer_norm_mlp_forward(*tensors, *options)[0]
+    return _LayerNormMlp.apply(*tensors, *options) if differentiated else _forward(*tensors, *options)[0]
 
 
 def layer_norm_mlp_reference(
@@ -153,14 +156,14 @@ def _forward(
     activation,
     products,
     adds_x,
-    keeps,
+    lean,
 ) -> tuple[Tensor, Kept]:
     from fastdeit.kernels.linear import linear_forward
 
     with without_autocast(x):
         norm = Norm(norm_weight, norm_bias, eps)
         _, rows, start = start_forward(x, None, None, norm, w1, products)
-        h, z = start_product(start, rows, norm, w1, b1, activation, needs_z=keeps)
+        h, z = start_product(start, rows, norm, w1, b1, activation, needs_z=not lean)
         del rows
         residual = x if adds_x else residual
         out, _ = linear_forward(
@@ -176,23 +179,37 @@ def _forward(
 
 
 def _backward(
-    dy, kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale, eps, activation, adds_x, shape, dtypes
-) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None. x has the given shape."""
+    dy,
+    kept,
+    norm_weight,
+    norm_bias,
+    w1,
+    b1,
+    w2,
+    b2,
+    gamma,
+    drop_path_scale,
+    eps,
+    activation,
+    products,
+    adds_x,
+    dtypes,
+) -> list[Tensor | None]:
+    """Gradients in the order of GRADIENTS, of which there is no branch: each in its dtype of `dtypes`, None where that is None."""
     from fastdeit.kernels.residual_branch import scale_add_backward
 
-    to = dict(zip(_GRADIENTS, dtypes, strict=True))
-    *start, z = kept
-    start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
+    to = dict(zip(GRADIENTS, dtypes, strict=True))
+    norm = Norm(norm_weight, norm_bias, eps)
     rows = dy.reshape(-1, w2.shape[0]).contiguous()
     with without_autocast(dy):
-        g, g_sum = scale_add_backward(rows, _dense(drop_path_scale), z.dtype, end_sums(gamma, to))
-        dz, dz_sum, found = end_backward(g, g_sum, z, start, w2, b2, gamma, activation, to)
+        g, g_sum = scale_add_backward(rows, _dense(drop_path_scale), products, end_sums(gamma, to))
+        dz, dz_sum, found = end_backward(g, g_sum, kept, norm, w1, b1, w2, b2, gamma, activation, to)
         del g
         if dz is not None:
+            shape = (*dy.shape[:-1], w1.shape[1])
             upstream = dy.reshape(shape) if adds_x else None
-            found |= start_backward(dz, dz_sum, upstream, start, None, norm, w1, shape, {**to, "branch": None})
-    return tuple(in_order(found, to))
+            found |= start_backward(dz, dz_sum, upstream, kept.start, None, norm, w1, shape, to)
+    return in_order(found, to)
 
 
 # ---- eager
@@ -216,11 +233,12 @@ class _LayerNormMlp(torch.autograd.Function):
         activation,
         products,
         adds_x,
+        lean,
     ):
         parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
-        out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x, keeps=True)
-        ctx.save_for_backward(*kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale)
-        ctx.options = (eps, activation, adds_x, x.shape)
+        out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x, lean)
+        ctx.save_for_backward(*kept, *parameters, drop_path_scale)
+        ctx.options = (eps, activation, products, adds_x)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, *parameters))
         ctx.residual_dtype = None if residual is None else residual.dtype
         return out
@@ -229,10 +247,11 @@ class _LayerNormMlp(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, dy):
         wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+        wanted.insert(1, None)  # the branch's
         saved = ctx.saved_tensors
-        gradients = _backward(dy, Kept(*saved[:5]), *saved[5:], *ctx.options, wanted)
+        dx, _, *parameters = _backward(dy, Kept(*saved[:5]), *saved[5:], *ctx.options, wanted)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[9] else None
-        return *gradients, None, dresidual, None, None, None, None
+        return dx, *parameters, None, dresidual, *(None,) * 5
 
 
 # ---- compiled and exported: the registered ops. An op's outputs may be neither None nor its inputs, hence the empty tensors.
@@ -254,33 +273,21 @@ def layer_norm_mlp_forward(
     activation: str,
     products: torch.dtype,
     adds_x: bool,
-    keeps: bool,
+    lean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
-    out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x, keeps)
+    out, kept = _forward(x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x, lean)
     return out, *(kept.rstd.new_empty(0) if t is None else t for t in kept[1:])
 
 
 @layer_norm_mlp_forward.register_fake
 def _(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, *options):
-    _, _, products, adds_x, keeps = options
+    _, _, products, adds_x, lean = options
     rows = x.numel() // x.shape[-1]
-    folded = folds(products, norm_weight, norm_bias, w1)
     dtype = promoted(products, gamma, x if adds_x else residual)
-    single = dict(dtype=torch.float32, device=x.device)
-    return (
-        torch.empty((*x.shape[:-1], w2.shape[0]), dtype=dtype, device=x.device),
-        torch.empty(0 if folded else rows, **single),
-        torch.empty((rows, x.shape[-1]), dtype=products, device=x.device) if folded else torch.empty(0, **single),
-        torch.empty(rows, **single),
-        torch.empty((rows, w1.shape[0]), dtype=products, device=x.device) if keeps else torch.empty(0, **single),
-    )
-
-
-def _dtypes(norm_weight, norm_bias, w1, w2, b2, gamma, x_dtype, b1_dtype):
-    """Those of _GRADIENTS; any for a parameter that is not there."""
-    of = lambda t: x_dtype if t is None else t.dtype  # noqa: E731
-    return x_dtype, of(norm_weight), of(norm_bias), w1.dtype, b1_dtype, w2.dtype, of(b2), of(gamma)
+    _, *start = fake_start(x, None, products, folds(products, norm_weight, norm_bias, w1))
+    z = x.new_empty(0, dtype=torch.float32) if lean else x.new_empty((rows, w1.shape[0]), dtype=products)
+    return x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=dtype), *start, z
 
 
 @torch.library.custom_op("fastdeit::layer_norm_mlp_backward", mutates_args=())
@@ -290,59 +297,54 @@ def layer_norm_mlp_backward(
     mean: Tensor | None,
     x_hat: Tensor | None,
     rstd: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     w1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
     gamma: Tensor | None,
     drop_path_scale: Tensor | None,
     eps: float,
     activation: str,
+    products: torch.dtype,
     adds_x: bool,
     needs: list[bool],
     x_dtype: torch.dtype,
-    b1_dtype: torch.dtype,
 ) -> list[Tensor]:
+    parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
+    wanted = wanted_dtypes(needs, x_dtype, x_dtype, parameters)
     kept = Kept(x, mean, x_hat, rstd, z)
-    dtypes = _dtypes(norm_weight, norm_bias, w1, w2, b2, gamma, x_dtype, b1_dtype)
-    wanted = [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)]
-    shape = (*dy.shape[:-1], w1.shape[1])
-    parameters = (norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale)
-    gradients = _backward(dy, kept, *parameters, eps, activation, adds_x, shape, wanted)
+    gradients = _backward(dy, kept, *parameters, drop_path_scale, eps, activation, products, adds_x, wanted)
     return [rstd.new_empty(0) if g is None else g for g in gradients]
 
 
 @layer_norm_mlp_backward.register_fake
-def _(dy, x, mean, x_hat, rstd, z, norm_weight, norm_bias, w1, w2, b2, gamma, *rest):
-    *_, needs, x_dtype, b1_dtype = rest
-    dtypes = _dtypes(norm_weight, norm_bias, w1, w2, b2, gamma, x_dtype, b1_dtype)
-    C, H, O = w1.shape[1], w1.shape[0], w2.shape[0]  # noqa: E741
-    shapes = ((*dy.shape[:-1], C), (C,), (C,), (H, C), (H,), (O, H), (O,), (O,))
-    return [
-        dy.new_empty(shape, dtype=dtype) if need else rstd.new_empty(0)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    ]
+def _(dy, x, mean, x_hat, rstd, z, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *rest):
+    *_, needs, x_dtype = rest
+    parameters = (norm_weight, norm_bias, w1, b1, w2, b2, gamma)
+    return fake_gradients(dy, (*dy.shape[:-1], w1.shape[1]), parameters, needs, x_dtype, x_dtype)
 
 
 def _keep(ctx, inputs, output):
-    x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, residual, eps, activation, _, adds_x, _ = inputs
+    x, *parameters, drop_path_scale, residual, eps, activation, products, adds_x, _ = inputs
     _, mean, x_hat, rstd, z = output
     ctx.mark_non_differentiable(mean, x_hat, rstd, z)
-    kept = (None, None, x_hat, rstd, z) if x_hat.dim() == 2 else (x, mean, None, rstd, z)
-    ctx.save_for_backward(*kept, norm_weight, norm_bias, w1, w2, b2, gamma, drop_path_scale)
-    ctx.options = (eps, activation, adds_x)
-    ctx.dtypes = (x.dtype, x.dtype if b1 is None else b1.dtype)
+    start = kept_start(x, None, x, mean, x_hat, rstd)
+    ctx.save_for_backward(*start, z if z.dim() == 2 else None, *parameters, drop_path_scale)
+    ctx.options = (eps, activation, products, adds_x)
+    ctx.x_dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _registered_backward(ctx, dy, *_):
-    needs = list(ctx.needs_input_grad[:8])
-    gradients = layer_norm_mlp_backward(dy, *ctx.saved_tensors, *ctx.options, needs, *ctx.dtypes)
-    present = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    need_x, *need_parameters = ctx.needs_input_grad[:8]
+    needs = [need_x, False, *need_parameters]
+    gradients = layer_norm_mlp_backward(dy, *ctx.saved_tensors, *ctx.options, needs, ctx.x_dtype)
+    dx, _, *parameters = (g if need else None for g, need in zip(gradients, needs, strict=True))
     dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[9] else None
-    return *present, None, dresidual, *(None,) * 5
+    return dx, *parameters, None, dresidual, *(None,) * 5
 
 
 layer_norm_mlp_forward.register_autograd(_registered_backward, setup_context=_keep)
