@@ -104,6 +104,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def check_multiplied(x: Tensor, name: str, tensor: Tensor) -> None:
+    """Raises TypeError where PyTorch's matrix product of x would refuse a weight or bias: of another dtype, with autocast off."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    if tensor.dtype != x.dtype and (kind == "meta" or not torch.is_autocast_enabled(kind)):
+        raise TypeError(f"{name}: expected {x.dtype} as x has, or autocast, got {tensor.dtype}")
+
+
 @_constant_while_tracing
 @lru_cache
 def _why_not_this_gpu(index: int) -> str | None:

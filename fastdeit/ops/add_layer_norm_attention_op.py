@@ -76,7 +76,8 @@ def add_layer_norm_attention(
         x_new (x itself without a branch), in the promoted dtype of x and branch; and out, (B, N, O), in the dtype of the products.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or num_heads not an int.
+        TypeError: an argument is not a floating-point tensor, weights differ from x in dtype outside autocast, or num_heads is
+            no int.
         ValueError: a shape or device does not fit, or eps is negative or NaN.
     """
     check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps, gamma, proj_weight)
@@ -145,6 +146,7 @@ def _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads) -> None:
             raise TypeError(f"{name}: expected a floating-point tensor, got {given}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+        backends.check_multiplied(x, name, tensor)
     rows = qkv_weight.shape[0]
     if qkv_weight.dim() != 2 or rows == 0 or rows % (3 * num_heads) or qkv_weight.shape[1] != x.shape[-1]:
         given = tuple(qkv_weight.shape)

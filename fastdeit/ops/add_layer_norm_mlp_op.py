@@ -80,7 +80,7 @@ def add_layer_norm_mlp(
         x_new (x itself without a branch), in the promoted dtype of x and branch; and out, (..., O), in the dtype of the products.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
+        TypeError: an argument is not a floating-point tensor, or weights differ from x in dtype outside autocast.
         ValueError: a shape or device does not fit, eps is negative or NaN, or activation is unknown.
     """
     check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps, gamma, w2)

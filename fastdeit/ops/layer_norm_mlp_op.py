@@ -68,7 +68,7 @@ def layer_norm_mlp(
         (..., O), of the dtype that PyTorch's promotion gives the formula.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
+        TypeError: an argument is not a floating-point tensor, or weights differ from x in dtype outside autocast.
         ValueError: a shape or device does not fit, eps is negative or NaN, or activation is unknown.
     """
     _check_layer_norm(x, norm_weight, norm_bias, eps, None)

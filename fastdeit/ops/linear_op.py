@@ -40,7 +40,7 @@ def linear(
         (..., O), of the dtype that PyTorch's promotion gives the formula; with `save_preactivation` a pair.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
+        TypeError: an argument is not a floating-point tensor, or weight and bias differ from x in dtype outside autocast.
         ValueError: activation is another, or a shape or device does not fit.
     """
     _check(x, weight, bias, activation, residual, gamma, drop_path_scale)
@@ -95,6 +95,8 @@ def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> Non
             raise TypeError(f"{name}: expected a floating-point tensor, got {given}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+        if name in ("weight", "bias"):
+            backends.check_multiplied(x, name, tensor)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:

@@ -34,7 +34,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         (..., O), of x's dtype, or of autocast's where that is on, as PyTorch's linear layers give.
 
     Raises:
-        TypeError: x or a weight is not a floating-point tensor.
+        TypeError: x or a weight is not a floating-point tensor, or they differ in dtype outside autocast.
         ValueError: activation is another, or the shape or device of a weight does not fit.
     """
     _check(x, w1, b1, w2, b2, activation)
@@ -70,6 +70,7 @@ def _check(x, w1, b1, w2, b2, activation) -> None:
             raise TypeError(f"{name}: expected a floating-point tensor, got {given}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+        backends.check_multiplied(x, name, tensor)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
     for name, weight, columns in (("w1", w1, x.shape[-1]), ("w2", w2, w1.shape[0])):

@@ -183,6 +183,11 @@ def test_empty_batch():
         (dict(num_heads=0), ValueError, "num_heads: expected at least 1, got 0"),
         (dict(num_heads=2.0), TypeError, "num_heads: expected an int, got float"),
         (dict(num_heads=5), ValueError, r"qkv_weight: expected shape \(3 \* 5 \* D, 40\), got \(192, 40\)"),
+        (
+            dict(proj_bias=torch.ones(40).half()),
+            TypeError,
+            "proj_bias: expected torch.float32 as x has.*got torch.float16",
+        ),
         (dict(qkv_bias=torch.ones(40)), ValueError, r"qkv_bias: expected shape \(192,\), got \(40,\)"),
         (dict(proj_weight=torch.ones(40, 40)), ValueError, r"proj_weight: expected shape \(rows, 64\), got \(40, 40\)"),
         (dict(proj_weight=torch.ones(40, 64, device="meta")), ValueError, "proj_weight: expected device cpu.*meta"),

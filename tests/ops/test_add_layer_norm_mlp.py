@@ -202,6 +202,7 @@ def test_a_second_derivative_is_refused_clearly():
         (dict(eps=-1.0), ValueError, "eps: expected a finite value >= 0, got -1.0"),
         (dict(branch=torch.ones(6, 4, 48)), ValueError, r"branch: expected the shape of x \(6, 8, 48\).*\(6, 4, 48\)"),
         (dict(w1=torch.ones(96, 47)), ValueError, r"w1: expected shape \(rows, 48\), got \(96, 47\)"),
+        (dict(w2=torch.ones(48, 96).half()), TypeError, "w2: expected torch.float32 as x has.*got torch.float16"),
         (dict(gamma=torch.ones(47)), ValueError, r"gamma: expected shape \(48,\), got \(47,\)"),
         (dict(gamma=2.0), TypeError, "gamma: expected a floating-point tensor or None, got float"),
         (dict(drop_path_scale=torch.ones(2)), ValueError, r"drop_path_scale: expected one factor per sample.*\(2,\)"),

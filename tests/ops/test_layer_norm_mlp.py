@@ -284,6 +284,7 @@ def test_the_reference_runs_where_the_kernels_cannot():
         (dict(eps=-1.0), ValueError, "eps: expected a finite value >= 0, got -1.0"),
         (dict(norm_weight=torch.ones(47)), ValueError, r"weight: expected shape \(48,\).*got \(47,\)"),
         (dict(w1=torch.ones(96, 47)), ValueError, r"w1: expected shape \(rows, 48\), got \(96, 47\)"),
+        (dict(w2=torch.ones(48, 96).half()), TypeError, "w2: expected torch.float32 as x has.*got torch.float16"),
         (dict(gamma=torch.ones(47)), ValueError, r"gamma: expected shape \(48,\), got \(47,\)"),
         (dict(gamma=2.0), TypeError, "gamma: expected a floating-point tensor or None, got float"),
         (dict(residual=torch.ones(6, 4, 48)), ValueError, r"residual: expected shape \(6, 8, 48\), got \(6, 4, 48\)"),

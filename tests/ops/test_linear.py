@@ -199,6 +199,11 @@ def test_reference_gradients(activation):
         (dict(activation="swish"), ValueError, "activation: expected None or one of gelu.*got 'swish'"),
         (dict(weight=torch.ones(56, 47)), ValueError, r"weight: expected shape \(rows, 48\), got \(56, 47\)"),
         (dict(weight=None), TypeError, "weight: expected a floating-point tensor, got NoneType"),
+        (
+            dict(weight=torch.ones(56, 48).half()),
+            TypeError,
+            "weight: expected torch.float32 as x has.*got torch.float16",
+        ),
         (dict(bias=torch.ones(55)), ValueError, r"bias: expected shape \(56,\), got \(55,\)"),
         (dict(gamma=torch.ones(1)), ValueError, r"gamma: expected shape \(56,\), got \(1,\)"),
         (dict(residual=torch.ones(6, 8, 48)), ValueError, r"residual: expected shape \(6, 8, 56\), got \(6, 8, 48\)"),

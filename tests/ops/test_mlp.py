@@ -197,6 +197,16 @@ def test_reference_gradients():
         (dict(w1=torch.ones(40, 23)), ValueError, r"w1: expected shape \(rows, 24\), got \(40, 23\)"),
         (dict(w2=torch.ones(24, 41)), ValueError, r"w2: expected shape \(rows, 40\), got \(24, 41\)"),
         (dict(w2=None), TypeError, "w2: expected a floating-point tensor, got NoneType"),
+        (
+            dict(w1=torch.ones(40, 24).half()),
+            TypeError,
+            "w1: expected torch.float32 as x has, or autocast, got torch.float16",
+        ),
+        (
+            dict(b2=torch.ones(24).double()),
+            TypeError,
+            "b2: expected torch.float32 as x has, or autocast, got torch.float64",
+        ),
         (dict(b1=torch.ones(39)), ValueError, r"b1: expected shape \(40,\), got \(39,\)"),
         (dict(b2=torch.ones(1)), ValueError, r"b2: expected shape \(24,\), got \(1,\)"),
         (
