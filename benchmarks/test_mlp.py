@@ -2,7 +2,7 @@
 in two. Which of the two fastdeit takes is its table's choice."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -158,6 +158,26 @@ def derivative(sizes: Sizes, _) -> Work:
     return Work(ours, reference, inputs, given=3, shared=(1,), cost=cost, sums=1)
 
 
+def in_one_kernel(work: Work, sizes: Sizes) -> Work:
+    """The same forward, whatever the table says; its floor beside the one of a compiler, which takes the library's products."""
+    from fastdeit.kernels.architecture import architecture
+    from fastdeit.kernels.whole_mlp import candidates, use_whole_mlp
+
+    config = candidates(architecture(torch.empty(0, device=kernel_device())))[0]
+    stream_bytes = 4 if work.floors else None  # of what a branch starts with
+    cost = costs.whole_mlp_forward(sizes.rows, sizes.channels, sizes.hidden, stream_bytes=stream_bytes)
+
+    def op(*given):
+        with use_whole_mlp(config):
+            return work.op(*given)
+
+    def floors(ceilings):
+        others = work.floors(ceilings)[1] if work.floors else ceilings.floor_us(work.cost, matrix=True)
+        return ceilings.floor_us(cost, matrix=True), others
+
+    return replace(work, op=op, floors=floors)
+
+
 WORK = dict(
     branch=branch, mlp=mlp, activation=activation, activation_z=activation_z, residual=residual, derivative=derivative
 )
@@ -176,6 +196,9 @@ def test_mlp(compare, toy, case):
     if not toy:
         candidates["torch.compile"] = peers.compiled(work.reference)
         candidates["torch.compile max-autotune"] = peers.autotuned(work.reference)
+    if channels == 192 and case[3] in ("mlp-forward", "branch-forward"):
+        one_kernel = in_one_kernel(work, sizes)
+        candidates["fastdeit, one kernel"], work = one_kernel.op, one_kernel
     oracle = peers.oracle(work.passes, work.reference, work.given, shared=work.shared)
 
     def expected(*arguments):

@@ -1,5 +1,6 @@
 """What `fastdeit tune` measures: for every op the shapes that DeiT and ViT have, and the configurations to try at each."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import ops
+from fastdeit.backends import use_backend
 from fastdeit.benchmarks import peers
 from fastdeit.benchmarks.cases import by_importance
-from fastdeit.kernels import attention_config, gemm_config, layer_norm, linear, mlp
+from fastdeit.kernels import attention_config, gemm_config, layer_norm, linear, mlp, whole_mlp
 from fastdeit.kernels.architecture import architecture
 from fastdeit.kernels.attention import attention_forward, config_for
 from fastdeit.kernels.attention_backward import attention_backward
@@ -27,14 +29,15 @@ HIDDEN = (3072, 1536, 768)
 # Batches of 198 tokens whose ranges of rows (gemm_config.around) meet: together they speak for 99 to 405,503 rows.
 GEMM_BATCHES = (256, 64, 1024, 1, 16, 4)
 GEMM_WIDTHS = (768, 384, 192)
+STREAMS = ("fp32 stream", "low-precision stream")
 # Epilogue, N and K in widths, and dtypes of the residual stream: fc1 in training, its pre-activation's gradient, fc1 in inference,
 # fc2 and proj at a branch's end. A product with nothing but a bias is the library's own.
 GEMM_FORMS = (
     ("activation_z", 4, 1, ("",)),
     ("derivative", 4, 1, ("",)),
     ("activation", 4, 1, ("",)),
-    ("residual", 1, 4, ("fp32 stream", "low-precision stream")),
-    ("residual", 1, 1, ("fp32 stream", "low-precision stream")),
+    ("residual", 1, 4, STREAMS),
+    ("residual", 1, 1, STREAMS),
 )
 
 
@@ -78,6 +81,11 @@ def cases(op: str, toy: bool) -> Iterator[Case]:
         for hidden in (32, 64) if toy else HIDDEN:
             yield _mlp(hidden, dtype, toy)
         yield from _gemms(toy)
+        for dtype in (torch.float16,) if toy else (torch.bfloat16, torch.float16):
+            for batch in (2,) if toy else GEMM_BATCHES:
+                yield _whole_mlp(batch, dtype, "mlp", "", 1, toy)
+                for stream in STREAMS:
+                    yield _whole_mlp(batch, dtype, "add_layer_norm_mlp", stream, len(STREAMS), toy)
 
 
 def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) -> Iterator[Case]:
@@ -281,6 +289,46 @@ def _gemm(batch, tokens, N, K, dtype: torch.dtype, epilogue: str, stream: str, s
     key = dict(M=M, N=N, K=K, dtype=str(dtype), epilogue=epilogue, cases=streams)
     name = " ".join(filter(None, (f"mlp {epilogue} M={M} N={N} K={K}", str(dtype).removeprefix("torch."), stream)))
     return Case(name, f"{epilogue} {N}x{K}", batch, tokens, inputs, reference, found, call=key)
+
+
+def _whole_mlp(batch: int, dtype: torch.dtype, form: str, stream: str, streams: int, toy: bool) -> Case:
+    """DeiT-Ti's MLP for inference, in library products beside one kernel."""
+    tokens, channels, hidden = (3, 192, 64) if toy else (198, 192, 768)
+    arch = architecture(torch.empty(0, device=kernel_device()))
+    now = whole_mlp.select_config(batch * tokens, hidden, dtype, form, arch)
+    op, plain = getattr(ops, form), getattr(ops, f"{form}_reference")
+    wide = torch.float32 if stream == "fp32 stream" else dtype
+
+    def inputs(size):
+        def randn(*shape, dtype=wide):
+            return torch.randn(shape, device=kernel_device()).to(dtype)
+
+        w1, w2 = randn(hidden, channels) * channels**-0.5, randn(channels, hidden) * hidden**-0.5
+        layers = w1, randn(hidden), w2, randn(channels)
+        x = randn(size, tokens, channels)
+        if form == "mlp":
+            return x, *layers
+        return x, randn(*x.shape, dtype=dtype), randn(channels), randn(channels), *layers
+
+    def call(function, x, *rest):
+        options = () if form == "mlp" else (1e-6,)
+        at = 3 if options else 0  # after branch, weight and bias of the norm
+        with torch.autocast(x.device.type, dtype, enabled=x.dtype == torch.float32):
+            results = function(x, *rest[:at], *options, *rest[at:])
+        return results if isinstance(results, tuple) else (results,)
+
+    def candidate(config):
+        def run(*arguments):
+            with whole_mlp.use_whole_mlp(config), use_backend("triton"):
+                return call(op, *arguments)
+
+        return Candidate("whole", config, run, config == now)
+
+    tried = (whole_mlp.Config("tma", 16, 32, 4, 2),) if toy else whole_mlp.candidates(arch)
+    found = [candidate(config) for config in dict.fromkeys([None, now, *tried])]
+    key = dict(M=batch * tokens, hidden=hidden, dtype=str(dtype), form=form, cases=streams)
+    name = " ".join(filter(None, (f"mlp whole {form} M={batch * tokens}", str(dtype).removeprefix("torch."), stream)))
+    return Case(name, form, batch, tokens, inputs, functools.partial(call, plain), found, call=key)
 
 
 def _gradients(function, args, upstream) -> tuple[Tensor, ...]:

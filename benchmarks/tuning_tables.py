@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastdeit.kernels import gemm_config
+from fastdeit.kernels import gemm_config, whole_mlp
 from fastdeit.kernels.architecture import architecture, has_descriptors
 from fastdeit.kernels.attention_config import WHOLE_BACKWARD_TOKENS, around
 from fastdeit.kernels.gemm_config import CUBLAS
@@ -22,8 +22,12 @@ def table(op: str, results: list[dict[str, Any]]) -> str:
     """What to put into the kernel files of an op after these cases."""
     if op == "mlp":
         pointwise = [result for result in results if not result["call"]]
+        products = [result for result in results if "epilogue" in result["call"]]
+        whole = [result for result in results if "form" in result["call"]]
         lines = [f"return {parts['config']}" for parts in choices(pointwise).values()]
-        return "\n".join((["# mlp.py, select_config", *lines, ""] if lines else []) + _gemms(results))
+        lines = ["# mlp.py, select_config", *lines, ""] if lines else []
+        lines += ["# gemm_config.py", *_measured("GEMMS", gemm_config.GEMMS, products, CUBLAS), ""]
+        return "\n".join([*lines, "# whole_mlp.py", *_measured("WHOLE_MLPS", whole_mlp.WHOLE_MLPS, whole, None)])
     chosen = choices(results)
     if op == "layer_norm":
         entries = sorted((int(group), parts["config"]) for group, parts in chosen.items())
@@ -100,43 +104,49 @@ def hand_overs(results: list[dict[str, Any]]) -> dict[int, tuple]:
     return {_architecture(): tuple(found)} if found else {}
 
 
-def _gemms(results: list[dict[str, Any]]) -> list[str]:
-    """gemm_config's whole table: what was measured now, and what it says about other products and architectures."""
+def _measured(name: str, present: dict[int, tuple], results: list[dict[str, Any]], library: Any) -> list[str]:
+    """A whole table of `Measured` entries, which have rows first, the choice last, and what it is for in between: what was measured
+    now, where `library` stands for the library's way, and what the present table says about the rest and other architectures."""
     here, groups = _architecture(), defaultdict(list)
     for result in results:
-        if result["call"]:
-            groups[tuple(result["call"].values())].append(result)
-    tables = {arch: {} for arch in (*gemm_config.GEMMS, here)}  # a product -> its ranges of M, each with its kernel
-    for arch, entries in gemm_config.GEMMS.items():
+        groups[tuple(result["call"].values())].append(result)
+    tables = {arch: {} for arch in (*present, here)}  # what for -> ranges of rows, each with the choice
+    for arch, entries in present.items():
         for entry in entries:
-            product = entry.N, entry.K, str(entry.dtype), entry.epilogue
-            tables[arch].setdefault(product, []).append((entry.rows, repr(entry.gemm)))
-    for (M, *product, cases), group in groups.items():
+            rows, *use, choice = vars(entry).values()
+            tables[arch].setdefault(tuple(map(_source, use)), []).append((rows, repr(choice)))
+    for (M, *use, cases), group in groups.items():
         if len(group) == cases:
-            rows, found = gemm_config.around(M), tables[here].setdefault(tuple(product), [])
-            found[:] = [(part, gemm) for old, gemm in found for part in _without(old, rows)]
-            faster = faster_gemm(group)
+            rows, found = gemm_config.around(M), tables[here].setdefault(tuple(map(_source, use)), [])
+            found[:] = [(part, choice) for old, choice in found for part in _without(old, rows)]
+            faster = faster_than(library, group)
             found += [] if faster is None else [(rows, faster)]
-    lines = ["# gemm_config.py", "GEMMS: dict[int, tuple[Measured, ...]] = {"]
-    for arch, products in sorted(tables.items()):
+    lines = [f"{name}: dict[int, tuple[Measured, ...]] = {{"]
+    for arch, uses in sorted(tables.items()):
         entries = [
-            f'        Measured({rows}, {N}, {K}, {dtype}, "{epilogue}", {gemm}),'
-            for (N, K, dtype, epilogue), found in products.items()
-            for rows, gemm in _joined(found)
+            f"        Measured({rows}, {', '.join(use)}, {choice}),"
+            for use, found in uses.items()
+            for rows, choice in _joined(found)
         ]
         lines += [f"    {arch}: (", *entries, "    ),"] if entries else []
     return [*lines, "}"]
 
 
-def faster_gemm(group: list[dict[str, Any]]) -> str | None:
-    """The kernel of ours with the least geometric mean of its times over the cases of a product, among those whose interquartile
-    range lies below the library's in each; None where there is none."""
+def _source(value: int | str | torch.dtype) -> str:
+    """A number, a name or a dtype, which results have as text, in Python."""
+    text = str(value)
+    return text if isinstance(value, int) or text.startswith("torch.") else f'"{text}"'
+
+
+def faster_than(library: Any, group: list[dict[str, Any]]) -> str | None:
+    """The choice of ours with the least geometric mean of its times over a group's cases, among those whose interquartile range
+    lies below the library's in each; None where there is none."""
     times: dict[str, list[float]] = defaultdict(list)
     for result in group:
         rows = timed(result)
-        library = [row["first_quartile_us"] for row in rows if row["config"] == repr(CUBLAS)]
+        library_us = [row["first_quartile_us"] for row in rows if row["config"] == repr(library)]
         for row in rows:
-            if library and row["third_quartile_us"] < library[0]:
+            if library_us and row["third_quartile_us"] < library_us[0]:
                 times[row["config"]].append(math.log(row["median_us"]))
     times = {config: logs for config, logs in times.items() if len(logs) == len(group)}
     return min(times, key=lambda config: sum(times[config]), default=None)

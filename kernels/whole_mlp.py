@@ -58,7 +58,7 @@ class Measured:
 # Architecture -> where the kernel was measured to be faster than what runs otherwise. Empty: nothing was measured.
 WHOLE_MLPS: dict[int, tuple[Measured, ...]] = {}
 
-_forced: tuple[Config, ...] | None = None  # empty: the first candidate
+_forced: tuple[Config | None, ...] = ()
 
 
 def candidates(arch: int) -> tuple[Config, ...]:
@@ -75,9 +75,7 @@ def candidates(arch: int) -> tuple[Config, ...]:
 
 def select_config(M: int, hidden: int, dtype: torch.dtype, form: str, arch: int) -> Config | None:
     """The configuration for M rows, `hidden` columns between the layers and one of FORMS; None for other kernels."""
-    if _forced is None:
-        return _select(M, hidden, dtype, form, arch)
-    return _forced[0] if _forced else candidates(arch)[0]
+    return _forced[0] if _forced else _select(M, hidden, dtype, form, arch)
 
 
 @lru_cache(maxsize=1024)
@@ -89,14 +87,14 @@ def _select(M: int, hidden: int, dtype: torch.dtype, form: str, arch: int) -> Co
 
 
 @contextlib.contextmanager
-def use_whole_mlp(config: Config | None = None) -> Iterator[None]:
-    """Takes the kernel for every MLP that it can compute, whatever the table says: for tests and measurements.
+def use_whole_mlp(config: Config | None) -> Iterator[None]:
+    """Takes this configuration for every MLP that it can compute, or none, in place of the table's: for tests and measurements.
 
     Args:
-        config: one of the architecture at hand; by default its first candidate.
+        config: one of the architecture's `candidates`, or None: no MLP runs in one kernel.
     """
     global _forced
-    previous, _forced = _forced, () if config is None else (config,)
+    previous, _forced = _forced, (config,)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import torch
 
 from fastdeit import cli
 from fastdeit.benchmarks import timing, tune, tuning_cases
-from fastdeit.kernels import gemm_config, linear, mlp
+from fastdeit.kernels import gemm_config, linear, mlp, whole_mlp
 from fastdeit.kernels.attention_config import Tiles
 from fastdeit.kernels.gemm import fits
 from fastdeit.kernels.mlp import Config
@@ -26,7 +26,9 @@ def test_finished_cases_are_not_measured_again(tmp_path, capsys, monkeypatch):
     assert toy("mlp", tmp_path) == 0
     first = capsys.readouterr().out
     (line,) = table(first, "# mlp.py, select_config")
-    assert isinstance(eval(" ".join(table(first, "# gemm_config.py")).split(" = ")[1], vars(gemm_config)), dict)
+    for owner in (gemm_config, whole_mlp):
+        text = " ".join(table(first, f"# {owner.__name__.split('.')[-1]}.py"))
+        assert isinstance(eval(text.split(" = ")[1], vars(owner)), dict)
     assert isinstance(eval(line.removeprefix("return "), {"Config": Config}), Config)
 
     file = tmp_path / "tune_mlp.jsonl"
@@ -67,7 +69,7 @@ def test_attention_is_tuned_in_every_form(tmp_path, capsys):
 def test_time_that_is_over_leaves_the_cases_for_later(tmp_path, capsys):
     assert toy("all", tmp_path, "--seconds", "1e-9") == 0
     out = capsys.readouterr().out
-    assert "13 cases are left: the same command goes on with them" in out
+    assert "16 cases are left: the same command goes on with them" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,7 +87,7 @@ def test_every_kernel_of_ours_multiplies_when_its_turn_comes(monkeypatch):
     for name in ("gemm_forward", "gemm_backward"):
         kernel = getattr(linear, name)
         monkeypatch.setattr(linear, name, lambda *a, kernel=kernel, **k: calls.append(1) or kernel(*a, **k))
-    cases = [case for case in tuning_cases.cases("mlp", True) if case.call]
+    cases = [case for case in tuning_cases.cases("mlp", True) if "epilogue" in case.call]
     assert {case.call["epilogue"] for case in cases} == set(gemm_config.EPILOGUES)
     for case in cases:
         expected = tune._expected(case)
@@ -95,10 +97,23 @@ def test_every_kernel_of_ours_multiplies_when_its_turn_comes(monkeypatch):
             assert len(calls) == (candidate.config is not gemm_config.CUBLAS)
 
 
+def test_the_whole_mlp_runs_in_one_kernel_when_its_turn_comes(monkeypatch):
+    calls, launch = [], whole_mlp.launch
+    monkeypatch.setattr(whole_mlp, "launch", lambda *a: calls.append(1) or launch(*a))
+    cases = [case for case in tuning_cases.cases("mlp", True) if "form" in case.call]
+    assert [case.call["form"] for case in cases] == ["mlp", "add_layer_norm_mlp", "add_layer_norm_mlp"]
+    for case in cases:
+        expected = tune._expected(case)
+        for candidate in case.candidates:
+            calls.clear()
+            tune._check(candidate, *expected)
+            assert len(calls) == (candidate.config is not None)
+
+
 def test_every_kernel_of_ours_can_do_every_product_that_is_tuned(monkeypatch):
     monkeypatch.setattr(tuning_cases, "kernel_device", lambda: torch.device("meta"))
     for case in tuning_cases.cases("mlp", False):
-        if case.call:
+        if "epilogue" in case.call:
             rows, weight, *rest = case.inputs(case.batch)
             operands = (rows, weight, *rest) if case.call["epilogue"] == "derivative" else (rows, weight)
             assert (len(rows), rows.shape[1]) == (case.call["M"], case.call["K"])
@@ -111,7 +126,7 @@ def test_the_present_choice_is_among_the_candidates_of_every_shape(op):
     assert len(cases) >= 3
     for case in cases:
         labels = [candidate.label for candidate in case.candidates]
-        assert len(set(labels)) == len(labels) >= (4 if "K" in case.call else 10)
+        assert len(set(labels)) == len(labels) >= (4 if "K" in case.call else 3 if "form" in case.call else 10)
         present = [candidate.part for candidate in case.candidates if candidate.present]
         assert len(present) == (2 if "backward" in case.name else 1)  # dq and dkv are entries of their own
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdeit.benchmarks import tuning_cases, tuning_tables
-from fastdeit.kernels import gemm_config, layer_norm
+from fastdeit.kernels import gemm_config, layer_norm, whole_mlp
 from fastdeit.kernels.attention_config import Shapes
 from fastdeit.kernels.gemm_config import CUBLAS, Gemm, Measured, Tile, around, select_gemm
 
@@ -123,8 +123,8 @@ def test_the_gemm_table_names_what_was_faster_beyond_noise(times, winner, monkey
 def test_a_product_is_ours_only_where_every_stream_gains():
     faster, slower = dict(ours=(1.0, 2.0, 3.0)), dict(ours=(10.0, 12.0, 13.0))
     group = [gemm_result(198, epilogue="residual", cases=2, library=LIBRARY, **each) for each in (faster, slower)]
-    assert tuning_tables.faster_gemm(group[:1]) == repr(OURS)
-    assert tuning_tables.faster_gemm(group) is None
+    assert tuning_tables.faster_than(CUBLAS, group[:1]) == repr(OURS)
+    assert tuning_tables.faster_than(CUBLAS, group) is None
     assert "Measured(" not in tuning_tables.table("mlp", group[:1]).split("GEMMS:")[1].split("= {")[1]  # one is missing
 
 
@@ -142,6 +142,23 @@ def test_neighbouring_ranges_become_one_and_what_was_not_measured_now_stays(monk
         (range(6336, 101376), OURS),
         (range(101376, 405504), WIDE),
     ]
+
+
+@pytest.mark.parametrize(("third_quartile", "ours"), [(8.9, True), (9.1, False)])
+def test_the_whole_mlp_table_names_what_was_faster_beyond_noise(third_quartile, ours, monkeypatch):
+    config = whole_mlp.candidates(90)[0]
+    far = whole_mlp.Measured(range(10, 20), 768, torch.float16, "mlp", config)
+    monkeypatch.setattr(whole_mlp, "WHOLE_MLPS", {80: (far,)})
+    rows = [
+        dict(part="whole", config=repr(c), first_quartile_us=q1, median_us=q2, third_quartile_us=q3)
+        for c, (q1, q2, q3) in ((None, LIBRARY), (config, (7.0, 8.0, third_quartile)))
+    ]
+    call = dict(M=50688, hidden=768, dtype="torch.bfloat16", form="mlp", cases=1)
+    text = tuning_tables.table("mlp", [dict(case="c", group="g", tokens=198, call=call, rows=rows)])
+    namespace = dict(vars(whole_mlp))
+    exec(text.split("# whole_mlp.py")[1], namespace)
+    entry = whole_mlp.Measured(around(50688), 768, torch.bfloat16, "mlp", config)
+    assert namespace["WHOLE_MLPS"] == {80: (far,)} | ({90: (entry,)} if ours else {})
 
 
 def test_the_batches_that_are_tuned_speak_for_every_number_of_rows_between():

@@ -363,8 +363,13 @@ def test_the_table_s_form_is_python():
 
 def test_it_is_forced_within_the_statement_alone():
     call = (8, 768, torch.bfloat16, "mlp", 80)
-    with use_whole_mlp():
-        assert select_config(*call) == candidates(80)[0]
-        with use_whole_mlp(ENTRY.config):
-            assert select_config(*call) == ENTRY.config
+    with use_whole_mlp(ENTRY.config):
+        assert select_config(*call) == ENTRY.config
     assert select_config(*call) is None
+
+
+def test_it_can_be_kept_from_running(measured):
+    call = (100, 768, torch.bfloat16, "mlp", 90)
+    with use_whole_mlp(None):
+        assert select_config(*call) is None
+    assert select_config(*call) == ENTRY.config
