@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fastdeit.kernels.architecture import multiprocessors
 from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.gemm_tiles import multiple
 from fastdeit.kernels.launch import cdiv, launch, next_power_of_2
 from fastdeit.kernels.layer_norm import SUM_TILE, partial_sums_backward_kernel
 
@@ -46,6 +47,7 @@ def fold_forward_kernel(
     VECTOR: tl.constexpr,  # a power of two that divides C: lets loads be 16 bytes wide
 ):
     """row_scale * weight * column_scale, and row_scale * (bias + weight column_shift). A program owns ROWS rows."""
+    C = multiple(C, VECTOR)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     shifted = tl.zeros([ROWS, COLUMNS], tl.float32)
     if row_scale_ptr is not None:
@@ -53,7 +55,7 @@ def fold_forward_kernel(
     for start in tl.range(0, C, COLUMNS):
         col = start + tl.arange(0, COLUMNS)
         inside = (row[:, None] < N) & (col[None, :] < C)
-        at = row[:, None].to(tl.int64) * tl.multiple_of(C, VECTOR) + col[None, :]
+        at = row[:, None].to(tl.int64) * C + col[None, :]
         weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
         if column_shift_ptr is not None:
             shifted += weight * tl.load(column_shift_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
@@ -89,6 +91,7 @@ def fold_columns_backward_kernel(
     VECTOR: tl.constexpr,
 ):
     """A program owns COLUMNS columns of one strip of rows (program id 1)."""
+    C = multiple(C, VECTOR)
     strip = tl.program_id(1)
     col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     dscale = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -101,7 +104,7 @@ def fold_columns_backward_kernel(
     for start in tl.range(first, tl.minimum(first + rows_per_strip, N), ROWS):  # no NaN: row numbers
         row = start + tl.arange(0, ROWS)
         inside = (row[:, None] < N) & (col[None, :] < C)
-        at = row[:, None].to(tl.int64) * tl.multiple_of(C, VECTOR) + col[None, :]
+        at = row[:, None].to(tl.int64) * C + col[None, :]
         if dbias_ptr is not None:
             dbias = tl.load(dbias_ptr + row, row < N, other=0.0)[:, None]
         if dscale_partial_ptr is not None or dshift_partial_ptr is not None:
@@ -141,6 +144,7 @@ def fold_rows_backward_kernel(
     VECTOR: tl.constexpr,
 ):
     """A program owns ROWS rows."""
+    C = multiple(C, VECTOR)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     scale = tl.load(row_scale_ptr + row, row < N, other=0.0).to(tl.float32)
     along_row = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -148,7 +152,7 @@ def fold_rows_backward_kernel(
         for start in tl.range(0, C, COLUMNS):
             col = start + tl.arange(0, COLUMNS)
             inside = (row[:, None] < N) & (col[None, :] < C)
-            at = row[:, None].to(tl.int64) * tl.multiple_of(C, VECTOR) + col[None, :]
+            at = row[:, None].to(tl.int64) * C + col[None, :]
             gradient = tl.load(dfolded_ptr + at, inside, other=0.0)
             if dscale_ptr is not None:
                 along_row += gradient * tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)

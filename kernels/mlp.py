@@ -15,6 +15,7 @@ import triton.language as tl
 from fastdeit.kernels.activations import activate, activate_with_derivative
 from fastdeit.kernels.architecture import multiprocessors
 from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.gemm_tiles import multiple
 from fastdeit.kernels.launch import launch
 from fastdeit.kernels.layer_norm import SUM_TILE, partial_sums_backward_kernel
 
@@ -62,6 +63,7 @@ def activation_backward_kernel(
     VECTOR: tl.constexpr,  # a power of two that divides N: lets loads be 16 bytes wide
 ):
     """A program owns COLUMNS columns (program id 0) of one strip of rows (program id 1)."""
+    N = multiple(N, VECTOR)
     strip = tl.program_id(1)
     col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -70,7 +72,7 @@ def activation_backward_kernel(
     for start in tl.range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < M) & (col < N)
-        at = row.to(tl.int64) * tl.multiple_of(N, VECTOR) + col
+        at = row.to(tl.int64) * N + col
         z = tl.load(z_ptr + at, inside, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + at, inside, other=0.0).to(tl.float32)
         h, slope = activate_with_derivative(z, ACTIVATION)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastdeit.kernels.architecture import multiprocessors
 from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.gemm_tiles import multiple
 from fastdeit.kernels.launch import cdiv, launch, next_power_of_2
 from fastdeit.kernels.layer_norm import SUM_TILE, partial_sums_backward_kernel
 
@@ -51,11 +52,12 @@ def scale_add_forward_kernel(
     VECTOR: tl.constexpr,  # a power of two that divides N: lets loads be 16 bytes wide
 ):
     """A program owns one ROWS x COLUMNS tile. The grid is one-dimensional: rows can pass the limit of its second."""
+    N = multiple(N, VECTOR)
     column_blocks = tl.cdiv(N, COLUMNS)
     row = (tl.program_id(0) // column_blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < M) & (col < N)
-    at = row.to(tl.int64) * tl.multiple_of(N, VECTOR) + col
+    at = row.to(tl.int64) * N + col
     out = tl.load(branch_ptr + at, inside, other=0.0).to(tl.float32)
     if gamma_ptr is not None:
         out *= tl.load(gamma_ptr + col, col < N, other=0.0).to(tl.float32)
@@ -81,6 +83,7 @@ def scale_add_backward_kernel(
     VECTOR: tl.constexpr,
 ):
     """g = drop_path_scale * dy and its column sums. A program owns COLUMNS columns of one strip of rows (program id 1)."""
+    N = multiple(N, VECTOR)
     strip = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     col = column[None, :]
@@ -89,7 +92,7 @@ def scale_add_backward_kernel(
     for start in tl.range(first, tl.minimum(first + rows_per_strip, M), ROWS):  # no NaN: row numbers
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < M) & (col < N)
-        at = row.to(tl.int64) * tl.multiple_of(N, VECTOR) + col
+        at = row.to(tl.int64) * N + col
         g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32)
         if drop_path_scale_ptr is not None:
             g *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastdeit.kernels import catalog, gate, report
-from fastdeit.kernels.catalog import Resources, Shipped, compile_shipped, row_key, source_key
+from fastdeit.kernels.catalog import Resources, Shipped, compile_binary, compile_shipped, row_key, source_key
 
 SAMPLE = 6  # rows that are compiled anew in every run; `fastdeit kernels` compiles all
 ENTRIES = report.entries()
@@ -74,6 +74,18 @@ def check_every_configuration_holds_the_limits():
         and (found := gate.breaches(entry.row, entry.arch, resources))
     }
     assert not broken
+
+
+def check_what_a_pointwise_kernel_streams_it_loads_16_bytes_at_a_time():
+    """A hint to the compiler can be lost without a word, and every load is one element wide then."""
+    streaming = {
+        entry.row.kernel: entry.row
+        for entry in ENTRIES
+        if entry.arch == 90 and entry.row.constexprs.get("VECTOR") == 16 and not entry.row.matrix
+    }
+    assert len(streaming) >= 8
+    narrow = [k.__name__ for k, row in streaming.items() if "ld.global.v4" not in compile_binary(row, 90).asm["ptx"]]
+    assert not narrow
 
 
 def check_an_allowed_spill_is_one_that_happens():
