@@ -1,12 +1,27 @@
-"""What a step takes beyond its parts, from times that are known."""
+"""The parts of a training step: that each runs, and what the step takes beyond them, from times that are known."""
 
-from fastdeit.benchmarks import pieces, report
+import pytest
+import torch
+
+from fastdeit.benchmarks import pieces, report, test_training
 from fastdeit.benchmarks.step_parts import CAPTURED, sentences
 
 
 def case(part, batch=256, **times):
     rows = [dict(candidate=name, median_us=us) for name, us in times.items()]
     return dict(shape=dict(part=part, batch=batch), rows=rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="toy sizes are a CPU's")
+@pytest.mark.parametrize("part", test_training.PARTS)
+def test_every_part_runs_at_toy_size(part):
+    candidates, inputs, facts = test_training._PARTS[part](2, True)
+    names = list(candidates)
+    assert names[0] == "fastdeit" and len(names) >= 2 and facts["cost"].bytes > 0
+    assert (CAPTURED in names) is (part == "loop")
+    for candidate in candidates.values():
+        found = candidate(*inputs())
+        assert not isinstance(found, torch.Tensor) or found.isfinite().all()
 
 
 def test_the_step_with_its_teacher_beside_both_alone():
