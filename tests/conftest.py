@@ -16,6 +16,7 @@ from fastdeit import backends, testing
 torch.set_num_threads(1)  # tests run in parallel processes
 if os.environ.get("TRITON_INTERPRET") == "1":
     testing.correct_interpreter_bfloat16()
+    testing.hasten_interpreter()
 
 
 def pytest_collection_modifyitems(items):

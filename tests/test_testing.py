@@ -1,9 +1,12 @@
 """The judge is judged: the numerics rule must reject what is wrong, and poisoned memory must show."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
-from fastdeit import ops
+from fastdeit import ops, testing
 from fastdeit.testing import assert_as_accurate_as_eager, assert_model_close_to_oracle, poisoned_memory
 
 X = torch.linspace(-3, 3, 600).reshape(3, 200)
@@ -134,3 +137,30 @@ def test_what_is_wrong_in_one_gradient_of_a_model_shows(change, message):
     change(got)
     with pytest.raises(AssertionError, match=message):
         assert_model_close_to_oracle(got, exact, eager)
+
+
+def test_the_hastened_interpreter_patches_what_tritons_own_does(monkeypatch):
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    source = importlib.util.spec_from_file_location("triton.runtime.another_interpreter", interpreter.__file__)
+    another = importlib.util.module_from_spec(source)
+    monkeypatch.setitem(sys.modules, another.__name__, another)
+    source.loader.exec_module(another)
+    if testing.interpreter_active():
+        assert interpreter._patch_builtin.__module__ == testing.__name__
+
+    def patched(by, owner) -> list[str]:
+        scope = interpreter._LangPatchScope()
+        try:
+            by._patch_builtin(owner, interpreter.interpreter_builder, scope)
+            again = len(scope._changes)
+            by._patch_builtin(owner, interpreter.interpreter_builder, scope)  # as a device function's call does
+            assert len(scope._changes) == again
+            return [name for _, name, _ in scope._changes]
+        finally:
+            scope.restore()
+
+    for owner in (tl, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
+        names = patched(another, owner)
+        assert names and patched(interpreter, owner) == names
