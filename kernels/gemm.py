@@ -198,7 +198,7 @@ def shipped(arch: int) -> Iterator[Shipped]:
 def _shipped(gemm: Gemm, epilogue: str, dtype: str, arch: int) -> Shipped:
     tile, residual = gemm.tile, epilogue == "residual"
     wide = "fp32" if residual else dtype
-    types = dict(bias_ptr="*fp32") | dict.fromkeys(("M", "N", "K", "TOKENS"), "i32")
+    types = dict(bias_ptr=f"*{dtype}") | dict.fromkeys(("M", "N", "K", "TOKENS"), "i32")
     if residual:
         types |= dict(gamma_ptr="*fp32", drop_path_scale_ptr="*fp32", residual_ptr="*fp32")
     if gemm.backend == "tma":

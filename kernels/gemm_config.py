@@ -21,8 +21,8 @@ from fastdeit.kernels.architecture import has_descriptors
 BACKENDS = ("cublas", "triton", "tma")
 
 # What follows a product: the activation; that and the pre-activation; gamma, drop-path factor and residual; in backward the
-# derivative of the activation with the bias gradient.
-EPILOGUES = ("activation", "activation_z", "residual", "derivative")
+# derivative of the activation with the bias gradient. And the activation in it that is compiled ahead of time and tuned.
+EPILOGUES = {"activation": "gelu", "activation_z": "gelu", "residual": None, "derivative": "gelu"}
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,17 @@ def candidates(arch: int, epilogue: str) -> tuple[Gemm, ...]:
     return (*(Gemm("tma", tile) for tile in tiles), Gemm("triton", _POINTERS[1]))
 
 
-def select_gemm(M: int, N: int, K: int, dtype: torch.dtype, epilogue: str, arch: int) -> Gemm:
-    """The backend and tile for a product (M, K) x (K, N) of the given dtype with one of EPILOGUES behind it."""
-    return _select(M, N, K, dtype, epilogue, arch) if _forced is None else _forced_for(epilogue, arch)
+def select_gemm(
+    M: int, N: int, K: int, dtype: torch.dtype, epilogue: str, arch: int, *, tuned_activation: bool = True
+) -> Gemm:
+    """The backend and tile for a product (M, K) x (K, N) of the given dtype with one of EPILOGUES behind it.
+
+    Args:
+        tuned_activation: it has the activation that EPILOGUES names, the only one that the table speaks for.
+    """
+    if _forced is not None:
+        return _forced_for(epilogue, arch)
+    return _select(M, N, K, dtype, epilogue, arch) if tuned_activation else CUBLAS
 
 
 @lru_cache(maxsize=1024)

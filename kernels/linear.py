@@ -9,7 +9,7 @@ from fastdeit.kernels.architecture import architecture
 from fastdeit.kernels.folded_weights import fold_forward
 from fastdeit.kernels.gemm import fits, gemm_forward
 from fastdeit.kernels.gemm_backward import gemm_backward
-from fastdeit.kernels.gemm_config import CUBLAS, Gemm, select_gemm
+from fastdeit.kernels.gemm_config import CUBLAS, EPILOGUES, Gemm, select_gemm
 from fastdeit.kernels.mlp import activation_backward, activation_forward
 from fastdeit.kernels.residual_branch import scale_add_forward
 
@@ -39,7 +39,7 @@ def linear_forward(
     gemm = CUBLAS
     if scales or activation is not None:
         epilogue = "residual" if scales else "activation_z" if needs_z else "activation"
-        gemm = _select((rows, weight), weight.shape[0], rows.shape[1], epilogue)
+        gemm = _select((rows, weight), weight.shape[0], rows.shape[1], epilogue, activation)
     if gemm is not CUBLAS:
         return gemm_forward(
             *(rows, weight, gemm),
@@ -76,16 +76,17 @@ def activation_gradient(
     Returns:
         dz (M, H), activation(z) if needed, and the column sums of dz (H,) in dbias_dtype if that is given.
     """
-    gemm = _select((dy, weight, z), *weight.t().shape, "derivative")
+    gemm = _select((dy, weight, z), *weight.t().shape, "derivative", activation)
     if gemm is not CUBLAS:
         return gemm_backward(dy, weight, z, activation, gemm, needs_h=needs_h, dbias_dtype=dbias_dtype)
     return activation_backward(torch.mm(dy, weight), z, activation, needs_h=needs_h, dbias_dtype=dbias_dtype)
 
 
-def _select(operands: tuple[torch.Tensor, ...], N: int, K: int, epilogue: str) -> Gemm:
+def _select(operands: tuple[torch.Tensor, ...], N: int, K: int, epilogue: str, activation: str | None) -> Gemm:
     """The table's choice for a product (M, K) x (K, N), or the library's where that cannot do it."""
     first = operands[0]
-    gemm = select_gemm(first.shape[0], N, K, first.dtype, epilogue, architecture(first))
+    tuned = activation == EPILOGUES[epilogue]
+    gemm = select_gemm(first.shape[0], N, K, first.dtype, epilogue, architecture(first), tuned_activation=tuned)
     if gemm is CUBLAS or gemm.backend == "cublas":
         return CUBLAS
     if first.is_cuda and first.dtype == torch.float32:  # IEEE products have no matrix instructions

@@ -203,6 +203,17 @@ def test_the_table_s_entry_replaces_its_own_product_of_a_branch(epilogue, N, K, 
     assert launched == expected
 
 
+@pytest.mark.parametrize(("activation", "ours"), [("gelu", True), ("gelu_tanh", False), ("relu", False)])
+def test_the_table_speaks_for_the_activation_that_it_was_tuned_with(activation, ours, launched, monkeypatch):
+    entry = Measured(range(9, 10), 64, 24, DTYPES[0], "activation", Gemm("triton", TILE))
+    monkeypatch.setattr(gemm_config, "GEMMS", {architecture(torch.empty(0, device=DEVICE)): (entry,)})
+    gemm_config._select.cache_clear()
+    with backends.use_backend("triton"):
+        ops.mlp(*mlp_tensors((9,)), activation=activation)
+    gemm_config._select.cache_clear()
+    assert launched == (dict(gemm_forward=1) if ours else dict(activation_forward=1))
+
+
 @pytest.mark.parametrize("op", [ops.add_layer_norm_mlp, ops.layer_norm_mlp], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_branch_without_gradients_writes_no_pre_activation(compiled, op, pre_activations):

@@ -33,6 +33,7 @@ def test_what_is_not_measured_is_the_librarys():
         (dict(dtype=torch.float16), False),
         (dict(epilogue="activation_z"), False),
         (dict(arch=80), False),
+        (dict(tuned_activation=False), False),
     ],
 )
 def test_an_entry_speaks_for_its_own_shapes_alone(change, ours, measured):

@@ -21,14 +21,23 @@ ROWS = (256 * 198, 577, 1)
 OURS = ("triton", "tma")
 
 
+def type_of(arg) -> str:
+    """A launch's argument as a signature of the gate has it."""
+    name = lambda tensor: {torch.bfloat16: "bf16", torch.float32: "fp32"}[tensor.dtype]  # noqa: E731
+    if arg is None:
+        return "None"
+    return f"*{name(arg)}" if isinstance(arg, torch.Tensor) else f"tensordesc<{name(arg.base)}{arg.block_shape}>"
+
+
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple]:
-    """(kernel, grid, constexprs, warps, stages) of the products of ours, which are not run."""
+    """(kernel, grid, types, constexprs, warps, stages) of the products of ours, which are not run."""
     seen = []
 
     def launch(kernel, grid, args, constexprs, num_warps, num_stages=1):
         if kernel is not gemm_backward.partial_sums_backward_kernel:
-            seen.append((kernel, grid, constexprs, num_warps, num_stages))
+            types = tuple(type_of(arg) for arg in args if not isinstance(arg, int))
+            seen.append((kernel, grid, types, constexprs, num_warps, num_stages))
 
     for module in (gemm, gemm_backward):
         monkeypatch.setattr(module, "launch", launch)
@@ -36,10 +45,10 @@ def launches(monkeypatch) -> list[tuple]:
 
 
 def multiply(epilogue: str, rows: int, channels: int, hidden: int) -> int:
-    """The product of an MLP that has this epilogue, on tensors without memory. Returns the columns of its result."""
+    """The product of an MLP that has this epilogue, under autocast, on tensors without memory. Returns its columns."""
 
-    def empty(*shape):
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     if epilogue == "derivative":
         given = empty(rows, channels), empty(channels, hidden), empty(rows, hidden)
@@ -47,7 +56,9 @@ def multiply(epilogue: str, rows: int, channels: int, hidden: int) -> int:
         return hidden
     if epilogue == "residual":
         given = empty(rows, hidden), empty(channels, hidden), empty(channels)
-        kernels_linear.linear_forward(*given, residual=empty(rows, channels))
+        stream = dict(gamma=empty(channels, dtype=torch.float32), residual=empty(rows, channels, dtype=torch.float32))
+        stream["drop_path_scale"] = empty(1, dtype=torch.float32)
+        kernels_linear.linear_forward(*given, **stream, out_dtype=torch.float32)
         return channels
     given = empty(rows, channels), empty(hidden, channels), empty(hidden)
     kernels_linear.linear_forward(*given, activation="gelu", needs_z=epilogue == "activation_z")
@@ -55,10 +66,14 @@ def multiply(epilogue: str, rows: int, channels: int, hidden: int) -> int:
 
 
 def held_by_the_gate(arch: int) -> set[tuple]:
-    """Kernel, tile, warps and stages of what is compiled ahead of time. A vector of 16 there stands for narrower ones."""
-    rows = shipped(arch, ("gemm", "gemm_backward"))
-    sizes = ("ROWS", "COLUMNS", "DEPTH")
-    return {(r.kernel, *(r.constexprs[s] for s in sizes), r.num_warps, r.num_stages) for r in rows}
+    """Kernel, types, tile, warps and stages of what is compiled ahead of time. A vector of 16 there stands for narrower ones."""
+    held = set()
+    for row in shipped(arch, ("gemm", "gemm_backward")):
+        given = [name for name in row.kernel.arg_names if name.endswith(("_ptr", "_desc"))]
+        types = tuple(row.signature.get(name, "None") for name in given)
+        tile = tuple(row.constexprs[size] for size in ("ROWS", "COLUMNS", "DEPTH"))
+        held.add((row.kernel, types, row.constexprs["ACTIVATION"], *tile, row.num_warps, row.num_stages))
+    return held
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
@@ -78,9 +93,8 @@ def test_every_width_takes_a_compiled_configuration_and_covers_its_result(arch, 
                 if choice.backend == "tma" and (channels % 8 or hidden % 8):  # rows that are no multiple of 16 bytes
                     assert not launches
                     continue
-                ((kernel, (programs,), (activation, *sizes), warps, stages),) = launches
-                assert activation == (None if epilogue == "residual" else "gelu")
-                assert (kernel, *sizes[:3], warps, stages) in held
+                ((kernel, (programs,), types, (activation, *sizes), warps, stages),) = launches
+                assert (kernel, types, activation, *sizes[:3], warps, stages) in held
                 tiles = cdiv(rows, sizes[0]) * cdiv(columns, sizes[1])
                 assert programs == tiles if choice.backend == "triton" else 0 < programs <= tiles
                 for vector in sizes[3:]:
