@@ -35,6 +35,7 @@ KERNEL_FILES = (
     "gemm",
     "gemm_backward",
     "mlp",
+    "patch_embedding",
     "residual_branch",
     "whole_mlp",
 )

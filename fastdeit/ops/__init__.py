@@ -11,6 +11,7 @@ from fastdeit.ops.layer_norm_mlp_op import layer_norm_mlp, layer_norm_mlp_refere
 from fastdeit.ops.layer_norm_op import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
 from fastdeit.ops.linear_op import linear, linear_reference
 from fastdeit.ops.mlp_op import mlp, mlp_reference
+from fastdeit.ops.patch_embedding_op import patch_embedding, patch_embedding_reference
 
 __all__ = [
     "add_layer_norm",
@@ -33,4 +34,6 @@ __all__ = [
     "linear_reference",
     "mlp",
     "mlp_reference",
+    "patch_embedding",
+    "patch_embedding_reference",
 ]
