@@ -89,6 +89,11 @@ verify() {
     "$python" -m fastdeit verify "${chosen[@]}"
 }
 
+# A recorded training step beside the same step launched kernel by kernel.
+graphs() {
+    "$python" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/train/test_graphs.py ${toy:+-k replayed}
+}
+
 bench() {
     local chosen=()
     [ -n "$toy" ] && chosen=(--toy --only layer_norm -k fp32-forward)
@@ -96,7 +101,7 @@ bench() {
         "$python" -m fastdeit bench report "$folder/bench" >"$folder/bench.md"
 }
 
-export -f install parity sanitizer verify bench
+export -f install parity graphs sanitizer verify bench
 export python folder toy
 
 if [ -z "$toy" ]; then
@@ -110,6 +115,7 @@ stage install 60 bash -c install
 stage small_kernels 60 "$python" -m fastdeit.benchmarks.small_kernels
 stage parity 150 bash -c parity
 stage verify 90 bash -c verify
+stage graphs 60 bash -c graphs
 stage repeat 45 "$python" -m fastdeit.benchmarks.repeat_step $toy
 stage profile 60 "$python" -m fastdeit bench profile --out "$folder/profile" $toy
 stage bench 200 bash -c bench

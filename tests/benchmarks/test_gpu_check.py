@@ -13,8 +13,19 @@ from fastdeit.benchmarks import block_counts, profile_step, repeat_step, small_k
 from fastdeit.kernels import catalog
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
-STAGES = ["install", "small_kernels", "parity", "verify", "repeat", "profile", "bench", "memcheck", "racecheck"]
-ELSEWHERE = ["small_kernels", "parity", "verify", "bench"]  # what these run has tests of its own
+STAGES = [
+    "install",
+    "small_kernels",
+    "parity",
+    "verify",
+    "graphs",
+    "repeat",
+    "profile",
+    "bench",
+    "memcheck",
+    "racecheck",
+]
+ELSEWHERE = ["small_kernels", "parity", "verify", "graphs", "bench"]  # what these run has tests of its own
 
 
 def check(folder, *arguments, python=sys.executable):
