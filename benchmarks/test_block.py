@@ -7,6 +7,7 @@ import torch
 
 from fastdeit.benchmarks import models
 from fastdeit.benchmarks.cases import by_importance, label
+from fastdeit.benchmarks.model_check import CHECKED_IMAGES, check
 from fastdeit.benchmarks.peers import autotuned, compiled
 from fastdeit.cost_view import shape_of
 from fastdeit.testing import kernel_device
@@ -25,11 +26,11 @@ def test_block(compare, toy, case):
     source = model.blocks[-1]
     ours: dict[int, torch.nn.Module] = {}
 
-    def inputs():
+    def inputs(images=batch):
         block = type(source)(shape.channels, shape.heads, qkv_bias=True, init_values=_init_values(source))
         block = block.to(device, dtype).train(trains)
         ours[id(block)] = models.accelerated(block)
-        size = (batch, shape.tokens, shape.channels)
+        size = (images, shape.tokens, shape.channels)
         return torch.randn(size, device=device, dtype=dtype), block, torch.randn(size, device=device, dtype=dtype)
 
     def call(function):
@@ -51,6 +52,10 @@ def test_block(compare, toy, case):
     def expected(x, block, upstream):
         return [_exact(block, x[:2]).detach(), *[None] * (1 + len(list(block.parameters())) if trains else 0)]
 
+    x, block, upstream = inputs(min(batch, CHECKED_IMAGES))
+    loss = (lambda outputs: (outputs[0] * upstream.to(outputs[0])).sum()) if trains else None
+    check(block, kind, x, loss, input_gradient=trains)
+    ours.clear()
     candidates = {"fastdeit": call(lambda block, x: ours[id(block)](x)), "timm eager": call(eager)}
     if not toy:
         candidates["timm + torch.compile"] = call(compiled(eager))

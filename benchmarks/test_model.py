@@ -4,17 +4,16 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastdeit.benchmarks import models
 from fastdeit.benchmarks.cases import by_importance, label
+from fastdeit.benchmarks.model_check import CHECKED_IMAGES, check, cross_entropy
 from fastdeit.benchmarks.model_peers import HfDeit
 from fastdeit.cost_view import shape_of
-from fastdeit.testing import assert_close_to_oracle, kernel_device
+from fastdeit.testing import kernel_device
 
 CASES = by_importance(list(models.NAMES), [224, 384], [256, 64, 1024, 1, 8], models.KINDS)
 QUICK, TURNS = 2, 1
-_CHECKED_IMAGES = 4
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
@@ -39,12 +38,12 @@ def test_model(compare, toy, case):
         def train(images, labels):
             with models.autocast(kind):
                 outputs = models.logits(function(images))
-            loss = sum(F.cross_entropy(output.float(), labels) for output in outputs)
-            return torch.autograd.grad(loss, parameters)
+            return torch.autograd.grad(cross_entropy(labels)(outputs), parameters)
 
         return train if trains else inference
 
-    _check(model, kind, *inputs(_CHECKED_IMAGES))
+    images, labels = inputs(min(batch, CHECKED_IMAGES))
+    check(model, kind, images, cross_entropy(labels) if trains else None)
     exact = None if trains else copy.deepcopy(model).double()
 
     def expected(images, labels):
@@ -68,15 +67,3 @@ def test_model(compare, toy, case):
         batch=batch,
         run=kind,
     )
-
-
-def _check(model, kind: str, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Holds the accelerated model's logits to float64 beside timm's, without the randomness of training."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(images.double())
-        with models.autocast(kind):
-            got, eager = models.accelerated(model)(images), model(images)
-    assert_close_to_oracle("logits", got, exact, eager, exact.abs().max().item())
-    model.train(was_training)

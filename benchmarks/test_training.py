@@ -13,12 +13,13 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit import costs
+from fastdeit import costs, ops
 from fastdeit.benchmarks import models, peers
 from fastdeit.benchmarks.cases import by_importance, label
+from fastdeit.benchmarks.model_check import CHECKED_IMAGES, check, cross_entropy
 from fastdeit.cost_view import shape_of
 from fastdeit.costs import Cost
-from fastdeit.testing import kernel_device
+from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 from fastdeit.train.augmentation import BatchAugmentation
 from fastdeit.train.config import load_config
 from fastdeit.train.device import reproducible
@@ -54,9 +55,9 @@ def _steps(batch: int, toy: bool, update: bool, distils: bool = False):
     teacher = _create_teacher(toy) if distils else None
     criterion = create_criterion(config, None if teacher is None else quickened(teacher, kernel_device()))
 
-    def inputs():
-        images = torch.randn(batch, 3, size, size, device=kernel_device())
-        return images, torch.randn(batch, model.num_classes, device=kernel_device()).softmax(dim=1)
+    def inputs(number=batch):
+        images = torch.randn(number, 3, size, size, device=kernel_device())
+        return images, torch.randn(number, model.num_classes, device=kernel_device()).softmax(dim=1)
 
     def call(function, module):
         optimizer = _capturable(create_optimizer(config, module))
@@ -72,6 +73,8 @@ def _steps(batch: int, toy: bool, update: bool, distils: bool = False):
 
         return run
 
+    images, targets = inputs(min(batch, CHECKED_IMAGES))
+    check(model, "train_amp", images, cross_entropy(targets.argmax(dim=1)))
     found = models.candidates(model, call, toy)
     besides = Cost(0, 0, 0)
     if update:
@@ -111,6 +114,8 @@ def _loop(batch: int, toy: bool):
         pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=kernel_device())
         return pixels, torch.randint(0, classes, (batch,), device=kernel_device())
 
+    images = torch.randn(min(batch, CHECKED_IMAGES), 3, size, size, device=kernel_device())
+    check(model, "train_amp", images, cross_entropy(torch.randint(0, classes, (len(images),), device=kernel_device())))
     found = models.candidates(model, call, toy)
     found["fastdeit, cuda_graphs"] = call(models.accelerated(model), model, captured=True)
     cost, floors = _student_work(model, batch, _per_parameter(_ADAMW, model) + _per_parameter(_EMA, model))
@@ -193,7 +198,12 @@ def _loss(batch: int, toy: bool):
 
         return run
 
-    found = {"fastdeit": call(lambda a, b, target, teacher: fused((a, b), target, teacher)), "deit eager": call(eager)}
+    def ours(logits, dist_logits, target, teacher):
+        return fused((logits, dist_logits), target, teacher)
+
+    few = (argument[:64] for argument in inputs())
+    assert_as_accurate_as_eager(ours, ops.distillation_cross_entropy_reference, *few, frozen=(2, 3), backend="auto")
+    found = {"fastdeit": call(ours), "deit eager": call(eager)}
     if not toy:
         found["torch.compile"] = call(peers.compiled(eager))
     cost = costs.distillation_cross_entropy_forward(batch, classes, soft_target=True)

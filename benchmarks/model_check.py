@@ -1,0 +1,77 @@
+"""What is timed is right: accelerated models and blocks are held to float64, their results and the gradients of all parameters."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit.benchmarks import models
+from fastdeit.testing import assert_model_close_to_oracle
+
+CHECKED_IMAGES = (
+    16  # float64 keeps much for backward; of so many, attention has a small DeiT's tiles for any more of them
+)
+_LOSS_SCALE = 2.0**14  # as a GradScaler has it: without one, fp16 loses the gradients behind a LayerScale of 1e-6
+
+Loss = Callable[[tuple[Tensor, ...]], Tensor]
+
+
+def check(module: nn.Module, kind: str, x: Tensor, loss: Loss | None, *, input_gradient: bool = False) -> None:
+    """Holds an accelerated copy to the numerics contract beside the module itself, both with the same drop-path masks.
+
+    Args:
+        module: timm's, in the mode and dtype of the kind.
+        kind: one of models.KINDS.
+        x: its input.
+        loss: a scalar of its results in any dtype, whose gradients are compared; None without training.
+        input_gradient: compare that of x too.
+
+    Raises:
+        AssertionError: over twice the error of timm's own, in the results or in the gradients.
+    """
+    scale = _LOSS_SCALE if kind.endswith("fp16") else 1.0
+
+    def evaluate(module: nn.Module, x: Tensor, context) -> tuple[dict, dict]:
+        x = x.detach().requires_grad_(input_gradient)
+        with _fixed_masks(), torch.set_grad_enabled(loss is not None), context:
+            results = models.logits(module(x))
+            value = None if loss is None else scale * loss(results)
+        named = {f"result {i}": result.detach() for i, result in enumerate(results)}
+        if loss is None:
+            return named, {}
+        wrt = dict(module.named_parameters()) | ({"input": x} if input_gradient else {})
+        gradients = torch.autograd.grad(value, list(wrt.values()), allow_unused=True)
+        return named, dict(zip(wrt, gradients, strict=True))
+
+    got = evaluate(models.accelerated(module), x, models.autocast(kind))
+    eager = evaluate(module, x, models.autocast(kind))
+    oracle = evaluate(copy.deepcopy(module).double(), x.double(), contextlib.nullcontext())
+    assert_model_close_to_oracle(got[0], oracle[0], eager[0])
+    if loss is not None:
+        assert_model_close_to_oracle(got[1], oracle[1], eager[1])
+
+
+def cross_entropy(labels: Tensor) -> Loss:
+    """The sum over a model's classifiers."""
+
+    def loss(outputs: tuple[Tensor, ...]) -> Tensor:
+        wide = (output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs)
+        return sum(F.cross_entropy(output, labels) for output in wide)
+
+    return loss
+
+
+@contextlib.contextmanager
+def _fixed_masks() -> Iterator[None]:
+    """Stochastic depth draws the same in every dtype: a generator's numbers depend on it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def bernoulli_(mask: Tensor, keep: float) -> Tensor:
+        return mask.copy_(torch.rand(mask.shape, generator=generator) < keep)
+
+    with mock.patch.object(Tensor, "bernoulli_", bernoulli_):
+        yield
