@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fastdeit.train import engine
+from fastdeit.train import engine, graphs
 from fastdeit.train.datasets import load_data
 from fastdeit.train.device import reproducible
 from fastdeit.train.distributed import SINGLE, World
@@ -260,6 +260,42 @@ def test_the_run_says_why_it_is_not_recorded(small_config, capsys):
     trainer = Trainer(config, create_student(config, 3, CPU), teacher, load_data(config).train, 3)
     said = "steps are not captured: graphs are CUDA's, and the device is cpu"
     assert trainer.whole_step.outcome == said and f"cuda_graphs: {said}" in capsys.readouterr().err
+
+
+def test_plain_steps_and_the_recording_are_on_one_stream_that_waits_and_is_waited_for(monkeypatch):
+    log = []
+
+    class Stream:
+        def __init__(self, name, device=None):
+            self.name, self.device = name, mock.Mock(index=0)
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Context:
+        def __init__(self, name, stream):
+            self.name = f"{name} on {stream.name}"
+
+        def __enter__(self):
+            log.append(self.name)
+
+        def __exit__(self, *_):
+            log.append("end")
+
+    cuda = mock.Mock()
+    cuda.Stream = lambda device: Stream("side")
+    cuda.current_stream = lambda device: Stream("main")
+    cuda.stream = lambda stream: Context("run", stream)
+    cuda.graph = lambda graph, pool, stream, capture_error_mode: Context(f"record {capture_error_mode}", stream)
+    cuda.default_generators = [mock.Mock()]
+    monkeypatch.setattr(graphs, "torch", mock.Mock(cuda=cuda))
+    recorder = CudaRecorder(GPU)
+    assert recorder.run(lambda x: log.append("step") or x, (7,)) == 7
+    assert log == ["side waits for main", "run on side", "step", "end", "main waits for side"]
+    log.clear()
+    replay, result = recorder.record(lambda x: log.append("step") or x + 1, (7,))
+    assert log == ["record thread_local on side", "step", "end"] and result == 8
+    assert replay is cuda.CUDAGraph().replay and not cuda.default_generators[0].graphsafe_set_state.called
 
 
 @pytest.mark.gpu
