@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeit.benchmarks import launch_cost
 from fastdeit.kernels import launch as path
+from fastdeit.kernels import whole_mlp
 from fastdeit.kernels.launch import descriptor, launch
 from fastdeit.kernels.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_forward_kernel
 from fastdeit.kernels.stub_driver import driver
@@ -266,6 +267,29 @@ def check_layer_norm_launches_forward_and_backward():
             )
     names = ["layer_norm_forward_kernel", "layer_norm_backward_kernel", "partial_sums_backward_kernel"]
     assert [seen.kernel for seen in launches] == names * 2
+
+
+def check_a_whole_mlp_reads_its_weights_in_blocks_of_its_channels():
+    x, branch = torch.zeros(2, 99, 192), torch.zeros(2, 99, 192, dtype=torch.bfloat16)
+    w1, w2 = torch.zeros(768, 192, dtype=torch.bfloat16), torch.zeros(192, 768, dtype=torch.bfloat16)
+    ones, b1 = torch.ones(192), torch.ones(768)
+    tall, pair = whole_mlp.candidates(90)
+    for config, blocks in ((tall, 2), (pair, 4)):
+        for _ in range(2):  # the first call compiles, the second takes the direct way
+            with record() as launches, whole_mlp.use_whole_mlp(config):
+                layers = (w1, b1, w2, ones, "gelu", torch.bfloat16)
+                _, alone = whole_mlp.whole_mlp_forward(branch, *layers)
+                norm = dict(norm=(ones, ones, 1e-6), branch=branch, gamma=ones)
+                x_new, out = whole_mlp.whole_mlp_forward(x, *layers, **norm)
+        assert [seen.grid for seen in launches] == [(blocks, 1, 1)] * 2
+        written = [pointer(t) for t in (alone, x_new, out)]
+        assert written[0] in launches[0].arguments and {*written[1:]} <= {*launches[1].arguments}
+        maps = [tensor_map(a) for a in launches[1].arguments if len(a) == 128]
+        if config is tall:
+            assert [m.address for m in maps] == [t.data_ptr() for t in (w1, w1, w2, w2)]
+            assert [m.box for m in maps] == [(64, 64), (64, 64), (128, 64), (64, 64)]
+        else:
+            assert not maps and {pointer(w1), pointer(w2)} <= {*launches[1].arguments}
 
 
 def check_the_host_cost_is_near_its_budget():
