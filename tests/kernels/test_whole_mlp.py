@@ -1,11 +1,13 @@
 """The MLP in one kernel, forced through the ops: numerics by the contract, what falls back, that gradients never meet it."""
 
+import copy
 from collections import Counter
 
 import pytest
+import timm
 import torch
 
-from fastdeit import backends, ops
+from fastdeit import accelerate, backends, ops
 from fastdeit.kernels import whole_mlp
 from fastdeit.kernels.architecture import architecture
 from fastdeit.kernels.catalog import ARCHITECTURES
@@ -268,6 +270,16 @@ def test_in_front_large_activations_overflow_before_gamma(launched):
     (_, out), (_, expected) = forced(*given, function=IN_FRONT[0], gamma=gamma), IN_FRONT[1](*given, gamma=gamma)
     assert launched.total() == 1 and not expected.isfinite().all()
     assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
+
+
+def test_a_block_of_deit_ti_runs_it(launched):
+    timms = timm.models.vision_transformer.Block(192, 3, qkv_bias=True, init_values=0.1).eval().to(DEVICE, DTYPE)
+    block = accelerate(copy.deepcopy(timms))
+    x = torch.randn(2, 5, 192).to(DEVICE, DTYPE)
+    with torch.no_grad():
+        y, exact, eager = forced(x, function=block), copy.deepcopy(timms).double()(x.double()), timms(x)
+    assert launched.total() == 1
+    assert_close_to_oracle("y", y, exact, eager, x.abs().max().item())
 
 
 def test_stochastic_depth_without_gradients_falls_back(launched):
