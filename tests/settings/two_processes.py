@@ -26,7 +26,7 @@ def accelerated(depth=1, **options):
     return fastdeit.accelerate(model)
 
 
-def images(batch=4):
+def images(batch=2):
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -66,7 +66,7 @@ def check_ddp_gives_the_gradients_of_one_process():
 
 
 def check_ddp_accumulates_without_synchronising():
-    model, x = accelerated(), images(8)
+    model, x = accelerated(), images(4)
     wrapped = DistributedDataParallel(model)
     quarters = x.chunk(4)
     first, second = quarters[dist.get_rank()], quarters[2 + dist.get_rank()]
