@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from fastdeit.costs import Cost
+from fastdeit.model_costs import Part, seconds
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,32 @@ def beside_compile(cost: Cost, more_bytes: int, *, matrix: bool) -> Callable[[Ce
     def floors(ceilings: Ceilings) -> tuple[float, float]:
         compiled = cost + Cost(0, more_bytes, 0)
         return ceilings.floor_us(cost, matrix=matrix), ceilings.floor_us(compiled, matrix=matrix)
+
+    return floors
+
+
+def after_product(cost: Cost, product: Cost, more_bytes: int) -> Callable[[Ceilings], tuple[float, float]]:
+    """From ceilings the floor of a matrix product with what follows it inside, and that of an ideal torch.compile: the library's
+    product, then kernels that move so many bytes."""
+
+    def floors(ceilings: Ceilings) -> tuple[float, float]:
+        compiled = ceilings.floor_us(product, matrix=True) + ceilings.floor_us(Cost(0, more_bytes, 0), matrix=False)
+        return ceilings.floor_us(cost, matrix=True), compiled
+
+    return floors
+
+
+def one_after_another(found: Callable[[str], list[Part]]) -> Callable[[Ceilings], tuple[float, float]]:
+    """From ceilings the floor with everything fused, and that of an ideal torch.compile.
+
+    Args:
+        found: the parts of an execution of model_costs, which run one after the other.
+    """
+
+    def floors(ceilings: Ceilings) -> tuple[float, float]:
+        rates = ceilings.tflops * 1e12, ceilings.tb_per_s * 1e12
+        fused, compiled = (1e6 * seconds(found(execution), *rates) for execution in ("epilogues", "compile"))
+        return fused, compiled
 
     return floors
 

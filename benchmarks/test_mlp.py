@@ -1,6 +1,7 @@
 """The MLP of a block: its whole branch under autocast, the two layers alone, and each product with what follows it in one kernel or
 in two. Which of the two fastdeit takes is its table's choice."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,14 +13,16 @@ from torch import Tensor
 from fastdeit import costs, ops
 from fastdeit.benchmarks import peers
 from fastdeit.benchmarks.cases import by_importance, label
-from fastdeit.benchmarks.roofline import Ceilings, beside_compile
+from fastdeit.benchmarks.roofline import Ceilings, after_product, beside_compile, one_after_another
 from fastdeit.costs import Cost
+from fastdeit.model_costs import mlp_parts
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
 WORKS = ["branch-both", "mlp-both", "activation_z-forward", "derivative-backward", "branch-forward", "branch-backward"]
 WORKS += ["activation-forward", "residual-forward", "mlp-forward", "mlp-backward"]
 CASES = by_importance([198, 578], [768, 384, 192], [256, 64, 1024, 1], WORKS)
 QUICK, TURNS = 2, 2
+NOTHING = Cost(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Work:
     given: int  # arguments before those
     shared: tuple[int, ...]  # of them, those that all samples have in common
     cost: Cost
+    floors: Callable[[Ceilings], tuple[float, float]]
     passes: str = "forward"  # of autograd
-    floors: Callable[[Ceilings], tuple[float, float]] | None = None
     sums: int = 0  # how many results at the end are sums over samples
 
 
@@ -70,8 +73,15 @@ def mlp(sizes: Sizes, direction: str) -> Work:
         return sizes.stream(size), *sizes.layers(sizes.low), sizes.stream(size)
 
     measures = sizes.rows, sizes.channels, sizes.hidden
+
+    def parts(execution):
+        both = mlp_parts(*measures, execution, training=direction != "forward")
+        left_out = {"forward": dict(backward=NOTHING), "backward": dict(forward=NOTHING), "both": {}}[direction]
+        return [replace(part, **left_out) for part in both]
+
     cost = in_direction(direction, costs.mlp_forward(*measures), costs.mlp_backward(*measures))
-    return Work(ops.mlp, ops.mlp_reference, inputs, given=5, shared=(1, 2, 3, 4), cost=cost, passes=direction)
+    facts = dict(cost=cost, passes=direction, floors=one_after_another(parts))
+    return Work(ops.mlp, ops.mlp_reference, inputs, given=5, shared=(1, 2, 3, 4), **facts)
 
 
 def branch(sizes: Sizes, direction: str) -> Work:
@@ -91,18 +101,18 @@ def branch(sizes: Sizes, direction: str) -> Work:
         norm = (torch.randn(sizes.channels, device=kernel_device()) for _ in range(2))
         return *streams(), *norm, *sizes.layers(torch.float32), *streams()
 
-    products, measures = mlp(sizes, direction).cost, (sizes.rows, sizes.channels)
+    layers, measures = mlp(sizes, direction), (sizes.rows, sizes.channels)
     norm = in_direction(direction, costs.layer_norm_forward(*measures), costs.layer_norm_backward(*measures))
     # A compiler reads stream and gradient once more for the norm's weight and bias.
     more = 0 if direction == "forward" else 6 * sizes.rows * sizes.channels
 
     def floors(ceilings):
-        floor = ceilings.floor_us(products, matrix=True)
-        return tuple(floor + norms for norms in beside_compile(norm, more, matrix=False)(ceilings))
+        norms = beside_compile(norm, more, matrix=False)(ceilings)
+        return tuple(map(operator.add, layers.floors(ceilings), norms))
 
     pair = (under(f) for f in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference))
     shared = tuple(range(2, 8))
-    return Work(*pair, inputs, given=8, shared=shared, cost=norm + products, passes=direction, floors=floors)
+    return Work(*pair, inputs, given=8, shared=shared, cost=norm + layers.cost, passes=direction, floors=floors)
 
 
 def first_layer(sizes: Sizes, preactivation: bool) -> Work:
@@ -112,8 +122,10 @@ def first_layer(sizes: Sizes, preactivation: bool) -> Work:
         return sizes.stream(size), *sizes.layers(sizes.low)[:2]
 
     cost = costs.linear_forward(sizes.rows, sizes.channels, sizes.hidden, preactivation=preactivation)
+    product = costs.linear_forward(sizes.rows, sizes.channels, sizes.hidden)
+    floors = after_product(cost, product, 4 * sizes.rows * sizes.hidden)  # reads its result, writes the activation
     pair = ((lambda *given, f=f: f(*given, **options)) for f in (ops.linear, ops.linear_reference))
-    return Work(*pair, inputs, given=3, shared=(1, 2), cost=cost)
+    return Work(*pair, inputs, given=3, shared=(1, 2), cost=cost, floors=floors)
 
 
 def activation(sizes: Sizes, _) -> Work:
@@ -132,8 +144,11 @@ def residual(sizes: Sizes, _) -> Work:
         return hidden, *sizes.layers(sizes.low)[2:], sizes.stream(size, dtype=torch.float32)
 
     cost = costs.linear_forward(sizes.rows, sizes.hidden, sizes.channels, residual_bytes=4)
+    product = costs.linear_forward(sizes.rows, sizes.hidden, sizes.channels)
+    # Reads its result and the stream, writes the stream.
+    floors = after_product(cost, product, 10 * sizes.rows * sizes.channels)
     pair = ((lambda *given, f=f: f(*given[:3], residual=given[3])) for f in (ops.linear, ops.linear_reference))
-    return Work(*pair, inputs, given=4, shared=(1, 2), cost=cost)
+    return Work(*pair, inputs, given=4, shared=(1, 2), cost=cost, floors=floors)
 
 
 def derivative(sizes: Sizes, _) -> Work:
@@ -155,7 +170,10 @@ def derivative(sizes: Sizes, _) -> Work:
 
     cost = costs.activation_gradient(sizes.rows, sizes.channels, sizes.hidden)
     ours = op if kernel_device().type == "cuda" else reference
-    return Work(ours, reference, inputs, given=3, shared=(1,), cost=cost, sums=1)
+    product = costs.linear_forward(sizes.rows, sizes.channels, sizes.hidden)
+    # Reads its result and the pre-activation, writes the gradient and the activation, and reads the gradient again for its sums.
+    floors = after_product(cost, product, 10 * sizes.rows * sizes.hidden)
+    return Work(ours, reference, inputs, given=3, shared=(1,), cost=cost, sums=1, floors=floors)
 
 
 def in_one_kernel(work: Work, sizes: Sizes) -> Work:
@@ -164,7 +182,7 @@ def in_one_kernel(work: Work, sizes: Sizes) -> Work:
     from fastdeit.kernels.whole_mlp import candidates, use_whole_mlp
 
     config = candidates(architecture(torch.empty(0, device=kernel_device())))[0]
-    stream_bytes = 4 if work.floors else None  # of what a branch starts with
+    stream_bytes = None if work.op is ops.mlp else 4  # of what a branch starts with
     cost = costs.whole_mlp_forward(sizes.rows, sizes.channels, sizes.hidden, stream_bytes=stream_bytes)
 
     def op(*given):
@@ -172,8 +190,7 @@ def in_one_kernel(work: Work, sizes: Sizes) -> Work:
             return work.op(*given)
 
     def floors(ceilings):
-        others = work.floors(ceilings)[1] if work.floors else ceilings.floor_us(work.cost, matrix=True)
-        return ceilings.floor_us(cost, matrix=True), others
+        return ceilings.floor_us(cost, matrix=True), work.floors(ceilings)[1]
 
     return replace(work, op=op, floors=floors)
 

@@ -2,7 +2,8 @@
 
 Matrix products are the same for all; what differs is the pointwise work between them. In the tables below bytes are per element of
 one (batch, tokens, channels) activation. "amp" has an fp32 residual stream and 2-byte products, as autocast; "bf16" has 2 bytes
-throughout. Weights' casts under autocast, optimizer and teacher are not counted.
+throughout. Casts of weights and of their gradients, optimizer and teacher are not counted, neither in bytes nor in launches: they
+do not grow with the batch, and `fastdeit bench evidence` counts a block's launches with them.
 """
 
 from collections.abc import Iterator
@@ -212,23 +213,29 @@ def _block(
         matrix=True,
     )
     yield _product("proj", rows, shape.channels, shape.channels, not ideal)
-    hidden_bytes = 2 * rows * shape.mlp
-    fc1 = _product("fc1", rows, shape.mlp, shape.channels, family != "fastdeit")
-    fc2 = _product("fc2", rows, shape.channels, shape.mlp, not ideal)
+    yield from mlp_parts(rows, shape.channels, shape.mlp, execution, training=training)
+
+
+def mlp_parts(rows: int, channels: int, hidden: int, execution: str, *, training: bool) -> list[Part]:
+    """The two layers of (rows, channels) tokens and what is between them, in 2 bytes; `training`: what backward needs is written.
+
+    Raises:
+        ValueError: an execution that is not there.
+    """
+    _check(execution, PRECISIONS[0])
+    hidden_bytes = 2 * rows * hidden
+    ships, ideal = execution == "fastdeit", execution == "epilogues"
+    fc1 = _product("fc1", rows, hidden, channels, not (ships or ideal))
+    fc2 = _product("fc2", rows, channels, hidden, not ideal)
     if ideal:  # fc1 also writes its pre-activation, the gradient through fc2 reads it and writes the activation again
-        yield replace(fc1, forward=fc1.forward + Cost(0, hidden_bytes if training else 0, 0))
-        yield replace(fc2, backward=fc2.backward + Cost(0, 2 * hidden_bytes, 0))
-        return
-    yield fc1
+        return [
+            replace(fc1, forward=fc1.forward + Cost(0, hidden_bytes if training else 0, 0)),
+            replace(fc2, backward=fc2.backward + Cost(0, 2 * hidden_bytes, 0)),
+        ]
     # Backward reads pre-activation and gradient, writes the gradient; here also the activation, which was not kept, and a bias'.
-    written, activation_launches = (4, 2) if family == "fastdeit" else (3, 1)
-    yield Part(
-        "activation",
-        Cost(0, 2 * hidden_bytes, 1),
-        Cost(0, written * hidden_bytes, activation_launches),
-        matrix=False,
-    )
-    yield fc2
+    written, launches = (4, 2) if ships else (3, 1)
+    between = Cost(0, 2 * hidden_bytes, 1), Cost(0, written * hidden_bytes, launches)
+    return [fc1, Part("activation", *between, matrix=False), fc2]
 
 
 def _product(name: str, rows: int, outputs: int, inputs: int, bias_sum: bool) -> Part:
