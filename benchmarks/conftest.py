@@ -125,8 +125,9 @@ def compare(benchmark, request):
     """compare(candidates, inputs, cost=..., matrix=..., **shape): measures all candidates and records a row of each.
 
     The first candidate is fastdeit, the second the eager form that errors are put beside. `expected` and `different` are those of
-    timing.measure; `floors` gives from ceilings the least microseconds of fastdeit and of an ideal compiler around the same
-    products, where the work is more than one op; `images` is how many a call processes.
+    timing.measure; `errors` has what was found before, by candidate, for rows without any. `floors` gives from ceilings the least
+    microseconds of fastdeit and of an ideal compiler around the same products, where the two differ; `images` is how many a call
+    processes.
     """
     config = request.config
     case_end = time.monotonic() + config.getoption("--case-seconds")
@@ -140,6 +141,7 @@ def compare(benchmark, request):
         floors=None,
         expected=None,
         different=(),
+        errors=None,
         images=None,
         turns=20,
         **shape,
@@ -164,6 +166,9 @@ def compare(benchmark, request):
             )
 
         benchmark.pedantic(measured, rounds=1)
+        for row in result:
+            if not row.max_errors and row.candidate in (errors or {}):
+                row.max_errors, row.rms_errors = errors[row.candidate]
         rows = [row.derived(cost.flops, cost.bytes, floor) for row in result]
         for row in rows:
             row["images_per_s"] = images / row["median_us"] * 1e6 if images and row["median_us"] else None

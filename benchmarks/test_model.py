@@ -43,7 +43,7 @@ def test_model(compare, toy, case):
         return train if trains else inference
 
     images, labels = inputs(min(batch, CHECKED_IMAGES))
-    check(model, kind, images, cross_entropy(labels) if trains else None)
+    errors = check(model, kind, images, cross_entropy(labels) if trains else None)
     exact = None if trains else copy.deepcopy(model).double()
 
     def expected(images, labels):
@@ -61,6 +61,7 @@ def test_model(compare, toy, case):
         matrix=True,
         floors=floors,
         expected=None if trains else expected,
+        errors=errors if trains else None,
         images=batch,
         model=name,
         img_size=size,

@@ -74,7 +74,7 @@ def _steps(batch: int, toy: bool, update: bool, distils: bool = False):
         return run
 
     images, targets = inputs(min(batch, CHECKED_IMAGES))
-    check(model, "train_amp", images, cross_entropy(targets.argmax(dim=1)))
+    errors = check(model, "train_amp", images, cross_entropy(targets.argmax(dim=1)))
     found = models.candidates(model, call, toy)
     besides = Cost(0, 0, 0)
     if update:
@@ -84,7 +84,7 @@ def _steps(batch: int, toy: bool, update: bool, distils: bool = False):
         of_teacher = _teacher_cost(teacher, batch, size)
         cost += of_teacher
         floors = _later(floors, of_teacher, matrix=True)
-    return found, inputs, dict(cost=cost, matrix=True, floors=floors)
+    return found, inputs, dict(cost=cost, matrix=True, floors=floors, errors=errors)
 
 
 def _loop(batch: int, toy: bool):
@@ -115,11 +115,12 @@ def _loop(batch: int, toy: bool):
         return pixels, torch.randint(0, classes, (batch,), device=kernel_device())
 
     images = torch.randn(min(batch, CHECKED_IMAGES), 3, size, size, device=kernel_device())
-    check(model, "train_amp", images, cross_entropy(torch.randint(0, classes, (len(images),), device=kernel_device())))
+    labels = torch.randint(0, classes, (len(images),), device=kernel_device())
+    errors = check(model, "train_amp", images, cross_entropy(labels))
     found = models.candidates(model, call, toy)
     found["fastdeit, cuda_graphs"] = call(models.accelerated(model), model, captured=True)
     cost, floors = _student_work(model, batch, _per_parameter(_ADAMW, model) + _per_parameter(_EMA, model))
-    return found, inputs, dict(cost=cost, matrix=True, floors=floors)
+    return found, inputs, dict(cost=cost, matrix=True, floors=floors, errors=errors)
 
 
 def _augmentation(batch: int, toy: bool):
