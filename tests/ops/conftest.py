@@ -1,9 +1,9 @@
-"""What the tests of the branch ops share."""
+"""What the tests of the branch ops share, and those of the distillation loss."""
 
 import pytest
 import torch
 
-from fastdeit import backends
+from fastdeit import backends, testing
 
 
 def _kept_bytes(function, given, parameters) -> int:
@@ -23,6 +23,19 @@ def _kept_bytes(function, given, parameters) -> int:
     return sum(kept.values())
 
 
+def _soft_target(batch, classes):
+    y = torch.full((batch, classes), 0.1 / classes)
+    y[torch.arange(batch), torch.randint(classes, (batch,))] += 0.6
+    y[torch.arange(batch), torch.randint(classes, (batch,))] += 0.3
+    return y.to(testing.kernel_device())
+
+
+def _present(kind, base, z, d, y, t):
+    head, label = (None, None) if base == "none" else (z, y)
+    dist, teacher = (None, None) if kind == "none" else (d, t)
+    return head, dist, label, teacher
+
+
 def _run(function, given):
     given = [t if t is None else t.detach().clone().requires_grad_() for t in given]
     with backends.use_backend("triton"):
@@ -40,3 +53,15 @@ def kept_bytes():
 def run():
     """Outputs and all gradients of a function of these tensors, on the kernels."""
     return _run
+
+
+@pytest.fixture
+def soft_target():
+    """soft_target(batch, classes): what mixup makes of two smoothed labels."""
+    return _soft_target
+
+
+@pytest.fixture
+def present():
+    """present(kind, base, logits, dist_logits, target, teacher): the arguments that these terms take."""
+    return _present
