@@ -7,7 +7,8 @@ import timm.loss
 import torch
 from torch import Tensor, nn
 
-from fastdeit.ops.distillation_cross_entropy_op import KINDS, distillation_cross_entropy
+from fastdeit.ops.distillation_arguments import KINDS
+from fastdeit.ops.distillation_cross_entropy_op import distillation_cross_entropy
 
 __all__ = ["DistillationCrossEntropy", "DistillationLoss"]
 

@@ -7,31 +7,17 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastdeit import backends, costs
+from fastdeit.ops.distillation_arguments import Options, check_options, check_tensors
 from fastdeit.ops.first_derivative import first_derivative_only
 
-KINDS = ("none", "hard", "soft")
-BASES = ("cross_entropy", "binary_cross_entropy", "none")
-REDUCTIONS = ("mean", "sum", "none")
-SOFT_DIVISORS = ("numel", "batch")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STATISTICS = 7  # values per row that forward keeps for backward
-
-
-class _Options(NamedTuple):
-    kind: str
-    base: str
-    alpha: float
-    tau: float
-    label_smoothing: float
-    soft_divisor: str
-    reduction: str
 
 
 def distillation_cross_entropy(
@@ -87,13 +73,13 @@ def distillation_cross_entropy(
             the kind and base chosen, or target or teacher requires a gradient.
         IndexError: see check_indices.
     """
-    options = _Options(kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
-    _check_options(options)
-    _check_tensors(logits, dist_logits, target, teacher, options)
+    options = Options(kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
+    check_options(options)
+    check_tensors(logits, dist_logits, target, teacher, options)
     reason = why_reference(logits, dist_logits, target, teacher)
     head = dist_logits if logits is None else logits
     if check_indices or (reason is not None and head.device.type == "cpu"):
-        _check_indices(head, target, teacher)
+        check_indices(head, target, teacher)
     if reason is not None:
         return distillation_cross_entropy_reference(
             *(logits, dist_logits, target, teacher),
@@ -153,7 +139,7 @@ def why_reference(*tensors: Tensor | None) -> str | None:
     return backends.why_reference(next((x for x in values if x.dtype not in _KERNEL_DTYPES), values[0]))
 
 
-def _out_dtype(logits, dist_logits, target, teacher, options: _Options) -> torch.dtype:
+def _out_dtype(logits, dist_logits, target, teacher, options: Options) -> torch.dtype:
     """What PyTorch's own ops promote to: all that enters the loss by value, hence a teacher for soft distillation only."""
     valued = [logits, dist_logits, target, teacher if options.kind == "soft" else None]
     dtypes = [x.dtype for x in valued if x is not None and x.is_floating_point()]
@@ -225,102 +211,6 @@ def _autocast(t):
     if t is None or not t.is_floating_point() or t.dtype == torch.float64:
         return t
     return t.float() if torch.is_autocast_enabled(t.device.type) else t
-
-
-# ---- argument checks
-
-
-def _check_options(options: _Options) -> None:
-    for name, allowed in (
-        ("kind", KINDS),
-        ("base", BASES),
-        ("reduction", REDUCTIONS),
-        ("soft_divisor", SOFT_DIVISORS),
-    ):
-        given = getattr(options, name)
-        if given not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {given!r}")
-    if options.kind == "none" and options.base == "none":
-        raise ValueError("kind, base: expected at least one term, got 'none' for both")
-    if not 0 <= options.alpha <= 1:
-        raise ValueError(f"alpha: expected a weight in [0, 1], got {options.alpha}")
-    if not 0 < options.tau < math.inf:
-        raise ValueError(f"tau: expected a finite temperature > 0, got {options.tau}")
-    if not 0 <= options.label_smoothing < 1:
-        raise ValueError(f"label_smoothing: expected a value in [0, 1), got {options.label_smoothing}")
-    if options.label_smoothing > 0 and options.base != "cross_entropy":
-        raise ValueError(f"label_smoothing: expected 0 with base {options.base!r}, got {options.label_smoothing}")
-
-
-def _check_tensors(logits, dist_logits, target, teacher, options: _Options) -> None:
-    given = dict(logits=logits, dist_logits=dist_logits, target=target, teacher=teacher)
-    for name, option, value in (
-        ("logits", "base", options.base),
-        ("target", "base", options.base),
-        ("dist_logits", "kind", options.kind),
-        ("teacher", "kind", options.kind),
-    ):
-        if value == "none" and given[name] is not None:
-            raise ValueError(f"{name}: expected None with {option} 'none', got {_described(given[name])}")
-        if value != "none" and not isinstance(given[name], Tensor):
-            raise TypeError(f"{name}: expected a tensor with {option} {value!r}, got {_described(given[name])}")
-    head_name, head = ("dist_logits", dist_logits) if logits is None else ("logits", logits)
-    for name, x in (("logits", logits), ("dist_logits", dist_logits)):
-        if x is None:
-            continue
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        if x.dim() != 2 or x.shape[1] == 0:
-            raise ValueError(f"{name}: expected shape (B, C) with at least one class, got {tuple(x.shape)}")
-        if x.shape != head.shape:
-            raise ValueError(f"{name}: expected the shape of {head_name} {tuple(head.shape)}, got {tuple(x.shape)}")
-    for name, labels in (("target", target), ("teacher", teacher)):
-        if labels is not None:
-            _check_labels(name, labels, head_name, head)
-    for name, x in given.items():
-        if x is not None and x.device != head.device:
-            raise ValueError(f"{name}: expected device {head.device} as {head_name} has, got {x.device}")
-    if options.kind == "soft" and not teacher.is_floating_point():
-        raise TypeError(f"teacher: expected floating-point logits with kind 'soft', got {teacher.dtype} labels")
-    if options.label_smoothing > 0 and target.is_floating_point():
-        raise ValueError(f"label_smoothing: expected 0 with soft targets, got {options.label_smoothing}")
-
-
-def _check_labels(name, labels, head_name, head) -> None:
-    if labels.dtype == torch.bool or labels.is_complex():
-        raise TypeError(f"{name}: expected integer class indices or floats, got {labels.dtype}")
-    if labels.is_floating_point():
-        if labels.shape != head.shape:
-            raise ValueError(
-                f"{name}: expected shape {tuple(head.shape)} to match {head_name}, got {tuple(labels.shape)} of {labels.dtype}"
-            )
-        if labels.requires_grad:
-            raise ValueError(
-                f"{name}: it is a constant of the loss; expected a tensor without gradient, got one requiring it"
-            )
-    elif labels.shape != head.shape[:1]:
-        raise ValueError(
-            f"{name}: expected one class index per row of {head_name} {tuple(head.shape)}, got shape {tuple(labels.shape)} "
-            f"of {labels.dtype}"
-        )
-
-
-def _described(value) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _check_indices(head, target, teacher) -> None:
-    if backends.registered_path(head, target, teacher) or backends.in_functional_transform():
-        return  # values cannot be looked at
-    classes = head.shape[1]
-    for name, labels in (("target", target), ("teacher", teacher)):
-        if labels is None or labels.is_floating_point():
-            continue
-        labels = labels.long()
-        outside = ((labels < 0) | (labels >= classes)).nonzero()
-        if len(outside):
-            row = outside[0].item()
-            raise IndexError(f"{name}: expected class indices in [0, {classes}), got {labels[row].item()} in row {row}")
 
 
 # ---- the launches, shared by both paths; the kernels are imported here so that importing fastdeit does not import them
@@ -434,7 +324,7 @@ def _(dloss, logits, dist_logits, target, teacher, statistics, labels, *options)
 def _keep(ctx, inputs, output):
     logits, dist_logits, target, teacher, *options, _ = inputs
     _, statistics, labels = output
-    ctx.options = _Options(*options)
+    ctx.options = Options(*options)
     kept_teacher = teacher if ctx.options.kind == "soft" else None
     ctx.save_for_backward(logits, dist_logits, target, kept_teacher, statistics, labels)
     ctx.mark_non_differentiable(statistics, labels)

@@ -8,10 +8,7 @@ import torch.nn.functional as F
 from fastdeit import backends
 from fastdeit.ops import distillation_cross_entropy as op
 from fastdeit.ops import distillation_cross_entropy_reference as reference
-from fastdeit.ops.distillation_cross_entropy_op import (
-    BASES,
-    KINDS,
-)
+from fastdeit.ops.distillation_arguments import BASES, KINDS
 from fastdeit.testing import assert_as_accurate_as_eager, interpreter_active, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()

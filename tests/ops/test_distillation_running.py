@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdeit import backends, costs, ops
 from fastdeit.ops import distillation_cross_entropy as op
 from fastdeit.ops import distillation_cross_entropy_reference as reference
+from fastdeit.ops.distillation_arguments import KINDS
 from fastdeit.ops.distillation_cross_entropy_op import (
-    KINDS,
     distillation_cross_entropy_backward,
     distillation_cross_entropy_forward,
     why_reference,
