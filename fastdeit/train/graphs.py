@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -133,6 +133,21 @@ def recorded(function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any =
     return graph
 
 
+class _Recording(NamedTuple):
+    inputs: tuple[Tensor, ...]
+    replay: Callable[[], Any]
+    result: Tensor
+
+    def takes(self, inputs: tuple[Tensor, ...]) -> bool:
+        return [(t.shape, t.dtype) for t in inputs] == [(t.shape, t.dtype) for t in self.inputs]
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
+        self.replay()
+        return self.result
+
+
 class CapturedStep:
     """A step that is recorded at its fourth call, and from then on replayed.
 
@@ -143,9 +158,7 @@ class CapturedStep:
         recorder: makes what records; not called with a reason.
     """
 
-    def __init__(
-        self, function: Callable[..., Tensor], reason: str | None, recorder: Callable[[], Recorder] | None = None
-    ) -> None:
+    def __init__(self, function: Callable[..., Tensor], reason: str | None, recorder: Callable[[], Recorder]) -> None:
         self.function = function
         self.reason = reason
         self.recorder = recorder() if reason is None else None
@@ -154,32 +167,25 @@ class CapturedStep:
     def forget(self) -> None:
         """Records anew, after so many plain calls as at first: to be called when tensors that the function reads were replaced."""
         self.warm_up = WARM_UP
-        self.replay: Callable[[], Any] | None = None
-        self.inputs: tuple[Tensor, ...] = ()
-        self.result: Tensor | None = None
+        self.recording: _Recording | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's result; once recorded, a tensor that the next call overwrites. Other shapes run as at first."""
-        if self.reason is not None:
+        if self.recorder is not None and self.recording is None and self.warm_up == 0:
+            self._record(self.recorder, inputs)
+        if self.recorder is None:
             return self.function(*inputs)
-        if self.replay is None and self.warm_up == 0:
-            self._record(inputs)
-            if self.reason is not None:
-                return self.function(*inputs)
-        if self.replay is None or not _alike(inputs, self.inputs):
-            self.warm_up = max(0, self.warm_up - 1)
-            return self.recorder.run(self.function, inputs)
-        for held, given in zip(self.inputs, inputs, strict=True):
-            held.copy_(given)
-        self.replay()
-        return self.result
+        if self.recording is not None and self.recording.takes(inputs):
+            return self.recording(inputs)
+        self.warm_up = max(0, self.warm_up - 1)
+        return self.recorder.run(self.function, inputs)
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs = tuple(given.clone() for given in inputs)
+    def _record(self, recorder: Recorder, inputs: tuple[Tensor, ...]) -> None:
+        held = tuple(given.clone() for given in inputs)
         try:
-            self.replay, self.result = self.recorder.record(self.function, self.inputs)
+            self.recording = _Recording(held, *recorder.record(self.function, held))
         except RuntimeError as error:
-            self.inputs = ()
+            self.recorder = None
             self.reason = f"recording failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
             print(f"cuda_graphs: {self.outcome}", file=sys.stderr, flush=True)
 
@@ -189,7 +195,3 @@ class CapturedStep:
         if self.reason is None:
             return "steps are replayed as a graph"
         return None if self.reason == OFF else f"steps are not captured: {self.reason}"
-
-
-def _alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    return [(t.shape, t.dtype) for t in some] == [(t.shape, t.dtype) for t in others]

@@ -146,7 +146,7 @@ def test_what_cannot_be_recorded_runs_on_and_says_why(capsys):
         assert torch.equal(step(torch.ones(2)), torch.full((2,), 2.0))
     assert step.outcome.startswith("steps are not captured: recording failed: aten._local_scalar_dense")
     assert capsys.readouterr().err.count("recording failed") == 1
-    assert CapturedStep(torch.neg, OFF).outcome is None
+    assert CapturedStep(torch.neg, OFF, OpRecorder).outcome is None
 
 
 def test_rates_are_numbers_outside_of_the_update():
@@ -212,7 +212,7 @@ def test_a_recorded_run_is_the_same_bits(make_trainer, changes):
     losses, state = run(make_trainer(False, **changes))
     trainer = make_trainer(True, **changes)
     recorded_losses, recorded = run(trainer)
-    assert trainer.whole_step.replay is not None and len(set(losses)) == STEPS
+    assert trainer.whole_step.recording is not None and len(set(losses)) == STEPS
     assert recorded_losses == losses
     for part in ("model", "ema"):
         assert all(torch.equal(recorded[part][name], tensor) for name, tensor in state[part].items()), part
@@ -315,7 +315,7 @@ def test_a_captured_run_has_the_losses_of_an_uncaptured_one(make_small_config, c
             trainer = Trainer(config, create_student(config, 3, GPU), teacher, load_data(config).train, 3)
             results.append(run(trainer))
         assert trainer.whole_step.reason == (None if captured else OFF)
-        assert (trainer.whole_step.replay is not None) is captured
+        assert (trainer.whole_step.recording is not None) is captured
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[1][1]["model"][name], tensor) for name, tensor in results[0][1]["model"].items())
     assert all(torch.equal(results[1][1]["ema"][name], tensor) for name, tensor in results[0][1]["ema"].items())
