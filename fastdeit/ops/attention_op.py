@@ -43,7 +43,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
         if not torch.compiler.is_compiling():
             _count_flops()
         return attention_forward(low, num_heads, scale)[0]
-    if torch.is_grad_enabled() and low.requires_grad:
+    if backends.wants_gradient(low):
         return _Attention.apply(low, num_heads, scale)
     return _launch_forward(low, num_heads, scale)[0]
 
@@ -73,7 +73,7 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
         if not torch.compiler.is_compiling():
             _count_flops()
         return attention_qkv_forward(*low, scale)[0]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in low):
+    if backends.wants_gradient(*low):
         return _AttentionQKV.apply(*low, scale)
     return _launch_qkv_forward(*low, scale)[0]
 

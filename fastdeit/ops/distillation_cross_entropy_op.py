@@ -97,7 +97,7 @@ def distillation_cross_entropy(
     tensors = (logits, dist_logits, target, teacher)
     if backends.registered_path(*tensors):
         return distillation_cross_entropy_forward(*tensors, *options, out_dtype)[0]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logits, dist_logits)):
+    if backends.wants_gradient(logits, dist_logits):
         return _DistillationCrossEntropy.apply(*tensors, options, out_dtype)
     return _launch_forward(*tensors, *options, out_dtype, keep=False)[0]
 

@@ -35,7 +35,7 @@ def layer_norm(
     out_dtype = out_dtype or _default_out_dtype(x)
     if backends.registered_path(x, weight, bias):
         return layer_norm_forward(x, weight, bias, eps, out_dtype)[0]
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
+    if backends.wants_gradient(x, weight, bias):
         return _LayerNorm.apply(x, weight, bias, eps, out_dtype)
     return _launch_forward(x, weight, bias, eps, out_dtype, keep_statistics=False)[1]
 
@@ -79,7 +79,7 @@ def add_layer_norm(
     args = (x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype)
     if backends.registered_path(x, branch, weight, bias, gamma, drop_path_scale):
         return add_layer_norm_forward(*args)[:2]
-    if torch.is_grad_enabled() and _any_requires_grad(x, branch, weight, bias, gamma):
+    if backends.wants_gradient(x, branch, weight, bias, gamma):
         return _AddLayerNorm.apply(*args)
     return _launch_add_forward(*args, keep_statistics=False)[:2]
 
@@ -131,10 +131,6 @@ def _kernel_dtype(x: Tensor) -> bool:
 def _default_out_dtype(x: Tensor | torch.dtype, device_of: Tensor | None = None) -> torch.dtype:
     dtype, tensor = (x.dtype, x) if device_of is None else (x, device_of)
     return torch.float32 if tensor.is_cuda and torch.is_autocast_enabled("cuda") else dtype
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
 
 
 # ---- argument checks

@@ -29,7 +29,7 @@ def tanh_gelu():
 
 @pytest.mark.parametrize(
     "act_layer",
-    [nn.GELU, tanh_gelu, *map(get_act_layer, ("gelu", "gelu_tanh", "quick_gelu"))],
+    [nn.GELU, tanh_gelu, nn.SiLU, nn.ReLU, *map(get_act_layer, ("gelu", "gelu_tanh", "quick_gelu"))],
     ids=lambda layer: layer.__name__,
 )
 @pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"bias": (True, False), "out_features": 8, "drop": 0.5}])
