@@ -51,12 +51,7 @@ def forward_costs(model: nn.Module, rows: Sequence, batch_size: int) -> dict[str
             if "blocks.0" in name
         }
         ours = {**unpruned, **first} if shape.depth > 1 else timms
-        ours["patch_embed.proj"] = timms["patch_embed.proj"]
-    chosen = {}
-    for name, theirs in timms.items():
-        runs_ours = name in fused or ("" in fused and name == "patch_embed.proj")
-        chosen[name] = (ours[name] if runs_ours else theirs, theirs)
-    return chosen
+    return {name: (ours[name] if name in fused else theirs, theirs) for name, theirs in timms.items()}
 
 
 def shape_of(model: nn.Module) -> Shape:

@@ -103,12 +103,15 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
     fallback = next((p for module in named.values() for p in module.parameters()), torch.empty(0))
     rows = []
     explained: tuple[str, ...] = ()
+    embeddings: dict[str, nn.Module] = {}  # name of a convolution -> the model that may run it
     for name, module in named.items():
         cls = type(module)
         twin = next((c for c in cls.__mro__ if c in sources), None)
         if twin is not None:
             reason = _why_not_fused(module, fallback)
             rows.append(Row(name, sources[twin].__name__, reason is None, reason or ""))
+            if hasattr(module, "why_not_embedded"):
+                embeddings[f"{name}.patch_embed.proj" if name else "patch_embed.proj"] = module
         elif cls in FUSED_CLASSES:
             rows.append(Row(name, cls.__name__, False, "not accelerated"))
         elif isinstance(module, known):
@@ -116,6 +119,9 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             rows.append(
                 Row(name, cls.__name__, False, f"a class derived from {base.__name__}, with a forward of its own")
             )
+        elif name in embeddings:
+            reason = _why_not_embedded(embeddings[name])
+            rows.append(Row(name, cls.__name__, reason is None, reason or ""))
         elif module._parameters and not name.startswith(explained):
             rows.append(Row(name, cls.__name__, False, f"no fused class for {cls.__name__}"))
         if isinstance(module, whole):
@@ -146,6 +152,13 @@ def _why_not_fused(module: nn.Module, fallback: Tensor) -> str | None:
     try:
         return module.why_not_fused(torch.empty(1, 1, channels, device=parameter.device, dtype=parameter.dtype))
     except RuntimeError as error:  # the backend "triton" where it cannot run: so would forward
+        return str(error)
+
+
+def _why_not_embedded(model: nn.Module) -> str | None:
+    try:
+        return model.why_not_embedded()
+    except RuntimeError as error:
         return str(error)
 
 

@@ -84,16 +84,21 @@ _DROP_PATH = {"amp": (2 * 4, 2), "bf16": (2 * 4, 2)}  # of eager, in training al
 # Attention's gradient, (products, bytes, launches): PyTorch's kernels (26 bytes) and the stacking of three gradients into one (12);
 # here two kernels, each with scores of its own, that read q, k, v and the output's gradient twice; at best one pass.
 _ATTENTION_BACKWARD = {"eager": (5, 38, 4), "compile": (5, 38, 4), "fastdeit": (7, 24, 2), "epilogues": (5, 16, 1)}
-# Patches to tokens beside the product, (forward bytes, forward launches, backward bytes, backward launches). This package leaves it
-# to timm: the image's cast, the convolution, the prefix tokens' concatenation, the positions' addition.
+# Patches to tokens beside the product, (forward bytes, forward launches, backward bytes, backward launches):
+#   eager        the image's cast, the convolution, the prefix tokens' concatenation, the positions' addition
+#   fastdeit     the image's copy to patches, which casts it, the product, one kernel for the rest; backward one that sums over
+#                samples and casts for the weight's product, and small ones over its sums
 _EMBEDDING = {
     ("amp", "eager"): (14, 4, 6, 4),
     ("bf16", "eager"): (8, 4, 4, 4),
     ("amp", "compile"): (6, 2, 6, 3),
     ("bf16", "compile"): (4, 2, 4, 3),
+    ("amp", "fastdeit"): (6, 3, 6, 7),
+    ("bf16", "fastdeit"): (4, 3, 4, 7),
     ("amp", "epilogues"): (2, 2, 0, 2),
     ("bf16", "epilogues"): (0, 2, 0, 2),
 }
+_PATCH_COPY = {("bf16", "fastdeit"): 4}  # bytes a pixel beyond the cast of the image, which all make under autocast
 
 
 def parts(shape: Shape, batch: int, execution: str, precision: str = "amp", *, training: bool) -> list[Part]:
@@ -164,12 +169,11 @@ def _embedding(shape: Shape, batch: int, execution: str, precision: str) -> Part
     pixels = 3 * shape.patch_size**2
     flops = 2 * patches * shape.channels * pixels
     traffic = 2 * patches * (pixels + shape.channels)
-    forward, launches, backward, backward_launches = _EMBEDDING[
-        precision, "eager" if execution == "fastdeit" else execution
-    ]
+    forward, launches, backward, backward_launches = _EMBEDDING[precision, execution]
+    copied = patches * pixels * _PATCH_COPY.get((precision, execution), 0)
     return Part(
         "patch embedding",
-        Cost(flops, traffic + forward * elements, launches),
+        Cost(flops, traffic + copied + forward * elements, launches),
         Cost(flops, traffic + backward * elements, backward_launches),
         matrix=True,
     )

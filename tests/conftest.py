@@ -46,7 +46,7 @@ def kernels_stood_in(monkeypatch) -> Counter:
     def why_reference(x, *_):
         return "inside a torch.func transform" if backends.in_functional_transform() else None
 
-    for name in ("attention", "block", "layer_norm", "mlp"):
+    for name in ("attention", "block", "embedding", "layer_norm", "mlp"):
         monkeypatch.setattr(importlib.import_module(f"fastdeit.nn.{name}"), "why_reference", why_reference)
     calls = Counter()
 
@@ -65,6 +65,7 @@ def kernels_stood_in(monkeypatch) -> Counter:
         "attention_qkv",
         "layer_norm",
         "mlp",
+        "patch_embedding",
     ):
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
     return calls

@@ -127,9 +127,15 @@ def test_the_last_block_still_reads_keys_and_values_of_all_tokens():
     assert found["last block: fc1"].forward.bytes == (2 + 8) * few + 2 * 8 * 32
 
 
-def test_the_embedding_is_timms_as_it_ships():
-    ours, timms = (named(parts(TINY, 2, e, training=True))["patch embedding"] for e in ("fastdeit", "eager"))
-    assert ours == timms
+@pytest.mark.parametrize(("precision", "out", "copy"), [("amp", 4, 0), ("bf16", 2, 4)])
+def test_the_embedding_by_hand(precision, out, copy):
+    """2 images of 4 patches and 2 prefix tokens of 8 channels: the product, one kernel from it to the tokens, and one back."""
+    part = named(parts(TINY, 2, "fastdeit", precision, training=True))["patch embedding"]
+    pixels, tokens = 3 * TINY.patch_size**2, 2 * 6 * 8
+    product = 2 * (2 * 4) * (pixels + 8)
+    assert part.forward.bytes == product + copy * (2 * 4) * pixels + (2 + out) * tokens
+    assert part.backward.bytes == product + (out + 2) * tokens
+    assert part.forward.flops == part.backward.flops == 2 * (2 * 4) * pixels * 8
 
 
 def test_attention_forward_of_deit_b_moves_311_megabytes():

@@ -14,6 +14,7 @@ from fastdeit.nn.eligibility import (
     why_not_inactive_dropout,
     why_not_plain_call,
 )
+from fastdeit.nn.embedding import blank_image, embed, why_not_embedded
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp
 from fastdeit.nn.whole_block import run_whole
@@ -36,6 +37,17 @@ class _CarriesResidual(FusedModule):
             or self._why_not_norm()
             or self._why_not_blocks(tokens)
         )
+
+    def why_not_embedded(self, images: Tensor | None = None) -> str | None:
+        """Why timm's code would make the tokens, None if one op would.
+
+        Args:
+            images: (B, 3, H, W); by default of the size that the model was made for.
+        """
+        images = blank_image(self) if images is None else images
+        if images is None:
+            return f"patch_embed is a {type(self.patch_embed).__name__}"
+        return why_not_plain_call(images) or self._why_not_itself(None, False) or why_not_embedded(self, images)
 
     def _why_not_itself(self, attn_mask: Tensor | None, is_causal: bool) -> str | None:
         if attn_mask is not None or is_causal:
@@ -72,7 +84,11 @@ class _CarriesResidual(FusedModule):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if why_not_plain_call(x) is not None or self._why_not_itself(attn_mask, is_causal) is not None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        if why_not_embedded(self, x) is None:
+            tokens = embed(self, x)
+        else:
+            tokens = self._pos_embed(self.patch_embed(x))
+        tokens = self.norm_pre(self.patch_drop(tokens))
         if why_not_plain_call(tokens) is not None or self._why_not_norm() is not None:
             return self.forward_head(self.norm(self.blocks(tokens)))
         whole = run_whole(self._modules["blocks"]._modules.values(), Block, tokens)
@@ -108,8 +124,9 @@ def _init_with_fused_parts(source: type[nn.Module]):
 class VisionTransformer(_CarriesResidual, vision_transformer.VisionTransformer):
     """timm's VisionTransformer (Dosovitskiy et al. 2021; DeiT, Touvron et al. 2021) with timm's constructor.
 
-    `forward` takes (B, 3, H, W) and returns (B, num_classes). Each residual addition is made in the LayerNorm kernel after it, also
-    from block to block, and with token pooling the last block computes the prefix tokens alone, since the head reads no others.
+    `forward` takes (B, 3, H, W) and returns (B, num_classes). One op makes the tokens; each residual addition is made in the LayerNorm
+    kernel after it, also from block to block; and with token pooling the last block computes the prefix tokens alone, since the head
+    reads no others.
     """
 
     __init__ = _init_with_fused_parts(vision_transformer.VisionTransformer)
