@@ -92,18 +92,18 @@ def _is_plain(block: nn.Module, dtype: torch.dtype) -> bool:
             return False
     if not (type(qkv) is _Linear and type(proj) is _Linear and type(fc1) is _Linear and type(fc2) is _Linear):
         return False
+    for norm in (norm1, norm2):
+        if type(norm) is not LayerNorm and type(norm) is not TorchLayerNorm:
+            return False
+        shape = norm.normalized_shape
+        if norm._fast_norm or len(shape) != 1 or shape[0] > MAX_CHANNELS:
+            return False
     for module in (norm1, qkv, proj, norm2, fc1, fc2):
         parameters = module._parameters
         if type(parameters["weight"]) is not _Parameter:
             return False
         bias = parameters["bias"]
         if bias is not None and type(bias) is not _Parameter:
-            return False
-    for norm in (norm1, norm2):
-        if type(norm) is not LayerNorm and type(norm) is not TorchLayerNorm:
-            return False
-        shape = norm.normalized_shape
-        if norm._fast_norm or len(shape) != 1 or shape[0] > MAX_CHANNELS:
             return False
     for scale in (ls1, ls2):
         if type(scale) is not _Identity:

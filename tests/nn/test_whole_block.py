@@ -74,6 +74,7 @@ UNUSUAL = {
     "another activation": lambda: block(act_layer=nn.Tanh),
     "another MLP": lambda: block(mlp_layer=timm.layers.GluMlp),
     "another norm": lambda: block(norm_layer=Norm),
+    "a norm without a bias": lambda: block(norm_layer=timm.layers.RmsNorm),
     "head dimension without a kernel": lambda: Block(60, 2),
     "layer scale in place": lambda: scaled_in_place(),
     "layer scale of another dtype": lambda: half_scale(),
