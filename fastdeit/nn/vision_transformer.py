@@ -125,8 +125,8 @@ class VisionTransformer(_CarriesResidual, vision_transformer.VisionTransformer):
     """timm's VisionTransformer (Dosovitskiy et al. 2021; DeiT, Touvron et al. 2021) with timm's constructor.
 
     `forward` takes (B, 3, H, W) and returns (B, num_classes). One op makes the tokens. Each residual addition is made in the
-    LayerNorm kernel after it, also from block to block. With token pooling the last block computes the prefix tokens alone, since the
-    head reads no others.
+    LayerNorm kernel after it, also from block to block. With token pooling the last block computes the prefix tokens alone, since
+    the head reads no others.
     """
 
     __init__ = _init_with_fused_parts(vision_transformer.VisionTransformer)
