@@ -105,8 +105,8 @@ def _described(value) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def check_indices(head, target, teacher) -> None:
-    """Waits for the GPU."""
+def check_range(head, target, teacher) -> None:
+    """Raises IndexError naming the first class index outside [0, C). Waits for the GPU."""
     if backends.registered_path(head, target, teacher) or backends.in_functional_transform():
         return  # values cannot be looked at
     classes = head.shape[1]

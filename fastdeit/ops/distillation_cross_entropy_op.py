@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastdeit import backends, costs
-from fastdeit.ops.distillation_arguments import Options, check_options, check_tensors
+from fastdeit.ops.distillation_arguments import Options, check_options, check_range, check_tensors
 from fastdeit.ops.first_derivative import first_derivative_only
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,7 +79,7 @@ def distillation_cross_entropy(
     reason = why_reference(logits, dist_logits, target, teacher)
     head = dist_logits if logits is None else logits
     if check_indices or (reason is not None and head.device.type == "cpu"):
-        check_indices(head, target, teacher)
+        check_range(head, target, teacher)
     if reason is not None:
         return distillation_cross_entropy_reference(
             *(logits, dist_logits, target, teacher),
