@@ -75,3 +75,18 @@ def test_drop_path_draws_the_same_in_every_dtype():
     for low, exact in zip(*drawn, strict=True):
         assert torch.equal(low.double(), exact) and set(exact.unique().tolist()) == {0.0, 2.0}
     assert not torch.equal(*drawn[0]) and torch.Tensor.bernoulli_ is bernoulli
+
+
+def test_what_does_not_fit_is_checked_on_half_of_it(monkeypatch):
+    double, sizes = torch.Tensor.double, []
+
+    def limited(x):
+        if x.shape[1:] == (3, 32, 32):
+            sizes.append(len(x))
+            if len(x) > 1:
+                raise torch.OutOfMemoryError("out of memory")
+        return double(x)
+
+    monkeypatch.setattr(torch.Tensor, "double", limited)
+    check(*model_and_images())
+    assert sizes == [2, 1]
