@@ -123,9 +123,12 @@ def recorded(function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any =
     graph = torch.cuda.CUDAGraph()
     generator = torch.cuda.default_generators[stream.device.index]
     spare = generator.clone_state()  # PyTorch leaves the one that it records with unusable where that fails
+    around = torch.cuda.stream(
+        torch.cuda.current_stream(stream.device)
+    )  # nor does it leave the stream where that fails
     try:
         # A thread that pins batches goes on allocating, which in the default mode would end the recording.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with around, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             function()
     except RuntimeError:
         generator.graphsafe_set_state(spare)

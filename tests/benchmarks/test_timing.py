@@ -64,10 +64,10 @@ class FakeCuda:
                 self.stream = stream
 
             def __enter__(self) -> None:
-                outer.current = self.stream
+                self.before, outer.current = outer.current, self.stream
 
             def __exit__(self, *_) -> None:
-                outer.current = None
+                outer.current = self.before
 
         self.CUDAGraph, self.Event, self.graph, self.stream = Graph, Event, capture, stream
         self.Stream = lambda: SimpleNamespace(device=SimpleNamespace(index=0))
@@ -76,6 +76,9 @@ class FakeCuda:
         )
         self.default_generators = (restore,)
         self.pools = 0
+
+    def current_stream(self, _):
+        return self.current
 
     def graph_pool_handle(self) -> int:
         self.pools += 1

@@ -294,8 +294,11 @@ def test_plain_steps_and_the_recording_are_on_one_stream_that_waits_and_is_waite
     assert log == ["side waits for main", "run on side", "step", "end", "main waits for side"]
     log.clear()
     replay, result = recorder.record(lambda x: log.append("step") or x + 1, (7,))
-    assert log == ["record thread_local on side", "step", "end"] and result == 8
+    assert log == ["run on main", "record thread_local on side", "step", "end", "end"] and result == 8
     assert replay is cuda.CUDAGraph().replay and not cuda.default_generators[0].graphsafe_set_state.called
+    with pytest.raises(RuntimeError, match="no"):
+        recorder.record(mock.Mock(side_effect=RuntimeError("no")), (7,))
+    cuda.default_generators[0].graphsafe_set_state.assert_called_with(cuda.default_generators[0].clone_state())
 
 
 @pytest.mark.gpu
