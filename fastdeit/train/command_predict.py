@@ -55,7 +55,7 @@ def predict(
     from fastdeit.train.checkpoints import load_weights, read_metadata
     from fastdeit.train.datasets import eval_transform
     from fastdeit.train.device import autocast, reproducible, select_device
-    from fastdeit.train.label_maps import read_image
+    from fastdeit.train.image_files import read_image
     from fastdeit.train.models import create_student
 
     config, classes, _ = read_metadata(checkpoint)
@@ -84,14 +84,14 @@ def predict(
 
 def image_files(paths: list[Path]) -> list[Path]:
     """The files themselves, and in place of a folder its images in the order of their paths."""
-    from timm.data.readers.img_extensions import get_img_extensions
+    from fastdeit.train.image_files import images_below, no_image
 
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in get_img_extensions())
+            inside = sorted(images_below(path))
             if not inside:
-                raise FileNotFoundError(f"{path}: the folder has no image ({', '.join(get_img_extensions())})")
+                raise FileNotFoundError(no_image(path))
             files += inside
         elif path.is_file():
             files.append(path)

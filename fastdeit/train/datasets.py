@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import timm.data
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
 from fastdeit.train.config import Config
+from fastdeit.train.image_files import images_below, no_image
 from fastdeit.train.sampling import UnreadableImageError, derive_seed
 
 DIGITS_VALIDATION = 360  # of 1,797, stratified; the split does not depend on the run's seed
@@ -146,8 +146,8 @@ def check_image_folder(root: Path) -> tuple[str, ...]:
         if not found[split]:
             raise ValueError(f"data: {folder} is empty; expected one folder of images per class")
         for name in sorted(found[split]):
-            if not any(f.suffix.lower() in get_img_extensions() for f in (folder / name).rglob("*")):
-                raise ValueError(f"data: {folder / name} has no image ({', '.join(get_img_extensions())})")
+            if not any(images_below(folder / name)):
+                raise ValueError(f"data: {no_image(folder / name)}")
     for here, there in (("train", "val"), ("val", "train")):
         missing = sorted(found[here] - found[there])
         if missing:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import RealLabelsImagenet
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import eval_transform
 from fastdeit.train.device import autocast
+from fastdeit.train.image_files import images_below, no_image, read_image
 from fastdeit.train.models import head_logits
 
 REAL = "real"  # the label map that timm brings along
@@ -78,10 +78,9 @@ class LabelledImages(Dataset):
     """
 
     def __init__(self, root: Path, labels: LabelMap, mode: str, transform: Callable[[Image.Image], Any]) -> None:
-        extensions = get_img_extensions()
-        self.paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in extensions)
+        self.paths = sorted(images_below(root))
         if not self.paths:
-            raise ValueError(f"data: {root} has no image ({', '.join(extensions)})")
+            raise ValueError(f"data: {no_image(root)}")
         self.accepted = [labels.accepted(path) for path in self.paths]
         self.classes = len(labels.classes)
         self.mode = mode
@@ -102,15 +101,6 @@ def labelled_images(config: Config, root: Path, labels: LabelMap) -> LabelledIma
         raise ValueError(f"data: {root} is not a folder of images, which labels are for")
     folder = root / "val" if (root / "val").is_dir() else root
     return LabelledImages(folder, labels, "L" if config.in_chans == 1 else "RGB", eval_transform(config))
-
-
-def read_image(path: Path, mode: str) -> Image.Image:
-    """Raises ValueError naming path if it is not a whole image."""
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except Exception as error:  # what PIL raises depends on the format and on where the file is damaged
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 
 @torch.no_grad()

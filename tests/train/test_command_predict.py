@@ -45,7 +45,7 @@ def test_more_classes_than_there_are_are_all_of_them(small_checkpoint, image_fol
     [
         ("none.png", None, "none.png: no such image"),
         ("text.png", b"no image", "text.png: cannot be read as an image"),
-        ("folder", "folder", "folder: the folder has no image"),
+        ("folder", "folder", "folder has no image"),
     ],
 )
 def test_what_is_no_image_is_named(small_checkpoint, tmp_path, capsys, name, content, message):
