@@ -1,11 +1,13 @@
 """Every op forward and backward at a small, odd size, once a dtype: `python -m fastdeit.benchmarks.small_kernels`.
 
-For compute-sanitizer, under which a kernel runs a hundred times slower. Without a GPU the kernels are interpreted.
+For compute-sanitizer, under which a kernel runs a hundred times slower. Kernels that small sizes do not take, or that no table
+names yet, are asked for. Without a GPU the kernels are interpreted.
 """
 
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -13,11 +15,15 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from fastdeit import backends, ops
+from fastdeit.kernels import attention_config, gemm_config, whole_mlp
+from fastdeit.kernels.architecture import architecture, has_descriptors, multiprocessors
+from fastdeit.kernels.attention import attention_forward
+from fastdeit.kernels.attention_backward import attention_backward
 from fastdeit.testing import kernel_device, kernel_dtypes
 
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name and the result of each op, whose inputs all want gradients."""
+    """The name and the result of each op, which wants a gradient where there is a backward kernel for it."""
 
     def randn(*shape, dtype=dtype):
         return torch.randn(*shape, device=kernel_device()).to(dtype).requires_grad_()
@@ -37,13 +43,39 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     yield "linear", ops.linear(x, w1, b1, activation="gelu")
     options = dict(gamma=gamma, drop_path_scale=scale, residual=x)
     yield "layer_norm_mlp", ops.layer_norm_mlp(x, weight, bias, 1e-6, w1, b1, w2, b2, **options)
+    for backend in ("triton", "tma"):
+        with gemm_config.use_gemm(backend):
+            yield f"mlp, {backend}", ops.mlp(x, w1, b1, w2, b2)
+            yield f"linear, {backend}", ops.linear(x, w1[:channels], b1[:channels], **options)
+    images, patches, positions = randn(2, 3, 19, 34), randn(channels, 3, 8, 8), randn(1, 10, channels)
+    prefix = randn(1, 1, channels), randn(1, 1, channels)
+    yield "patch_embedding", ops.patch_embedding(images, patches, bias, positions, *prefix)
+    narrow = randn(2, tokens, whole_mlp.CHANNELS.value), randn(128, 192), None, randn(192, 128), None
+    for config in whole_mlp.candidates(architecture(x)):
+        with whole_mlp.use_whole_mlp(config), torch.no_grad():
+            yield f"mlp in one kernel, {config.backend}", ops.mlp(*narrow)
     if dtype != torch.float32:
+        yield from descriptor_attention(randn(2, tokens, 3 * channels).detach())
         masters = [randn(*t.shape, dtype=torch.float32) for t in (x, weight, bias, w1, b1, w2, b2)]
         with torch.autocast(x.device.type, dtype):
-            yield "layer_norm_mlp, folded", ops.layer_norm_mlp(*masters[:3], 1e-6, *masters[3:])
+            yield "layer_norm_mlp, folded", ops.layer_norm_mlp(*masters[:3], 1e-6, *masters[3:], gamma=masters[2])
     target = torch.tensor([1, 40], device=x.device)
     logits = [randn(2, 77) for _ in range(2)]
     yield "distillation", ops.distillation_cross_entropy(*logits, target, randn(2, 77).detach())
+
+
+def descriptor_attention(qkv: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of one head, forward, and backward in two kernels and in one, where the architecture has them."""
+    tokens, arch = qkv.shape[1], architecture(qkv)
+    if not has_descriptors(arch):
+        return
+    many = 1024, 1, tokens, tokens, qkv.shape[2] // 3  # so many samples fill any GPU
+    config = attention_config.select_config(*many, qkv.element_size(), arch, multiprocessors(qkv), True)
+    out, lse = attention_forward(qkv, 1, 0.125, config)
+    yield "attention, descriptors", out
+    for form in (config, replace(config, whole=attention_config.whole_tiles(tokens))):
+        name = "two kernels" if form.whole is None else "one kernel"
+        yield f"its gradient in {name}", attention_backward(torch.ones_like(out), qkv, out, lse, 1, 0.125, form)
 
 
 def main() -> None:
@@ -52,7 +84,8 @@ def main() -> None:
             if dtype == torch.float32 and torch.cuda.is_available():
                 continue  # IEEE products are the libraries'
             for name, result in calls(dtype):
-                result.float().sum().backward()
+                if result.requires_grad:
+                    result.float().sum().backward()
                 assert result.isfinite().all(), name
                 print(f"{name} {str(dtype).removeprefix('torch.')}", flush=True)
     if torch.cuda.is_available():
