@@ -41,16 +41,15 @@ def forward_costs(model: nn.Module, rows: Sequence, batch_size: int) -> dict[str
     fused = {row.name for row in rows if row.fused}
     timms = _by_module(parts(shape, batch_size, "eager", precision, training=False), shape)
     ours = _by_module(parts(shape, batch_size, "fastdeit", precision, training=False), shape)
-    if (
-        "" not in fused
-    ):  # the model does not carry the residual, nor leave out tokens in the last block: so each is whole
+    if "" not in fused:  # no residual is carried, and in the last block no token left out: so each is whole
+        embedding = ours["patch_embed.proj"]
         unpruned = {name: cost for name, cost in ours.items() if f".{shape.depth - 1}" not in name}
         first = {
             name.replace("blocks.0", f"blocks.{shape.depth - 1}"): cost
             for name, cost in ours.items()
             if "blocks.0" in name
         }
-        ours = {**unpruned, **first} if shape.depth > 1 else timms
+        ours = {**unpruned, **first} if shape.depth > 1 else {**timms, "patch_embed.proj": embedding}
     return {name: (ours[name] if name in fused else theirs, theirs) for name, theirs in timms.items()}
 
 

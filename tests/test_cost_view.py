@@ -52,6 +52,16 @@ def test_what_is_excluded_costs_what_timm_costs(kernels_stood_in):
     assert report.costs["blocks.2.attn"][0] == report.costs["blocks.0.attn"][0]  # nothing is left out of the last block
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_embedding_costs_what_runs(kernels_stood_in, depth):
+    plain = fastdeit.accelerate(timm.create_model("deit_tiny_patch16_224", depth=depth), exclude=["blocks.*"])
+    ours, timms = fastdeit.explain(plain, batch_size=BATCH).costs["patch_embed.proj"]
+    assert ours.bytes < timms.bytes
+    plain.patch_embed.register_forward_hook(lambda *_: None)
+    ours, timms = fastdeit.explain(plain, batch_size=BATCH).costs["patch_embed.proj"]
+    assert ours == timms
+
+
 def test_the_shape_is_the_models():
     assert shape_of(timm.create_model("deit_tiny_distilled_patch16_224")) == shape_like(DEIT["Ti"])
     registers = timm.create_model("vit_tiny_patch16_224", reg_tokens=4, depth=2, num_classes=7)

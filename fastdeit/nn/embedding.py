@@ -65,10 +65,13 @@ def _why_not_tokens(model: nn.Module, patches: int) -> str | None:
         kind = type(tensor)
         if kind is not _Parameter and kind is not Tensor and tensor is not None and not exported(tensor):
             return f"a token or position is a {kind.__name__}"
-    tokens = 0 if model.no_embed_class else sum(t.shape[1] for t in prefix if t is not None)
-    if positions is not None and positions.shape[1] != patches + tokens:
-        return f"{positions.shape[1]} positions for {patches + tokens} tokens"
-    return None
+    if positions is None:
+        return None
+    tokens = patches
+    if not model.no_embed_class:
+        for tensor in prefix:
+            tokens += 0 if tensor is None else tensor.shape[1]
+    return None if positions.shape[1] == tokens else f"{positions.shape[1]} positions for {tokens} tokens"
 
 
 def _added(model: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,5 +1,6 @@
 """A model makes its tokens with the fused op unless something would be skipped by it, or would notice."""
 
+import copy
 import timeit
 
 import pytest
@@ -10,9 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import fastdeit
-from fastdeit import backends
+from fastdeit import backends, testing
 from fastdeit.nn.embedding import embed, why_not_embedded
 
+DEVICE = testing.kernel_device()
 SMALL = dict(img_size=(16, 24), patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=3)
 KINDS = {
     "plain": (VisionTransformer, {}),
@@ -39,6 +41,10 @@ def images(model, dtype=torch.float32):
     return torch.randn(2, 3, *model.patch_embed.img_size, dtype=dtype)
 
 
+def by_timm(model, x):
+    return model._pos_embed(model.patch_embed(x))
+
+
 def tokens_and_gradients(model, make, x):
     torch.manual_seed(1)
     model.zero_grad()
@@ -54,25 +60,41 @@ def test_tokens_and_gradients_are_timms(kernels_stood_in, kind):
     x = images(model)
     assert why_not_embedded(model, x) is None
     got = tokens_and_gradients(model, lambda x: embed(model, x), x)
-    expected = tokens_and_gradients(model, lambda x: model._pos_embed(model.patch_embed(x)), x)
+    expected = tokens_and_gradients(model, lambda x: by_timm(model, x), x)
     assert len(got) == len(expected) > 2 and all(map(torch.equal, got, expected))
     assert kernels_stood_in["patch_embedding"] == 1
 
 
-@pytest.mark.parametrize("autocast", [None, torch.float16])
-@pytest.mark.parametrize("kind", ["registers without positions", "distilled"])
-def test_the_kernels_give_the_dtypes_that_timm_gives(kind, autocast):
-    cls, options = KINDS[kind]
-    model = build(cls, **options)
-    x = images(model)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        expected = tokens_and_gradients(model, lambda x: model._pos_embed(model.patch_embed(x)), x)
-        with backends.use_backend("triton"):
-            assert why_not_embedded(model, x) is None
-            got = tokens_and_gradients(model, lambda x: embed(model, x), x)
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-2 * b.abs().max().item())  # the op's tests hold the contract
+SETTINGS = {
+    "fp32": (torch.float32, None),
+    "autocast fp16": (torch.float32, torch.float16),
+    "autocast bf16": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, None),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "active dropout"])
+def test_the_kernels_are_as_accurate_as_timm(kind, setting):
+    (cls, options), (dtype, autocast) = KINDS[kind], SETTINGS[setting]
+    model = build(cls, **options).to(DEVICE, dtype)
+    x = images(model).to(DEVICE, dtype)
+
+    def outcome(model, make, x, autocast=None):
+        model.zero_grad()
+        with torch.autocast(DEVICE.type, dtype=autocast, enabled=autocast is not None):
+            tokens = make(model, x)
+        upstream = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+        tokens.backward(upstream.to(DEVICE, tokens.dtype))
+        return {"tokens": tokens.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    oracle = outcome(copy.deepcopy(model).double(), by_timm, x.double())
+    eager = outcome(copy.deepcopy(model), by_timm, x, autocast)
+    with backends.use_backend("triton"), testing.poisoned_memory():
+        got = outcome(model, embed, x, autocast)
+    assert got.keys() == oracle.keys() > {"tokens"}
+    for name, expected in oracle.items():
+        testing.assert_close_to_oracle(name, got[name], expected, eager[name], expected.abs().max().item())
 
 
 def lora(model):
@@ -146,6 +168,34 @@ def test_images_of_another_size_or_dtype_fail_as_in_timm(kernels_stood_in):
     with pytest.raises(RuntimeError, match=r"[tT]ype"):
         model(images(model, torch.float64))
     assert not kernels_stood_in["patch_embedding"]
+
+
+def test_it_runs_though_the_blocks_are_not_all_fused(kernels_stood_in):
+    model = fastdeit.accelerate(fastdeit.restore(build()), exclude=["blocks.*"]).eval()
+    x = images(model)
+    got = model(x)
+    assert kernels_stood_in == {"patch_embedding": 1, "layer_norm": 1}
+    torch.testing.assert_close(got, fastdeit.restore(model)(x))
+
+
+def test_parameters_of_a_functional_call_are_used(kernels_stood_in):
+    model = build().eval()
+    x = images(model)
+    parameters = {name: 2 * p.detach() for name, p in model.named_parameters() if "block" not in name}
+    got = torch.func.functional_call(model, parameters, x)
+    assert kernels_stood_in["patch_embedding"] == 1
+    torch.testing.assert_close(got, torch.func.functional_call(fastdeit.restore(model), parameters, x))
+
+
+def test_positions_that_are_a_buffer_are_added(kernels_stood_in):
+    model = build().eval()
+    positions = model.pos_embed.detach()
+    del model.pos_embed
+    model.register_buffer("pos_embed", positions)
+    x = images(model)
+    got = model(x)
+    assert kernels_stood_in["patch_embedding"] == 1
+    torch.testing.assert_close(got, fastdeit.restore(model)(x))
 
 
 def test_explain_has_a_row_for_the_projection(kernels_stood_in):
