@@ -1,4 +1,7 @@
-"""A process of several: `torchrun ... distributed_run.py FOLDER CONFIG.json WHAT`, WHAT being train, diverge or stop."""
+"""A process of several: `torchrun ... distributed_run.py JOBS.json`, a list of [FOLDER, CONFIG, WHAT] done one after another.
+
+WHAT is train; or diverge or stop, where one process has a loss that is not finite or is asked to stop.
+"""
 
 import json
 import os
@@ -10,13 +13,14 @@ import torch
 
 from fastdeit.train import run
 from fastdeit.train.config import config_from
-from fastdeit.train.distributed import joined, started_world
+from fastdeit.train.distributed import World, joined, started_world
 from fastdeit.train.engine import Trainer
 from fastdeit.train.monitor import NonFiniteLossError
 from fastdeit.train.signals import Stopped
 
 
-def main(folder: str, config: str, what: str) -> int:
+def do(folder: Path, config: dict, what: str, world: World) -> str:
+    """What became of it: digests of the models that were evaluated, or the error."""
     train_step = Trainer._train_step
 
     def step(trainer, epoch, images, classes):
@@ -34,13 +38,20 @@ def main(folder: str, config: str, what: str) -> int:
         return report(model, *args)
 
     Trainer._train_step, run.evaluate = step, evaluate
-    world, outcome = started_world(), ""
+    try:
+        run.train(config_from(config), folder, resume=True, world=world)
+    except (NonFiniteLossError, Stopped) as error:
+        return str(error)
+    finally:
+        Trainer._train_step, run.evaluate = train_step, report
+    return f"trained {digests}"
+
+
+def main(jobs: str) -> int:
+    world = started_world()
     with joined(world, "cpu"):
-        try:
-            run.train(config_from(json.loads(Path(config).read_text())), Path(folder), resume=True, world=world)
-        except (NonFiniteLossError, Stopped) as error:
-            outcome = str(error)
-    Path(folder, f"rank-{world.rank}.txt").write_text(outcome or f"trained {digests}")
+        for folder, config, what in json.loads(Path(jobs).read_text()):
+            Path(folder, f"rank-{world.rank}.txt").write_text(do(Path(folder), config, what, world))
     return 0
 
 
@@ -48,6 +59,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     code = main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(
-        code
-    )  # without the interpreter's end, in which threads of a destroyed process group have aborted the process
+    # Without the interpreter's end, in which threads of a destroyed process group have aborted the process.
+    os._exit(code)

@@ -20,26 +20,59 @@ from fastdeit.train.models import create_teacher
 from fastdeit.train.sampling import eval_loader
 
 
-@pytest.fixture
-def config(small_config):
+@pytest.fixture(scope="module")
+def config(make_small_config):
     """Without what each process draws for itself: mixup, erasing, drop path."""
     plain = dict(
         mixup=0.0, cutmix=0.0, reprob=0.0, drop_path=0.0, smoothing=0.0, epochs=2, teacher_epochs=1, warmup_epochs=0
     )
-    return small_config.replace(**plain)
+    return make_small_config(**plain)
 
 
-def two_processes(folder, config, what):
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder.parent / "config.json"
-    file.write_text(json.dumps(config.as_dict()))
+@pytest.fixture(scope="module")
+def labels(make_small_config, tmp_path_factory):
+    """A configuration with a teacher's weights, and the file of the labels that it gives two processes."""
+    folder = tmp_path_factory.mktemp("labels")
+    config = make_small_config(
+        epochs=1, warmup_epochs=0, repeated_aug=2, teacher_epochs=0, grad_accum_steps=2, model_ema_decay=0.0
+    )
+    data, cpu = load_data(config), torch.device("cpu")
+    torch.manual_seed(0)
+    teacher = timm.create_model(config.teacher_model, num_classes=3, in_chans=1, **config.teacher_kwargs).eval()
+    images = torch.stack([image for image, _ in data.val])
+    with torch.no_grad():
+        teacher.get_classifier().bias -= teacher(images).mean(0)  # else it says the same of all images
+    save_weights(folder / "teacher.safetensors", teacher.state_dict(), config, data.classes)
+    config = config.replace(teacher_checkpoint=str(folder / "teacher.safetensors"))
+    list(cache_labels(config, data, create_teacher(config, 3, cpu), cpu, folder / "x.labels", ranks=2))
+    return config, folder / "x.labels"
+
+
+@pytest.fixture(scope="module")
+def two_processes(config, labels, tmp_path_factory):
+    """The folder of each run of two processes, by name: one start of a launcher for all."""
+    root = tmp_path_factory.mktemp("two")
+    jobs = {
+        "train": (config, "train"),
+        "live": (labels[0], "train"),
+        "cached": (labels[0].replace(teacher_cache=str(labels[1])), "train"),
+        "stop": (config, "stop"),
+        "diverge": (config, "diverge"),
+    }
+    for name in jobs:
+        (root / name).mkdir()
+    file = root / "jobs.json"
+    file.write_text(json.dumps([(str(root / name), job.as_dict(), what) for name, (job, what) in jobs.items()]))
     script = Path(__file__).with_name("distributed_run.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, file]
     done = subprocess.run(
-        [*command, script, folder, file, what], env=environment, capture_output=True, text=True, timeout=300
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return {name: root / name for name in jobs}
+
+
+def outcomes(folder):
     return [(folder / f"rank-{rank}.txt").read_text() for rank in range(2)]
 
 
@@ -47,35 +80,35 @@ def history(folder):
     return load_state(folder / STATE)["history"]
 
 
-def test_two_processes_train_what_one_trains(config, tmp_path):
-    run.train(config, tmp_path / "one")
-    outcomes = two_processes(tmp_path / "two", config, "train")
-    assert all(outcome.startswith("trained") for outcome in outcomes)
-    for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
-        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
-        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
-    one, two = (load_state(tmp_path / name / STATE)["model"] for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
-    assert json.loads((tmp_path / "two" / "results.json").read_text())["top1"]
-    assert len(set(outcomes)) == 1  # both have the same teacher, statistics of its BatchNorm included
+def test_two_processes_train_what_one_trains(config, two_processes, tmp_path):
+    run.train(config, tmp_path)
+    two = two_processes["train"]
+    assert all(outcome.startswith("trained") for outcome in outcomes(two))
+    for one, both in zip(history(tmp_path), history(two), strict=True):
+        assert both["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+        assert both["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+    weights = load_state(two / STATE)["model"]
+    for name, tensor in load_state(tmp_path / STATE)["model"].items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+    assert json.loads((two / "results.json").read_text())["top1"]
+    assert len(set(outcomes(two))) == 1  # both have the same teacher, statistics of its BatchNorm included
 
 
-def test_a_bad_loss_in_one_process_stops_both_with_clean_weights(config, tmp_path):
-    outcomes = two_processes(tmp_path / "run", config, "diverge")
-    assert all("on rank 1 at step 4 (epoch 1); the last finite one was" in outcome for outcome in outcomes)
-    state = load_state(tmp_path / "run" / BAD_STATE)
+def test_a_bad_loss_in_one_process_stops_both_with_clean_weights(two_processes):
+    folder = two_processes["diverge"]
+    assert all("on rank 1 at step 4 (epoch 1); the last finite one was" in outcome for outcome in outcomes(folder))
+    state = load_state(folder / BAD_STATE)
     assert state["step"] == 4 and all(t.isfinite().all() for t in state["model"].values())
 
 
-def test_a_signal_to_one_process_stops_both_at_the_same_step(config, tmp_path):
-    outcomes = two_processes(tmp_path / "run", config, "stop")
-    assert all("stopped by SIGTERM" in outcome for outcome in outcomes)
-    assert load_state(tmp_path / "run" / STATE)["step"] == 5
+def test_a_signal_to_one_process_stops_both_at_the_same_step(config, two_processes, tmp_path):
+    folder = two_processes["stop"]
+    assert all("stopped by SIGTERM" in outcome for outcome in outcomes(folder))
+    assert load_state(folder / STATE)["step"] == 5
     # Taken up in the middle of an epoch, by one process: the epoch's mean loss is of all that both had seen.
-    run.train(config, tmp_path / "run", resume=True)
-    run.train(config, tmp_path / "one")
-    for there, here in zip(history(tmp_path / "one"), history(tmp_path / "run"), strict=True):
+    run.train(config, folder, resume=True)
+    run.train(config, tmp_path)
+    for there, here in zip(history(tmp_path), history(folder), strict=True):
         assert here["train_loss"] == pytest.approx(there["train_loss"], rel=1e-5)
 
 
@@ -129,21 +162,8 @@ def test_every_image_is_evaluated_by_one_process():
     assert sorted(int(i) for share in shares for batch in share for i in batch) == list(range(11))
 
 
-def test_two_processes_train_on_labels_as_with_the_teacher(small_config, tmp_path):
+def test_two_processes_train_on_labels_as_with_the_teacher(two_processes):
     """Each process finds the labels of its own batches, mixed by itself; to the bit."""
-    config = small_config.replace(
-        epochs=1, warmup_epochs=0, repeated_aug=2, teacher_epochs=0, grad_accum_steps=2, model_ema_decay=0.0
-    )
-    data, cpu = load_data(config), torch.device("cpu")
-    teacher = timm.create_model(config.teacher_model, num_classes=3, in_chans=1, **config.teacher_kwargs).eval()
-    images = torch.stack([image for image, _ in data.val])
-    with torch.no_grad():
-        teacher.get_classifier().bias -= teacher(images).mean(0)  # else it says the same of all images
-    save_weights(tmp_path / "teacher.safetensors", teacher.state_dict(), config, data.classes)
-    config = config.replace(teacher_checkpoint=str(tmp_path / "teacher.safetensors"))
-    list(cache_labels(config, data, create_teacher(config, 3, cpu), cpu, tmp_path / "x.labels", ranks=2))
-    two_processes(tmp_path / "live", config, "train")
-    two_processes(tmp_path / "cached", config.replace(teacher_cache=str(tmp_path / "x.labels")), "train")
-    live, cached = (load_state(tmp_path / name / STATE) for name in ("live", "cached"))
+    live, cached = (load_state(two_processes[name] / STATE) for name in ("live", "cached"))
     assert live["history"][0]["train_loss"] == cached["history"][0]["train_loss"]
     assert all(torch.equal(live["model"][name], tensor) for name, tensor in cached["model"].items())
