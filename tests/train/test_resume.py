@@ -75,32 +75,37 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(whole, config, tmp_path, monkey
     assert next(s for name, s in taken if name.startswith(model)) == saved
 
 
-def killed(folder, config, point):
-    file = folder.parent / "config.json"
-    file.write_text(json.dumps(config.as_dict()))
-    script = Path(__file__).with_name("killed_run.py")
+@pytest.fixture(scope="module")
+def killed():
+    """killed(folder, config, point): the exit code of a run that is killed there, see killed_run.py."""
+    command = [sys.executable, Path(__file__).with_name("killed_run.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, script, folder, file, point], env=environment, capture_output=True, timeout=300
-    )
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runs:
+
+        def run_until(folder, config, point):
+            runs.stdin.write(json.dumps([str(folder), config.as_dict(), point]) + "\n")
+            runs.stdin.flush()
+            return int(runs.stdout.readline())
+
+        yield run_until
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(whole, config, tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(killed, whole, config, tmp_path):
     folder = tmp_path / "run"
     for point in ("write:5", "step:4", "write:7", "step:3"):  # every second write is of the folder
-        assert killed(folder, config, point).returncode == -signal.SIGKILL, point
+        assert killed(folder, config, point) == -signal.SIGKILL, point
         assert any(folder.rglob("*.tmp")) is point.startswith("write")  # cut off
     run.train(config, folder, resume=True)
     assert all(same_files(whole, folder, name) for name in WEIGHTS) and figures(whole) == figures(folder)
     assert not any(folder.rglob("*.tmp"))
 
 
-def test_a_run_asked_to_stop_saves_and_says_so(whole, config, tmp_path):
+def test_a_run_asked_to_stop_saves_and_says_so(killed, whole, config, tmp_path):
     """SIGTERM after four steps of the teacher's six and later after two of the student's nine."""
     config, folder = config.replace(checkpoint_steps=0), tmp_path / "run"
-    assert killed(folder, config, "term:5").returncode == 128 + signal.SIGTERM == 143
+    assert killed(folder, config, "term:5") == 128 + signal.SIGTERM == 143
     assert load_state(folder / "teacher" / checkpoints.STATE)["step"] == 5
-    assert killed(folder, config, "term:3").returncode == 143
+    assert killed(folder, config, "term:3") == 143
     state = load_state(folder / checkpoints.STATE)
     assert state["step"] == 2 and state["epoch"] == 0
     run.train(config, folder, resume=True)
