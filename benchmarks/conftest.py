@@ -14,7 +14,16 @@ import torch
 
 from fastdeit.benchmarks import pieces, roofline, runner, timing
 
-SUITES = ("model", "training", "attention", "block", "mlp", "layer_norm", "distillation")  # in a round, this order
+SUITES = (
+    "model",
+    "training",
+    "attention",
+    "block",
+    "mlp",
+    "layer_norm",
+    "distillation",
+    "embedding",
+)  # in a round, this order
 _LEAST_SECONDS = 8  # for which a case is begun
 _LINE = pytest.StashKey[str]()
 

@@ -159,10 +159,10 @@ def oracle(direction: str, reference: Callable, inputs: int, shared: Collection[
     def expected(*arguments):
         def exact(index, value):
             value = value if index in shared else value[:COMPARED_SAMPLES]
-            return value.detach().double()
+            return value.detach().double() if _is_float(value) else value
 
         whole = len(arguments[0]) <= COMPARED_SAMPLES
-        small = [exact(i, a) if _is_float(a) else a for i, a in enumerate(arguments)]
+        small = [exact(i, a) if isinstance(a, Tensor) else a for i, a in enumerate(arguments)]
         results = list(DIRECTIONS[direction](reference, inputs)(*small))
         wrt = [i for i, a in enumerate(arguments[:inputs]) if _is_float(a)]
         first = len(results) - len(wrt)
