@@ -29,9 +29,8 @@ __all__ = [
 ]
 
 ALLOWANCE = 2.0  # times PyTorch's own error, the one tolerance there is
-_FP32_ULPS = (
-    4  # of the largest intermediate: what a sum in another order may cost where PyTorch's own error happens to be zero
-)
+# Of the largest intermediate: what a sum in another order may cost where PyTorch's own error happens to be zero.
+_FP32_ULPS = 4
 
 
 def kernel_device() -> torch.device:
