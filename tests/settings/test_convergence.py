@@ -12,7 +12,7 @@ import fastdeit
 from fastdeit import testing
 from fastdeit.losses import DistillationLoss
 
-STEPS, BATCH, IMAGES = 20, 3, 6
+STEPS, BATCH, IMAGES = 30, 3, 6
 
 
 def digits():
