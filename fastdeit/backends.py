@@ -15,6 +15,7 @@ _KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
 
 # A plain global: a ContextVar would break full-graph compilation. Backward follows the choice that forward made.
 _backend = "auto"
+_supposes_gpu = False
 
 
 def set_backend(name: str) -> None:
@@ -49,6 +50,22 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(previous)
 
 
+@contextlib.contextmanager
+def supposed_gpu() -> Iterator[None]:
+    """In it `why_reference` answers for tensors on a CPU as if on a supported GPU. For explanations: no op may run in it."""
+    global _supposes_gpu
+    previous, _supposes_gpu = _supposes_gpu, True
+    try:
+        yield
+    finally:
+        _supposes_gpu = previous
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is on a GPU, or supposed to be."""
+    return x.is_cuda or _supposes_gpu
+
+
 def why_reference(x: Tensor, *, products: bool = False) -> str | None:
     """None when the kernels run on tensors like x, else why the reference does.
 
@@ -71,7 +88,7 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
 
 
 def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
-    if not x.is_cuda:
+    if not x.is_cuda and not _supposes_gpu:
         return _why_not_interpreted(x)
     dtype = x.dtype
     if products and dtype not in _LOW_PRECISION:
@@ -81,7 +98,7 @@ def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
             return f"{_name(dtype)} input"
         if products and not _tf32_allowed():
             return "float32 matrix products run on the libraries unless TF32 is allowed"
-    return _why_not_this_gpu(x.get_device())
+    return _why_not_this_gpu(x.get_device()) if x.is_cuda else None
 
 
 def _constant_while_tracing(function):

@@ -13,6 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a timm model name, such as deit_tiny_distilled_patch16_224")
     parser.add_argument("--device", help="where it would run (default: cuda if there is one, else cpu)")
     parser.add_argument(
+        "--on-gpu", action="store_true", help="explain what would run on a GPU of capability 8.0 or newer, without one"
+    )
+    parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of the parameters (default: %(default)s)"
     )
     parser.add_argument("--amp", choices=("float16", "bfloat16"), help="explain what runs under autocast to this dtype")
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     model = timm.create_model(args.model).train(args.train).to(on, DTYPES[args.dtype])
     accelerate(model, exclude=args.exclude)
     with torch.autocast(on.type, DTYPES[args.amp]) if args.amp else contextlib.nullcontext():
-        report = explain(model, batch_size=args.batch_size)
+        report = explain(model, batch_size=args.batch_size, on_gpu=args.on_gpu)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
 

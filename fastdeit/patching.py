@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from fastdeit.backends import supposed_gpu
 from fastdeit.explanation import Report, explain_modules
 
 MEMORY = ("usual", "lean")
@@ -66,7 +67,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def explain(model: nn.Module, *, batch_size: int | None = None) -> Report:
+def explain(model: nn.Module, *, batch_size: int | None = None, on_gpu: bool = False) -> Report:
     """What runs fused in model, and why the rest does not.
 
     Each module is asked as its forward asks, for an input of its parameters' device and dtype in the present state: training or
@@ -77,6 +78,7 @@ def explain(model: nn.Module, *, batch_size: int | None = None) -> Report:
         model: any module.
         batch_size: of a forward pass whose launches and memory traffic the report then has, by arithmetic, as the model runs and as
             timm runs it; for timm's vision transformers.
+        on_gpu: answer for a model on a CPU as if it were on a GPU of capability 8.0 or newer.
 
     Returns:
         A `Report`: rows (name, kind, fused, reason) in the order of `model.named_modules()`; `str()` of it is a table.
@@ -86,7 +88,7 @@ def explain(model: nn.Module, *, batch_size: int | None = None) -> Report:
         ValueError: batch_size is below 1, or given for a model whose costs are not known.
     """
     named = _named_modules(model)
-    with _gathered(named.values()):
+    with _gathered(named.values()), supposed_gpu() if on_gpu else contextlib.nullcontext():
         return explain_modules(named, batch_size)
 
 

@@ -22,6 +22,19 @@ def test_json_train_and_exclude(capsys):
     assert rows["blocks.1"]["reason"] == "tensors on meta"
 
 
+def test_without_a_gpu_it_tells_what_would_run_on_one(capsys):
+    rows = {}
+    for options in ([], ["--on-gpu", "--amp", "bfloat16"], ["--on-gpu"]):
+        assert main(["explain", "deit_tiny_patch16_224", "--device", "cpu", *options, "--json"]) == 0
+        rows[tuple(options)] = json.loads(capsys.readouterr().out)
+    here, autocast, single = rows.values()
+    assert not any(row["fused"] for row in here.values())
+    timms = {name for name, row in autocast.items() if not row["fused"]}
+    assert timms == {"head"} and autocast["patch_embed.proj"]["fused"]
+    assert "TF32" in single["blocks.0.attn"]["reason"] and "TF32" in single["patch_embed.proj"]["reason"]
+    assert single["blocks.0.norm1"]["fused"]
+
+
 def test_autocast_is_explained(capsys, kernels_stood_in, monkeypatch):
     from fastdeit.nn import Attention
 

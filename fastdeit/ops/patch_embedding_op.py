@@ -72,7 +72,7 @@ def patch_embedding_reference(
 
 def why_reference(images: Tensor) -> str | None:
     """None when `patch_embedding` runs its kernel on images, else why it runs the reference, a convolution."""
-    if images.is_cuda and backends.product_dtype(images) == torch.float32:
+    if backends.on_gpu(images) and backends.product_dtype(images) == torch.float32:
         return "float32 convolutions and matrix products take TF32 by switches of their own"
     return backends.why_reference(images)
 
