@@ -5,12 +5,15 @@ import dataclasses
 import struct
 from unittest import mock
 
+import timm
 import torch
 import triton
 import triton.language as tl
 from triton.knobs import runtime
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import fastdeit
+from fastdeit import backends
 from fastdeit.benchmarks import launch_cost
 from fastdeit.kernels import launch as path
 from fastdeit.kernels import whole_mlp
@@ -296,3 +299,26 @@ def check_the_host_cost_is_near_its_budget():
     costs = launch_cost.measure()
     over = {name: (costs[name], limit) for name, limit in launch_cost.BUDGETS.items() if costs[name] > GENEROUS * limit}
     assert not over, f"microseconds a call and budget: {over}"
+
+
+def check_every_kernel_of_a_training_step_is_launched_directly_from_the_second_step_on():
+    sizes = dict(img_size=32, depth=2, num_classes=10, init_values=0.1, drop_path_rate=0.5)
+    model = fastdeit.accelerate(timm.create_model("deit_tiny_distilled_patch16_224", **sizes)).train()
+    images = torch.zeros(2, 3, 32, 32)
+
+    def step():
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(images)
+        out.sum().backward()
+
+    with mock.patch.object(backends, "_why_kernels_cannot_run", lambda x, products: None):
+        step()
+        with record() as launches, public_launches() as public:
+            step()
+    assert public.call_count == 0
+    kernels = {seen.kernel for seen in launches}
+    expected = {"fold_forward_kernel", "fold_columns_backward_kernel", "fold_rows_backward_kernel"}
+    expected |= {"patch_embedding_forward_kernel", "patch_embedding_backward_kernel", "layer_norm_forward_kernel"}
+    expected |= {"activation_forward_kernel", "activation_backward_kernel", "folded_layer_norm_backward_kernel"}
+    assert expected < kernels and any("attention" in name for name in kernels), kernels
