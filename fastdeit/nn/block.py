@@ -36,6 +36,7 @@ PARTS: dict[type[nn.Module], type[nn.Module]] = {
 _NORMS = {LayerNorm, TorchLayerNorm}
 _NOTHING = nn.Identity()
 _TIMM_FORWARD = forward_of(vision_transformer.Block)
+_LAYER_SCALE_FORWARD, _DROP_PATH_FORWARD = forward_of(timm.layers.LayerScale), forward_of(timm.layers.DropPath)
 
 
 class Carried(NamedTuple):
@@ -222,6 +223,8 @@ def _why_not_layer_scale(scale: nn.Module, x: Tensor) -> str | None:
         return None
     if type(scale) is not timm.layers.LayerScale or scale.inplace:
         return f"ls1 is a {type(scale).__name__}" + (" that works in place" if getattr(scale, "inplace", False) else "")
+    if timm.layers.LayerScale.forward is not _LAYER_SCALE_FORWARD:
+        return "the forward of timm's LayerScale was replaced"
     gamma = scale._parameters.get("gamma")
     if type(gamma) is not nn.Parameter and type(gamma) is not Tensor and not exported(gamma):
         return f"a weight is a {type(gamma).__name__}"
@@ -229,6 +232,8 @@ def _why_not_layer_scale(scale: nn.Module, x: Tensor) -> str | None:
 
 
 def _why_not_drop_path(drop_path: nn.Module) -> str | None:
-    if type(drop_path) is nn.Identity or type(drop_path) is timm.layers.DropPath:
+    if type(drop_path) is nn.Identity:
         return None
-    return f"drop_path1 is a {type(drop_path).__name__}"
+    if type(drop_path) is not timm.layers.DropPath:
+        return f"drop_path1 is a {type(drop_path).__name__}"
+    return None if timm.layers.DropPath.forward is _DROP_PATH_FORWARD else "the forward of timm's DropPath was replaced"

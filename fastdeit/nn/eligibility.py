@@ -18,6 +18,9 @@ from torch.nn.modules import module as module_hooks
 _Parameter, _Linear, _Dropout, _Identity = nn.Parameter, nn.Linear, nn.Dropout, nn.Identity
 _tracing_state = torch._C._get_tracing_state
 
+# In the place of a bias that is a buffer or a plain attribute, as `DataParallel` makes all of a replica's.
+MISSING = object()
+
 
 class FusedModule:
     """Mixed into every drop-in, before timm's class."""
@@ -33,7 +36,7 @@ def forward_of(cls: type) -> Callable | None:
     return cls.forward if cls.forward.__module__ == cls.__module__ else None
 
 
-_LINEAR_FORWARD = forward_of(nn.Linear)
+_LINEAR_FORWARD, _DROPOUT_FORWARD = forward_of(nn.Linear), forward_of(nn.Dropout)
 
 
 def why_not_plain_call(x: object) -> str | None:
@@ -99,11 +102,12 @@ def why_not_linear(layer: nn.Module) -> str | None:
 
 def why_not_plain_weights(parameters: dict[str, Tensor | None]) -> str | None:
     """None if the weight is a plain one and the bias one too, or None. Other tensor classes bring operations of their own."""
-    weight = parameters.get("weight")
+    weight, bias = parameters.get("weight"), parameters.get("bias", MISSING)
+    if weight is None or bias is MISSING:
+        return "a weight is not among its module's parameters"
     kind = type(weight)  # a Tensor is what torch.func.functional_call puts in a parameter's place
     if kind is not _Parameter and kind is not Tensor and not exported(weight):
         return f"a weight is a {kind.__name__}"
-    bias = parameters["bias"]
     kind = type(bias)
     if kind is _Parameter or kind is Tensor or bias is None or exported(bias):
         return None
@@ -113,6 +117,8 @@ def why_not_plain_weights(parameters: dict[str, Tensor | None]) -> str | None:
 def why_not_inactive_dropout(dropout: nn.Module) -> str | None:
     kind = type(dropout)
     if kind is _Dropout:
+        if _Dropout.forward is not _DROPOUT_FORWARD:
+            return "the forward of torch.nn.Dropout was replaced"
         return "dropout is active" if dropout.p != 0.0 and dropout.training else None
     return None if kind is _Identity else f"a dropout is a {kind.__name__}"
 

@@ -27,11 +27,14 @@ _ACTIVATIONS = {
     nn.SiLU: "silu",
     nn.ReLU: "relu",
 }
+_ACTIVATION_FORWARDS = {kind: forward_of(kind) for kind in (nn.GELU, *_ACTIVATIONS)}
 
 
 def activation_name(activation: nn.Module) -> str | None:
-    """The op's name for an activation module, None for one that it does not know."""
+    """The op's name for an activation module, None for one that it does not know, or whose class was given another forward."""
     kind = type(activation)
+    if kind.forward is not _ACTIVATION_FORWARDS.get(kind):
+        return None
     return _GELUS.get(activation.approximate) if kind is nn.GELU else _ACTIVATIONS.get(kind)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdeit.kernels.attention_config import HANDED_OVER
 from fastdeit.nn.attention import Attention
-from fastdeit.nn.eligibility import forward_of
+from fastdeit.nn.eligibility import MISSING, forward_of
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp, activation_name
 from fastdeit.ops import attention_op
@@ -25,7 +25,9 @@ _Parameter, _Linear, _Identity, _Dropout, _GELU = nn.Parameter, nn.Linear, nn.Id
 _LayerScale, _DropPath = timm.layers.LayerScale, timm.layers.DropPath
 _TimmBlock, _TimmAttention, _TimmMlp = vision_transformer.Block, timm.layers.Attention, timm.layers.Mlp
 _TimmLayerNorm, _TorchLayerNorm = timm.layers.LayerNorm, nn.LayerNorm
-_SOURCES = (_TimmBlock, _TimmAttention, _TimmMlp, _TimmLayerNorm, _TorchLayerNorm, _Linear)
+_SOURCES = (
+    _TimmBlock, _TimmAttention, _TimmMlp, _TimmLayerNorm, _TorchLayerNorm, _Linear, _GELU, _Dropout, _LayerScale, _DropPath,
+)  # fmt: skip
 _OWN_FORWARDS = tuple(map(forward_of, _SOURCES))
 
 
@@ -40,6 +42,7 @@ def run_whole(blocks: Iterable[nn.Module], kind: type[nn.Module], x: Tensor) -> 
     forwards = (
         _TimmBlock.forward, _TimmAttention.forward, _TimmMlp.forward,
         _TimmLayerNorm.forward, _TorchLayerNorm.forward, _Linear.forward,
+        _GELU.forward, _Dropout.forward, _LayerScale.forward, _DropPath.forward,
     )  # fmt: skip
     if x.dim() != 3 or HANDED_OVER or forwards != _OWN_FORWARDS:
         return False
@@ -100,9 +103,9 @@ def _is_plain(block: nn.Module, dtype: torch.dtype) -> bool:
             return False
     for module in (norm1, qkv, proj, norm2, fc1, fc2):
         parameters = module._parameters
-        if type(parameters["weight"]) is not _Parameter:
+        if type(parameters.get("weight")) is not _Parameter:
             return False
-        bias = parameters["bias"]
+        bias = parameters.get("bias", MISSING)
         if bias is not None and type(bias) is not _Parameter:
             return False
     for scale in (ls1, ls2):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention as TimmAttention
+from timm.layers import DropPath, LayerScale
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -178,6 +179,21 @@ def test_a_tensor_subclass_as_input_sees_timms_operations(kernels_stood_in):
     assert not kernels_stood_in
 
 
+@pytest.mark.parametrize("name", ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("weight", ["weight", "bias"])
+def test_a_weight_that_became_a_buffer_or_an_attribute_still_acts(kernels_stood_in, name, weight):
+    for put in (nn.Module.register_buffer, setattr):
+        module, expected = block(), block(TimmBlock)
+        for m in (module, expected):
+            owner = m.get_submodule(name)
+            tensor = getattr(owner, weight).detach() + 0.1
+            delattr(owner, weight)
+            put(owner, weight, tensor)
+        torch.testing.assert_close(module(tokens()), expected(tokens()))
+        asked = module.get_submodule(name if "norm" in name else name.split(".")[0])
+        assert asked.why_not_fused(tokens()) == "a weight is not among its module's parameters"
+
+
 def test_a_parametrized_weight_still_acts(kernels_stood_in):
     module, expected = block(), block(TimmBlock)
     for m in (module, expected):
@@ -202,7 +218,10 @@ def test_a_modules_own_forward_wins(kernels_stood_in):
     assert not kernels_stood_in
 
 
-@pytest.mark.parametrize("cls", [TimmAttention, TimmBlock, nn.Linear])
+CALLS = {TimmAttention: 1, TimmBlock: 1, nn.Linear: 4, nn.GELU: 1, nn.Dropout: 3, LayerScale: 2, DropPath: 2}
+
+
+@pytest.mark.parametrize("cls", CALLS)
 def test_a_forward_replaced_for_a_whole_class_is_called(kernels_stood_in, monkeypatch, cls):
     plain, calls = cls.forward, []
 
@@ -213,7 +232,7 @@ def test_a_forward_replaced_for_a_whole_class_is_called(kernels_stood_in, monkey
     module = block()
     monkeypatch.setattr(cls, "forward", forward)
     module(tokens())
-    assert len(calls) == {TimmAttention: 1, TimmBlock: 1, nn.Linear: 4}[cls]
+    assert len(calls) == CALLS[cls]
 
 
 @pytest.mark.parametrize("name", CHILDREN)

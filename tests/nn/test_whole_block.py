@@ -139,9 +139,23 @@ def test_attention_maps_asked_for_are_seen():
     assert not run_whole([module], Block, tokens())
 
 
-def test_a_replaced_forward_of_timms_is_seen(monkeypatch):
-    monkeypatch.setattr(timm.layers.Mlp, "forward", lambda self, x: x)
-    assert not run_whole([block()], Block, tokens())
+@pytest.mark.parametrize("cls", [timm.layers.Mlp, nn.GELU, nn.Dropout, timm.layers.LayerScale, timm.layers.DropPath])
+def test_a_replaced_forward_of_a_class_is_seen(monkeypatch, cls):
+    module = block(init_values=0.1, drop_path=0.5)
+    monkeypatch.setattr(cls, "forward", lambda self, x: x)
+    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
+
+
+@pytest.mark.parametrize("name", ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("weight", ["weight", "bias"])
+def test_a_weight_that_is_no_parameter_is_seen(name, weight):
+    """A plain attribute, as of a replica that `DataParallel` makes."""
+    module = block()
+    owner = module.get_submodule(name)
+    tensor = getattr(owner, weight).detach()
+    delattr(owner, weight)
+    setattr(owner, weight, tensor)
+    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
 
 
 def test_what_is_handed_over_is_asked_about(monkeypatch):
