@@ -96,6 +96,7 @@ class Report:
 def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) -> Report:
     """The report of `fastdeit.explain` on what `named_modules()` gave, with costs for a batch_size that is not None."""
     from fastdeit.nn import FUSED_CLASSES, Attention, Block, Mlp  # imports timm, which `import fastdeit` need not
+    from fastdeit.nn.eligibility import EXCLUDED
 
     sources = {twin: source for source, twin in FUSED_CLASSES.items()}
     known = (*sources, *FUSED_CLASSES)
@@ -113,14 +114,16 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             if hasattr(module, "why_not_embedded"):
                 embeddings[f"{name}.patch_embed.proj" if name else "patch_embed.proj"] = module
         elif cls in FUSED_CLASSES:
-            rows.append(Row(name, cls.__name__, False, "not accelerated"))
+            rows.append(
+                Row(name, cls.__name__, False, "excluded" if EXCLUDED in module.__dict__ else "not accelerated")
+            )
         elif isinstance(module, known):
             base = next(c for c in cls.__mro__ if c in known)
             rows.append(
                 Row(name, cls.__name__, False, f"a class derived from {base.__name__}, with a forward of its own")
             )
         elif name in embeddings:
-            reason = _why_not_embedded(embeddings[name])
+            reason = "excluded" if EXCLUDED in module.__dict__ else _why_not_embedded(embeddings[name])
             rows.append(Row(name, cls.__name__, reason is None, reason or ""))
         elif module._parameters and not name.startswith(explained):
             rows.append(Row(name, cls.__name__, False, f"no fused class for {cls.__name__}"))

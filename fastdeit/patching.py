@@ -24,7 +24,8 @@ def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "
     Args:
         model: any module; may itself be one to swap.
         exclude: names of modules to leave (or make) timm's, with everything inside them, as `model.named_modules()` has them;
-            `*`, `?` and `[...]` match as in file names.
+            `*`, `?` and `[...]` match as in file names. They are called as timm calls them: what contains one and would compute in
+            its place (a model its `patch_embed`, an MLP its `fc1`) runs timm's code around it. `explain` says so.
         memory: what the blocks keep for backward, `fastdeit.nn.Block.memory`. "usual" is 0.56 of timm's bytes under autocast to
             bf16; "lean" is a third, for one product per block that backward computes again.
 
@@ -47,6 +48,7 @@ def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "
     _check_not_derived(named, "accelerate")
     _swap((module, source if name in excluded else fused) for name, module in named.items())
     _set_memory(named.values(), memory)
+    _mark_excluded(named, excluded)
     return model
 
 
@@ -63,6 +65,7 @@ def restore(model: nn.Module) -> nn.Module:
     _check_not_derived(named, "restore")
     source = {twin: cls for cls, twin in _fused_classes().items()}
     _set_memory(named.values(), "usual")
+    _mark_excluded(named, set())
     _swap((module, source) for module in named.values())
     return model
 
@@ -167,6 +170,22 @@ def _swap(choices: Iterable[tuple[nn.Module, dict[type, type]]]) -> None:
             changed = True
     if changed:
         torch.compiler.reset()  # Dynamo does not guard a module's class
+
+
+def _mark_excluded(named: dict[str, nn.Module], excluded: set[str]) -> None:
+    """Leaves nothing on a module that is not excluded."""
+    from fastdeit.nn.eligibility import EXCLUDED
+
+    changed = False
+    for name, module in named.items():
+        if (name in excluded) != (EXCLUDED in module.__dict__):
+            if name in excluded:
+                module.__dict__[EXCLUDED] = True
+            else:
+                del module.__dict__[EXCLUDED]
+            changed = True
+    if changed:
+        torch.compiler.reset()
 
 
 def _set_memory(modules: Iterable[nn.Module], memory: str) -> None:

@@ -18,7 +18,7 @@ def test_json_train_and_exclude(capsys):
     argv = ["explain", "deit_tiny_patch16_224", "--device", "meta", "--json", "--train", "--exclude", "blocks.0"]
     assert main(argv) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows["blocks.0"]["reason"] == "not accelerated"
+    assert rows["blocks.0"]["reason"] == "excluded"
     assert rows["blocks.1"]["reason"] == "tensors on meta"
 
 

@@ -79,6 +79,42 @@ def test_excluding_from_an_accelerated_model_restores_those_modules():
     assert type(model.blocks[0]) is Block
 
 
+@pytest.mark.parametrize("excluded", ["patch_embed*", "patch_embed", "patch_embed.proj"])
+def test_an_excluded_embedding_is_timms(kernels_stood_in, excluded):
+    model = fastdeit.accelerate(tiny(), exclude=excluded)
+    assert fastdeit.explain(model).as_dict()["patch_embed.proj"]["reason"] == "excluded"
+    model(torch.randn(1, 3, 32, 32))
+    assert not kernels_stood_in["patch_embedding"]
+    assert kernels_stood_in["add_layer_norm_mlp"] == 2  # the blocks are not excluded
+    fastdeit.accelerate(model)(torch.randn(1, 3, 32, 32))
+    assert kernels_stood_in["patch_embedding"] == 1
+
+
+@pytest.mark.parametrize(
+    "excluded, around, op",
+    [
+        ("blocks.1.attn.qkv", "blocks.1.attn", "add_layer_norm_attention"),
+        ("blocks.1.mlp.act", "blocks.1.mlp", "add_layer_norm_mlp"),
+        ("blocks.1.ls1", "blocks.1", "add_layer_norm_mlp"),
+    ],
+)
+def test_nothing_computes_in_the_place_of_an_excluded_part(kernels_stood_in, excluded, around, op):
+    model = fastdeit.accelerate(tiny(init_values=0.1), exclude=excluded).eval()
+    rows = fastdeit.explain(model).as_dict()
+    assert rows[around]["reason"] == f"its {type(model.get_submodule(excluded)).__name__} is excluded"
+    model(torch.randn(1, 3, 32, 32))
+    assert kernels_stood_in[op] == 1  # in the other block
+
+
+def test_what_is_excluded_stays_so_in_a_copy_and_leaves_nothing_behind():
+    model = tiny()
+    before = [set(vars(module)) for module in model.modules()]
+    fastdeit.accelerate(model, exclude=["patch_embed", "blocks.0"])
+    assert fastdeit.explain(copy.deepcopy(model)).as_dict() == fastdeit.explain(model).as_dict()
+    assert fastdeit.explain(model).as_dict()["blocks.0.attn"]["reason"] == "excluded"
+    assert [set(vars(module)) for module in fastdeit.restore(model).modules()] == before
+
+
 def test_an_exclude_pattern_without_a_match_is_named():
     model = tiny()
     before = classes(model)

@@ -16,6 +16,8 @@ from torch.nn.modules import module as module_hooks
 
 # Looked up once: these run before every fused call.
 _Parameter, _Linear, _Dropout, _Identity = nn.Parameter, nn.Linear, nn.Dropout, nn.Identity
+# Set by `fastdeit.accelerate` on what it was told to exclude, so that nothing computes in that module's place.
+EXCLUDED = "fastdeit_excluded"
 _tracing_state = torch._C._get_tracing_state
 
 # In the place of a bias that is a buffer or a plain attribute, as `DataParallel` makes all of a replica's.
@@ -77,6 +79,7 @@ def why_not_bypassed(children: Iterable[nn.Module | None]) -> str | None:
             or state["_backward_hooks"]
             or "forward" in state
             or "_compiled_call_impl" in state
+            or EXCLUDED in state
         ):
             return _why_not_bypassed(child)
     return None
@@ -87,6 +90,8 @@ def _why_not_bypassed(child: nn.Module) -> str:
         return f"its {type(child).__name__} has a forward of its own"
     if "_compiled_call_impl" in child.__dict__:
         return f"its {type(child).__name__} is compiled on its own"
+    if EXCLUDED in child.__dict__:
+        return f"its {type(child).__name__} is excluded"
     return f"a hook is registered on its {type(child).__name__}"
 
 

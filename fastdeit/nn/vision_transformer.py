@@ -74,6 +74,8 @@ class _CarriesResidual(FusedModule):
 
     def _why_not_blocks(self, tokens: Tensor) -> str | None:
         for name, block in self._modules["blocks"]._modules.items():
+            if type(block) is vision_transformer.Block:
+                return f"block {name} is not accelerated"
             if type(block) is not Block:
                 return f"block {name} is a {type(block).__name__}"
             reason = block.why_not_carried(tokens)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdeit.kernels.attention_config import HANDED_OVER
 from fastdeit.nn.attention import Attention
-from fastdeit.nn.eligibility import MISSING, forward_of
+from fastdeit.nn.eligibility import EXCLUDED, MISSING, forward_of
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp, activation_name
 from fastdeit.ops import attention_op
@@ -91,6 +91,7 @@ def _is_plain(block: nn.Module, dtype: torch.dtype) -> bool:
             or state["_backward_hooks"]
             or "forward" in state
             or "_compiled_call_impl" in state
+            or EXCLUDED in state
         ):
             return False
     if not (type(qkv) is _Linear and type(proj) is _Linear and type(fc1) is _Linear and type(fc2) is _Linear):
