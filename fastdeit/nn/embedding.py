@@ -63,8 +63,12 @@ def _why_not_tokens(model: nn.Module, patches: int) -> str | None:
     positions, *prefix = added = _added(model)
     for tensor in added:
         kind = type(tensor)
-        if kind is not _Parameter and kind is not Tensor and tensor is not None and not exported(tensor):
+        if tensor is None:
+            continue
+        if kind is not _Parameter and kind is not Tensor and not exported(tensor):
             return f"a token or position is a {kind.__name__}"
+        if tensor.dim() != 3 or tensor.shape[0] != 1:
+            return f"a token or position is {tuple(tensor.shape)}, not one for all images"
     if positions is None:
         return None
     tokens = patches

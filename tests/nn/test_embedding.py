@@ -198,6 +198,16 @@ def test_positions_that_are_a_buffer_are_added(kernels_stood_in):
     torch.testing.assert_close(got, fastdeit.restore(model)(x))
 
 
+@pytest.mark.parametrize("name", ["cls_token", "pos_embed"])
+def test_a_token_or_position_of_each_image_is_added_by_timms_code(kernels_stood_in, name):
+    model = build().eval()
+    setattr(model, name, torch.nn.Parameter(torch.randn(2, *getattr(model, name).shape[1:])))
+    x = images(model)
+    got = model(x)
+    assert "not one for all images" in why_not_embedded(model, x)
+    torch.testing.assert_close(got, fastdeit.restore(model)(x))
+
+
 def test_explain_has_a_row_for_the_projection(kernels_stood_in):
     model = build()
 

@@ -83,6 +83,14 @@ def test_a_second_derivative_is_refused_clearly():
         gradient.sum().backward()
 
 
+def test_batched_gradients_are_refused_clearly():
+    qkv = randn(1, 5, 3 * 32).requires_grad_()
+    with backends.use_backend("triton"):
+        out = ops.attention(qkv, 1)
+    with pytest.raises(RuntimeError, match="inside vmap"):
+        torch.autograd.grad(out, qkv, torch.ones(2, *out.shape).to(out), is_grads_batched=True)
+
+
 def test_torch_func_takes_the_reference():
     qkv = randn(1, 5, 3 * 32)
     with backends.use_backend("triton"):
