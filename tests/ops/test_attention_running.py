@@ -87,8 +87,11 @@ def test_batched_gradients_are_refused_clearly():
     qkv = randn(1, 5, 3 * 32).requires_grad_()
     with backends.use_backend("triton"):
         out = ops.attention(qkv, 1)
+    upstream = out.new_ones(2, *out.shape)
     with pytest.raises(RuntimeError, match="inside vmap"):
-        torch.autograd.grad(out, qkv, torch.ones(2, *out.shape).to(out), is_grads_batched=True)
+        torch.autograd.grad(out, qkv, upstream, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="inside vmap"):
+        torch.vmap(lambda g: torch.autograd.grad(out, qkv, g)[0])(upstream)
 
 
 def test_torch_func_takes_the_reference():
