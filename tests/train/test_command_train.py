@@ -6,21 +6,14 @@ from fastdeit import cli
 from fastdeit.train.config import FIELDS, load_config
 
 SHORT = [
-    "--threads",
-    "1",
-    "--teacher-epochs",
-    "4",
-    "--epochs",
-    "6",
-    "--warmup-epochs",
-    "1",
-    "--batch-size",
-    "32",
-    "--lr",
-    "3e-3",
+    *("--threads", "1", "--batch-size", "32", "--lr", "4e-3"),
+    *("--teacher-epochs", "2", "--epochs", "4", "--warmup-epochs", "1"),
 ]
-SMALL = ["--model-kwargs", "{patch_size: 8, embed_dim: 96, num_heads: 3, depth: 2}"]
-CHANCE = 10.0
+SMALL = [
+    *("--model-kwargs", "{patch_size: 8, embed_dim: 96, num_heads: 3, depth: 1}"),
+    *("--teacher-model", "regnetx_002", "--teacher-kwargs", "{depth: 8, stem_width: 8}"),
+]
+CHANCE, DEVIATION = 10.0, 1.6  # of guesses at 360 images of 10 classes, in percent
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +35,7 @@ def test_a_shortened_default_run_learns_and_eval_says_the_same(digits_run, capsy
 
     with (digits_run / "summary.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
-    assert all(float(last[f"top1_{head}"]) > 5 * CHANCE for head in ("class", "distillation", "both"))
+    assert all(float(last[f"top1_{head}"]) > CHANCE + 12 * DEVIATION for head in ("class", "distillation", "both"))
     assert cli.main(["eval", "--checkpoint", str(digits_run / "last.safetensors")]) == 0
     assert figures(capsys.readouterr().out) == {
         "class head": f"{float(last['top1_class']):.2f}",
@@ -88,12 +81,12 @@ def test_resume_takes_the_runs_own_configuration(digits_run, capsys):
     assert cli.main(["train", "--resume", "auto", "--output", str(digits_run)]) == 0
     assert cli.main(["train", "--resume", str(digits_run / "last.state.pt")]) == 0
     out = capsys.readouterr().out
-    assert "epoch   6/6" not in out and out.count("both heads together") == 2
+    assert "epoch   4/4" not in out and out.count("both heads together") == 2
 
 
 def test_resume_with_another_field_is_refused(digits_run, capsys):
     assert cli.main(["train", "--resume", str(digits_run / "last.state.pt"), "--lr", "0.5"]) == 2
-    assert "another configuration: lr (0.003 there, 0.5 now)" in capsys.readouterr().err
+    assert "another configuration: lr (0.004 there, 0.5 now)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
