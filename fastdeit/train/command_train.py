@@ -60,9 +60,13 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(source, overrides)
     folder = folder or new_folder(config)
     if args.dry_run:
+        from fastdeit.train.distributed import started_world
         from fastdeit.train.dry_run import describe
 
-        print(describe(config))
+        world = started_world()
+        text = describe(config, world)
+        if world.main:
+            print(text)
         return 0
     if args.measure_data:
         from fastdeit.train.measure import measure_data

@@ -6,21 +6,30 @@ import yaml
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import load_data
 from fastdeit.train.device import select_device
+from fastdeit.train.distributed import SINGLE, World
+from fastdeit.train.engine import share_of_batch
 from fastdeit.train.estimate import describe_needs
+from fastdeit.train.graphs import why_not_captured
 from fastdeit.train.models import create_student
 from fastdeit.train.optimization import Schedule, create_optimizer, parameter_groups
 from fastdeit.train.sampling import EpochBatches
 
 
-def describe(config: Config) -> str:
-    """The resolved configuration, data, schedule, parameter groups and needs. Raises ValueError as `run.train` would."""
+def describe(config: Config, world: World = SINGLE) -> str:
+    """The resolved configuration, data, schedule, parameter groups and needs. Raises ValueError as `run.train` would.
+
+    Args:
+        world: the processes that would train.
+    """
+    share_of_batch(config, world)
     data = load_data(config)
     model = create_student(config, len(data.classes), torch.device("cpu"))
     optimizer = create_optimizer(config, model)
     updates = len(EpochBatches(len(data.train), config.batch_size, config.seed, repeats=config.repeated_aug))
     schedule = Schedule(config, optimizer, max(updates, 1))
     lines = [yaml.safe_dump(config.as_dict(), sort_keys=False)]
-    lines.append(f"device: {select_device(config)}")
+    lines.append(f"device: {select_device(config, world)}" + (f", {world.size} processes" if world.size > 1 else ""))
+    lines.append(_graphs(config, model, world))
     lines.append(
         f"data: {len(data.train)} training and {len(data.val)} validation images of {len(data.classes)} classes; "
         f"{updates} updates of {config.batch_size} images per epoch, {updates * config.epochs} in all"
@@ -36,3 +45,15 @@ def describe(config: Config) -> str:
         lines += [f"    {name}" for name in group.names]
     lines += describe_needs(config, model, len(data.classes), updates * config.epochs)
     return "\n".join(lines)
+
+
+def _graphs(config: Config, model: torch.nn.Module, world: World) -> str:
+    """What cuda_graphs does, or would do if it were on. Where a GPU is merely missing, what it would do on one."""
+    gpu = torch.device("cuda")
+    device = select_device(config, world) if config.device else gpu
+    asked = config.replace(cuda_graphs=True)
+    reason = why_not_captured(asked, device, create_optimizer(config, model, device), world)
+    state = "on" if config.cuda_graphs else "off"
+    where = " on one GPU" if device.type == "cuda" and not torch.cuda.is_available() else ""
+    outcome = "steps can be recorded and replayed" if reason is None else f"steps cannot be recorded: {reason}"
+    return f"cuda_graphs: {state};{where} {outcome}"

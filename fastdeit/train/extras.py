@@ -1,6 +1,6 @@
 """The libraries of the extra `train`, asked for before any work starts."""
 
-import importlib
+from importlib.util import find_spec
 
 LIBRARIES = {
     "torchvision": "torchvision",
@@ -14,11 +14,6 @@ LIBRARIES = {
 
 def check_extras() -> None:
     """Raises ImportError that names every missing library of the extra and how to install it."""
-    missing = []
-    for module, distribution in LIBRARIES.items():
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            missing.append(distribution)
+    missing = [distribution for module, distribution in LIBRARIES.items() if find_spec(module) is None]
     if missing:
-        raise ImportError(f"training needs {', '.join(missing)}: pip install fastdeit[train]")
+        raise ImportError(f"training needs {', '.join(missing)}: pip install 'fastdeit[train]'")

@@ -17,8 +17,11 @@ class ParameterGroup(NamedTuple):
     parameters: int  # elements
 
 
-def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(config: Config, model: nn.Module, device: torch.device | None = None) -> torch.optim.Optimizer:
     """timm's optimizer. Matrices decay; biases, norms, LayerScale, tokens and positions do not.
+
+    Args:
+        device: where it is to run, if that is not where the model is.
 
     Raises:
         ValueError: timm has no such optimizer, or it takes no such arguments.
@@ -26,7 +29,7 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     kwargs: dict[str, Any] = dict(eps=config.opt_eps, betas=tuple(config.opt_betas))
     if "sgd" in config.opt or config.opt in ("momentum", "nesterov"):
         kwargs = dict(momentum=config.opt_betas[0])
-    if config.opt in ("adam", "adamw") and next(model.parameters()).is_cuda:
+    if config.opt in ("adam", "adamw") and (device or next(model.parameters()).device).type == "cuda":
         kwargs["fused"] = True  # one kernel for all parameters, which can be told on the device to leave them alone
     try:
         return timm.optim.create_optimizer_v2(

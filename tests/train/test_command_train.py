@@ -199,6 +199,6 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert cli.main(["train"]) == 2
-    assert capsys.readouterr().err == "fastdeit train: training needs scikit-learn: pip install fastdeit[train]\n"
+    assert capsys.readouterr().err == "fastdeit train: training needs scikit-learn: pip install 'fastdeit[train]'\n"
     assert cli.main(["eval", "--checkpoint", "x"]) == 2
-    assert "pip install fastdeit[train]" in capsys.readouterr().err
+    assert "pip install 'fastdeit[train]'" in capsys.readouterr().err
