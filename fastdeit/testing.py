@@ -38,10 +38,15 @@ def kernel_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def kernel_dtypes() -> list[torch.dtype]:
-    """The dtypes that kernels are tested in here."""
-    dtypes = [torch.float32, torch.float16]
-    return [*dtypes, torch.bfloat16] if torch.cuda.is_available() else dtypes
+def kernel_dtypes(*, products: bool = False) -> list[torch.dtype]:
+    """The dtypes that kernels are tested in here.
+
+    Args:
+        products: of kernels that multiply matrices: on a GPU float32 is the libraries' there.
+    """
+    if not torch.cuda.is_available():
+        return [torch.float32, torch.float16]
+    return [*([] if products else [torch.float32]), torch.float16, torch.bfloat16]
 
 
 @contextlib.contextmanager

@@ -164,3 +164,12 @@ def test_the_hastened_interpreter_patches_what_tritons_own_does(monkeypatch):
     for owner in (tl, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
         names = patched(another, owner)
         assert names and patched(interpreter, owner) == names
+
+
+def test_on_a_gpu_products_are_not_tested_in_float32(monkeypatch):
+    """Attention's kernels refuse it there: PyTorch's own runs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert testing.kernel_dtypes() == [torch.float32, torch.float16, torch.bfloat16]
+    assert testing.kernel_dtypes(products=True) == [torch.float16, torch.bfloat16]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert testing.kernel_dtypes() == testing.kernel_dtypes(products=True) == [torch.float32, torch.float16]

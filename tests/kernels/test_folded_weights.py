@@ -15,7 +15,7 @@ SUBSETS = list(itertools.product((False, True), repeat=3))
 
 
 def randn(*shape, dtype=torch.float32):
-    return torch.randn(*shape, device=DEVICE).to(dtype)
+    return torch.randn(*shape).to(DEVICE, dtype)
 
 
 def folded(weight, bias, column_scale, column_shift, row_scale):

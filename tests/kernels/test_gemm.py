@@ -14,7 +14,7 @@ from fastdeit.kernels.gemm_config import Gemm, Measured, Tile, use_gemm
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes, poisoned_memory
 
 DEVICE = kernel_device()
-DTYPES = [dtype for dtype in kernel_dtypes() if DEVICE.type == "cpu" or dtype != torch.float32]
+DTYPES = kernel_dtypes(products=True)
 TILE = Tile(32, 64, 32)  # small, for the interpreter; a persistent program then owns several
 OURS = ("triton", "tma")
 

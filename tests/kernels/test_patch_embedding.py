@@ -20,7 +20,7 @@ SHAPES = [(1, 1, 1), (3, 5, 7), (2 * IMAGES + 1, 4, 24), (2, 9, ELEMENTS // 4 + 
 
 
 def randn(*shape, dtype=torch.float32):
-    return torch.randn(*shape, device=DEVICE).to(dtype)
+    return torch.randn(*shape).to(DEVICE, dtype)
 
 
 def formula(product, bias, positions, class_token, more_tokens, dtype):

@@ -18,7 +18,7 @@ SHAPES = [(1, 1), (3, 7), (2 * TILE.rows + 1, TILE.columns + 3), (6, 2 * TILE.co
 
 
 def randn(*shape, dtype=torch.float32):
-    return torch.randn(*shape, device=DEVICE).to(dtype)
+    return torch.randn(*shape).to(DEVICE, dtype)
 
 
 def per_row(scale, rows):

@@ -22,7 +22,7 @@ from fastdeit.testing import (
 )
 
 DEVICE = kernel_device()
-DTYPES = [dtype for dtype in kernel_dtypes() if DEVICE.type == "cpu" or dtype != torch.float32]
+DTYPES = kernel_dtypes(products=True)
 ENTRY = Measured(range(100, 400), 768, torch.bfloat16, "mlp", Config("tma", 128, 64, 8, 2))
 # For the interpreter, small and either way of reading the weights.
 CONFIGS = [Config(b, 16, 32, 4, 2) for b in ("tma", "triton")]

@@ -8,7 +8,7 @@ from torch import nn
 from fastdeit import backends
 from fastdeit.kernels.attention_config import HANDED_OVER, Shapes
 from fastdeit.nn import Attention
-from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
+from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 
 def pair(dim=32, heads=2, **kwargs):
@@ -36,8 +36,9 @@ def test_the_fused_forward_is_as_accurate_as_timms(kernels_stood_in, kwargs):
 
 
 def test_the_kernel_is_as_accurate_as_timms_forward():
-    fused, timms = (module.to(kernel_device()) for module in pair(dim=64, heads=2, qkv_bias=True))
-    x = torch.randn(1, 5, 64, device=kernel_device())
+    form = kernel_device(), kernel_dtypes(products=True)[0]
+    fused, timms = (module.to(*form) for module in pair(dim=64, heads=2, qkv_bias=True))
+    x = torch.randn(1, 5, 64).to(*form)
     with backends.use_backend("triton"):
         assert fused.why_not_fused(x) is None
     assert_as_accurate_as_timms(fused, timms, x, "triton")

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdeit import backends
 from fastdeit.nn import Block, TorchLayerNorm
-from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
+from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 FUSED = {"add_layer_norm_attention": 1, "add_layer_norm_mlp": 1}
 
@@ -43,8 +43,9 @@ def test_the_fused_forward_is_as_accurate_as_timms(kernels_stood_in, init_values
 
 @pytest.mark.parametrize("init_values", [None, 0.5])
 def test_kernels_are_as_accurate_as_timms_forward(init_values):
-    fused, timms = (block.to(kernel_device()) for block in pair(64, 2, init_values=init_values))
-    x = torch.randn(2, 5, 64, device=kernel_device())
+    form = kernel_device(), kernel_dtypes(products=True)[0]
+    fused, timms = (block.to(*form) for block in pair(64, 2, init_values=init_values))
+    x = torch.randn(2, 5, 64).to(*form)
     with backends.use_backend("triton"):
         assert [m.why_not_fused(x) for m in (fused, fused.attn, fused.mlp)] == [None] * 3
     assert_block_as_accurate_as_timms(fused, timms, x, backend="triton")

@@ -9,12 +9,14 @@ from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_
 
 DEVICE = kernel_device()
 NAMES = ("x", "branch", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "gamma")
-FORMS = [*((dtype, None) for dtype in kernel_dtypes()), (torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
+DTYPES = kernel_dtypes(products=True)
+FORMS = [*((dtype, None) for dtype in DTYPES), (torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
 form = pytest.mark.parametrize(("dtype", "autocast"), FORMS)
 
 
-def tensors(shape=(3, 9), heads=2, head_dim=32, dtype=torch.float32, autocast=None):
+def tensors(shape=(3, 9), heads=2, head_dim=32, dtype=None, autocast=None):
     """In the order of NAMES. C is not H * D, as in models with pruned heads."""
+    dtype = dtype or (DTYPES[0] if autocast is None else torch.float32)
     channels, width = 40, heads * head_dim
     given = (
         2 * torch.randn(*shape, channels) + 1,
@@ -109,7 +111,7 @@ def test_keeps_x_and_both_statistics_in_one_dtype(kept_bytes):
     given = [t.requires_grad_() for t in tensors((4, 31))]
     with backends.use_backend("triton"):
         kept = kept_bytes(taking_all(ops.add_layer_norm_attention), given, given[2:])
-    assert kept == 4 * 31 * 4 * (40 + 3 * 64 + 64 + 2 + 2)
+    assert kept == 4 * 31 * (DTYPES[0].itemsize * (40 + 3 * 64 + 64) + 4 * (2 + 2))
 
 
 def test_nothing_is_kept_without_gradients(kept_bytes):
@@ -143,9 +145,9 @@ def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, auto
     assert equal(eager, run(as_tuple, given))
 
 
-@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("products", [DTYPES[0], torch.bfloat16])
 def test_registered_op_passes_opcheck(products):
-    x, branch, *parameters = (t.requires_grad_() for t in tensors((2, 3), 1))
+    x, branch, *parameters = (t.requires_grad_() for t in tensors((2, 3), 1, dtype=torch.float32))
     torch.library.opcheck(add_layer_norm_attention_forward, (x, branch, *parameters, None, 1e-6, 1, products))
     torch.library.opcheck(add_layer_norm_attention_forward, (x, None, *parameters, None, 1e-6, 1, products))
 
@@ -200,6 +202,10 @@ def test_empty_batch():
     ],
 )
 def test_bad_input_is_named(change, error, message):
-    given = dict(zip(NAMES, (t.cpu() for t in tensors()), strict=True)) | dict(eps=1e-6, num_heads=2) | change
+    given = (
+        dict(zip(NAMES, (t.cpu() for t in tensors(dtype=torch.float32)), strict=True))
+        | dict(eps=1e-6, num_heads=2)
+        | change
+    )
     with pytest.raises(error, match=message):
         ops.add_layer_norm_attention(**given)

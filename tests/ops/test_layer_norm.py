@@ -14,7 +14,7 @@ DEVICE = kernel_device()
 
 
 def randn(*shape, dtype=torch.float32):
-    return torch.randn(*shape, device=DEVICE).to(dtype)
+    return torch.randn(*shape).to(DEVICE, dtype)
 
 
 def parameters(channels, dtype=torch.float32, count=2):

@@ -9,6 +9,7 @@ from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_
 
 DEVICE = kernel_device()
 DTYPES = kernel_dtypes()
+PRODUCTS = kernel_dtypes(products=True)
 NAMES = ("images", "weight", "bias", "positions", "class_token", "more_tokens")
 
 
@@ -77,7 +78,7 @@ def test_one_input_frozen(frozen):
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(batch=1, size=(1, 1), patch=(1, 1), channels=1),
+        dict(batch=17, size=(1, 1), patch=(1, 1), channels=1),
         dict(batch=5, size=(7, 11), patch=(3, 2), channels=13, colours=1),  # pixels left over
         dict(batch=2, size=(10, 15), patch=(5, 5), channels=130, colours=5),
     ],
@@ -187,7 +188,7 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "squares"])
 def test_a_second_derivative_is_refused_clearly(loss):
-    images, *rest = tensors()
+    images, *rest = tensors(dtype=PRODUCTS[0])
     images.requires_grad_()
     with backends.use_backend("triton"):
         (gradient,) = torch.autograd.grad(loss(ops.patch_embedding(images, *rest)), images, create_graph=True)
