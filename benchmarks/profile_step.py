@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdeit.benchmarks.roofline_table import table
+from fastdeit.benchmarks.timing import device_events
 from fastdeit.benchmarks.whole_model import Model
 from fastdeit.kernels import catalog
 
@@ -88,9 +89,9 @@ def profiled(call: Callable[[], Any], device: torch.device, trace: Path | None =
             torch.cuda.synchronize(device)
     if trace is not None:
         profile.export_chrome_trace(str(trace))
-    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events = [event for event in profile.events() if event.device_type == wanted]
-    return summed((e.name, e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in events)
+    if on_gpu:
+        return summed((e.name, e.self_device_time_total) for e in device_events(profile))
+    return summed((e.name, e.self_cpu_time_total) for e in profile.events())
 
 
 def summed(timed: Iterable[tuple[str, float]]) -> list[Entry]:

@@ -6,7 +6,8 @@ names yet, are asked for. Without a GPU the kernels are interpreted.
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -22,8 +23,8 @@ from fastdeit.kernels.attention_backward import attention_backward
 from fastdeit.testing import kernel_device, kernel_dtypes
 
 
-def calls(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name and the result of each op, which wants a gradient where there is a backward kernel for it."""
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """The name and a call of each op, to be made at once; its result wants a gradient where there is a backward kernel for it."""
 
     def randn(*shape, dtype=dtype):
         return torch.randn(*shape, device=kernel_device()).to(dtype).requires_grad_()
@@ -33,64 +34,93 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     weight, bias, gamma = randn(channels), randn(channels), randn(channels)
     scale = torch.tensor([0.0, 2.0], device=x.device)
     w1, b1, w2, b2 = randn(96, channels), randn(96), randn(channels, 96), randn(channels)
-    yield "layer_norm", ops.layer_norm(x, weight, bias)
-    yield "add_layer_norm", torch.cat(ops.add_layer_norm(x, branch, weight, bias, gamma=gamma, drop_path_scale=scale))
-    yield "attention", ops.attention(randn(2, tokens, 3 * channels), heads)
-    yield "attention, 80", ops.attention(randn(1, tokens, 3 * 80), heads)
+    yield "layer_norm", lambda: ops.layer_norm(x, weight, bias)
+    yield (
+        "add_layer_norm",
+        lambda: torch.cat(ops.add_layer_norm(x, branch, weight, bias, gamma=gamma, drop_path_scale=scale)),
+    )
+    yield "attention", lambda: ops.attention(randn(2, tokens, 3 * channels), heads)
+    yield "attention, 80", lambda: ops.attention(randn(1, tokens, 3 * 80), heads)
     q, k, v = (randn(2, heads, tokens, channels).transpose(1, 2) for _ in range(3))
-    yield "attention_qkv", ops.attention_qkv(q, k, v)
-    yield "mlp", ops.mlp(x, w1, b1, w2, b2)
-    yield "linear", ops.linear(x, w1, b1, activation="gelu")
+    yield "attention_qkv", lambda: ops.attention_qkv(q, k, v)
+    yield "mlp", lambda: ops.mlp(x, w1, b1, w2, b2)
+    yield "linear", lambda: ops.linear(x, w1, b1, activation="gelu")
     options = dict(gamma=gamma, drop_path_scale=scale, residual=x)
-    yield "layer_norm_mlp", ops.layer_norm_mlp(x, weight, bias, 1e-6, w1, b1, w2, b2, **options)
+    yield "layer_norm_mlp", lambda: ops.layer_norm_mlp(x, weight, bias, 1e-6, w1, b1, w2, b2, **options)
     for backend in ("triton", "tma"):
         with gemm_config.use_gemm(backend):
-            yield f"mlp, {backend}", ops.mlp(x, w1, b1, w2, b2)
-            yield f"linear, {backend}", ops.linear(x, w1[:channels], b1[:channels], **options)
+            yield f"mlp, {backend}", lambda: ops.mlp(x, w1, b1, w2, b2)
+            yield f"linear, {backend}", lambda: ops.linear(x, w1[:channels], b1[:channels], **options)
     images, patches, positions = randn(2, 3, 19, 34), randn(channels, 3, 8, 8), randn(1, 10, channels)
     prefix = randn(1, 1, channels), randn(1, 1, channels)
-    yield "patch_embedding", ops.patch_embedding(images, patches, bias, positions, *prefix)
+    yield "patch_embedding", lambda: ops.patch_embedding(images, patches, bias, positions, *prefix)
     narrow = randn(2, tokens, whole_mlp.CHANNELS.value), randn(128, 192), None, randn(192, 128), None
     for config in whole_mlp.candidates(architecture(x)):
         with whole_mlp.use_whole_mlp(config), torch.no_grad():
-            yield f"mlp in one kernel, {config.backend}", ops.mlp(*narrow)
+            yield f"mlp in one kernel, {config.backend}", lambda: ops.mlp(*narrow)
     if dtype != torch.float32:
         yield from descriptor_attention(randn(2, tokens, 3 * channels).detach())
         masters = [randn(*t.shape, dtype=torch.float32) for t in (x, weight, bias, w1, b1, w2, b2)]
         with torch.autocast(x.device.type, dtype):
-            yield "layer_norm_mlp, folded", ops.layer_norm_mlp(*masters[:3], 1e-6, *masters[3:], gamma=masters[2])
+            yield (
+                "layer_norm_mlp, folded",
+                lambda: ops.layer_norm_mlp(*masters[:3], 1e-6, *masters[3:], gamma=masters[2]),
+            )
     target = torch.tensor([1, 40], device=x.device)
     logits = [randn(2, 77) for _ in range(2)]
-    yield "distillation", ops.distillation_cross_entropy(*logits, target, randn(2, 77).detach())
+    yield "distillation", lambda: ops.distillation_cross_entropy(*logits, target, randn(2, 77).detach())
 
 
-def descriptor_attention(qkv: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def descriptor_attention(qkv: torch.Tensor) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """Of one head, forward, and backward in two kernels and in one, where the architecture has them."""
     tokens, arch = qkv.shape[1], architecture(qkv)
     if not has_descriptors(arch):
         return
     many = 1024, 1, tokens, tokens, qkv.shape[2] // 3  # so many samples fill any GPU
     config = attention_config.select_config(*many, qkv.element_size(), arch, multiprocessors(qkv), True)
-    out, lse = attention_forward(qkv, 1, 0.125, config)
-    yield "attention, descriptors", out
+    yield "attention, descriptors", lambda: attention_forward(qkv, 1, 0.125, config)[0]
     for form in (config, replace(config, whole=attention_config.whole_tiles(tokens))):
-        name = "two kernels" if form.whole is None else "one kernel"
-        yield f"its gradient in {name}", attention_backward(torch.ones_like(out), qkv, out, lse, 1, 0.125, form)
+
+        def gradient(form=form):
+            out, lse = attention_forward(qkv, 1, 0.125, form)
+            return attention_backward(torch.ones_like(out), qkv, out, lse, 1, 0.125, form)
+
+        yield f"its gradient in {'two kernels' if form.whole is None else 'one kernel'}", gradient
 
 
-def main() -> None:
+def run(name: str, call: Callable[[], torch.Tensor]) -> bool:
+    """Makes a call and backward of it, and prints how it went: whether it ended, with finite numbers.
+
+    Raises:
+        RuntimeError: the device can be used no more.
+    """
+    began = time.monotonic()
+    try:
+        result = call()
+        if result.requires_grad:
+            result.float().sum().backward()
+        if not result.isfinite().all():
+            raise ArithmeticError("the result is not finite")
+        said = "ok"
+    except Exception as error:
+        said = f"FAILED, {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    print(f"{name}: {said}, {time.monotonic() - began:.1f} s", flush=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return said == "ok"
+
+
+def main() -> int:
+    """1 if one of them failed; the others are run all the same."""
+    held = True
     with backends.use_backend("triton"):
         for dtype in kernel_dtypes():
             if dtype == torch.float32 and torch.cuda.is_available():
                 continue  # IEEE products are the libraries'
-            for name, result in calls(dtype):
-                if result.requires_grad:
-                    result.float().sum().backward()
-                assert result.isfinite().all(), name
-                print(f"{name} {str(dtype).removeprefix('torch.')}", flush=True)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+            for name, call in calls(dtype):
+                held &= run(f"{name} {str(dtype).removeprefix('torch.')}", call)
+    return int(not held)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

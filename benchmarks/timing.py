@@ -295,8 +295,14 @@ def _kernels_of(function: Callable[..., Any], arguments: Sequence[Any]) -> list[
     with torch.profiler.profile(activities=activities) as profile:
         function(*arguments)
         torch.cuda.synchronize()
-    on_device = (e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return [name for name in on_device if not name.startswith(("Memcpy", "Memset"))]
+    return [e.name for e in device_events(profile) if not e.name.startswith(("Memcpy", "Memset"))]
+
+
+def device_events(profile: torch.profiler.profile) -> list[Any]:
+    """What ran on the GPU in a profile. A region that the host gave a name, as an optimizer's step, is on the device's time line as
+    well, over the kernels in it: that is no event of its own."""
+    cuda = torch.autograd.DeviceType.CUDA
+    return [e for e in profile.events() if e.device_type == cuda and not e.is_user_annotation]
 
 
 def _errors(result: Any, oracle: Sequence[Tensor | None]) -> tuple[list[float], list[float]]:

@@ -3,30 +3,23 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastdeit import cli
-from fastdeit.benchmarks import block_counts, profile_step, repeat_step, small_kernels
+from fastdeit.benchmarks import block_counts, profile_step, repeat_step, small_kernels, timing
 from fastdeit.kernels import catalog
 from fastdeit.kernels.catalog import ARCHITECTURES
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
-STAGES = [
-    "install",
-    "small_kernels",
-    "parity",
-    "verify",
-    "graphs",
-    "repeat",
-    "profile",
-    "bench",
-    "memcheck",
-    "racecheck",
-]
-ELSEWHERE = ["small_kernels", "parity", "verify", "graphs", "bench"]  # what these run has tests of its own
+STAGES = ["install", "kernels", "small_kernels", "verify", "repeat", "profile", "train", "bench", "parity", "gpu_tests"]
+STAGES += ["memcheck", "racecheck", "tune"]
+# What these run has tests of its own.
+ELSEWHERE = ["kernels", "small_kernels", "verify", "train", "bench", "parity", "gpu_tests"]
 
 
 def check(folder, *arguments, python=sys.executable):
@@ -45,7 +38,6 @@ def outcomes(folder) -> dict[str, str]:
 def mark_as_passed(folder, names):
     (folder / "log").mkdir(parents=True)
     for name in names:
-        (folder / "log" / f"{name}.passed").touch()
         (folder / "log" / f"{name}.outcome").write_text("passed\n")
         (folder / "log" / f"{name}.seconds").write_text("0\n")
 
@@ -67,16 +59,78 @@ def test_every_stage_runs_once_and_is_summed_up(tmp_path):
     assert again.returncode == 0 and "== install" not in again.stdout and outcomes(tmp_path) == found
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself is what to run")
-def test_a_stage_that_fails_is_said_and_does_not_stop_the_others(tmp_path):
-    mark_as_passed(tmp_path / "out", ["install", *ELSEWHERE, "profile"])
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\n[[ "$*" == *repeat_step* ]] && exit 3\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    found = check(tmp_path / "out", "--toy", python=python)
-    assert found.returncode == 1
-    assert outcomes(tmp_path / "out")["repeat"] == "FAILED: exit code 3"
-    assert list(outcomes(tmp_path / "out")) == STAGES
+# Stands in for a Python with a GPU: notes what it is asked to run, and does as a case of the test says.
+STAND_IN = """#!/bin/bash
+echo "$*" >>"$(dirname "$0")/asked"
+case "$*" in
+    CASES
+esac
+exit 0
+"""
+
+
+@pytest.fixture
+def stood_in(tmp_path):
+    """stood_in(cases, *arguments): the script over a Python whose commands that match a case's pattern do what it says."""
+
+    def run(cases, *arguments):
+        lines = "\n    ".join(f"*'{pattern}'*) {action} ;;" for pattern, action in cases.items())
+        python = tmp_path / "python"
+        python.write_text(STAND_IN.replace("CASES", lines))
+        python.chmod(0o755)
+        (tmp_path / "asked").write_text("")
+        found = check(tmp_path / "out", *arguments, python=python)
+        return found, outcomes(tmp_path / "out"), (tmp_path / "asked").read_text()
+
+    return run
+
+
+def test_a_failed_stage_is_kept_until_it_is_named(stood_in):
+    first, found, asked = stood_in({"repeat_step": "echo why; exit 3", "bench profile": "exit 1"})
+    assert (
+        first.returncode == 1 and found["repeat"] == "FAILED: exit code 3" and found["profile"] == "FAILED: exit code 1"
+    )
+    assert list(found) == STAGES and found["train"] == found["parity"] == "passed" and "tune all" in asked
+    again, kept, asked = stood_in({})
+    assert again.returncode == 1 and kept == found and "repeat_step" not in asked
+    _, found, asked = stood_in({}, "--only", "repeat,profile")
+    assert found["repeat"] == found["profile"] == "passed" and "small_kernels" not in asked
+    assert list(found) == STAGES
+
+
+def test_what_is_not_finished_goes_on(stood_in):
+    """Cases that are left are no failure, nor is the stage done."""
+    left = {"bench report": "echo '## Not measured, the time was over'", "tune all": "echo '2 cases are left'"}
+    first, found, _ = stood_in(left)
+    assert first.returncode == 0
+    assert found["bench"] == found["tune"] == "not finished: the same command goes on"
+    _, found, asked = stood_in({})
+    assert found["bench"] == found["tune"] == "passed"
+    assert "bench quick" in asked and "tune all" in asked and "small_kernels" not in asked
+
+
+def test_a_failed_case_of_the_benchmarks_has_its_report(stood_in, tmp_path):
+    _, found, _ = stood_in({"bench quick": "exit 1", "bench report": "echo '# the tables'"})
+    assert found["bench"] == "FAILED: exit code 1"
+    assert "## the tables" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_the_time_of_a_call_is_kept_and_nothing_is_lost(stood_in):
+    """A stage that the call's end cuts off is begun again by the next; what came before is done."""
+    began = time.monotonic()
+    first, found, _ = stood_in({"small_kernels": "echo one is done; sleep 60"}, "--seconds", "11")
+    assert time.monotonic() - began < 30 and first.returncode == 0
+    assert found["kernels"] == "passed" and found["small_kernels"].startswith("not finished: cut off after 1")
+    assert found["verify"].startswith("not run: the time is over")
+    _, found, asked = stood_in({})
+    assert found["small_kernels"] == found["verify"] == "passed" and "-m fastdeit kernels" not in asked
+
+
+@pytest.mark.parametrize("bad", [["--seconds"], ["--seconds", "0"], ["--seconds", "1e3"], ["--only"]])
+def test_options_without_a_value_are_refused(tmp_path, bad):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    found = subprocess.run(["bash", str(SCRIPT), *bad], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert found.returncode == 2 and "usage: benchmarks/gpu_check.sh" in found.stderr
 
 
 @pytest.mark.parametrize("arguments, message", [(["--fast"], "unknown option --fast"), ([], "PyTorch sees no GPU")])
@@ -89,11 +143,29 @@ def test_what_cannot_be_is_said(tmp_path, arguments, message):
 
 def test_every_kernel_is_among_the_small_ones():
     with block_counts.kernels_left_out() as launched:
-        for _, result in small_kernels.calls(torch.float16):
-            if result.requires_grad:
+        for _, call in small_kernels.calls(torch.float16):
+            if (result := call()).requires_grad:
                 result.float().sum().backward()
     shipped = {row.kernel.__name__ for arch in ARCHITECTURES for row in catalog.shipped(arch)}
     assert shipped <= set(launched)
+
+
+def test_a_small_kernel_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+    def refused():
+        raise ValueError("does not compile\nat line 3")
+
+    def calls(dtype):
+        yield "first", refused
+        yield "second", lambda: torch.full((2,), float("inf"))
+        yield "third", lambda: torch.ones(2, requires_grad=True) * 1
+
+    monkeypatch.setattr(small_kernels, "calls", calls)
+    monkeypatch.setattr(small_kernels, "kernel_dtypes", lambda: [torch.float16])
+    assert small_kernels.main() == 1
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("first float16: FAILED, ValueError: does not compile, ")
+    assert second.startswith("second float16: FAILED, ArithmeticError: the result is not finite")
+    assert third.startswith("third float16: ok")
 
 
 def test_two_runs_of_a_training_step_give_the_same_bits():
@@ -117,6 +189,14 @@ def test_two_runs_of_a_training_step_give_the_same_bits():
 )
 def test_kernels_are_told_apart(kernel, kind):
     assert profile_step.kind_of(kernel) == kind
+
+
+def test_a_region_with_a_name_is_no_kernel():
+    """The device's time line has `Optimizer.step` over the optimizer's kernels: its time would count twice."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    names = [("a_kernel", cuda, False), ("Optimizer.step#AdamW.step", cuda, True), ("aten::mm", cpu, False)]
+    events = [SimpleNamespace(name=n, device_type=d, is_user_annotation=a) for n, d, a in names]
+    assert [e.name for e in timing.device_events(SimpleNamespace(events=lambda: events))] == ["a_kernel"]
 
 
 def test_a_kernels_launches_are_summed():
