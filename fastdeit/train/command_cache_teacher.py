@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, default=1, metavar="N", help="processes of the training that is to use them (default: 1)"
     )
     add_config_arguments(parser)
+    parser.usage = "fastdeit cache-teacher [-h] [--config NAME|FILE] [--labels FILE] [--ranks N] [--FIELD VALUE ...]"
 
 
 def run(args: argparse.Namespace) -> int:

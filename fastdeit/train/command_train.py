@@ -1,6 +1,7 @@
 """`fastdeit train`: trains by a configuration, by default on the digits."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -13,36 +14,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="auto|FILE", help="continue: auto finds the run (or starts one), FILE is its last.state.pt"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()  # of training
+    instead.add_argument(
         "--dry-run",
         action="store_true",
-        help="print configuration, schedule, parameter groups, memory and GPU-hours; train nothing",
+        help="print configuration, schedule, parameter groups, memory, GPU-hours and whether steps can be recorded as a CUDA "
+        "graph; train nothing",
     )
-    parser.add_argument(
+    instead.add_argument(
         "--measure-data",
         action="store_true",
         help="time the loader alone and the training step alone, and say which is the bottleneck; keep nothing",
     )
-    parser.add_argument(
+    instead.add_argument(
         "--throughput",
         action="store_true",
         help="time the training step on synthetic images: the largest batch that fits, or --batch-size; mean of --runs",
     )
     parser.add_argument("--runs", type=int, metavar="N", help="timed runs of --throughput (default: 30)")
     add_config_arguments(parser)
+    parser.usage = (
+        "fastdeit train [-h] [--config NAME|FILE] [--resume auto|FILE]\n"
+        "                      [--dry-run | --measure-data | --throughput [--runs N]] [--FIELD VALUE ...]"
+    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config`, and an option for every field."""
     parser.allow_abbrev = False  # an unknown field must not be taken for a longer one
     parser.add_argument("--config", metavar="NAME|FILE", help="shipped configuration or YAML file (default: digits)")
-    fields = parser.add_argument_group("fields of the configuration, each read as YAML")
+    fields = parser.add_argument_group("fields of the configuration, each read as YAML; by default what --config says")
     for name, field in FIELDS.items():
         option = "--" + name.replace("_", "-")
-        spellings = [option] if "_" not in name else [option, f"--{name}"]
         help_text = field.metadata["help"].replace("%", "%%")
         bare = dict(nargs="?", const="true") if field.type in (bool, "bool") else {}  # --compile is --compile true
-        fields.add_argument(*spellings, dest=f"field_{name}", metavar="VALUE", default=None, help=help_text, **bare)
+        same = dict(dest=f"field_{name}", metavar="VALUE", default=None, **bare)
+        fields.add_argument(option, help=help_text, **same)
+        if "_" in name:  # as in configuration files
+            fields.add_argument(f"--{name}", help=argparse.SUPPRESS, **same)
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, str]:
@@ -85,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"output: {folder} holds a run already; continue it with --resume auto or choose another folder"
         )
+    check_writable(folder)
     return _train(config, folder, resume=bool(args.resume))
 
 
@@ -139,6 +149,15 @@ def folder_to_resume(resume: str, source: str, overrides: dict[str, str]) -> Pat
     if output is not None and Path(output).resolve() != state.parent.resolve():
         raise ValueError(f"output: a run is continued in its own folder, {state.parent}; got {output}")
     return state.parent
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where folder cannot be made or written to, as far as that can be told without trying."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"output: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output: no permission to write into {there}")
 
 
 def holds_run(folder: Path) -> bool:

@@ -198,10 +198,12 @@ def load_config(source: str = "digits", overrides: dict[str, Any] | None = None)
     import yaml
 
     values = _read(source, Path(), ())
-    try:
-        given = {k: yaml.safe_load(v) if _is_yaml(k, v) else v for k, v in (overrides or {}).items()}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: an override is not YAML: {error}") from None
+    given = {}
+    for name, value in (overrides or {}).items():
+        try:
+            given[name] = yaml.safe_load(value) if _is_yaml(name, value) else value
+        except yaml.YAMLError:
+            raise ValueError(f"{name}: {value!r} is not YAML") from None
     return config_from({**values, **given})
 
 
@@ -249,6 +251,16 @@ def _is_yaml(name: str, value: Any) -> bool:
     return _TYPES.get(name) != str | None or value == "null"
 
 
+_EXPECTED: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[float]: "a list of numbers such as [0.5, 1.0]",
+    dict[str, Any]: "a mapping such as {depth: 6}",
+}
+
+
 def _coerce(name: str, value: Any) -> Any:
     """value as the field's type; YAML 1.1 reads 1e-3 as a string."""
     annotation = _TYPES[name]
@@ -271,8 +283,7 @@ def _coerce(name: str, value: Any) -> Any:
             return value
     except (TypeError, ValueError, OverflowError):
         pass
-    described = getattr(kind, "__name__", str(kind)) if kind in (int, float, str, bool) else str(kind)
-    raise ValueError(f"{name}: expected {described}, got {value!r}")
+    raise ValueError(f"{name}: expected {_EXPECTED[kind if kind in _EXPECTED else str]}, got {value!r}")
 
 
 def check(config: Config) -> None:
@@ -353,7 +364,7 @@ def _check_contradictions(c: Config) -> None:
     refuse(
         "warmup_epochs",
         c.epochs <= c.warmup_epochs,
-        f"expected less than epochs ({c.epochs}), got {c.warmup_epochs}",
+        f"expected less than epochs ({c.epochs}), such as 0 for none, got {c.warmup_epochs}",
     )
     refuse("mixup_off_epoch", c.mixup_off_epoch > 0 and not c.mixes, "nothing is mixed, so that nothing can end")
     refuse(

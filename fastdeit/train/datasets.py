@@ -157,9 +157,8 @@ def check_image_folder(root: Path) -> tuple[str, ...]:
 
 
 def train_transform(config: Config) -> Callable[[Image.Image], Any]:
-    """timm's, to a uint8 tensor; erasing and normalisation follow on the device."""
-    first, second, last = timm.data.create_transform(
-        (config.in_chans, config.img_size, config.img_size),
+    """timm's, to a uint8 tensor; erasing and normalisation follow on the device. Raises ValueError for an unknown policy."""
+    options = dict(
         is_training=True,
         scale=tuple(config.scale),
         ratio=tuple(config.ratio),
@@ -176,6 +175,11 @@ def train_transform(config: Config) -> Callable[[Image.Image], Any]:
         use_prefetcher=True,
         separate=True,
     )
+    size = (config.in_chans, config.img_size, config.img_size)
+    try:
+        first, second, last = timm.data.create_transform(size, **options)
+    except (AssertionError, ValueError, KeyError) as error:  # of what the policy's text says, by asserting
+        raise ValueError(f"aa: timm cannot make {config.aa!r}: {error}") from error
     if config.simple_random_crop:
         first.transforms[0] = simple_random_crop(config)
     return transforms.Compose([first, second, last])

@@ -1,5 +1,6 @@
 """Student and teacher, made by timm, and what each head of a model says."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from fastdeit.train.sampling import derive_seed
 
 
 def create_student(
-    config: Config, num_classes: int, device: torch.device, *, initial_weights: bool = False
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    *,
+    initial_weights: bool = False,
+    field: str = "model",
 ) -> nn.Module:
     """The model to train, initialised from the seed, accelerated, on device.
 
     Args:
         initial_weights: start from what config's `pretrained` or `finetune` names, as a new run does; a model that is given
             weights afterwards needs neither.
+        field: of the user's configuration that names the model, for errors.
 
     Raises:
         FileNotFoundError: there is no checkpoint to start from.
@@ -37,7 +44,7 @@ def create_student(
         kwargs["pretrained"] = True
     if _takes_img_size(config.model):
         kwargs["img_size"] = config.img_size
-    model = _create("model", config.model, num_classes, config.in_chans, kwargs)
+    model = _create(field, config.model, num_classes, config.in_chans, kwargs)
     if config.drop_path_uniform:
         set_uniform_drop_path(model, config.drop_path)
     if config.distil_class_token and has_distillation_head(model):
@@ -108,7 +115,10 @@ def create_teacher(config: Config, num_classes: int, device: torch.device) -> nn
     kwargs = dict(config.teacher_kwargs, pretrained=config.teacher_checkpoint is None)
     model = _create("teacher_model", config.teacher_model, num_classes, config.in_chans, kwargs)
     if config.teacher_checkpoint is not None:
-        load_weights(model, Path(config.teacher_checkpoint))
+        try:
+            load_weights(model, Path(config.teacher_checkpoint))
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"teacher_checkpoint: {error}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -167,6 +177,7 @@ def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def _create(field: str, name: str, num_classes: int, in_chans: int, kwargs: dict[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        close = close or difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"{field}: timm has no model {name!r}" + (f"; close: {', '.join(close)}" if close else ""))
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)

@@ -66,9 +66,7 @@ class Schedule:
     def __init__(self, config: Config, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> None:
         self.optimizer = optimizer
         self.updates_per_epoch = updates_per_epoch
-        self.scheduler, _ = timm.scheduler.create_scheduler_v2(
-            optimizer,
-            sched=config.sched,
+        options = dict(
             num_epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
             warmup_lr=config.warmup_lr,
@@ -77,6 +75,10 @@ class Schedule:
             step_on_epochs=not config.sched_on_updates,
             updates_per_epoch=updates_per_epoch,
         )
+        try:
+            self.scheduler, _ = timm.scheduler.create_scheduler_v2(optimizer, sched=config.sched, **options)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"sched: timm cannot make {config.sched!r}: {error}") from error
 
     def set(self, step: int) -> float:
         """Gives the optimizer the learning rate of update `step`, counted from 0, and returns it."""

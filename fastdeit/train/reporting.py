@@ -30,7 +30,7 @@ def write_curves(path: Path, history: Sequence[Mapping[str, Any]], teacher_top1:
     """Loss and top-1 over epochs as PNG."""
     from matplotlib.figure import Figure
 
-    epochs = [row["epoch"] for row in history]
+    epochs = [row["epoch"] + 1 for row in history]  # counted as the lines that a run prints count them
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [row["train_loss"] for row in history], label="training, augmented")
@@ -43,6 +43,7 @@ def write_curves(path: Path, history: Sequence[Mapping[str, Any]], teacher_top1:
         accuracy.axhline(teacher_top1, color="grey", linestyle="--", label="teacher")
     accuracy.set(xlabel="epoch", ylabel="validation top-1 (%)")
     for axes in (loss, accuracy):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     image = io.BytesIO()
@@ -51,7 +52,8 @@ def write_curves(path: Path, history: Sequence[Mapping[str, Any]], teacher_top1:
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
-    top1 = "  ".join(f"{name} {row[f'top1_{name}']:.2f}" for name in READOUTS if f"top1_{name}" in row)
+    found = {name: f"{row[f'top1_{name}']:.2f}" for name in READOUTS if f"top1_{name}" in row}
+    top1 = found.get("top1") or "  ".join(f"{name} {value}" for name, value in found.items())
     return f"epoch {row['epoch'] + 1:>3}/{epochs}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  top-1: {top1}"
 
 

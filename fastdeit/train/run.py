@@ -62,7 +62,7 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
         teacher, labels, teacher_fit = None, None, None
         if config.distillation_type != "none" and config.teacher_epochs:
             own = teacher_config(config)
-            teacher = create_student(own, len(data.classes), device)
+            teacher = create_student(own, len(data.classes), device, field="teacher_model")
             teacher_fit = Fit("teacher", own, data, teacher, None, folder / "teacher", resume, world, stop)
         elif config.teacher_cache is not None:
             labels = CachedTeacher(config, data, device, world.size)

@@ -97,6 +97,8 @@ def test_resume_with_another_field_is_refused(digits_run, capsys):
         (["--config", "nothing"], "config: 'nothing' is neither a file nor one of"),
         (["--data", "nowhere"], "data: nowhere is neither `digits` nor a folder"),
         (["--device", "cuda:99"], "device: cuda:99 is not there"),
+        (["--model-kwargs", "{depth: x"], "model_kwargs: '{depth: x' is not YAML"),
+        (["--output", f"{__file__}/run"], f"output: {__file__} is a file, expected a folder"),
     ],
 )
 def test_bad_arguments_are_one_line_and_write_nothing(arguments, message, tmp_path, monkeypatch, capsys):
@@ -105,6 +107,31 @@ def test_bad_arguments_are_one_line_and_write_nothing(arguments, message, tmp_pa
     err = capsys.readouterr().err
     assert err.startswith("fastdeit train: ") and message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--aa", "nope"], "aa: timm cannot make 'nope'"),
+        (["--sched", "nope"], "sched: timm cannot make 'nope'"),
+        (["--opt", "nope"], "opt: timm cannot make 'nope'"),
+        (["--model", "deit_tiny_patch16_225"], "model: timm has no model 'deit_tiny_patch16_225'; close: deit_tiny"),
+        (["--teacher-model", "regnety_2"], "teacher_model: timm has no model 'regnety_2'; close: regnety"),
+        (["--teacher-epochs", "0", "--teacher-checkpoint", "no.pt"], "teacher_checkpoint: no.pt: no such checkpoint"),
+    ],
+)
+def test_what_timm_does_not_know_is_named_and_nothing_is_written(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastdeit train: ") and message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_one_thing_can_be_done_instead_of_training(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--dry-run", "--throughput"])
+    assert "--throughput: not allowed with argument --dry-run" in capsys.readouterr().err
 
 
 def test_a_run_that_its_file_places_is_not_overwritten_either(tmp_path, capsys):

@@ -88,15 +88,15 @@ def test_an_unknown_configuration_is_refused_with_the_list():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("epochs", "many", "epochs: expected int, got 'many'"),
-        ("epochs", 2.5, "epochs: expected int, got 2.5"),
+        ("epochs", "many", "epochs: expected an integer, got 'many'"),
+        ("epochs", 2.5, "epochs: expected an integer, got 2.5"),
         ("epochs", 0, "epochs: expected a value at least 1, got 0"),
         ("lr", float("nan"), "lr: expected a value more than 0, got nan"),
-        ("accelerate", "perhaps", "accelerate: expected bool"),
+        ("accelerate", "perhaps", "accelerate: expected true or false"),
         ("drop_path", 1.5, "drop_path: expected a value from 0 to 1"),
         ("distillation_type", "warm", "distillation_type: expected one of none, soft, hard"),
         ("precision", "fp8", "precision: expected one of auto, fp32, bf16"),
-        ("epochs", float("inf"), "epochs: expected int, got inf"),
+        ("epochs", float("inf"), "epochs: expected an integer, got inf"),
         ("scale", [0.9, 0.5], r"scale: expected \[low, high\] with 0 < low <= high"),
         ("std", [0.2, 0, 0.2], "std: expected values more than 0"),
         ("opt_betas", [0.9, 1], "opt_betas: expected values from 0 to less than 1"),
@@ -105,7 +105,7 @@ def test_an_unknown_configuration_is_refused_with_the_list():
         ("crop_mode", "middle", "crop_mode: expected one of center, squash, border"),
         ("cutmix_minmax", [0.5], r"cutmix_minmax: expected 2 value\(s\)"),
         ("mean", [0.5], r"mean: expected 3 value\(s\)"),
-        ("model_kwargs", [1], "model_kwargs: expected dict"),
+        ("model_kwargs", [1], "model_kwargs: expected a mapping"),
     ],
 )
 def test_a_bad_value_is_named(field, value, message):

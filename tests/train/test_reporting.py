@@ -2,7 +2,7 @@
 
 import csv
 
-from fastdeit.train.reporting import results_table, write_curves, write_summary
+from fastdeit.train.reporting import epoch_line, results_table, write_curves, write_summary
 
 HISTORY = [
     dict(epoch=e, train_loss=2.0 - e, val_loss=1.5 - e, top1_class=50.0 + e, top1_distillation=51.0, top1_both=52.0)
@@ -21,6 +21,11 @@ def test_the_table_has_a_row_per_readout_and_a_column_per_set_of_weights():
         ["distillation", "head", "96.12", "96.12"],
         ["both", "heads", "together", "97.00", "98.00"],
     ]
+
+
+def test_a_line_has_every_readout_and_a_lone_one_without_its_name():
+    assert epoch_line(dict(HISTORY[0], lr=0.1), 2).endswith("top-1: class 50.00  distillation 51.00  both 52.00")
+    assert epoch_line(dict(epoch=0, train_loss=1.0, lr=0.1, top1_top1=97.0), 2).endswith("top-1: 97.00")
 
 
 def test_the_summary_reads_back(tmp_path):
