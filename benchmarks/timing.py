@@ -106,6 +106,7 @@ def measure(
     different: Collection[str] = (),
     candidate_seconds: float = math.inf,
     deadline: float = math.inf,
+    profiled: bool = True,
 ) -> list[Row]:
     """Times every candidate on the same inputs, interleaved.
 
@@ -118,15 +119,16 @@ def measure(
             One with fewer rows than the result is compared with the result's first rows.
         different: candidates that are known to compute something else, and are not compared.
         candidate_seconds: a candidate that takes longer to set up is a row that says so.
-        deadline: of time.monotonic(), after which nothing more is set up.
+        deadline: of time.monotonic(), after which nothing more is set up, or profiled.
+        profiled: name the kernels of each candidate, which takes a profile of each.
     """
     try:
-        return _measured(candidates, inputs, turns, expected, different, candidate_seconds, deadline)
+        return _measured(candidates, inputs, turns, expected, different, candidate_seconds, deadline, profiled)
     finally:
         _release()
 
 
-def _measured(candidates, inputs, turns, expected, different, candidate_seconds, deadline) -> list[Row]:
+def _measured(candidates, inputs, turns, expected, different, candidate_seconds, deadline, profiled) -> list[Row]:
     side = torch.cuda.Stream() if torch.cuda.is_available() else None
     # Off the default stream for good: backward runs where its forward ran, and the default stream cannot be captured.
     with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
@@ -152,7 +154,8 @@ def _measured(candidates, inputs, turns, expected, different, candidate_seconds,
             timer.run = None  # a captured graph holds its memory, which the plain call of the profile needs
         _release()
         for timer in timers:
-            timer.profile()
+            if profiled and time.monotonic() < deadline:
+                timer.profile()
         _wait()
     return [timer.row for timer in timers]
 

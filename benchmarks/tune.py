@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from fastdeit.benchmarks import timing, tuning_tables
+from fastdeit.benchmarks.compile_ahead import compile_ahead
+from fastdeit.benchmarks.tuning_journal import DEVICE_LOST, DeviceLostError, Journal
 
 OPS = ("attention", "layer_norm", "mlp")
 
@@ -44,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures what is not measured yet, prints the tables and returns 0, also where time ran out.
+    """Measures what is not measured yet, prints the tables and returns 0, also where time ran out; `DEVICE_LOST` where a candidate
+    took the device down, after which the same command goes on without it.
 
     Raises:
         ValueError: there is no GPU and --toy was not asked for, or --seconds is not positive.
@@ -62,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value))
     left = 0
     for op in OPS if args.op == "all" else (args.op,):
-        done, missing = _tune(op, args.out / f"tune_{op}.jsonl", environment, deadline, args.toy)
+        try:
+            done, missing = _tune(op, args.out / f"tune_{op}.jsonl", environment, deadline, args.toy)
+        except DeviceLostError as lost:
+            print(f"{lost}. The same command goes on without it", file=sys.stderr, flush=True)
+            return DEVICE_LOST
         left += missing
         print(f"\n{tuning_tables.table(op, done)}\n" if done else f"\n# {op}: nothing measured yet\n")
     if args.toy:
@@ -76,13 +83,16 @@ def _tune(op: str, file: Path, environment: dict[str, Any], deadline: float, toy
     """The results of all cases that are done, and how many are not."""
     from fastdeit.benchmarks import tuning_cases
 
-    known, done, left = _finished(file, environment), [], 0
-    for case in tuning_cases.cases(op, toy):
-        labels = [c.label for c in case.candidates]
+    known, done, left, journal = _finished(file, environment), [], 0, Journal(file)
+    cases = [(case, [c.label for c in case.candidates]) for case in tuning_cases.cases(op, toy)]
+    if not toy:
+        missing = [case.name for case, labels in cases if known.get(case.name, {}).get("labels") != labels]
+        compile_ahead(op, missing, time.monotonic() + 0.4 * (deadline - time.monotonic()))
+    for case, labels in cases:
         result = known.get(case.name)
         if result is None or result["labels"] != labels:
             try:
-                rows = _measure(case, deadline, toy)
+                rows = _measure(case, deadline, toy, journal)
             except _OutOfTime:
                 left += 1
                 continue
@@ -92,7 +102,7 @@ def _tune(op: str, file: Path, environment: dict[str, Any], deadline: float, toy
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(result | {"environment": environment}) + "\n")
         done.append(result)
-        print(_summary(result))
+        print(_summary(result), flush=True)
     return done, left
 
 
@@ -111,8 +121,12 @@ def _finished(file: Path, environment: dict[str, Any]) -> dict[str, dict]:
         raise ValueError(f"{file}: expected what fastdeit tune wrote ({error!r})") from error
 
 
-def _measure(case, deadline: float, toy: bool) -> list[dict[str, Any]]:
-    """Checks every candidate, which also compiles it, then times those that are right, with the peers among them."""
+def _measure(case, deadline: float, toy: bool, journal: Journal) -> list[dict[str, Any]]:
+    """Checks every candidate, which also compiles it, then times those that are right, with the peers among them.
+
+    Raises:
+        DeviceLostError: one of them took the device down.
+    """
     refused, right = {}, {}
     if time.monotonic() >= deadline:
         raise _OutOfTime
@@ -120,19 +134,44 @@ def _measure(case, deadline: float, toy: bool) -> list[dict[str, Any]]:
     for candidate in case.candidates:
         if time.monotonic() >= deadline:
             raise _OutOfTime
+        at = case.name, candidate.label
+        if at in journal.lost:
+            refused[candidate.label] = "failed: an earlier run ended at it"
+            continue
         try:
-            _check(candidate, *expected)
+            with journal.at(*at):
+                _check(candidate, *expected)
             right[candidate.label] = torch.no_grad()(candidate.run)
         except AssertionError as error:
             refused[candidate.label] = f"wrong: {error}"
         except Exception as error:  # more shared memory than there is, say
             refused[candidate.label] = f"failed: {type(error).__name__}: {error}"
+            journal.check_device(*at)
     before = timing.clocks()
-    rows = timing.measure(right | case.peers, lambda: case.inputs(case.batch), turns=2 if toy else 20)
+    rows = _timed(case, right, 2 if toy else 20, journal)
     rows += [timing.Row(label, status=status) for label, status in refused.items()]
     about = {c.label: dict(part=c.part, config=repr(c.config), present=c.present) for c in case.candidates}
     clocks = [before, timing.clocks()]
     return [asdict(row) | about.get(row.candidate, dict(part="peer")) | {"clocks": clocks} for row in rows]
+
+
+def _timed(case, right: dict[str, Any], turns: int, journal: Journal) -> list[timing.Row]:
+    """The rows of the candidates that are right, and of the peers: at full size one may fail that little data did not."""
+    last = ["its inputs"]  # whose launches were accepted; what is wrong with them shows when the device is waited for
+
+    def noted(label, run):
+        def candidate(*arguments):
+            result = run(*arguments)
+            last[:] = [label]
+            return result
+
+        return candidate
+
+    candidates = {label: noted(label, run) for label, run in (right | case.peers).items()}
+    try:
+        return timing.measure(candidates, lambda: case.inputs(case.batch), turns=turns, profiled=False)
+    finally:
+        journal.check_device(case.name, *last)
 
 
 def _expected(case) -> tuple[tuple, tuple, tuple, float]:

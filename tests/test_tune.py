@@ -1,12 +1,16 @@
 """`fastdeit tune`: without a GPU the whole flow runs on tiny shapes, with kernels interpreted."""
 
+import io
 import json
+import os
+import subprocess
 
 import pytest
 import torch
 
 from fastdeit import cli
-from fastdeit.benchmarks import timing, tune, tuning_cases
+from fastdeit.benchmarks import compile_ahead, timing, tune, tuning_cases
+from fastdeit.benchmarks.tuning_journal import DEVICE_LOST, Journal
 from fastdeit.kernels import gemm_config, linear, mlp, whole_mlp
 from fastdeit.kernels.attention_config import Tiles
 from fastdeit.kernels.gemm import fits
@@ -73,10 +77,11 @@ def test_time_that_is_over_leaves_the_cases_for_later(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_candidate_is_not_timed(monkeypatch):
+def test_a_wrong_candidate_is_not_timed(monkeypatch, tmp_path):
     right = mlp.activation_forward
     monkeypatch.setattr(mlp, "activation_forward", lambda z, a, c: right(z, a, c) * (1.1 if c.num_warps == 1 else 1.0))
-    rows = tune._measure(next(tuning_cases.cases("mlp", True)), float("inf"), toy=True)
+    case, journal = next(tuning_cases.cases("mlp", True)), Journal(tmp_path / "tune_mlp.jsonl")
+    rows = tune._measure(case, float("inf"), True, journal)
     status = {"num_warps=1)" in row["config"]: row for row in rows}
     assert status[False]["status"] == "ok"
     assert status[True]["status"].startswith("wrong: result 0") and status[True]["median_us"] is None
@@ -154,3 +159,123 @@ def test_bad_arguments_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["tune", "softmax"])
     assert "softmax" in capsys.readouterr().err
+
+
+def one_case(**runs) -> tuning_cases.Case:
+    """A case of candidates by name, whose result is their input."""
+    candidates = [tuning_cases.Candidate("config", name, run, False) for name, run in runs.items()]
+    return tuning_cases.Case("a case", "all", 1, 2, lambda n: (torch.ones(n, 2),), lambda x: (x,), candidates)
+
+
+@pytest.fixture
+def losable(monkeypatch):
+    """A device that can be lost: losable["lost"] = True."""
+    state = {"lost": False}
+
+    def synchronize():
+        if state["lost"]:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    return state
+
+
+@pytest.mark.parametrize("where", ["check", "timing"])
+def test_a_candidate_that_takes_the_device_down_is_run_once(tmp_path, monkeypatch, losable, where):
+    """Whatever ran after it would fail as well, and stand in the results for good."""
+
+    def breaks(x):
+        losable["lost"] = True
+        if where == "check":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return (x,)
+
+    def measured(candidates, inputs, **_):
+        for run in candidates.values():
+            run(*inputs())
+        return [timing.Row(name, median_us=1.0) for name in candidates]
+
+    def same(x):
+        losable["lost"] = losable["lost"] and where == "check"
+        return (x,)
+
+    case = one_case(first=same, breaks=breaks, last=same)
+    monkeypatch.setattr(timing, "measure", measured)
+    monkeypatch.setattr(timing, "clocks", dict)
+    if where == "timing":
+        monkeypatch.setattr(tune, "_check", lambda *_: None)
+        case.candidates.pop()  # whose call a lost device would refuse
+    monkeypatch.setattr(tuning_cases, "cases", lambda *_: [case])
+    file = tmp_path / "tune_mlp.jsonl"
+    with pytest.raises(
+        tune.DeviceLostError, match="a case: the device was lost to config breaks: CUDA error: an illegal"
+    ):
+        tune._tune("mlp", file, {}, float("inf"), True)
+    losable["lost"] = False
+    ((result,), left) = tune._tune("mlp", file, {}, float("inf"), True)
+    assert left == 0
+    assert {row["candidate"]: row["status"] for row in result["rows"]}[
+        "config breaks"
+    ] == "failed: an earlier run ended at it"
+    assert json.loads(file.read_text())["case"] == "a case"
+
+
+def test_a_lost_device_ends_the_command_so_that_it_goes_on(tmp_path, monkeypatch, capsys):
+    def lost(*_):
+        raise tune.DeviceLostError("a case: the device was lost to x")
+
+    monkeypatch.setattr(tune, "_tune", lost)
+    assert toy("mlp", tmp_path) == DEVICE_LOST == 70
+    assert "a case: the device was lost to x. The same command goes on without it" in capsys.readouterr().err
+
+
+def test_a_candidate_that_a_process_ended_at_is_not_run_again(tmp_path):
+    """Killed in a hang, say. What Python can handle is no loss."""
+    file = tmp_path / "tune_mlp.jsonl"
+    with pytest.raises(KeyboardInterrupt), Journal(file).at("a case", "slow"):
+        raise KeyboardInterrupt
+    entered = Journal(file).at("a case", "hangs")
+    entered.__enter__()
+    assert Journal(file).lost == Journal(file).lost == {("a case", "hangs")}
+
+
+def test_shares_of_the_candidates_are_compiled_whatever_fails(monkeypatch):
+    ran = []
+
+    def refused(x):
+        ran.append("refused")
+        raise ValueError
+
+    noted = {name: lambda x, name=name: ran.append(name) for name in ("a", "b", "c")}
+    other = one_case(never=lambda x: ran.append("never"))
+    case = one_case(a=noted["a"], refused=refused, b=noted["b"], c=noted["c"])
+    monkeypatch.setattr(tuning_cases, "cases", lambda *_: [tuning_cases.replace(other, name="done"), case])
+    for share in range(2):
+        compile_ahead.run_share("mlp", share, 2, ["a case"])
+    assert sorted(ran) == ["a", "b", "c", "refused"]
+
+
+@pytest.mark.parametrize("cores, expected", [(1, 0), (2, 0), (4, 3), (64, compile_ahead.PROCESSES)])
+def test_compiling_ahead_takes_the_cores_and_keeps_its_time(monkeypatch, capsys, cores, expected):
+    started, killed = [], []
+
+    class Child:
+        def __init__(self, command, **_):
+            started.append(command[-2:])
+            self.stdin = io.BytesIO()
+
+        def wait(self, timeout=None):
+            if timeout is not None:
+                raise subprocess.TimeoutExpired("", timeout)
+
+        def kill(self):
+            killed.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    compile_ahead.compile_ahead("mlp", ["a case"], 0.0)
+    assert started == [[str(share), str(expected)] for share in range(expected)] and len(killed) == expected
+    started.clear()
+    compile_ahead.compile_ahead("mlp", [], 0.0)
+    assert not started
