@@ -11,6 +11,7 @@ from fastdeit.ops import attention_op
 from fastdeit.ops.branch_ends import (
     Norm,
     Start,
+    check_end,
     check_start,
     end_forward,
     end_parameter_gradients,
@@ -80,8 +81,9 @@ def add_layer_norm_attention(
             no int.
         ValueError: a shape or device does not fit, or eps is negative or NaN.
     """
-    check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps, gamma, proj_weight)
+    check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps)
     _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
+    check_end(x, gamma, proj_weight)
     head_dim = qkv_weight.shape[0] // (3 * num_heads)
     if why_reference(x, head_dim) is not None or not (branch is None or _kernel_dtype(branch)):
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
@@ -147,8 +149,8 @@ def _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads) -> None:
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
         backends.check_multiplied(x, name, tensor)
-    rows = qkv_weight.shape[0]
-    if qkv_weight.dim() != 2 or rows == 0 or rows % (3 * num_heads) or qkv_weight.shape[1] != x.shape[-1]:
+    rows = qkv_weight.shape[0] if qkv_weight.dim() == 2 else 0
+    if rows == 0 or rows % (3 * num_heads) or qkv_weight.shape[1] != x.shape[-1]:
         given = tuple(qkv_weight.shape)
         raise ValueError(f"qkv_weight: expected shape (3 * {num_heads} * D, {x.shape[-1]}), got {given}")
     if proj_weight.dim() != 2 or proj_weight.shape[1] != rows // 3:

@@ -10,6 +10,7 @@ from fastdeit.ops.branch_ends import (
     Dtypes,
     Norm,
     Start,
+    check_end,
     check_start,
     end_forward,
     end_parameter_gradients,
@@ -83,8 +84,9 @@ def add_layer_norm_mlp(
         TypeError: an argument is not a floating-point tensor, or weights differ from x in dtype outside autocast.
         ValueError: a shape or device does not fit, eps is negative or NaN, or activation is unknown.
     """
-    check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps, gamma, w2)
+    check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps)
     _check_mlp(x, w1, b1, w2, b2, activation)
+    check_end(x, gamma, w2)
     if why_reference(x) is not None or not (branch is None or _kernel_dtype(branch)):
         options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
         return add_layer_norm_mlp_reference(x, branch, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)

@@ -49,13 +49,17 @@ def folds(products: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor |
     return products != torch.float32 and all(t.dtype == torch.float32 for t in masters)
 
 
-def check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps, gamma, end_weight) -> None:
-    """Raises for what of a branch op's arguments is not its own layers'."""
-    _check(x, norm_weight, norm_bias, eps, None)
+def check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps) -> None:
+    """Raises for what of a branch op's arguments comes before its own layers'."""
+    _check(x, norm_weight, norm_bias, eps, None, names=("norm_weight", "norm_bias"))
     if branch is not None:
         _check_branch(x, branch, None, drop_path_scale)
     elif drop_path_scale is not None:
         raise ValueError("drop_path_scale: expected None without a branch to scale, got a tensor")
+
+
+def check_end(x, gamma, end_weight) -> None:
+    """Raises for what comes after its own layers', the last of which has been found right."""
     if gamma is None:
         return
     if not isinstance(gamma, Tensor) or not gamma.is_floating_point():

@@ -38,6 +38,10 @@ def check_options(options: Options) -> None:
             raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {given!r}")
     if options.kind == "none" and options.base == "none":
         raise ValueError("kind, base: expected at least one term, got 'none' for both")
+    for name in ("alpha", "tau", "label_smoothing"):
+        given = getattr(options, name)
+        if isinstance(given, bool) or not isinstance(given, (int, float, torch.SymFloat)):
+            raise TypeError(f"{name}: expected a number, got {type(given).__name__}")
     if not 0 <= options.alpha <= 1:
         raise ValueError(f"alpha: expected a weight in [0, 1], got {options.alpha}")
     if not 0 < options.tau < math.inf:

@@ -71,7 +71,7 @@ def layer_norm_mlp(
         TypeError: an argument is not a floating-point tensor, or weights differ from x in dtype outside autocast.
         ValueError: a shape or device does not fit, eps is negative or NaN, or activation is unknown.
     """
-    _check_layer_norm(x, norm_weight, norm_bias, eps, None)
+    _check_layer_norm(x, norm_weight, norm_bias, eps, None, names=("norm_weight", "norm_bias"))
     _check_mlp(x, w1, b1, w2, b2, activation)
     _check(x, w2, gamma, drop_path_scale, residual)
     if why_reference(x) is not None:

@@ -136,14 +136,18 @@ def _default_out_dtype(x: Tensor | torch.dtype, device_of: Tensor | None = None)
 # ---- argument checks
 
 
-def _check(x, weight, bias, eps, out_dtype) -> None:
+def _check(x, weight, bias, eps, out_dtype, names=("weight", "bias")) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    for name, parameter in zip(names, (weight, bias), strict=True):
         _check_vector(name, parameter, x)
-    if not 0 <= eps < math.inf:  # a comparison, since compiled code can hold eps as a symbol
+    if isinstance(eps, bool) or not isinstance(
+        eps, (int, float, torch.SymFloat)
+    ):  # compiled code can hold it as a symbol
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite value >= 0, got {eps}")
     if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
         raise TypeError(f"out_dtype: expected a floating-point dtype or None, got {out_dtype}")
@@ -160,6 +164,8 @@ def _check_branch(x, branch, gamma, drop_path_scale) -> None:
         raise ValueError(f"branch: expected device {x.device} as x has, got {branch.device}")
     _check_vector("gamma", gamma, x)
     if drop_path_scale is not None:
+        if not isinstance(drop_path_scale, Tensor):
+            raise TypeError(f"drop_path_scale: expected a tensor or None, got {type(drop_path_scale).__name__}")
         if drop_path_scale.dtype != torch.float32 and drop_path_scale.dtype != torch.float64:
             raise TypeError(f"drop_path_scale: expected float32, got {drop_path_scale.dtype}")
         if x.dim() < 2 or drop_path_scale.shape != x.shape[:1]:

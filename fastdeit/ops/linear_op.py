@@ -85,7 +85,7 @@ def why_reference(x: Tensor) -> str | None:
 
 
 def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> None:
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     required = {"x": x, "weight": weight}
     optional = {"bias": bias, "gamma": gamma, "residual": residual, "drop_path_scale": drop_path_scale}

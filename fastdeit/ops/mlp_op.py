@@ -60,7 +60,7 @@ def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
 
 
 def _check(x, w1, b1, w2, b2, activation) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     for name, tensor in (("x", x), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if tensor is None and name in ("b1", "b2"):
@@ -73,9 +73,11 @@ def _check(x, w1, b1, w2, b2, activation) -> None:
         backends.check_multiplied(x, name, tensor)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
-    for name, weight, columns in (("w1", w1, x.shape[-1]), ("w2", w2, w1.shape[0])):
+    columns = x.shape[-1]
+    for name, weight in (("w1", w1), ("w2", w2)):
         if weight.dim() != 2 or weight.shape[1] != columns:
             raise ValueError(f"{name}: expected shape (rows, {columns}), got {tuple(weight.shape)}")
+        columns = weight.shape[0]
     for name, bias, weight in (("b1", b1, w1), ("b2", b2, w2)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")

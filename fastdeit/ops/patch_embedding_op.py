@@ -27,8 +27,8 @@ def patch_embedding(
     Args:
         images: (B, K, H, W), a float dtype, any strides. Patches do not overlap; what is left over at the right and at the bottom
             is not read.
-        weight: (C, K, P, Q), a convolution's, of patches of P x Q pixels. Outside autocast of the images' dtype.
-        bias: (C,) or None.
+        weight: (C, K, P, Q), a convolution's, of patches of P x Q pixels; bias: (C,) or None. Outside autocast of the images'
+            dtype.
         positions: (1, tokens, C), or (1, patches, C) to be added to the patches alone, or None.
         class_token: (1, 1, C) or None.
         more_tokens: (1, any number, C) or None: the distillation token (Touvron et al. 2021, section 4), or registers.
@@ -37,7 +37,7 @@ def patch_embedding(
         (B, tokens, C): the prefix tokens, then the patches row by row, in the dtype that PyTorch's promotion gives the formula.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or outside autocast weight has not the images' dtype.
+        TypeError: an argument is not a floating-point tensor, or outside autocast weight or bias has not the images' dtype.
         ValueError: a shape or device does not fit.
     """
     _check(images, weight, bias, positions, class_token, more_tokens)
@@ -91,8 +91,9 @@ def _check(images, weight, bias, positions, class_token, more_tokens) -> None:
         raise ValueError(f"images: expected shape (B, K, H, W), got {tuple(images.shape)}")
     if weight.dim() != 4 or weight.shape[1] != images.shape[1]:
         raise ValueError(f"weight: expected shape (C, {images.shape[1]}, P, Q), got {tuple(weight.shape)}")
-    if weight.dtype != images.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise TypeError(f"weight: expected {images.dtype} as images has, got {weight.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != images.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(f"{name}: expected {images.dtype} as images has, got {tensor.dtype}")
     (height, width), (rows, columns) = images.shape[2:], weight.shape[2:]
     if height < rows or width < columns:
         raise ValueError(f"images: expected at least {rows} x {columns} pixels, a patch, got {height} x {width}")
