@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_subparsers(dest="mode", metavar="MODE")
     for name, (total, _, _) in RUNS.items():
         about = "each suite's most important cases" if name == "quick" else "all cases, the most important first"
-        mode = modes.add_parser(name, help=f"{about}, in at most {total / 60:.0f} minutes", description=about)
+        mode = modes.add_parser(
+            name,
+            help=f"{about}, in at most {total / 60:.0f} minutes" + (" (default)" if name == "quick" else ""),
+            description=about,
+        )
         _add_run_arguments(mode, total)
         if name == "quick":
             parser.set_defaults(**vars(mode.parse_args([])) | {"mode": name})  # of `fastdeit bench` alone

@@ -105,6 +105,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Benchmark], list[str]]:
     Raises:
         ValueError: it is neither.
     """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such folder or file; expected results that fastdeit bench wrote")
     try:
         if path.is_file():
             benchmarks = _checked(json.loads(path.read_text(encoding="utf-8")))

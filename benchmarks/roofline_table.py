@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0
     print(
-        f"Roofline at {args.tflops:g} TFLOP/s and {args.tbps:g} TB/s, batches of {args.batch_size}: arithmetic, not measurements.\n"
+        f"Roofline at {args.tflops:g} TFLOP/s and {args.tbps:g} TB/s, batches of {args.batch_size}, in "
+        f"{'milliseconds of a training step' if args.parts else 'images a second'}: arithmetic, not measurements.\n"
     )
     print(table(found))
     return 0

@@ -38,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
     device = explain_command.device(args.device)
     amp = args.amp or ("bfloat16" if device.type == "cuda" and args.dtype is None else None)
     batch = (32 if device.type == "cuda" else 2) if args.batch_size is None else args.batch_size
-    if batch < 1:
-        raise ValueError(f"--batch-size: expected a positive number, got {batch}")
+    for option, value in (("batch-size", batch), ("img-size", args.img_size), ("num-classes", args.num_classes)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option}: expected a positive number, got {value}")
     torch.manual_seed(0)
     model = _model(args).to(device, DTYPES[args.dtype or "float32"]).eval()
     side = args.img_size or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
@@ -71,6 +72,8 @@ def _model(args: argparse.Namespace) -> nn.Module:
             load_checkpoint(model, str(args.checkpoint))
         except RuntimeError as error:  # what load_state_dict says of keys and shapes
             raise ValueError(f"--checkpoint: {args.checkpoint} does not fit {args.model}: {error}") from None
+        except Exception as error:  # what is raised depends on the format and on where the file ends
+            raise ValueError(f"--checkpoint: {args.checkpoint} cannot be read: {error!r}") from error
     return model
 
 

@@ -80,11 +80,16 @@ def test_what_could_not_be_timed_is_said():
     [
         (["deit_tini_patch16_224"], "close to it: deit_tiny_patch16_224"),
         (["deit_tiny_patch16_224", "--batch-size", "0"], "--batch-size: expected a positive number, got 0"),
+        (["deit_tiny_patch16_224", "--img-size", "0"], "--img-size: expected a positive number, got 0"),
+        (["deit_tiny_patch16_224", "--num-classes", "-1"], "--num-classes: expected a positive number, got -1"),
+        (["deit_tiny_patch16_224", "--checkpoint", "empty.pth"], "--checkpoint: empty.pth cannot be read"),
         (["deit_tiny_patch16_224", "--checkpoint", "nowhere"], "--checkpoint: there is no file 'nowhere'"),
         (["deit_tiny_patch16_224", "--device", "nowhere"], "--device: expected a device such as cpu"),
         (["resnet18", "--device", "cpu"], "no part of this ResNet can be accelerated"),
     ],
 )
-def test_bad_arguments_are_named(capsys, argv, message):
+def test_bad_arguments_are_named(capsys, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.pth").touch()
     assert main(["verify", *argv]) == 2
     assert message in capsys.readouterr().err
