@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit.benchmarks import pieces, roofline, runner, timing
+from fastdeit.benchmarks import peers, pieces, roofline, runner, timing
 
 SUITES = (
     "model",
@@ -155,6 +155,8 @@ def compare(benchmark, request):
         turns=20,
         **shape,
     ):
+        if config.getoption("--quick"):
+            candidates = peers.soon_set_up(candidates)
         ceilings = roofline.measured_ceilings()
         floor = None if ceilings is None else ceilings.floor_us(cost, matrix=matrix)
         compile_floor = floor

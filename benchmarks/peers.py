@@ -43,6 +43,11 @@ def autotuned(function: Callable) -> Callable:
     return compiled(function, "max-autotune-no-cudagraphs")
 
 
+def soon_set_up(candidates: dict[str, Callable]) -> dict[str, Callable]:
+    """Without those that try out kernels for minutes before their first call."""
+    return {name: function for name, function in candidates.items() if not name.endswith("max-autotune")}
+
+
 def sdpa(backend: SDPBackend | None, heads: int) -> Callable[[Tensor], Tensor]:
     """timm's attention around `scaled_dot_product_attention`, held to one backend, or PyTorch's choice for None."""
 

@@ -45,16 +45,21 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args).to(device, DTYPES[args.dtype or "float32"]).eval()
     side = args.img_size or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
     images = torch.randn(batch, 3, side, side).to(device, DTYPES[args.dtype or "float32"])
-    try:
-        pair = Pair(model, images, DTYPES[amp] if amp else None, args.exclude)
-        layers = pair.verify()
-        timings = timed(pair) if device.type == "cuda" else []
-    except torch.OutOfMemoryError:
-        raise ValueError(f"--batch-size: {batch} images do not fit into the memory of {device}") from None
     setting = f"{args.model}, {batch} images of {side} pixels on {_described(device)}, " + (
         f"autocast to {amp}" if amp else args.dtype or "float32"
     )
-    print(json.dumps(as_dict(setting, layers, timings), indent=2) if args.json else as_text(setting, layers, timings))
+    try:
+        pair = Pair(model, images, DTYPES[amp] if amp else None, args.exclude)
+        layers = pair.verify()
+        if not args.json:  # the verdict first: times take longer
+            print(as_text(setting, layers), flush=True)
+        timings = timed(pair) if device.type == "cuda" else []
+    except torch.OutOfMemoryError:
+        raise ValueError(f"--batch-size: {batch} images do not fit into the memory of {device}") from None
+    if args.json:
+        print(json.dumps(as_dict(setting, layers, timings), indent=2))
+    elif timings:
+        print("\n" + times_as_text(timings))
     return int(any(layer.failure for layer in layers))
 
 
@@ -157,8 +162,8 @@ def as_dict(setting: str, layers: list[Layer], timings: list[dict[str, Any]]) ->
     return {"setting": setting, "holds": holds, "layers": found, "timings": timings}
 
 
-def as_text(setting: str, layers: list[Layer], timings: list[dict[str, Any]]) -> str:
-    """Tables of errors and of times, and what they come to."""
+def as_text(setting: str, layers: list[Layer]) -> str:
+    """A table of errors, and what they come to."""
     heads = [f"{kind}{whose}" for kind in KINDS for whose in ("", ", timm's")]
     lines = [("module", "kind", "runs", *heads, "of allowed", "contract")]
     for layer in layers:
@@ -173,8 +178,6 @@ def as_text(setting: str, layers: list[Layer], timings: list[dict[str, Any]]) ->
         lines.append((row.name or "(the model)", row.kind, runs, *errors, f"{layer.share_of_limit:.0%}", verdict))
     parts = [setting, "Largest errors against float64, over the largest value of each tensor:", "", _table(lines)]
     failed = [layer for layer in layers if layer.failure]
-    if timings:
-        parts += ["", _table([_HEADS, *(_timing_line(timing) for timing in timings)])]
     parts += [""] + [f"{layer.row.name or '(the model)'}: {layer.failure}" for layer in failed]
     fused = [layer.row for layer in layers if layer.row.fused]
     if not fused:
@@ -188,6 +191,11 @@ def as_text(setting: str, layers: list[Layer], timings: list[dict[str, Any]]) ->
     else:
         parts.append(f"The contract holds in all {len(layers)} modules, {len(fused)} of which run fused.")
     return "\n".join(parts)
+
+
+def times_as_text(timings: list[dict[str, Any]]) -> str:
+    """A table of times, memory and launches."""
+    return _table([_HEADS, *(_timing_line(timing) for timing in timings)])
 
 
 _HEADS = ("module", "work", "timm us", "fastdeit us", "speed-up", "timm MiB", "fastdeit MiB", "launches")

@@ -6,6 +6,7 @@ compile only what has changed since.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,7 @@ from fastdeit.kernels.catalog import ARCHITECTURES, KERNEL_FILES, Resources, Shi
 
 RESOURCES_FILE = Path(__file__).with_name("resources.json")
 UPDATE_COMMAND = "fastdeit kernels --update"
-_WORKERS = 2
+_MOST_WORKERS = 16  # each takes a gigabyte or so
 _POOL_FROM = 8  # fewer configurations compile sooner than worker processes start
 
 
@@ -69,7 +70,8 @@ def compile_entries(chosen: list[Entry]) -> list[Resources | str]:
     if len(chosen) < _POOL_FROM:
         return [_progress(_compile(e.file, e.index, e.arch), e, i, len(chosen)) for i, e in enumerate(chosen, 1)]
     # Started anew rather than forked: PyTorch has threads.
-    with ProcessPoolExecutor(_WORKERS, mp_context=get_context("spawn")) as pool:
+    workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(_compile, e.file, e.index, e.arch) for e in chosen]
         return [_progress(j.result(), e, i, len(jobs)) for i, (j, e) in enumerate(zip(jobs, chosen, strict=True), 1)]
 

@@ -64,7 +64,7 @@ def test_speed_and_memory_are_taken_of_the_model_and_of_each_kind_of_module(shal
     names = ["", "blocks.0", "blocks.0.norm1", "blocks.0.attn", "blocks.0.mlp"]
     assert [(t["name"], t["work"]) for t in timings] == [(n, w) for n in names for w in ("inference", "training")]
     assert all(t[who]["status"] == "ok" and t[who]["us"] > 0 for t in timings for who in ("timm", "fastdeit"))
-    table = verify_command.as_text("", [], timings)
+    table = verify_command.times_as_text(timings)
     assert table.count(" training ") == 5 and "speed-up" in table
 
 
@@ -72,7 +72,7 @@ def test_what_could_not_be_timed_is_said():
     done = dict(status="ok", us=2.0, peak_mib=1.0, launches=3, timed_by="graph replay")
     failed = dict(status="out of memory", us=None, peak_mib=None, launches=None, timed_by="")
     timing = dict(name="", kind="Block", work="training", timm=failed, fastdeit=done)
-    assert "timm: out of memory" in verify_command.as_text("", [], [timing])
+    assert "timm: out of memory" in verify_command.times_as_text([timing])
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,10 @@ def joined(world: World, device_type: str) -> Iterator[World]:
     if world.size == 1 or dist.is_initialized():
         yield world
         return
+    device = None  # NCCL's: told of it, it need not guess where a barrier is to wait
     if device_type == "cuda":
-        torch.cuda.set_device(world.local_rank)
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
     address = os.environ.get("MASTER_ADDR") or _slurm_address()
     port = os.environ.get("MASTER_PORT") or "29500"
     dist.init_process_group(
@@ -94,6 +96,7 @@ def joined(world: World, device_type: str) -> Iterator[World]:
         init_method=f"tcp://{address}:{port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
         rank=world.rank,
         world_size=world.size,
+        device_id=device,
     )
     try:
         yield world

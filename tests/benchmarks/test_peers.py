@@ -65,3 +65,8 @@ def test_the_floor_of_a_block_is_what_one_more_adds_to_a_model():
 def test_attention_peers_agree():
     qkv = torch.randn(2, 5, 3 * 2 * 8)
     torch.testing.assert_close(peers.sdpa(None, 2)(qkv), ops.attention_reference(qkv, 2))
+
+
+def test_the_quick_run_waits_for_no_autotuning():
+    names = ["fastdeit", "timm eager", "timm + torch.compile", "timm + torch.compile max-autotune"]
+    assert list(peers.soon_set_up(dict.fromkeys(names))) == names[:3]

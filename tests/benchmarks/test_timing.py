@@ -30,6 +30,7 @@ class FakeCuda:
                 self.calls: list = []
 
             def replay(self) -> None:
+                assert outer.capturing is None, "a graph is replayed when its capture has ended"
                 outer.log.append("replay")
                 for call in self.calls:
                     call()
@@ -38,13 +39,18 @@ class FakeCuda:
             def __init__(self, enable_timing: bool) -> None:
                 assert enable_timing
 
+            waited_for = False
+
             def record(self) -> None:
-                self.at = outer.now
+                assert outer.capturing is None, "an event with a time is no part of a graph"
+                self.at, self.waited_for = outer.now, False
 
             def synchronize(self) -> None:
-                pass
+                outer.refuse_in_capture()
+                self.waited_for = True
 
             def elapsed_time(self, end) -> float:
+                assert end.waited_for, "the time of an event is known when it has happened"
                 return (end.at - self.at) * 1e3
 
         class capture:
@@ -90,8 +96,12 @@ class FakeCuda:
     def get_device_properties(self, _) -> SimpleNamespace:
         return SimpleNamespace(L2_cache_size=self.L2)
 
+    def refuse_in_capture(self) -> None:
+        if self.capturing is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
     def synchronize(self) -> None:
-        pass
+        self.refuse_in_capture()
 
     def reset_peak_memory_stats(self) -> None:
         self.peak = self.allocated
@@ -103,6 +113,7 @@ class FakeCuda:
         return self.peak
 
     def empty_cache(self) -> None:
+        self.refuse_in_capture()
         self.log.append("empty cache")
 
     def work(self, seconds: float, bytes_: int = 0) -> None:
@@ -316,6 +327,19 @@ def test_a_result_that_is_none_is_not_timed(result):
     expected = torch.zeros(1, 2, dtype=torch.float64)
     (row,) = timing.measure({"a": lambda: (result,)}, no_inputs, expected=lambda: [expected])
     assert row.status.startswith("failed: ValueError: ") and row.median_us is None
+
+
+def test_a_profile_is_taken_where_it_is_asked_for_and_there_is_time(cuda, monkeypatch):
+    """Each takes as long as a candidate's turns; what was timed is kept without it."""
+    candidates, clock = {"a": lambda: cuda.work(1e-3)}, {"now": 0.0}
+    replay = cuda.CUDAGraph.replay
+    monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda graph: clock.update(now=clock["now"] + 1) or replay(graph))
+    monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
+    kernels = ["a_kernel", "b_kernel"]
+    for options, expected in ((dict(), kernels), (dict(profiled=False), []), (dict(deadline=23.0), [])):
+        (row,) = timing.measure(candidates, no_inputs, turns=8, **options)
+        assert row.status == "ok" and row.kernels == expected
+        assert row.turns == 8 or "deadline" in options
 
 
 def test_rates_follow_from_work_and_time():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 
-from fastdeit.train import run
+from fastdeit.train import distributed, run
 from fastdeit.train.cached_labels import cache_labels
 from fastdeit.train.checkpoints import BAD_STATE, STATE, load_state, save_weights
 from fastdeit.train.datasets import load_data
@@ -167,3 +168,17 @@ def test_two_processes_train_on_labels_as_with_the_teacher(two_processes):
     live, cached = (load_state(two_processes[name] / STATE) for name in ("live", "cached"))
     assert live["history"][0]["train_loss"] == cached["history"][0]["train_loss"]
     assert all(torch.equal(live["model"][name], tensor) for name, tensor in cached["model"].items())
+
+
+def test_nccl_is_told_its_device(monkeypatch):
+    """Else it guesses one from the rank at the first barrier, and warns of it."""
+    seen = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.update(current=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: seen.update(backend=backend, **kwargs))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name, value in {"MASTER_ADDR": "there", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with distributed.joined(World(rank=5, size=8, local_rank=1), "cuda"):
+        assert seen["current"] == seen["device_id"] == torch.device("cuda:1") and seen["backend"] == "nccl"
+    with distributed.joined(World(rank=5, size=8, local_rank=1), "cpu"):
+        assert seen["device_id"] is None and seen["backend"] == "gloo"
