@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastdeit.benchmarks.pictures import TBPS, TFLOPS
 from fastdeit.benchmarks.roofline_table import rooflines, table
 
 RESULTS = Path(__file__).with_name("results")
+WIDTH = 124  # of prose
 COMMAND = "fastdeit bench readme"
 BEGIN, END = f"<!-- performance: written by `{COMMAND}` -->", "<!-- end of performance -->"
 
@@ -43,10 +45,10 @@ def section(results: Path) -> str:
     return "\n\n".join([*([measured(folder) for folder in folders] or [UNMEASURED]), without_gpu()])
 
 
-UNMEASURED = (
-    "**Nothing has been measured on a GPU yet.** No kernel has been run or timed on one, there are no results in this "
-    "repository, and no figure below is a measurement. `fastdeit bench quick` measures on yours, side by side with what you would "
-    "use otherwise."
+UNMEASURED = textwrap.fill(
+    "**Nothing has been measured on a GPU yet**, and no figure below is a measurement. `fastdeit bench quick` measures on "
+    "yours, side by side with what you would use otherwise.",
+    WIDTH,
 )
 
 
@@ -90,9 +92,13 @@ def without_gpu() -> str:
     ]
     return "\n\n".join(
         [
-            f"What to expect at most, by roofline arithmetic for a GPU of {TFLOPS:.0f} TFLOP/s and {TBPS} TB/s (autocast, batches "
-            "of 256): images a second of timm as it is, of an ideal torch.compile with the same matrix products, of fastdeit as it "
-            "ships, and with everything fused that could be ([docs/performance.md](docs/performance.md)).",
+            textwrap.fill(
+                f"What to expect at most, by roofline arithmetic for a GPU of {TFLOPS:.0f} TFLOP/s and {TBPS} TB/s (autocast, "
+                "batches of 256): images a second of timm as it is, of an ideal torch.compile with the same matrix products, of "
+                "fastdeit as it ships, and with everything fused that could be ([docs/performance.md](docs/performance.md)).",
+                WIDTH,
+                break_on_hyphens=False,
+            ),
             table([{k: v for k, v in row.items() if k not in ("pixels", "precision")} for row in rows]),
             "What a block launches, casts included, and the bytes it keeps and, at one image, moves per token and channel:",
             table(counts),
