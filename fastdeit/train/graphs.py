@@ -118,22 +118,52 @@ def recorded(function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any =
         pool: of memory, to be shared with other graphs that never run at the same time.
 
     Raises:
-        RuntimeError: something in it cannot be recorded. The generator is as it was.
+        RuntimeError: something in it cannot be recorded, or whatever function raises. Generator, stream and allocator are as they
+            were.
     """
     graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     generator = torch.cuda.default_generators[stream.device.index]
     spare = generator.clone_state()  # PyTorch leaves the one that it records with unusable where that fails
     around = torch.cuda.stream(
         torch.cuda.current_stream(stream.device)
     )  # nor does it leave the stream where that fails
+    failures: list[BaseException] = []
     try:
         # A thread that pins batches goes on allocating, which in the default mode would end the recording.
         with around, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            function()
-    except RuntimeError:
-        generator.graphsafe_set_state(spare)
-        raise
-    return graph
+            try:
+                function()
+            except BaseException as error:
+                failures.append(error)
+                raise
+    except RuntimeError as error:
+        failures.append(error)
+    if not failures:
+        return graph
+    generator.graphsafe_set_state(spare)
+    _end_allocation(graph, stream.device.index, pool)
+    try:
+        raise failures[0]  # to end a recording that failed fails as well, and does not say why
+    finally:
+        failures.clear()  # whose tracebacks keep what was allocated
+
+
+_failed: list[torch.cuda.CUDAGraph] = []  # which the allocator goes on asking about
+
+
+def _end_allocation(graph: torch.cuda.CUDAGraph, device: int, pool: Any) -> None:
+    """Tells PyTorch's allocator that a recording is over, where PyTorch forgot: up to 2.12 an error that ends one comes first.
+
+    Believing in a recording, it would free no batch that was copied ahead, refuse to empty its cache, and so refuse every other
+    recording in the process.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it was told
+        return
+    torch._C._cuda_releasePool(device, pool)
+    _failed.append(graph)
 
 
 class _Recording(NamedTuple):

@@ -19,7 +19,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.capturing = None
+        self.capturing = self.allocating_to = None
         self.allocated = self.peak = 0
         self.log: list[str] = []
         self.current = None
@@ -57,13 +57,17 @@ class FakeCuda:
             def __init__(self, graph, pool, stream, capture_error_mode) -> None:
                 assert stream is outer.current, "captured on the stream that all else ran on"
                 outer.log.append(f"capture in pool {pool}")
-                self.graph = graph
+                self.graph, self.pool = graph, pool
 
             def __enter__(self) -> None:
-                outer.capturing = self.graph.calls
+                outer.empty_cache()
+                outer.capturing, outer.allocating_to = self.graph.calls, self.pool
 
-            def __exit__(self, *_) -> None:
+            def __exit__(self, kind, *_) -> None:
                 outer.capturing = None
+                if kind is not None:  # as PyTorch up to 2.12: the error comes before the allocator is told
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                outer.allocating_to = None
 
         class stream:
             def __init__(self, stream) -> None:
@@ -112,8 +116,15 @@ class FakeCuda:
     def max_memory_allocated(self) -> int:
         return self.peak
 
+    def end_allocation(self, device, pool) -> None:
+        if self.allocating_to != pool:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.allocating_to = None
+
     def empty_cache(self) -> None:
         self.refuse_in_capture()
+        if self.allocating_to is not None:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
         self.log.append("empty cache")
 
     def work(self, seconds: float, bytes_: int = 0) -> None:
@@ -132,6 +143,7 @@ def cuda(monkeypatch) -> FakeCuda:
 
     class Torch:
         cuda = fake
+        _C = SimpleNamespace(_cuda_endAllocateToPool=fake.end_allocation, _cuda_releasePool=lambda *_: None)
 
         def __getattr__(self, name):
             return getattr(torch, name)
