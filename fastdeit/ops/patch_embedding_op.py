@@ -65,7 +65,7 @@ def patch_embedding_reference(
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     if positions is not None and positions.shape[1] == tokens.shape[1]:
         tokens, positions = tokens + positions, None
-    prefix = [t.expand(len(images), -1, -1) for t in (class_token, more_tokens) if t is not None]
+    prefix = [t.expand(images.shape[0], -1, -1) for t in (class_token, more_tokens) if t is not None]
     tokens = torch.cat([*prefix, tokens], dim=1) if prefix else tokens
     return tokens if positions is None else tokens + positions
 

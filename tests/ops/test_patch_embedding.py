@@ -196,6 +196,18 @@ def test_a_second_derivative_is_refused_clearly(loss):
         gradient.sum().backward()
 
 
+def test_the_reference_in_an_exported_graph_takes_other_batch_sizes():
+    class Embedding(torch.nn.Module):
+        def forward(self, images, *rest):
+            return ops.patch_embedding(images, *rest)
+
+    given, two = (tensors(batch=batch) for batch in (3, 2))
+    shapes = {0: torch.export.Dim("batch", max=8)}, (None,) * 5
+    with backends.use_backend("reference"):
+        program = torch.export.export(Embedding(), tuple(given), dynamic_shapes=shapes, strict=False)
+        torch.testing.assert_close(program.module()(*two), ops.patch_embedding(*two))
+
+
 @pytest.mark.parametrize("placed", ["all", "patches"])
 def test_reference_gradients(placed):
     given = [t.cpu().double().requires_grad_() for t in tensors(2, (4, 4), (2, 2), 3, placed=placed)]
