@@ -121,11 +121,15 @@ def distillation_cross_entropy_reference(
     terms = []
     if base != "none":
         weight = 1.0 if kind == "none" else 1.0 - alpha
-        terms.append(weight * _base_rows(logits, target, base, label_smoothing) if weight else _zero_rows(logits))
+        terms.append(
+            weight * _base_rows(logits, target, base, label_smoothing) if weight else _zero_rows(logits, target)
+        )
     if kind != "none":
         weight = 1.0 if base == "none" else alpha
         terms.append(
-            weight * _dist_rows(dist_logits, teacher, kind, tau, soft_divisor) if weight else _zero_rows(dist_logits)
+            weight * _dist_rows(dist_logits, teacher, kind, tau, soft_divisor)
+            if weight
+            else _zero_rows(dist_logits, teacher if kind == "soft" else None)
         )
     loss = sum(terms)
     if reduction == "none":
@@ -165,9 +169,14 @@ def _dist_rows(dist_logits, teacher, kind, tau, soft_divisor):
     return _cross_entropy_rows(dist_logits, label, 0.0)
 
 
-def _zero_rows(logits):
-    """Zeros with a gradient of zero for logits, where no gradient at all would upset distributed training."""
-    return logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum(dim=1)
+def _zero_rows(logits, labels):
+    """Zeros with a gradient of zero for logits, where no gradient at all would upset distributed training.
+
+    In the dtype that the term has at any other weight.
+    """
+    zeros = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum(dim=1)
+    valued = logits if labels is None or not labels.is_floating_point() else labels
+    return zeros.to(torch.promote_types(logits.dtype, valued.dtype))
 
 
 def _cross_entropy_rows(logits, target, label_smoothing):

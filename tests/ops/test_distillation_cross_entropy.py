@@ -260,6 +260,15 @@ def test_labels_of_any_integer_dtype_and_stride(label_dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_term_of_weight_zero_counts_in_the_dtype_of_the_loss(soft_target, alpha):
+    z, d = randn(2, 4, 24, dtype=torch.float16).unbind()
+    for kind, target, teacher in (("hard", soft_target(4, 24), d), ("soft", soft_target(4, 24).half(), d.float())):
+        for backend in ("triton", "reference"):
+            with backends.use_backend(backend):
+                assert op(z, d, target, teacher, kind=kind, alpha=alpha).dtype == torch.float32, (kind, backend)
+
+
 @pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_teacher_and_heads_may_differ_in_dtype(soft_target, kind, teacher_dtype):
