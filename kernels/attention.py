@@ -160,8 +160,8 @@ def attention_forward(
     qkv = strided(qkv)
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
-    out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((batch, num_heads, tokens), dtype=torch.float32, device=qkv.device)
+    out = qkv.new_empty((batch, tokens, width // 3))
+    lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     config = config or config_for(qkv, batch, num_heads, tokens, tokens, head_dim, describable(qkv))
@@ -181,8 +181,8 @@ def attention_qkv_forward(
     q, k, v = strided(q), strided(k), strided(v)
     batch, queries, num_heads, head_dim = q.shape
     keys = k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, num_heads, queries), dtype=torch.float32, device=q.device)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     config = config or config_for(q, batch, num_heads, queries, keys, head_dim, False)

@@ -28,6 +28,7 @@ from fastdeit.kernels.architecture import LIMITS, Limits
 # modules of fastdeit.kernels that have a `shipped(arch)`
 KERNEL_FILES = (
     "layer_norm",
+    "column_sums",
     "attention",
     "attention_backward",
     "distillation_cross_entropy",

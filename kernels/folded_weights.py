@@ -11,11 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.architecture import multiprocessors
 from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.column_sums import add_partial_sums, row_strips
 from fastdeit.kernels.gemm_tiles import multiple
 from fastdeit.kernels.launch import cdiv, launch, next_power_of_2
-from fastdeit.kernels.layer_norm import SUM_TILE, partial_sums_backward_kernel
 
 
 @dataclass(frozen=True)
@@ -188,9 +187,9 @@ def fold_forward(
         _contiguous, (weight, bias, column_scale, column_shift, row_scale)
     )
     outputs, channels = weight.shape
-    folded = torch.empty((outputs, channels), dtype=dtype, device=weight.device)
+    folded = weight.new_empty((outputs, channels), dtype=dtype)
     shifts = bias is not None or column_shift is not None
-    folded_bias = torch.empty(outputs, dtype=dtype, device=weight.device) if shifts else None
+    folded_bias = weight.new_empty(outputs, dtype=dtype) if shifts else None
     if outputs:
         config = select_config(channels)
         launch(
@@ -221,8 +220,7 @@ def fold_columns_backward(
     outputs, channels = weight.shape
     dweight = dfolded if needs_weight else None
     sums = [
-        torch.empty(channels, dtype=torch.float32, device=weight.device) if needed else None
-        for needed in (needs_scale, needs_shift)
+        weight.new_empty(channels, dtype=torch.float32) if needed else None for needed in (needs_scale, needs_shift)
     ]
     wanted = [total for total in sums if total is not None]
     changes = needs_weight and not (column_scale is column_shift is None)
@@ -232,11 +230,8 @@ def fold_columns_backward(
     elif wanted or changes:
         config = select_config(channels)
         column_blocks = cdiv(channels, config.columns)
-        # Eight programs a multiprocessor keep enough loads in flight; each strip writes one partial row.
-        strips = min(cdiv(outputs, config.rows), cdiv(8 * multiprocessors(weight), column_blocks))
-        rows_per_strip = config.rows * cdiv(cdiv(outputs, config.rows), strips)
-        strips = cdiv(outputs, rows_per_strip)
-        partial = torch.empty((len(wanted), strips, channels), dtype=torch.float32, device=weight.device)
+        strips, rows_per_strip = row_strips(outputs, config.rows, column_blocks, weight)
+        partial = weight.new_empty((len(wanted), strips, channels), dtype=torch.float32)
         tables = iter(partial)
         dscale_partial, dshift_partial = (None if total is None else next(tables) for total in sums)
         launch(
@@ -251,13 +246,7 @@ def fold_columns_backward(
             config.num_warps,
         )
         if wanted:
-            launch(
-                partial_sums_backward_kernel,
-                (cdiv(channels, SUM_TILE[1]), len(wanted)),
-                (partial, *wanted, *(None,) * (3 - len(wanted)), strips, channels),
-                SUM_TILE,
-                8,
-            )
+            add_partial_sums(partial, *wanted)
     return dweight, *sums
 
 
@@ -279,8 +268,7 @@ def fold_rows_backward(
     outputs, channels = weight.shape
     dweight = dfolded if needs_weight else None
     dbias, dscale = (
-        torch.empty(outputs, dtype=torch.float32, device=weight.device) if needed else None
-        for needed in (needs_bias, needs_scale)
+        weight.new_empty(outputs, dtype=torch.float32) if needed else None for needed in (needs_bias, needs_scale)
     )
     if outputs and (needs_weight or needs_bias or needs_scale):
         config = select_config(channels)

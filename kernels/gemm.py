@@ -153,8 +153,8 @@ def gemm_forward(
         out_dtype: a's by default.
     """
     (M, K), N, tile = a.shape, b.shape[0], gemm.tile
-    out = torch.empty((M, N), dtype=out_dtype or a.dtype, device=a.device)
-    z = torch.empty((M, N), dtype=a.dtype, device=a.device) if needs_z else None
+    out = a.new_empty((M, N), dtype=out_dtype or a.dtype)
+    z = a.new_empty((M, N)) if needs_z else None
     tokens = 1 if drop_path_scale is None else M // len(drop_path_scale)
     rest = (bias, gamma, drop_path_scale, residual, M, N, K)
     if gemm.backend == "tma":

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 
 from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.column_sums import add_partial_sums
 from fastdeit.kernels.gemm import persistent_grid, shipped_row, vector
 from fastdeit.kernels.gemm_config import Gemm, candidates
 from fastdeit.kernels.gemm_tiles import backward_epilogue, load_piece, product, quarters, store_piece, tile_origin
 from fastdeit.kernels.launch import cdiv, descriptor, launch
-from fastdeit.kernels.layer_norm import SUM_TILE, partial_sums_backward_kernel
 
 
 @triton.jit
@@ -126,8 +126,8 @@ def gemm_backward(
     strips = cdiv(M, tile.rows)
     dbias = partial = None
     if dbias_dtype is not None:
-        dbias = torch.empty(N, dtype=dbias_dtype, device=z.device)
-        partial = torch.empty((strips, N), dtype=torch.float32, device=z.device)
+        dbias = z.new_empty(N, dtype=dbias_dtype)
+        partial = z.new_empty((strips, N), dtype=torch.float32)
     constexprs = (activation, tile.rows, tile.columns, tile.depth)
     if gemm.backend == "tma":
         piece = [tile.rows, tile.columns // 4]
@@ -141,8 +141,7 @@ def gemm_backward(
         constexprs += (vector(N, K, *strides),)
     launch(kernel, grid, args, constexprs, tile.num_warps, tile.num_stages)
     if dbias is not None:
-        grid = (cdiv(N, SUM_TILE[1]), 1)
-        launch(partial_sums_backward_kernel, grid, (partial, dbias, None, None, strips, N), SUM_TILE, 8)
+        add_partial_sums(partial, dbias)
     return dz, h, dbias
 
 

@@ -4,8 +4,8 @@
     y     = (x_new - mean) * rstd * weight + bias
 
 A row stays in registers, so each stream is read once and written once. Statistics and sums are fp32.
-Parameter gradients are summed in two steps, one partial row a program and then a reduction in fixed order: no atomics, so that
-repeated runs give the same bits. Plain loads, no descriptors: Triton 3.6 lost speed on a TMA load that feeds a reduction.
+Parameter gradients are summed in two steps (`column_sums`): first, each program's rows. Plain loads, no descriptors: Triton 3.6
+lost speed on a TMA load that feeds a reduction.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ import triton.language as tl
 
 from fastdeit.kernels.architecture import architecture, multiprocessors
 from fastdeit.kernels.catalog import Shipped
-from fastdeit.kernels.launch import cdiv, launch, next_power_of_2
+from fastdeit.kernels.column_sums import add_partial_sums
+from fastdeit.kernels.launch import launch, next_power_of_2
 
 MAX_CHANNELS = 8192
-SUM_TILE = (256, 16)  # partial rows and columns that a program of the second step adds at a time
 
 
 @dataclass(frozen=True)
@@ -200,36 +200,6 @@ def layer_norm_backward_kernel(
         tl.store(dgamma_partial_ptr + partial, dgamma, inside)
 
 
-@triton.jit(do_not_specialize=["PROGRAMS", "C"])
-def partial_sums_backward_kernel(
-    partial_ptr,  # (tables, PROGRAMS, C) fp32
-    out0_ptr,  # (C,) of any dtype; the tables' sums in order, None for those that are not there
-    out1_ptr,
-    out2_ptr,
-    PROGRAMS,
-    C,
-    BLOCK_PROGRAMS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """A program owns BLOCK_C columns of one table (program id 1) and adds its rows in a fixed order."""
-    table = tl.program_id(1)
-    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_PROGRAMS, BLOCK_C], tl.float32)
-    for start in tl.range(0, PROGRAMS, BLOCK_PROGRAMS):
-        row = start + tl.arange(0, BLOCK_PROGRAMS)[:, None]
-        inside = (row < PROGRAMS) & (col[None, :] < C)
-        total += tl.load(partial_ptr + (table * PROGRAMS + row) * C + col[None, :], inside, other=0.0)
-    result = tl.sum(total, axis=0)
-    if table == 0:
-        tl.store(out0_ptr + col, result.to(out0_ptr.dtype.element_ty), col < C)
-    if out1_ptr is not None:
-        if table == 1:
-            tl.store(out1_ptr + col, result.to(out1_ptr.dtype.element_ty), col < C)
-    if out2_ptr is not None:
-        if table == 2:
-            tl.store(out2_ptr + col, result.to(out2_ptr.dtype.element_ty), col < C)
-
-
 def _as_tokens(x: torch.Tensor) -> torch.Tensor:
     """x (..., C) as (B, TOKENS, C) with unit stride along C: a view unless its layout has none."""
     channels = x.shape[-1]
@@ -240,13 +210,12 @@ def _as_tokens(x: torch.Tensor) -> torch.Tensor:
 
 def _vector(channels: int, *tensors: torch.Tensor | None) -> int:
     """The largest power of two up to 16 that divides C and every stride. A dimension of size 1 has no say."""
-    vector = channels & -channels
+    bits = channels | 16
     for x in tensors:
         if x is not None:
-            for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True):
-                if size > 1 and stride:
-                    vector = min(vector, stride & -stride)
-    return min(vector, 16)
+            (samples, tokens, _), (sample_stride, token_stride, _) = x.shape, x.stride()
+            bits |= (sample_stride if samples > 1 else 0) | (token_stride if tokens > 1 else 0)
+    return bits & -bits
 
 
 def layer_norm_forward(
@@ -261,32 +230,34 @@ def layer_norm_forward(
     drop_path_scale: torch.Tensor | None = None,
     keep_statistics: bool = True,
     config: Config | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """x (..., C) of any strides, branch like x, drop_path_scale (x.shape[0],) fp32.
 
     Returns x_new (None without a branch) in the promoted dtype of x and branch, y in out_dtype, mean and rstd (M,) in fp32,
-    which are empty without keep_statistics.
+    None without keep_statistics.
     """
     shape, channels = x.shape, x.shape[-1]
     rows = x.numel() // channels
-    y = torch.empty(shape, dtype=out_dtype, device=x.device)
-    x_new = None
+    y = x.new_empty(shape, dtype=out_dtype)
+    x_new = mean = rstd = None
     if branch is not None:
-        x_new = torch.empty(shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
-    mean, rstd = (torch.empty(rows if keep_statistics else 0, dtype=torch.float32, device=x.device) for _ in range(2))
+        x_new = x.new_empty(shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    if keep_statistics:
+        mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return x_new, y, mean, rstd
     x = _as_tokens(x)
-    branch = None if branch is None else _as_tokens(branch)
-    strides = branch if branch is not None else x
+    strides = x_strides = x.stride()[:2]
+    if branch is not None:
+        branch = _as_tokens(branch)
+        strides = branch.stride()[:2]
     config = config or select_config(channels, architecture(x))
     launch(
         layer_norm_forward_kernel,
         (rows,),
         (
-            *(x, branch, gamma, drop_path_scale, weight, bias, x_new, y),
-            *((mean, rstd) if keep_statistics else (None, None)),
-            *(x.shape[1], x.stride(0), x.stride(1), strides.stride(0), strides.stride(1), eps),
+            *(x, branch, gamma, drop_path_scale, weight, bias, x_new, y, mean, rstd),
+            *(x.shape[1], *x_strides, *strides, eps),
         ),
         (channels, next_power_of_2(channels), _vector(channels, x, branch)),
         config.num_warps,
@@ -320,7 +291,7 @@ def layer_norm_backward(
     rows = x.numel() // channels
 
     def empty(size, dtype):
-        return None if dtype is None else torch.empty(size, dtype=dtype, device=x.device)
+        return None if dtype is None else x.new_empty(size, dtype=dtype)
 
     dx, dbranch = empty(shape, dx_dtype), empty(shape, dbranch_dtype)
     sums = [empty(channels, dtype) for dtype in (dweight_dtype, dbias_dtype, dgamma_dtype)]
@@ -329,8 +300,8 @@ def layer_norm_backward(
     wanted = [s for s in sums if s is not None]
     config = config or select_config(channels, architecture(x))
     programs = min(rows, config.backward_programs_per_sm * multiprocessors(x))
-    partial = torch.empty((len(wanted), programs, channels), dtype=torch.float32, device=x.device)
-    tables = iter(partial.unbind(0))
+    partial = x.new_empty((len(wanted), programs, channels), dtype=torch.float32) if wanted else None
+    tables = iter(partial.unbind(0) if wanted else ())
     dy, x = _as_tokens(dy), _as_tokens(x)
     dx_new = None if dx_new is None else _as_tokens(dx_new)
     branch = None if branch is None or dgamma_dtype is None else _as_tokens(branch)
@@ -348,13 +319,7 @@ def layer_norm_backward(
         config.num_warps,
     )
     if wanted:
-        launch(
-            partial_sums_backward_kernel,
-            (cdiv(channels, SUM_TILE[1]), len(wanted)),
-            (partial, *wanted, *(None,) * (3 - len(wanted)), programs, channels),
-            SUM_TILE,
-            8,
-        )
+        add_partial_sums(partial, *wanted)
     return dx, dbranch, *sums
 
 
@@ -380,6 +345,3 @@ def shipped(arch: int) -> Iterator[Shipped]:
             label = f"C={channels} {label}"
             yield Shipped(layer_norm_forward_kernel, forward, tile, config.num_warps, 1, label, matrix=False)
             yield Shipped(layer_norm_backward_kernel, backward, tile, config.num_warps, 1, label, matrix=False)
-    sums = dict(partial_ptr="*fp32", out0_ptr="*fp32", out1_ptr="*fp32", out2_ptr="*fp32", PROGRAMS="i32", C="i32")
-    tile = dict(zip(("BLOCK_PROGRAMS", "BLOCK_C"), SUM_TILE, strict=True))
-    yield Shipped(partial_sums_backward_kernel, sums, tile, 8, 1, "fp32", matrix=False)

@@ -2,7 +2,7 @@
 
 Forward writes activation(z). Backward reads the pre-activation z and the gradient of the activation, and in one pass writes the
 gradient of z, activation(z) again (the second weight gradient's operand, which forward need not keep) and the column sums that are
-the first bias's gradient, as partial rows that a second kernel adds in a fixed order.
+the first bias's gradient (`column_sums`).
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 
 from fastdeit.kernels.activations import activate, activate_with_derivative
-from fastdeit.kernels.architecture import multiprocessors
 from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.column_sums import add_partial_sums, row_strips
 from fastdeit.kernels.gemm_tiles import multiple
-from fastdeit.kernels.launch import launch
-from fastdeit.kernels.layer_norm import SUM_TILE, partial_sums_backward_kernel
+from fastdeit.kernels.launch import cdiv, launch
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def activation_forward(z: torch.Tensor, activation: str, config: Config | None =
     h = torch.empty_like(z)
     if z.numel():
         config = config or select_config()
-        grid = (triton.cdiv(z.numel(), config.block),)
+        grid = (cdiv(z.numel(), config.block),)
         launch(activation_forward_kernel, grid, (z, h, z.numel()), (activation, config.block), config.num_warps)
     return h
 
@@ -113,16 +112,13 @@ def activation_backward(
     M, N = z.shape
     dz = torch.empty_like(z)
     h = torch.empty_like(z) if needs_h else None
-    dbias = None if dbias_dtype is None else torch.empty(N, dtype=dbias_dtype, device=z.device)
+    dbias = None if dbias_dtype is None else z.new_empty(N, dtype=dbias_dtype)
     if z.numel() == 0:
         return dz, h, dbias if dbias is None else dbias.zero_()
     config = config or select_config()
-    column_blocks = triton.cdiv(N, config.columns)
-    # Eight programs a multiprocessor keep enough loads in flight; each strip writes one partial row.
-    strips = min(triton.cdiv(M, config.rows), triton.cdiv(8 * multiprocessors(z), column_blocks))
-    rows_per_strip = config.rows * triton.cdiv(triton.cdiv(M, config.rows), strips)
-    strips = triton.cdiv(M, rows_per_strip)
-    partial = None if dbias is None else torch.empty((strips, N), dtype=torch.float32, device=z.device)
+    column_blocks = cdiv(N, config.columns)
+    strips, rows_per_strip = row_strips(M, config.rows, column_blocks, z)
+    partial = None if dbias is None else z.new_empty((strips, N), dtype=torch.float32)
     launch(
         activation_backward_kernel,
         (column_blocks, strips),
@@ -131,8 +127,7 @@ def activation_backward(
         config.num_warps,
     )
     if dbias is not None:
-        grid = (triton.cdiv(N, SUM_TILE[1]), 1)
-        launch(partial_sums_backward_kernel, grid, (partial, dbias, None, None, strips, N), SUM_TILE, 8)
+        add_partial_sums(partial, dbias)
     return dz, h, dbias
 
 

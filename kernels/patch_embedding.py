@@ -14,9 +14,9 @@ import triton.language as tl
 
 from fastdeit.kernels.architecture import multiprocessors
 from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.column_sums import add_partial_sums
 from fastdeit.kernels.gemm_tiles import multiple
 from fastdeit.kernels.launch import cdiv, launch
-from fastdeit.kernels.layer_norm import SUM_TILE, partial_sums_backward_kernel
 
 IMAGES, ELEMENTS, NUM_WARPS = 4, 512, 4  # of a program's step: 16 values a thread
 
@@ -146,7 +146,7 @@ def patch_embedding_forward(
     B, patches, C = product.shape
     prefix = sum(t.numel() for t in (class_token, more_tokens) if t is not None)
     size = prefix + patches * C
-    tokens = torch.empty((B, size // C, C), dtype=dtype, device=product.device)
+    tokens = product.new_empty((B, size // C, C), dtype=dtype)
     if tokens.numel():
         unplaced = 0 if positions is None else size - positions.numel()
         config = select_config(B, size, multiprocessors(product))
@@ -173,12 +173,12 @@ def patch_embedding_backward(
     B, tokens, C = dtokens.shape
     size, prefix = tokens * C, prefix_tokens * C
     rows = B * (tokens - prefix_tokens)
-    dproduct = None if product_dtype is None else torch.empty((rows, C), dtype=product_dtype, device=dtokens.device)
+    dproduct = None if product_dtype is None else dtokens.new_empty((rows, C), dtype=product_dtype)
     if dtokens.numel() == 0:
         return dproduct, torch.zeros((tokens, C), device=dtokens.device) if needs_sum else None
     config = select_config(B, size, multiprocessors(dtokens))
     shape = (config.strips, tokens, C)
-    partial = torch.empty(shape, dtype=torch.float32, device=dtokens.device) if needs_sum else None
+    partial = dtokens.new_empty(shape, dtype=torch.float32) if needs_sum else None
     if needs_sum or dproduct is not None:
         launch(
             patch_embedding_backward_kernel,
@@ -189,9 +189,8 @@ def patch_embedding_backward(
         )
     if not needs_sum or config.strips == 1:
         return dproduct, partial if partial is None else partial[0]
-    total = torch.empty((tokens, C), dtype=torch.float32, device=dtokens.device)
-    grid = (cdiv(size, SUM_TILE[1]), 1)
-    launch(partial_sums_backward_kernel, grid, (partial, total, None, None, config.strips, size), SUM_TILE, 8)
+    total = dtokens.new_empty((tokens, C), dtype=torch.float32)
+    add_partial_sums(partial.view(config.strips, size), total)
     return dproduct, total
 
 

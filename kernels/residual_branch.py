@@ -13,11 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.architecture import multiprocessors
 from fastdeit.kernels.catalog import Shipped
+from fastdeit.kernels.column_sums import add_partial_sums, row_strips
 from fastdeit.kernels.gemm_tiles import multiple
 from fastdeit.kernels.launch import cdiv, launch, next_power_of_2
-from fastdeit.kernels.layer_norm import SUM_TILE, partial_sums_backward_kernel
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def scale_add_forward(
     """residual + gamma * drop_path_scale * branch (M, N), rounded once. All contiguous; drop_path_scale is fp32, and M is a
     multiple of its length."""
     M, N = branch.shape
-    out = torch.empty((M, N), dtype=out_dtype, device=branch.device)
+    out = branch.new_empty((M, N), dtype=out_dtype)
     if out.numel():
         launch(
             scale_add_forward_kernel,
@@ -169,18 +168,15 @@ def scale_add_backward(
     """
     M, N = dy.shape
     same = drop_path_scale is None and dy.dtype == dtype
-    g = dy if same else torch.empty((M, N), dtype=dtype, device=dy.device)
-    total = None if sum_dtype is None else torch.empty(N, dtype=sum_dtype, device=dy.device)
+    g = dy if same else dy.new_empty((M, N), dtype=dtype)
+    total = None if sum_dtype is None else dy.new_empty(N, dtype=sum_dtype)
     if dy.numel() == 0:
         return g, total if total is None else total.zero_()
     if same and total is None:
         return g, None
     column_blocks = cdiv(N, TILE.columns)
-    # Eight programs a multiprocessor keep enough loads in flight; each strip writes one partial row.
-    strips = min(cdiv(M, TILE.rows), cdiv(8 * multiprocessors(dy), column_blocks))
-    rows_per_strip = TILE.rows * cdiv(cdiv(M, TILE.rows), strips)
-    strips = cdiv(M, rows_per_strip)
-    partial = None if total is None else torch.empty((strips, N), dtype=torch.float32, device=dy.device)
+    strips, rows_per_strip = row_strips(M, TILE.rows, column_blocks, dy)
+    partial = None if total is None else dy.new_empty((strips, N), dtype=torch.float32)
     launch(
         scale_add_backward_kernel,
         (column_blocks, strips),
@@ -189,8 +185,7 @@ def scale_add_backward(
         TILE.num_warps,
     )
     if total is not None:
-        grid = (cdiv(N, SUM_TILE[1]), 1)
-        launch(partial_sums_backward_kernel, grid, (partial, total, None, None, strips, N), SUM_TILE, 8)
+        add_partial_sums(partial, total)
     return g, total
 
 
@@ -210,8 +205,7 @@ def folded_layer_norm_backward(
     """
     M, channels = x_hat.shape
     dx, dbranch = (
-        None if dtype is None else torch.empty((M, channels), dtype=dtype, device=x_hat.device)
-        for dtype in (dx_dtype, dbranch_dtype)
+        None if dtype is None else x_hat.new_empty((M, channels), dtype=dtype) for dtype in (dx_dtype, dbranch_dtype)
     )
     if x_hat.numel():
         config = select_row_config(channels)

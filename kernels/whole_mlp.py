@@ -317,8 +317,8 @@ def whole_mlp_forward(
 
     x_new = None
     if branch is not None:
-        x_new = torch.empty(shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
-    out = torch.empty(shape, dtype=products, device=x.device)
+        x_new = x.new_empty(shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    out = x.new_empty(shape, dtype=products)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     b1, b2, norm_weight, norm_bias, gamma = (
         None if t is None else t.contiguous() for t in (b1, b2, norm_weight, norm_bias, gamma)

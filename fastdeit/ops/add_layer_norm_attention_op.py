@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops import attention_op
+from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.branch_ends import (
     Norm,
     Start,
@@ -32,7 +33,7 @@ from fastdeit.ops.branch_ends import (
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _kernel_dtype, add_layer_norm_reference, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
-from fastdeit.ops.linear_op import without_autocast
+from fastdeit.ops.linear_op import as_dtype, without_autocast
 
 # In the order of the ops' arguments: x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma.
 _GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
@@ -96,7 +97,7 @@ def add_layer_norm_attention(
     elif backends.wants_gradient(*tensors):
         out, x_new = _AddLayerNormAttention.apply(*tensors, *options)
     else:
-        out, x_new, _ = _forward(*tensors, *options)
+        out, x_new, _ = _forward(*tensors, *options, keeps=False)
     return x if branch is None else x_new, out
 
 
@@ -143,11 +144,7 @@ def _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads) -> None:
     for name, tensor in named.items():
         if tensor is None and name.endswith("bias"):
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name}: expected a floating-point tensor, got {given}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+        check_beside(name, tensor, x)
         backends.check_multiplied(x, name, tensor)
     rows = qkv_weight.shape[0] if qkv_weight.dim() == 2 else 0
     if rows == 0 or rows % (3 * num_heads) or qkv_weight.shape[1] != x.shape[-1]:
@@ -177,13 +174,14 @@ class _Kept(NamedTuple):
 
 def _forward(
     x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, drop_path_scale, eps,
-    num_heads, products,
+    num_heads, products, keeps=True,
 ) -> tuple[Tensor, Tensor | None, _Kept]:  # fmt: skip
+    """out, x_new and what backward needs, in part without `keeps`."""
     from fastdeit.kernels.attention import attention_forward
 
     with without_autocast(x):
         norm = Norm(norm_weight, norm_bias, eps)
-        x_new, rows, start = start_forward(x, branch, drop_path_scale, norm, qkv_weight, products)
+        x_new, rows, start = start_forward(x, branch, drop_path_scale, norm, qkv_weight, products, keeps)
         qkv, _ = start_product(start, rows, norm, qkv_weight, qkv_bias)
         del rows
         qkv = qkv.view(*x.shape[:-1], qkv.shape[-1])
@@ -205,7 +203,7 @@ def _backward(
     *start, qkv, attended, lse = kept
     start, norm = Start(*start), Norm(norm_weight, norm_bias, eps)
     with without_autocast(dout):
-        g = dout.reshape(-1, proj_weight.shape[0]).to(qkv.dtype).contiguous()
+        g = as_dtype(dout.reshape(-1, proj_weight.shape[0]), qkv.dtype).contiguous()
         g_sum = column_sums(g, end_sums(gamma, to))
         rows = attended.view(-1, attended.shape[-1])
         found = end_parameter_gradients(g, g_sum, rows, proj_weight, proj_bias, gamma, to)

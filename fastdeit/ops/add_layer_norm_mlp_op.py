@@ -32,7 +32,7 @@ from fastdeit.ops.branch_ends import (
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _kernel_dtype, add_layer_norm_reference, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
-from fastdeit.ops.linear_op import without_autocast
+from fastdeit.ops.linear_op import as_dtype, without_autocast
 from fastdeit.ops.mlp_op import _check as _check_mlp
 from fastdeit.ops.mlp_op import mlp_reference
 
@@ -162,7 +162,7 @@ def _forward(
             return whole[1], whole[0], None
     with without_autocast(x):
         norm = Norm(norm_weight, norm_bias, eps)
-        x_new, rows, start = start_forward(x, branch, drop_path_scale, norm, w1, products)
+        x_new, rows, start = start_forward(x, branch, drop_path_scale, norm, w1, products, keeps)
         h, z = start_product(start, rows, norm, w1, b1, activation, needs_z=keeps and not lean)
         del rows
         out = end_forward(h, w2, b2, gamma)
@@ -192,7 +192,7 @@ def _backward(
     to = dict(zip(GRADIENTS, dtypes, strict=True))
     norm = Norm(norm_weight, norm_bias, eps)
     with without_autocast(dout):
-        g = dout.reshape(-1, w2.shape[0]).to(products).contiguous()
+        g = as_dtype(dout.reshape(-1, w2.shape[0]), products).contiguous()
         g_sum = column_sums(g, end_sums(gamma, to))
         dz, dz_sum, found = end_backward(g, g_sum, kept, norm, w1, b1, w2, b2, gamma, activation, to)
         del g

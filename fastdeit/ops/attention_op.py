@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fastdeit import backends
 from fastdeit.kernels import attention_config
 from fastdeit.kernels.architecture import architecture
+from fastdeit.ops.arguments import check_beside, check_float
 from fastdeit.ops.first_derivative import first_derivative_only
 
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)  # of timm's vision transformers
@@ -137,7 +138,7 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_packed(qkv, num_heads, scale) -> None:
-    _check_float("qkv", qkv)
+    check_float("qkv", qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv: expected rank 3, (B, N, 3 * H * D), got shape {tuple(qkv.shape)}")
     if isinstance(num_heads, bool) or not isinstance(num_heads, (int, torch.SymInt)):
@@ -154,13 +155,11 @@ def _check_packed(qkv, num_heads, scale) -> None:
 
 def _check_separate(q, k, v, scale) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_float(name, tensor)
+        check_beside(name, tensor, q, "q")
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected rank 4, (B, N, H, D), got shape {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected dtype {q.dtype} as q has, got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q has, got {tensor.device}")
     if q.shape[-1] == 0:
         raise ValueError(f"q: expected a head dimension of at least 1, got shape {tuple(q.shape)}")
     if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
@@ -168,13 +167,6 @@ def _check_separate(q, k, v, scale) -> None:
     if v.shape != k.shape:
         raise ValueError(f"v: expected the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
     _check_scale(scale)
-
-
-def _check_float(name, tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise TypeError(
-            f"{name}: expected a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
-        )
 
 
 def _check_scale(scale) -> None:

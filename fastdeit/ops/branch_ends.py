@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeit.ops.layer_norm_op import _check, _check_branch, _dense
-from fastdeit.ops.linear_op import parameter_gradients, scaled
+from fastdeit.ops.arguments import check_vector
+from fastdeit.ops.layer_norm_op import _dense, check_branch, check_normalised
+from fastdeit.ops.linear_op import as_dtype, parameter_gradients
 from fastdeit.ops.mlp_op import _weight_gradient
 
 Dtypes = dict[str, torch.dtype | None]  # of the gradients that are wanted, by name; None for one that is not
@@ -40,7 +41,7 @@ class Start(NamedTuple):
     x: Tensor | None  # (..., C), what was normalised
     mean: Tensor | None  # (M,) fp32
     x_hat: Tensor | None  # (M, C)
-    rstd: Tensor  # (M,) fp32
+    rstd: Tensor | None  # (M,) fp32, None if nothing is kept
 
 
 def folds(products: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> bool:
@@ -51,25 +52,16 @@ def folds(products: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor |
 
 def check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps) -> None:
     """Raises for what of a branch op's arguments comes before its own layers'."""
-    _check(x, norm_weight, norm_bias, eps, None, names=("norm_weight", "norm_bias"))
+    check_normalised(x, norm_weight, norm_bias, eps, "norm_")
     if branch is not None:
-        _check_branch(x, branch, None, drop_path_scale)
+        check_branch(x, branch, drop_path_scale)
     elif drop_path_scale is not None:
         raise ValueError("drop_path_scale: expected None without a branch to scale, got a tensor")
 
 
 def check_end(x, gamma, end_weight) -> None:
     """Raises for what comes after its own layers', the last of which has been found right."""
-    if gamma is None:
-        return
-    if not isinstance(gamma, Tensor) or not gamma.is_floating_point():
-        raise TypeError(
-            f"gamma: expected a floating-point tensor or None, got {getattr(gamma, 'dtype', type(gamma).__name__)}"
-        )
-    if gamma.shape != end_weight.shape[:1]:
-        raise ValueError(f"gamma: expected shape ({end_weight.shape[0]},), got {tuple(gamma.shape)}")
-    if gamma.device != x.device:
-        raise ValueError(f"gamma: expected device {x.device} as x has, got {gamma.device}")
+    check_vector("gamma", gamma, end_weight.shape[0], x)
 
 
 def start_forward(
@@ -79,15 +71,18 @@ def start_forward(
     norm: Norm,
     weight: Tensor,
     products: torch.dtype,
+    keeps: bool = True,
 ) -> tuple[Tensor | None, Tensor, Start]:
-    """x_new (..., C), None without a branch; the rows (M, C) that weight is to multiply, in that dtype; and what to keep."""
+    """x_new (..., C), None without a branch; the rows (M, C) that weight is to multiply, in that dtype; and what to keep.
+
+    Without `keeps` that is only what `start_product` asks of it.
+    """
     from fastdeit.kernels.layer_norm import layer_norm_forward
 
     folded = folds(products, norm.weight, norm.bias, weight)
     affine = (None, None) if folded else (_dense(norm.weight), _dense(norm.bias))
-    x_new, normed, mean, rstd = layer_norm_forward(
-        x, *affine, norm.eps, products, branch=branch, drop_path_scale=_dense(drop_path_scale)
-    )
+    options = dict(branch=branch, drop_path_scale=_dense(drop_path_scale), keep_statistics=keeps)
+    x_new, normed, mean, rstd = layer_norm_forward(x, *affine, norm.eps, products, **options)
     normed = normed.view(-1, x.shape[-1])
     normalised = x if x_new is None else x_new
     start = Start(None, None, normed, rstd) if folded else Start(normalised, mean, None, rstd)
@@ -156,7 +151,7 @@ def start_backward(
         dx_new: of x's shape, what else the residual stream's gradient is, or None.
         shape: x's.
     """
-    from fastdeit.kernels.folded_weights import fold_columns_backward
+    from fastdeit.kernels.folded_weights import fold_columns_backward, fold_forward
     from fastdeit.kernels.layer_norm import layer_norm_backward
     from fastdeit.kernels.residual_branch import folded_layer_norm_backward
 
@@ -169,7 +164,7 @@ def start_backward(
         gradients = fold_columns_backward(product, dz_sum, weight, norm.weight, norm.bias, **needs)
         found |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
         if wants("x", "branch"):
-            dx_hat = torch.mm(dz, scaled(weight, norm.weight, products))
+            dx_hat = torch.mm(dz, fold_forward(weight, None, products, column_scale=norm.weight)[0])
             rows = None if dx_new is None else dx_new.reshape(dx_hat.shape).contiguous()
             options = dict(drop_path_scale=_dense(drop_path_scale), dbranch_dtype=to["branch"])
             given = (dx_hat, start.x_hat, start.rstd, rows)
@@ -180,7 +175,7 @@ def start_backward(
         found["weight"] = _weight_gradient(dz, normalised_rows(start, norm, products), to["weight"])
     if wants("x", "branch", "norm_weight", "norm_bias"):
         found["x"], found["branch"], found["norm_weight"], found["norm_bias"], _ = layer_norm_backward(
-            torch.mm(dz, weight.to(products)).view(shape),
+            torch.mm(dz, as_dtype(weight, products)).view(shape),
             *(start.x, start.mean, start.rstd, _dense(norm.weight)),
             dx_new=dx_new,
             drop_path_scale=_dense(drop_path_scale),
@@ -202,7 +197,9 @@ def end_forward(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | 
 
 def end_weight(weight: Tensor, gamma: Tensor | None, products: torch.dtype) -> Tensor:
     """gamma * P, as forward multiplies h by and backward the gradient."""
-    return scaled(weight, None if gamma is None else gamma[:, None], products)
+    from fastdeit.kernels.folded_weights import fold_forward
+
+    return fold_forward(weight, None, products, row_scale=gamma)[0]
 
 
 def end_parameter_gradients(
@@ -228,7 +225,7 @@ def end_parameter_gradients(
 
 def in_order(found: dict[str, Tensor | None], to: Dtypes) -> list[Tensor | None]:
     """The gradients that are wanted in the order of `to`, each in its dtype; None for the others."""
-    return [None if dtype is None else found[name].to(dtype) for name, dtype in to.items()]
+    return [None if dtype is None else as_dtype(found[name], dtype) for name, dtype in to.items()]
 
 
 def share_gradient(wanted: list[torch.dtype | None], drop_path_scale: Tensor | None) -> tuple[list, bool]:

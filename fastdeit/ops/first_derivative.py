@@ -20,10 +20,10 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled():
-            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
         try:
-            return once(ctx, *gradients)
+            if not torch.is_grad_enabled():
+                return backward(ctx, *gradients)
+            return once(ctx, *(g if g is None else g.detach().requires_grad_() for g in gradients))
         except RuntimeError as error:  # a batched tensor has no memory that a kernel could be given
             if any(g is not None and (_is_batched(g) or _is_legacy_batched(g)) for g in gradients):
                 raise RuntimeError(

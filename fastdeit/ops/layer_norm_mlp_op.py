@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.add_layer_norm_mlp_op import GRADIENTS, Kept, end_backward
+from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_vector
 from fastdeit.ops.branch_ends import (
     Norm,
     end_sums,
@@ -22,10 +23,9 @@ from fastdeit.ops.branch_ends import (
     wanted_dtypes,
 )
 from fastdeit.ops.first_derivative import first_derivative_only
-from fastdeit.ops.layer_norm_op import _check as _check_layer_norm
-from fastdeit.ops.layer_norm_op import _dense, layer_norm_reference
+from fastdeit.ops.layer_norm_op import _dense, check_normalised, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
-from fastdeit.ops.linear_op import check_drop_path_scale, promoted, without_autocast
+from fastdeit.ops.linear_op import promoted, without_autocast
 from fastdeit.ops.mlp_op import _check as _check_mlp
 from fastdeit.ops.mlp_op import mlp_reference
 from fastdeit.ops.mlp_op import why_reference as why_no_mlp
@@ -71,7 +71,7 @@ def layer_norm_mlp(
         TypeError: an argument is not a floating-point tensor, or weights differ from x in dtype outside autocast.
         ValueError: a shape or device does not fit, eps is negative or NaN, or activation is unknown.
     """
-    _check_layer_norm(x, norm_weight, norm_bias, eps, None, names=("norm_weight", "norm_bias"))
+    check_normalised(x, norm_weight, norm_bias, eps, "norm_")
     _check_mlp(x, w1, b1, w2, b2, activation)
     _check(x, w2, gamma, drop_path_scale, residual)
     if why_reference(x) is not None:
@@ -120,21 +120,12 @@ def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
 
 
 def _check(x, w2, gamma, drop_path_scale, residual) -> None:
-    outputs = w2.shape[0]
-    for name, tensor, shape in (
-        ("gamma", gamma, (outputs,)),
-        ("residual", residual, (*x.shape[:-1], outputs)),
-        ("drop_path_scale", drop_path_scale, None),
-    ):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name}: expected a floating-point tensor or None, got {given}")
-        if shape is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+    check_vector("gamma", gamma, w2.shape[0], x)
+    if residual is not None:
+        check_beside("residual", residual, x, optional=True)
+        shape = (*x.shape[:-1], w2.shape[0])
+        if residual.shape != shape:
+            raise ValueError(f"residual: expected shape {shape}, got {tuple(residual.shape)}")
     check_drop_path_scale(x, drop_path_scale)
 
 

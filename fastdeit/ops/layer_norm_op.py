@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_float, check_vector
 from fastdeit.ops.first_derivative import first_derivative_only
 
 MAX_CHANNELS = 8192  # the longest row that the kernels hold in registers
@@ -29,7 +30,8 @@ def layer_norm(
         TypeError: x, weight or bias is not a floating-point tensor, or out_dtype is not a floating-point dtype.
         ValueError: the shape or device of weight or bias does not fit x, x has no dimension, or eps is negative or NaN.
     """
-    _check(x, weight, bias, eps, out_dtype)
+    check_normalised(x, weight, bias, eps)
+    _check_out_dtype(out_dtype)
     if why_reference(x) is not None:
         return layer_norm_reference(x, weight, bias, eps, out_dtype=out_dtype)
     out_dtype = out_dtype or _default_out_dtype(x)
@@ -69,8 +71,10 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: as `layer_norm`, for branch, gamma and drop_path_scale too.
     """
-    _check(x, weight, bias, eps, out_dtype)
-    _check_branch(x, branch, gamma, drop_path_scale)
+    check_normalised(x, weight, bias, eps)
+    _check_out_dtype(out_dtype)
+    check_branch(x, branch, drop_path_scale)
+    check_vector("gamma", gamma, x.shape[-1], x)
     if why_reference(x) is not None or not _kernel_dtype(branch):
         return add_layer_norm_reference(
             x, branch, weight, bias, eps, gamma=gamma, drop_path_scale=drop_path_scale, out_dtype=out_dtype
@@ -136,61 +140,30 @@ def _default_out_dtype(x: Tensor | torch.dtype, device_of: Tensor | None = None)
 # ---- argument checks
 
 
-def _check(x, weight, bias, eps, out_dtype, names=("weight", "bias")) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+def check_normalised(x, weight, bias, eps, prefix: str = "") -> None:
+    """What LayerNorm asks of x and of its parameters, whose arguments' names begin with prefix."""
+    check_float("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
-    for name, parameter in zip(names, (weight, bias), strict=True):
-        _check_vector(name, parameter, x)
-    if isinstance(eps, bool) or not isinstance(
-        eps, (int, float, torch.SymFloat)
-    ):  # compiled code can hold it as a symbol
+    check_vector(f"{prefix}weight", weight, x.shape[-1], x)
+    check_vector(f"{prefix}bias", bias, x.shape[-1], x)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)):  # compiled code can hold a symbol
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite value >= 0, got {eps}")
-    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
-        raise TypeError(f"out_dtype: expected a floating-point dtype or None, got {out_dtype}")
 
 
-def _check_branch(x, branch, gamma, drop_path_scale) -> None:
-    if not isinstance(branch, Tensor) or not branch.is_floating_point():
-        raise TypeError(
-            f"branch: expected a floating-point tensor, got {getattr(branch, 'dtype', type(branch).__name__)}"
-        )
+def check_branch(x, branch, drop_path_scale) -> None:
+    """What is added to x."""
+    check_beside("branch", branch, x)
     if branch.shape != x.shape:
         raise ValueError(f"branch: expected the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
-    if branch.device != x.device:
-        raise ValueError(f"branch: expected device {x.device} as x has, got {branch.device}")
-    _check_vector("gamma", gamma, x)
-    if drop_path_scale is not None:
-        if not isinstance(drop_path_scale, Tensor):
-            raise TypeError(f"drop_path_scale: expected a tensor or None, got {type(drop_path_scale).__name__}")
-        if drop_path_scale.dtype != torch.float32 and drop_path_scale.dtype != torch.float64:
-            raise TypeError(f"drop_path_scale: expected float32, got {drop_path_scale.dtype}")
-        if x.dim() < 2 or drop_path_scale.shape != x.shape[:1]:
-            raise ValueError(
-                f"drop_path_scale: expected one factor per sample of x {tuple(x.shape)}, got {tuple(drop_path_scale.shape)}"
-            )
-        if drop_path_scale.device != x.device:
-            raise ValueError(f"drop_path_scale: expected device {x.device} as x has, got {drop_path_scale.device}")
-        if drop_path_scale.requires_grad:
-            raise ValueError("drop_path_scale: expected a tensor without gradient, got one that requires it")
+    check_drop_path_scale(x, drop_path_scale)
 
 
-def _check_vector(name, parameter, x) -> None:
-    if parameter is None:
-        return
-    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
-        raise TypeError(
-            f"{name}: expected a floating-point tensor or None, got {getattr(parameter, 'dtype', type(parameter).__name__)}"
-        )
-    if parameter.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{name}: expected shape ({x.shape[-1]},) to match x {tuple(x.shape)}, got {tuple(parameter.shape)}"
-        )
-    if parameter.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} as x has, got {parameter.device}")
+def _check_out_dtype(out_dtype) -> None:
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise TypeError(f"out_dtype: expected a floating-point dtype or None, got {out_dtype}")
 
 
 # ---- the launches, shared by both paths; the kernels are imported here so that importing fastdeit does not import Triton

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_vector
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _dense
 from fastdeit.ops.mlp_op import ACTIVATIONS, _weight_gradient
@@ -87,55 +88,34 @@ def why_reference(x: Tensor) -> str | None:
 def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> None:
     if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    required = {"x": x, "weight": weight}
-    optional = {"bias": bias, "gamma": gamma, "residual": residual, "drop_path_scale": drop_path_scale}
-    for name, tensor in (*required.items(), *((n, t) for n, t in optional.items() if t is not None)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name}: expected a floating-point tensor, got {given}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
-        if name in ("weight", "bias"):
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None or name != "bias":
+            check_beside(name, tensor, x)
             backends.check_multiplied(x, name, tensor)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: expected shape (rows, {x.shape[-1]}), got {tuple(weight.shape)}")
     outputs = weight.shape[0]
-    for name, shape in (("bias", (outputs,)), ("gamma", (outputs,)), ("residual", (*x.shape[:-1], outputs))):
-        tensor = optional[name]
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    check_vector("bias", bias, outputs, x)
+    check_vector("gamma", gamma, outputs, x)
+    if residual is not None:
+        check_beside("residual", residual, x, optional=True)
+        shape = (*x.shape[:-1], outputs)
+        if residual.shape != shape:
+            raise ValueError(f"residual: expected shape {shape}, got {tuple(residual.shape)}")
     check_drop_path_scale(x, drop_path_scale)
-
-
-def check_drop_path_scale(x: Tensor, drop_path_scale: Tensor | None) -> None:
-    """One float32 factor per sample of x (float64 for the oracle), without gradient."""
-    if drop_path_scale is None:
-        return
-    if drop_path_scale.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"drop_path_scale: expected float32, got {drop_path_scale.dtype}")
-    if x.dim() < 2 or drop_path_scale.shape != x.shape[:1]:
-        given = tuple(drop_path_scale.shape)
-        raise ValueError(f"drop_path_scale: expected one factor per sample of x {tuple(x.shape)}, got {given}")
-    if drop_path_scale.requires_grad:
-        raise ValueError("drop_path_scale: expected a tensor without gradient, got one that requires it")
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """In it products run in the dtypes they are given, the fp32 ones of parameters too."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    # A fifth of what torch.autocast(..., enabled=False) costs.
+    return torch._C._DisableAutocast() if torch.is_autocast_enabled(x.device.type) else contextlib.nullcontext()
 
 
-def scaled(weight: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """weight * factor, computed in their own dtypes' promotion and rounded to dtype in the same pass."""
-    if factor is None:
-        return weight.to(dtype)
-    if torch.promote_types(weight.dtype, factor.dtype) == dtype:
-        return weight * factor
-    return torch.mul(weight, factor, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), without the call where that does nothing."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def promoted(products: torch.dtype, *others: Tensor | None) -> torch.dtype:
@@ -175,6 +155,7 @@ def _backward(
     dy, x, z, weight, bias, gamma, drop_path_scale, activation, products, dtypes
 ) -> tuple[Tensor | None, ...]:
     """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
+    from fastdeit.kernels.folded_weights import fold_forward
     from fastdeit.kernels.mlp import activation_backward
     from fastdeit.kernels.residual_branch import scale_add_backward
 
@@ -190,7 +171,7 @@ def _backward(
             sums = to["bias"] if gamma is None else torch.float32 if needs & {"bias", "gamma"} else None
         g, g_sum = scale_add_backward(dy, _dense(drop_path_scale), products, sums)
         if activation is not None:
-            dh = g if gamma is None else scaled(g, gamma, products)
+            dh = g if gamma is None else fold_forward(g, None, products, column_scale=gamma)[0]
             options = dict(needs_h="gamma" in needs, dbias_dtype=to["bias"])
             dz, h, found["bias"] = activation_backward(dh, z, activation, **options)
             if "gamma" in needs:
@@ -198,16 +179,16 @@ def _backward(
             if "weight" in needs:
                 found["weight"] = _weight_gradient(dz, rows, to["weight"])
             if "x" in needs:
-                found["x"] = torch.mm(dz, weight.to(products))
+                found["x"] = torch.mm(dz, as_dtype(weight, products))
         else:
             if "x" in needs:
-                found["x"] = torch.mm(g, scaled(weight, None if gamma is None else gamma[:, None], products))
+                found["x"] = torch.mm(g, fold_forward(weight, None, products, row_scale=gamma)[0])
             given = (g, g_sum, rows, weight, bias, gamma)
             wanted = [to[name] for name in ("weight", "bias", "gamma")]
             found["weight"], found["bias"], found["gamma"] = parameter_gradients(*given, *wanted)
         if "x" in needs:
             found["x"] = found["x"].view(shape)
-    return tuple(found[name].to(to[name]) if name in needs else None for name in _GRADIENTS)
+    return tuple(as_dtype(found[name], to[name]) if name in needs else None for name in _GRADIENTS)
 
 
 def parameter_gradients(

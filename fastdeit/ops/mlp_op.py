@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.first_derivative import first_derivative_only
 
 # What timm's activation modules compute.
@@ -65,11 +66,7 @@ def _check(x, w1, b1, w2, b2, activation) -> None:
     for name, tensor in (("x", x), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if tensor is None and name in ("b1", "b2"):
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name}: expected a floating-point tensor, got {given}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+        check_beside(name, tensor, x)
         backends.check_multiplied(x, name, tensor)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
@@ -126,13 +123,13 @@ def _backward(dy, x, z, w1, w2, activation, needs, dtypes, shape):
 def _weight_gradient(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """d_out^T rows, summed in fp32 and rounded once, to the weight's dtype."""
     if d_out.dtype == dtype:
-        return d_out.t() @ rows
+        return torch.mm(d_out.t(), rows)
     return _product_in_float32(d_out.t(), rows).to(dtype)
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """a b of lower precision with an fp32 result: of one kernel on a GPU, by way of fp32 copies on a CPU."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
 
 
 # ---- eager

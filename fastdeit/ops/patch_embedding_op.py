@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.linear_op import promoted, without_autocast
 from fastdeit.ops.mlp_op import _weight_gradient
@@ -82,11 +83,7 @@ def _check(images, weight, bias, positions, class_token, more_tokens) -> None:
     for name, tensor in given.items():
         if tensor is None and name not in ("images", "weight"):
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            found = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name}: expected a floating-point tensor, got {found}")
-        if tensor.device != images.device:
-            raise ValueError(f"{name}: expected device {images.device} as images has, got {tensor.device}")
+        check_beside(name, tensor, images, "images")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (B, K, H, W), got {tuple(images.shape)}")
     if weight.dim() != 4 or weight.shape[1] != images.shape[1]:
