@@ -24,7 +24,9 @@ from fastdeit import backends
 from fastdeit.kernels.stub_driver import driver
 
 BLOCKS, TRAINED = "a block's share of a forward pass", "a block's share of a training step"
-BUDGETS = {"launch, pointers": 8.0, "launch, 4 descriptors built and passed": 15.0}  # microseconds on a quiet machine
+CHECK = "whether a block of a model runs fused"
+# Microseconds on a quiet machine.
+BUDGETS = {"launch, pointers": 8.0, "launch, 4 descriptors built and passed": 15.0, CHECK: 5.0}
 YARDSTICK = "torch: F.layer_norm"
 _CALLS, _REPEATS = 200, 25
 _DEPTH = 12  # of the model whose blocks are timed
@@ -85,12 +87,16 @@ def _microseconds(call: Callable[[], object], calls: int) -> float:
 def measure_blocks() -> dict[str, float]:
     """A block's share of what a model's forward pass and training step take of the host, timm's and accelerated.
 
+    And of that, what the accelerated model's look at its blocks takes before every pass.
+
     The model is as small as its kernels allow, so that what PyTorch's operations compute on the CPU is little beside their
     dispatch: what remains of it counts against both. The step is of a whole model, patches and head included.
     """
     import timm
 
     import fastdeit
+    from fastdeit.nn import Block
+    from fastdeit.nn.whole_block import run_whole
 
     sizes = dict(img_size=32, embed_dim=64, num_heads=1, depth=_DEPTH, num_classes=10)
     timms = timm.create_model("deit_tiny_patch16_224", **sizes)
@@ -101,13 +107,16 @@ def measure_blocks() -> dict[str, float]:
         model.zero_grad()
         model(images).sum().backward()
 
-    costs = {}
+    runs_kernels = mock.patch.object(backends, "_why_kernels_cannot_run", lambda x, products: None)
+    blocks, tokens = list(models["accelerated"].blocks), torch.zeros(2, 5, 64)
+    with runs_kernels:
+        costs = {CHECK: round(microseconds(lambda: run_whole(blocks, Block, tokens)) / _DEPTH, 2)}
     for what, run, context in (
         (BLOCKS, lambda model: model(images), torch.no_grad),
         (TRAINED, step, torch.enable_grad),
     ):
         least = dict.fromkeys(models, math.inf)
-        with context(), mock.patch.object(backends, "_why_kernels_cannot_run", lambda x, products: None):
+        with context(), runs_kernels:
             for turn in range(_REPEATS):
                 for name, model in models.items():
                     cost = _microseconds(functools.partial(run, model), 4) / _DEPTH

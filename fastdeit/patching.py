@@ -173,17 +173,21 @@ def _swap(choices: Iterable[tuple[nn.Module, dict[type, type]]]) -> None:
 
 
 def _mark_excluded(named: dict[str, nn.Module], excluded: set[str]) -> None:
-    """Leaves nothing on a module that is not excluded."""
-    from fastdeit.nn.eligibility import EXCLUDED
+    """Leaves nothing on a module that neither is excluded nor holds one that is."""
+    from fastdeit.nn.eligibility import EXCLUDED, HOLDS_EXCLUDED
 
+    around = {name[:end] for name in excluded for end, letter in enumerate(name) if letter == "."} | (
+        {""} if excluded else set()
+    )
     changed = False
-    for name, module in named.items():
-        if (name in excluded) != (EXCLUDED in module.__dict__):
-            if name in excluded:
-                module.__dict__[EXCLUDED] = True
-            else:
-                del module.__dict__[EXCLUDED]
-            changed = True
+    for mark, names in ((EXCLUDED, excluded), (HOLDS_EXCLUDED, around)):
+        for name, module in named.items():
+            if (name in names) != (mark in module.__dict__):
+                if name in names:
+                    module.__dict__[mark] = True
+                else:
+                    del module.__dict__[mark]
+                changed = True
     if changed:
         torch.compiler.reset()
 

@@ -8,6 +8,7 @@ from fastdeit import ops
 from fastdeit.kernels.attention_config import HANDED_OVER
 from fastdeit.nn.eligibility import (
     FusedModule,
+    dropped_out,
     forward_of,
     why_global_hook,
     why_not_bypassed,
@@ -76,7 +77,7 @@ class Attention(FusedModule, timm.layers.Attention):
         qkv, proj = children["qkv"]._parameters, children["proj"]._parameters
         out = ops.attention(F.linear(x, qkv["weight"], qkv["bias"]), self.num_heads)
         out = F.linear(out, proj["weight"], proj["bias"])
-        return children["proj_drop"](out)
+        return dropped_out(children["proj_drop"], out)
 
     def forward_branch(
         self,
@@ -99,7 +100,7 @@ class Attention(FusedModule, timm.layers.Attention):
         x, out = ops.add_layer_norm_attention(
             x, branch, affine["weight"], affine["bias"], norm.eps, *weights, **options
         )
-        return x, children["proj_drop"](out)
+        return x, dropped_out(children["proj_drop"], out)
 
     def forward_prefix(self, x: Tensor, keep: int) -> Tensor:
         """What `forward_inlined` gives for the first `keep` of x's tokens: their queries alone, keys and values of all.

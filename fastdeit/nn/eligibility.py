@@ -16,8 +16,8 @@ from torch.nn.modules import module as module_hooks
 
 # Looked up once: these run before every fused call.
 _Parameter, _Linear, _Dropout, _Identity = nn.Parameter, nn.Linear, nn.Dropout, nn.Identity
-# Set by `fastdeit.accelerate` on what it was told to exclude, so that nothing computes in that module's place.
-EXCLUDED = "fastdeit_excluded"
+# Set by `fastdeit.accelerate` on what it was told to exclude, so that nothing computes in its place, and on all around it.
+EXCLUDED, HOLDS_EXCLUDED = "fastdeit_excluded", "fastdeit_holds_excluded"
 _tracing_state = torch._C._get_tracing_state
 
 # In the place of a bias that is a buffer or a plain attribute, as `DataParallel` makes all of a replica's.
@@ -126,6 +126,13 @@ def why_not_inactive_dropout(dropout: nn.Module) -> str | None:
             return "the forward of torch.nn.Dropout was replaced"
         return "dropout is active" if dropout.p != 0.0 and dropout.training else None
     return None if kind is _Identity else f"a dropout is a {kind.__name__}"
+
+
+def dropped_out(dropout: nn.Module, x: Tensor) -> Tensor:
+    """dropout(x), without the call where that would give x back: it costs the host as much as a launch."""
+    if why_not_inactive_dropout(dropout) is None and why_not_bypassed((dropout,)) is None:
+        return x
+    return dropout(x)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

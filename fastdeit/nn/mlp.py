@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fastdeit import ops
 from fastdeit.nn.eligibility import (
     FusedModule,
+    dropped_out,
     forward_of,
     why_global_hook,
     why_not_bypassed,
@@ -83,7 +84,7 @@ class Mlp(FusedModule, timm.layers.Mlp):
         fc1, fc2 = children["fc1"]._parameters, children["fc2"]._parameters
         activation = activation_name(children["act"])
         out = ops.mlp(x, fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"], activation=activation)
-        return children["drop2"](out)
+        return dropped_out(children["drop2"], out)
 
     def forward_branch(
         self,
@@ -105,4 +106,4 @@ class Mlp(FusedModule, timm.layers.Mlp):
         options = {"gamma": gamma, "drop_path_scale": drop_path_scale, "lean": lean}
         options["activation"] = activation_name(children["act"])
         x, out = ops.add_layer_norm_mlp(x, branch, affine["weight"], affine["bias"], norm.eps, *weights, **options)
-        return x, children["drop2"](out)
+        return x, dropped_out(children["drop2"], out)

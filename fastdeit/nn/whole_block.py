@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdeit.kernels.attention_config import HANDED_OVER
 from fastdeit.nn.attention import Attention
-from fastdeit.nn.eligibility import EXCLUDED, MISSING, forward_of
+from fastdeit.nn.eligibility import HOLDS_EXCLUDED, MISSING, forward_of
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm
 from fastdeit.nn.mlp import Mlp, activation_name
 from fastdeit.ops import attention_op
@@ -63,7 +63,7 @@ def _is_plain(block: nn.Module, dtype: torch.dtype) -> bool:
     children = block._modules
     norm1, attn, norm2, mlp = children["norm1"], children["attn"], children["norm2"], children["mlp"]
     ls1, drop_path1, ls2, drop_path2 = children["ls1"], children["drop_path1"], children["ls2"], children["drop_path2"]
-    if type(attn) is not Attention or type(mlp) is not Mlp:
+    if type(attn) is not Attention or type(mlp) is not Mlp or HOLDS_EXCLUDED in block.__dict__:
         return False
     children = attn._modules
     qkv, q_norm, k_norm = children["qkv"], children["q_norm"], children["k_norm"]
@@ -91,7 +91,6 @@ def _is_plain(block: nn.Module, dtype: torch.dtype) -> bool:
             or state["_backward_hooks"]
             or "forward" in state
             or "_compiled_call_impl" in state
-            or EXCLUDED in state
         ):
             return False
     if not (type(qkv) is _Linear and type(proj) is _Linear and type(fc1) is _Linear and type(fc2) is _Linear):

@@ -129,7 +129,7 @@ def _weight_gradient(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """a b of lower precision with an fp32 result: of one kernel on a GPU, by way of fp32 copies on a CPU."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 # ---- eager

@@ -1,7 +1,6 @@
 """A model makes its tokens with the fused op unless something would be skipped by it, or would notice."""
 
 import copy
-import timeit
 
 import pytest
 import timm.layers
@@ -221,8 +220,8 @@ def test_explain_has_a_row_for_the_projection(kernels_stood_in):
     assert not row().fused
 
 
-def test_it_takes_little_time(kernels_stood_in):
+def test_it_takes_little_time(in_module_calls, kernels_stood_in):
     model = build()
     x = images(model)
-    seconds = min(timeit.repeat(lambda: why_not_embedded(model, x), number=50, repeat=40)) / 50
-    assert 1e6 * seconds <= 3 * 5.0  # microseconds a forward pass on a quiet machine, and what a busy one is allowed
+    assert why_not_embedded(model, x) is None
+    assert in_module_calls(lambda: why_not_embedded(model, x)) <= 10

@@ -1,7 +1,6 @@
 """The one pass over blocks: it may say yes only where nothing else objects, and says so for every usual block."""
 
 import functools
-import timeit
 
 import pytest
 import timm
@@ -15,7 +14,6 @@ from fastdeit.nn import Attention, Block, Mlp
 from fastdeit.nn.block import inlines
 from fastdeit.nn.whole_block import run_whole
 
-BUDGET, GENEROUS = 5.0, 3  # microseconds a block on a quiet machine, and what a busy one is allowed
 CHILDREN = [name for name, _ in Block(64, 2).named_modules() if name not in ("attn.proj_drop", "mlp.drop2")]
 HOOKS = {
     "forward": lambda m: m.register_forward_hook(print),
@@ -174,11 +172,12 @@ def test_images_are_no_tokens():
 
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "drop_path": 0.5}], ids=["DeiT", "DeiT III"])
 @pytest.mark.parametrize("number", [1, 12])
-def test_it_takes_little_time(number, options):
-    blocks = [block(**options) for _ in range(number)]
-    x = tokens()
-    seconds = min(timeit.repeat(lambda: run_whole(blocks, Block, x), number=50, repeat=40)) / 50 / number
-    assert 1e6 * seconds <= GENEROUS * BUDGET
+def test_it_takes_little_time(in_module_calls, number, options):
+    blocks, x = [block(**options) for _ in range(number)], tokens()
+    assert run_whole(blocks, Block, x)
+    assert (
+        in_module_calls(lambda: run_whole(blocks, Block, x)) <= 10 * number
+    )  # half of the calls that it makes unnecessary
 
 
 def test_a_block_on_its_own_asks_once(monkeypatch, kernels_stood_in):
