@@ -78,18 +78,18 @@ def distillation_cross_entropy_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Arguments as the op's, in what it allows. dist_logits is None where it is logits, logits are None with base "none".
 
-    Returns the loss in out_dtype and, if they are to be kept for backward, statistics (B, 7) fp32 and hard distillation's labels
-    (B,) int32.
+    Returns the loss in out_dtype and, if they are to be kept for backward, statistics (B, STATISTICS) fp32 and hard distillation's
+    labels (B,) int32.
     """
     head = dist_logits if logits is None else logits
     batch, classes = head.shape
     reduced = reduction != "none"
-    loss = torch.empty(() if reduced else (batch,), dtype=out_dtype, device=head.device)
-    statistics = torch.empty((batch, STATISTICS), dtype=torch.float32, device=head.device) if keep else None
-    labels = torch.empty(batch, dtype=torch.int32, device=head.device) if keep and kind == "hard" else None
+    loss = head.new_empty(() if reduced else (batch,), dtype=out_dtype)
+    statistics = head.new_empty((batch, STATISTICS.value), dtype=torch.float32) if keep else None
+    labels = head.new_empty(batch, dtype=torch.int32) if keep and kind == "hard" else None
     if batch == 0:
         return loss.fill_(float("nan") if reduction == "mean" else 0.0), statistics, labels
-    rows = torch.empty(batch, dtype=torch.float32, device=head.device) if reduced else loss
+    rows = head.new_empty(batch, dtype=torch.float32) if reduced else loss
     tensors = [_rows(x) for x in (logits, dist_logits, target, teacher)]
     base_weight, dist_weight = _weights(kind, base, alpha)
     if kind == "soft":

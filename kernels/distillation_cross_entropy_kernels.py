@@ -12,7 +12,7 @@ lose all its digits.
 import triton
 import triton.language as tl
 
-STATISTICS = 7  # see distillation_cross_entropy_forward_kernel
+STATISTICS: tl.constexpr = tl.constexpr(7)  # that forward keeps of a row
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def distillation_cross_entropy_forward_kernel(
     target_ptr,  # (B, C) floats or (B,) indices; None without a base term
     teacher_ptr,  # (B, C) floats or (B,) indices; None without a distillation term
     loss_ptr,  # (B,) of any float dtype
-    statistics_ptr,  # (B, 7) fp32: maximum and log-sum of logits, sum of the target, both of dist, both of teacher; or None
+    statistics_ptr,  # (B, STATISTICS) fp32: maximum and log-sum of logits, sum of the target, then both of dist and of teacher
     teacher_label_ptr,  # (B,) int32, the hard teacher's label, -1 where it is out of range; or None
     logits_stride,
     dist_stride,
@@ -216,7 +216,7 @@ def distillation_cross_entropy_forward_kernel(
     loss += tl.where(dist_weight == 0.0, 0.0, dist_weight * dist_loss)
     tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty))
     if statistics_ptr is not None:
-        statistics_row = statistics_ptr + row * 7
+        statistics_row = statistics_ptr + row * STATISTICS
         tl.store(statistics_row, base_max)
         tl.store(statistics_row + 1, base_log)
         tl.store(statistics_row + 2, target_sum)
@@ -249,7 +249,7 @@ def distillation_cross_entropy_backward_kernel(
     dist_ptr,
     target_ptr,
     teacher_ptr,  # read by soft distillation only
-    statistics_ptr,  # (B, 7) fp32, forward's
+    statistics_ptr,  # (B, STATISTICS) fp32, forward's
     teacher_label_ptr,  # (B,) int32, forward's; None but for hard distillation
     dlogits_ptr,  # (B, C), with dist's share where dist reads logits; None where not wanted
     ddist_ptr,  # (B, C) or None
@@ -274,7 +274,7 @@ def distillation_cross_entropy_backward_kernel(
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < C
     dloss = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32)
-    statistics_row = statistics_ptr + row * 7
+    statistics_row = statistics_ptr + row * STATISTICS
     dlogits = tl.zeros([BLOCK], tl.float32)
     ddist = tl.zeros([BLOCK], tl.float32)
 

@@ -17,7 +17,6 @@ from fastdeit.ops.distillation_arguments import Options, check_options, check_ra
 from fastdeit.ops.first_derivative import first_derivative_only
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_STATISTICS = 7  # values per row that forward keeps for backward
 
 
 def distillation_cross_entropy(
@@ -286,11 +285,13 @@ def distillation_cross_entropy_forward(
 
 @distillation_cross_entropy_forward.register_fake
 def _(logits, dist_logits, target, teacher, kind, base, alpha, tau, smoothing, soft_divisor, reduction, out_dtype):
+    from fastdeit.kernels.distillation_cross_entropy_kernels import STATISTICS
+
     head = dist_logits if logits is None else logits
     batch = head.shape[0]
     loss = head.new_empty((batch,) if reduction == "none" else (), dtype=out_dtype)
     labels = head.new_empty(batch if kind == "hard" else 0, dtype=torch.int32)
-    return loss, head.new_empty((batch, _STATISTICS), dtype=torch.float32), labels
+    return loss, head.new_empty((batch, STATISTICS.value), dtype=torch.float32), labels
 
 
 @torch.library.custom_op("fastdeit::distillation_cross_entropy_backward", mutates_args=())

@@ -69,17 +69,20 @@ def test_three_launches_forward_and_backward(soft_target, kind):
 def test_nothing_is_kept_without_gradients(mode):
     z, d, t = randn(3, 4, 24).unbind()
     z.requires_grad_()
-    allocated = []
-    empty = torch.empty
+    allocated, allocate = [], torch.Tensor.new_empty
 
     def counting(*args, **kwargs):
-        allocated.append(empty(*args, **kwargs))
-        return allocated[-1]
+        made = allocate(*args, **kwargs)
+        allocated.append(made.numel())
+        return made
 
-    with mode(), backends.use_backend("triton"), mock.patch.object(torch, "empty", counting):
+    with mode(), backends.use_backend("triton"), mock.patch.object(torch.Tensor, "new_empty", counting):
         loss = op(z, d, indices(4, 24), t)
     assert not loss.requires_grad
-    assert sorted(x.numel() for x in allocated) == [1, 4]  # the loss and the rows it sums
+    assert sorted(filter(None, allocated)) == [
+        1,
+        4,
+    ]  # the loss and the rows it sums; the interpreter's are empty at first
 
 
 @needs_kernels
