@@ -112,7 +112,9 @@ class Config:
     teacher_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata=dict(help="arguments of timm.create_model for the teacher")
     )
-    teacher_checkpoint: str | None = _help("the teacher's weights; by default timm's pretrained ones", None)
+    teacher_checkpoint: str | None = _help(
+        "the teacher's weights, a safetensors file; by default timm's pretrained ones", None
+    )
     teacher_cache: str | None = _help("labels that fastdeit cache-teacher wrote, in place of the teacher", None)
     teacher_epochs: int = _help("train the teacher first, for so many epochs", 0)
     teacher_lr: float = _help("its learning rate, as lr", 5e-4)

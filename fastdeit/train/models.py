@@ -183,6 +183,13 @@ def _create(field: str, name: str, num_classes: int, in_chans: int, kwargs: dict
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"{field}: timm.create_model({name!r}, **{kwargs}) failed: {error!r}") from error
+    except (OSError, RuntimeError) as error:  # no such weights, no network
+        if not kwargs.get("pretrained"):
+            raise
+        instead = "teacher_checkpoint" if field == "teacher_model" else "finetune"
+        raise ValueError(
+            f"{field}: timm's weights of {name!r} cannot be had ({error}); {instead} takes a file of weights"
+        ) from error
 
 
 def _takes_img_size(name: str) -> bool:

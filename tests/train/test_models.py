@@ -177,3 +177,11 @@ def test_folded_batch_norm_changes_rounding_alone(name):
         before = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
         torch.testing.assert_close(fold_batch_norm(model)(images), expected)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) < before or name != "regnety_002"
+
+
+def test_weights_that_timm_does_not_have_are_an_error_of_the_field(small_config):
+    config = small_config.replace(teacher_model="regnetz_005", teacher_kwargs={}, teacher_epochs=0)
+    with pytest.raises(
+        ValueError, match=r"teacher_model: timm's weights of 'regnetz_005' .*; teacher_checkpoint takes"
+    ):
+        create_teacher(config, 3, torch.device("cpu"))
