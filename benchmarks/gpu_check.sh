@@ -89,28 +89,33 @@ train() {
 
 # The tests of ops, kernels and modules run on the GPU where there is one. Each process compiles what it meets: many at a time.
 parity() {
-    local chosen=(tests/ops tests/kernels tests/nn tests/test_losses.py)
+    local quietly=($pytest_options) chosen=(tests/ops tests/kernels tests/nn tests/test_losses.py)
     # What needs no GPU: the compiler's report, and launches over a stand-in for the driver.
     chosen+=(--ignore=tests/kernels/test_resources.py --ignore=tests/kernels/test_catalog.py)
     chosen+=(--ignore=tests/kernels/test_launch_stub.py --deselect=tests/kernels/test_attention.py::test_launched)
     [ -n "$toy" ] && chosen=(tests/ops/test_layer_norm.py -k "layout or frozen")
     [ -z "$toy" ] && "$python" -c 'import xdist' && chosen+=(-n auto --maxprocesses 12 --dist worksteal)
-    OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider --import-mode=importlib "${chosen[@]}"
+    OMP_NUM_THREADS=1 "$python" -m pytest "${quietly[@]}" "${chosen[@]}"
 }
 
 # Recorded training steps beside the same steps launched kernel by kernel, models under torch.compile, the way of measuring.
 gpu_tests() {
-    local chosen=(tests/train/test_graphs.py tests/settings tests/benchmarks/test_timing.py -m gpu)
+    local quietly=($pytest_options) chosen=(tests/train/test_graphs.py tests/settings tests/benchmarks/test_timing.py -m gpu)
     [ -n "$toy" ] && chosen=(tests/train/test_graphs.py -k replayed)
-    "$python" -m pytest -q -p no:cacheprovider --import-mode=importlib "${chosen[@]}"
+    "$python" -m pytest "${quietly[@]}" "${chosen[@]}"
 }
 
+# Another machine, driver or source begins another folder of results: they would not compare.
 bench() {
-    local chosen=(--seconds "$((seconds > 60 ? seconds - 25 : seconds))") code
+    local chosen=(--seconds "$((seconds > 60 ? seconds - 25 : seconds))") results code
     [ -n "$toy" ] && chosen=(--toy --only layer_norm -k fp32-forward)
-    "$python" -m fastdeit bench quick --out "$folder/bench" "${chosen[@]}"
+    results=$folder/bench/$("$python" -c "
+import sys
+from fastdeit.benchmarks import pieces
+print(pieces.digest(pieces.identity(bool(sys.argv[1]))))" "$toy") || return
+    "$python" -m fastdeit bench quick --out "$results" "${chosen[@]}"
     code=$?
-    "$python" -m fastdeit bench report "$folder/bench" >"$folder/bench.md" || return
+    "$python" -m fastdeit bench report "$results" >"$folder/bench.md" || return
     [ "$code" -eq 0 ] && grep -q '^## Not measured' "$folder/bench.md" && return 75
     return "$code"
 }
@@ -140,8 +145,11 @@ tune() {
 }
 
 export -f install kernels verify train parity gpu_tests bench sanitizer tune
-export python folder toy
+# A test that hangs says where: Python's stacks are printed.
+pytest_options="-q -p no:cacheprovider --import-mode=importlib -o faulthandler_timeout=60"
+export python folder toy pytest_options
 export PYTHONUNBUFFERED=1 # a command that is cut off has said what it found
+export PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer's usual place
 
 names=()
 

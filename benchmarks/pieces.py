@@ -33,6 +33,11 @@ def identity(toy: bool) -> dict[str, Any]:
     return timing.environment() | {"source": source_hash(), "toy": toy}
 
 
+def digest(identity: dict[str, Any]) -> str:
+    """A short name for results that compare with one another."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def file_name(case: str) -> str:
     return re.sub(r"[^\w.-]+", "_", case) + ".json"
 

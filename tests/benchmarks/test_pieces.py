@@ -95,3 +95,9 @@ def test_the_source_hash_follows_every_file_of_the_package(monkeypatch):
         edited = lambda path, name=name: read(path) + (b"#" if path.as_posix().endswith(name) else b"")  # noqa: E731
         monkeypatch.setattr(Path, "read_bytes", edited)
         assert pieces.source_hash() != now
+
+
+def test_results_that_would_not_compare_have_other_names():
+    identity = dict(gpu="G", driver_version="1", source="a")
+    assert pieces.digest(identity) == pieces.digest(dict(reversed(identity.items())))
+    assert len({pieces.digest(identity | change) for change in ({}, dict(driver_version="2"), dict(source="b"))}) == 3
