@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures what the folder of results does not have, or does what the mode does; returns 0, or 1 if a case failed.
 
     Raises:
-        ValueError: no GPU, or the folder has results of another machine or source, or --seconds is not positive.
+        ValueError: no GPU, or the folder has results of another machine or source, or --seconds is not positive, or no case
+            is wanted.
         ImportError: the extra `bench` is not installed.
     """
     if args.mode in MODES:
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
     _, case, candidate = RUNS[args.mode]
     code = runner.measure(folder, args.only or suites(), runner.Limits(args.seconds, case, candidate), options)
     _, done, missing = pieces.read(args.out)
+    if args.keyword and not done and not missing:
+        raise ValueError(f"-k: no case matches {args.keyword!r}")
     print(f"{len(done)} cases are in {args.out}; fastdeit bench report {args.out} makes tables and plots of them")
     if missing:
         print(f"{len(missing)} cases are left: the same command goes on with them")

@@ -116,5 +116,11 @@ def test_bad_arguments_are_named_before_anything_is_timed(tmp_path, capsys):
     assert "--seconds: expected a positive number, got -1.0" in capsys.readouterr().err
 
 
+def test_an_expression_that_matches_no_case_is_an_error(tmp_path, capsys):
+    words = ["bench", "quick", "--toy", "--only", "layer_norm", "-k", "no_such_case", "--out", str(tmp_path / "r")]
+    assert cli.main(words) == 2
+    assert "-k: no case matches 'no_such_case'" in capsys.readouterr().err
+
+
 def test_suites_are_the_files_beside_the_command():
     assert {"attention", "layer_norm", "mlp"} <= set(command.suites())
