@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
     folder = config.bench_folder
     if folder is not None:
         folder.plan([_case(item) for item in kept])
-        kept = [item for item in kept if not folder.is_done(_case(item))]
+        kept = [item for item in kept if not folder.is_done(_case(item), config.getoption("--quick"))]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
@@ -155,7 +155,8 @@ def compare(benchmark, request):
         turns=20,
         **shape,
     ):
-        if config.getoption("--quick"):
+        quick = config.getoption("--quick")
+        if quick:
             candidates = peers.soon_set_up(candidates)
         ceilings = roofline.measured_ceilings()
         floor = None if ceilings is None else ceilings.floor_us(cost, matrix=matrix)
@@ -185,6 +186,7 @@ def compare(benchmark, request):
             row["images_per_s"] = images / row["median_us"] * 1e6 if images and row["median_us"] else None
         benchmark.extra_info |= {
             "suite": _suite(request.node),
+            "quick": quick,
             "shape": shape,
             "flops": cost.flops,
             "bytes": cost.bytes,

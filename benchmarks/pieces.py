@@ -72,8 +72,12 @@ class Folder:
         known["cases"] = list(dict.fromkeys([*known["cases"], *cases]))
         _write(self.directory / "run.json", known)
 
-    def is_done(self, case: str) -> bool:
-        return (self.directory / "cases" / file_name(case)).exists()
+    def is_done(self, case: str, quick: bool = True) -> bool:
+        """Whether it has a result; a quick run's is good for a quick run only."""
+        file = self.directory / "cases" / file_name(case)
+        if quick or not file.exists():
+            return file.exists()
+        return not any(b["extra_info"].get("quick") for b in json.loads(file.read_text(encoding="utf-8"))["benchmarks"])
 
     def started(self, case: str) -> None:
         _write(self.directory / "started.json", dict(case=case, at=time.time()))

@@ -10,7 +10,9 @@ from fastdeit.benchmarks.pieces import Folder
 
 DIRECTORY = Path(__file__).parent
 DEVICE_LOST = 70  # exit code of a process that wrote its case and can use the device no more
-_GRACE_SECONDS = 10  # for what is bounded inside the process to end by itself
+_GRACE_SECONDS = (
+    20  # for what is bounded inside the process to end by itself: the last turns of large models take a while
+)
 _ENDS = {0: 0, 1: 1, 5: 0}  # pytest's exit codes of a run that went through: passed, with failures, nothing to do
 
 

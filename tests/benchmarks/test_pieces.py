@@ -101,3 +101,13 @@ def test_results_that_would_not_compare_have_other_names():
     identity = dict(gpu="G", driver_version="1", source="a")
     assert pieces.digest(identity) == pieces.digest(dict(reversed(identity.items())))
     assert len({pieces.digest(identity | change) for change in ({}, dict(driver_version="2"), dict(source="b"))}) == 3
+
+
+def test_a_quick_runs_case_is_done_for_quick_runs_alone(tmp_path):
+    folder = pieces.Folder(tmp_path)
+    folder.begin({})
+    for case, quick in (("a-1", True), ("a-2", False)):
+        folder.write(case, dict(benchmarks=[dict(name=case, extra_info=dict(quick=quick))]))
+    folder.write_failure("a-3", "failed")
+    assert [folder.is_done(f"a-{i}") for i in (1, 2, 3, 4)] == [True, True, True, False]
+    assert [folder.is_done(f"a-{i}", quick=False) for i in (1, 2, 3, 4)] == [False, True, True, False]
