@@ -1,4 +1,4 @@
-"""`fastdeit launch-cost`: host microseconds per call of the launch path, without a GPU.
+"""`fastdeit launch-cost`: host microseconds per call of the launch path and per block of a model, without a GPU.
 
 A child process runs Triton's real launch path over a stand-in for the CUDA driver, so that what is timed is Python, Triton's
 launcher and PyTorch's dispatch, but neither the driver nor a GPU. Tensors lie on the CPU and are tiny, so that PyTorch's own

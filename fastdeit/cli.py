@@ -35,7 +35,9 @@ COMMANDS = {
     "kernels": Command("fastdeit.kernels.report", "what the compiler made of every kernel, without a GPU"),
     "bench": Command("fastdeit.benchmarks.command", "time the fused ops beside PyTorch's own"),
     "tune": Command("fastdeit.benchmarks.tune", "find the fastest configuration of each kernel on the GPU at hand"),
-    "launch-cost": Command("fastdeit.benchmarks.launch_cost", "host microseconds per kernel launch, without a GPU"),
+    "launch-cost": Command(
+        "fastdeit.benchmarks.launch_cost", "host microseconds per kernel launch and per block, without a GPU"
+    ),
 }
 
 
