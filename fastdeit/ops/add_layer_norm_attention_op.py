@@ -34,6 +34,7 @@ from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _kernel_dtype, add_layer_norm_reference, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.linear_op import as_dtype, without_autocast
+from fastdeit.ops.mlp_op import lacks_elements
 
 # In the order of the ops' arguments: x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma.
 _GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
@@ -86,7 +87,8 @@ def add_layer_norm_attention(
     _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
     check_end(x, gamma, proj_weight)
     head_dim = qkv_weight.shape[0] // (3 * num_heads)
-    if why_reference(x, head_dim) is not None or not (branch is None or _kernel_dtype(branch)):
+    kernels = why_reference(x, head_dim) is None and (branch is None or _kernel_dtype(branch))
+    if not kernels or lacks_elements(proj_weight):
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
         options = dict(gamma=gamma, drop_path_scale=drop_path_scale)
         return add_layer_norm_attention_reference(x, branch, norm_weight, norm_bias, eps, *weights, **options)

@@ -34,7 +34,7 @@ from fastdeit.ops.layer_norm_op import _kernel_dtype, add_layer_norm_reference, 
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.linear_op import as_dtype, without_autocast
 from fastdeit.ops.mlp_op import _check as _check_mlp
-from fastdeit.ops.mlp_op import mlp_reference
+from fastdeit.ops.mlp_op import lacks_elements, mlp_reference
 
 # In the order of the ops' arguments: x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma.
 GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
@@ -87,7 +87,8 @@ def add_layer_norm_mlp(
     check_start(x, branch, drop_path_scale, norm_weight, norm_bias, eps)
     _check_mlp(x, w1, b1, w2, b2, activation)
     check_end(x, gamma, w2)
-    if why_reference(x) is not None or not (branch is None or _kernel_dtype(branch)):
+    kernels = why_reference(x) is None and (branch is None or _kernel_dtype(branch)) and not lacks_elements(w1, w2)
+    if not kernels:
         options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
         return add_layer_norm_mlp_reference(x, branch, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
     tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale)

@@ -62,7 +62,7 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
 
     Raises:
         TypeError: q, k or v is not a floating-point tensor, k's or v's dtype differs from q's, or scale is not a number.
-        ValueError: q, k or v is not of rank 4, their shapes or devices do not fit, D is 0, or scale is not finite.
+        ValueError: q, k or v is not of rank 4, their shapes or devices do not fit, H or D is 0, or scale is not finite.
     """
     _check_separate(q, k, v, scale)
     low = _as_autocast(q, k, v)
@@ -160,8 +160,10 @@ def _check_separate(q, k, v, scale) -> None:
             raise ValueError(f"{name}: expected rank 4, (B, N, H, D), got shape {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected dtype {q.dtype} as q has, got {tensor.dtype}")
-    if q.shape[-1] == 0:
-        raise ValueError(f"q: expected a head dimension of at least 1, got shape {tuple(q.shape)}")
+    if q.shape[2] == 0 or q.shape[3] == 0:  # without heads PyTorch's attention on a CPU ends the process
+        raise ValueError(
+            f"q: expected at least one head and a head dimension of at least 1, got shape {tuple(q.shape)}"
+        )
     if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         raise ValueError(f"k: expected (B, M, H, D) to match q {tuple(q.shape)}, got {tuple(k.shape)}")
     if v.shape != k.shape:

@@ -27,7 +27,7 @@ from fastdeit.ops.layer_norm_op import _dense, check_normalised, layer_norm_refe
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.linear_op import promoted, without_autocast
 from fastdeit.ops.mlp_op import _check as _check_mlp
-from fastdeit.ops.mlp_op import mlp_reference
+from fastdeit.ops.mlp_op import lacks_elements, mlp_reference
 from fastdeit.ops.mlp_op import why_reference as why_no_mlp
 
 
@@ -74,7 +74,7 @@ def layer_norm_mlp(
     check_normalised(x, norm_weight, norm_bias, eps, "norm_")
     _check_mlp(x, w1, b1, w2, b2, activation)
     _check(x, w2, gamma, drop_path_scale, residual)
-    if why_reference(x) is not None:
+    if why_reference(x) is not None or lacks_elements(w1, w2):
         options = dict(gamma=gamma, drop_path_scale=drop_path_scale, residual=residual)
         return layer_norm_mlp_reference(
             x, norm_weight, norm_bias, eps, w1, b1, w2, b2, activation=activation, **options

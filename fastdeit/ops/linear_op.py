@@ -10,7 +10,7 @@ from fastdeit import backends
 from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_vector
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _dense
-from fastdeit.ops.mlp_op import ACTIVATIONS, _weight_gradient
+from fastdeit.ops.mlp_op import ACTIVATIONS, _weight_gradient, lacks_elements
 
 _GRADIENTS = ("x", "weight", "bias", "gamma")
 
@@ -46,7 +46,7 @@ def linear(
     """
     _check(x, weight, bias, activation, residual, gamma, drop_path_scale)
     options = dict(activation=activation, residual=residual, gamma=gamma, drop_path_scale=drop_path_scale)
-    if why_reference(x) is not None:
+    if why_reference(x) is not None or lacks_elements(weight):
         return linear_reference(x, weight, bias, **options, save_preactivation=save_preactivation)
     tensors = (x, weight, bias, gamma, drop_path_scale, residual)
     keeps = backends.wants_gradient(*tensors)

@@ -39,7 +39,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         ValueError: activation is another, or the shape or device of a weight does not fit.
     """
     _check(x, w1, b1, w2, b2, activation)
-    if why_reference(x) is not None:
+    if why_reference(x) is not None or lacks_elements(w1, w2):
         return mlp_reference(x, w1, b1, w2, b2, activation=activation)
     tensors, options = (x, w1, b1, w2, b2), (activation, backends.product_dtype(x))
     keeps = backends.wants_gradient(*tensors)
@@ -58,6 +58,11 @@ def mlp_reference(
 def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
     """None when `mlp` runs its kernels on x, else why it runs the reference. Any known activation has a kernel."""
     return backends.why_reference(x)
+
+
+def lacks_elements(*weights: Tensor) -> bool:
+    """Whether a layer has no inputs or no outputs: there is nothing to multiply, and rows of nothing cannot be counted."""
+    return any(weight.numel() == 0 for weight in weights)
 
 
 def _check(x, w1, b1, w2, b2, activation) -> None:
