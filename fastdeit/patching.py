@@ -33,7 +33,7 @@ def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "
         model.
 
     Raises:
-        TypeError: model is not a module, or is a scripted one.
+        TypeError: model is not a module, or is a scripted one, or exclude is no text or texts.
         ValueError: an exclude pattern matches no module, or memory is another.
         RuntimeError: a module's class was derived at run time from one that would be swapped, as `fully_shard` and
             `parametrize` do.
@@ -41,7 +41,7 @@ def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "
     if memory not in MEMORY:
         raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
     named = _named_modules(model)
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    patterns = _patterns(exclude)
     excluded = _excluded(named, patterns)
     fused = _fused_classes()
     source = {twin: cls for cls, twin in fused.items()}
@@ -126,6 +126,16 @@ def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model: expected a plain module, got a scripted one, whose forward is already compiled")
     return dict(model.named_modules())
+
+
+def _patterns(exclude: Iterable[str]) -> tuple[str, ...]:
+    patterns = (
+        (exclude,) if isinstance(exclude, str) else tuple(exclude) if isinstance(exclude, Iterable) else (exclude,)
+    )
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"exclude: expected names of modules or patterns of them, got {pattern!r}")
+    return patterns
 
 
 def _excluded(named: dict[str, nn.Module], patterns: tuple[str, ...]) -> set[str]:

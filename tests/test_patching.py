@@ -123,6 +123,12 @@ def test_an_exclude_pattern_without_a_match_is_named():
     assert classes(model) == before
 
 
+@pytest.mark.parametrize("exclude", [3, [nn.LayerNorm], None, ["blocks.0", 1]])
+def test_an_exclusion_that_is_no_text_is_refused(exclude):
+    with pytest.raises(TypeError, match="exclude: expected names of modules or patterns of them, got"):
+        fastdeit.accelerate(tiny(), exclude=exclude)
+
+
 @pytest.mark.parametrize("function", [fastdeit.accelerate, fastdeit.restore, fastdeit.explain])
 @pytest.mark.parametrize("given", [None, {}, nn.LayerNorm, torch.zeros(2)])
 def test_what_is_no_module_is_refused(function, given):
