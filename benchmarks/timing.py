@@ -140,8 +140,8 @@ def _measured(candidates, inputs, turns, expected, different, candidate_seconds,
                 raise
             return [Row(name, status="out of memory, for the inputs alone") for name in candidates]
         _wait()
-        pool = None if side is None else torch.cuda.graph_pool_handle()  # one: no graph reads another's results
-        timers = [_Timer(name, function, sets, side, pool) for name, function in candidates.items()]
+        pools = [] if side is None else [torch.cuda.graph_pool_handle()]  # one: no graph reads another's results
+        timers = [_Timer(name, function, sets, side, pools) for name, function in candidates.items()]
 
         def warm_up(timer: _Timer) -> None:
             timer.warm_up(None if timer.row.candidate in different else oracle)
@@ -177,9 +177,9 @@ def _take_turns(timers: list["_Timer"], turns: int, deadline: float) -> None:
 class _Timer:
     """A candidate on its way to a row."""
 
-    def __init__(self, name: str, function: Callable[..., Any], sets: list[Sequence[Any]], side, pool) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], sets: list[Sequence[Any]], side, pools) -> None:
         self.row = Row(name)
-        self.function, self.sets, self.side, self.pool = function, sets, side, pool
+        self.function, self.sets, self.side, self.pools = function, sets, side, pools
         self.run: Callable[[], None] | None = None  # `calls` calls
         self.calls = 1
         self.times: list[float] = []
@@ -246,8 +246,10 @@ class _Timer:
             self.run, self.row.timed_by = batch, f"batched events ({host})"
             return
         try:
-            self.run, self.row.timed_by = recorded(batch, self.side, self.pool).replay, "graph replay"
+            self.run, self.row.timed_by = recorded(batch, self.side, self.pools[-1]).replay, "graph replay"
         except Exception as error:
+            # What is left of a capture that failed, a gradient say, lies in its pool, which PyTorch refuses to take up again.
+            self.pools.append(torch.cuda.graph_pool_handle())
             if _is_out_of_memory(error):
                 raise
             _wait()

@@ -61,11 +61,14 @@ class FakeCuda:
 
             def __enter__(self) -> None:
                 outer.empty_cache()
+                if self.pool in outer.spoiled:
+                    raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
                 outer.capturing, outer.allocating_to = self.graph.calls, self.pool
 
             def __exit__(self, kind, *_) -> None:
                 outer.capturing = None
                 if kind is not None:  # as PyTorch up to 2.12: the error comes before the allocator is told
+                    outer.spoiled.add(self.pool)
                     raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
                 outer.allocating_to = None
 
@@ -86,6 +89,7 @@ class FakeCuda:
         )
         self.default_generators = (restore,)
         self.pools = 0
+        self.spoiled: set = set()
 
     def current_stream(self, _):
         return self.current
@@ -220,6 +224,18 @@ def test_peak_memory_is_beyond_what_was_there(cuda):
 def test_graphs_of_one_measurement_share_their_memory(cuda):
     timing.measure({"a": lambda: cuda.work(1.0), "b": lambda: cuda.work(1.0)}, no_inputs)
     assert [entry for entry in cuda.log if entry.startswith("capture")] == ["capture in pool 1"] * 2
+
+
+def test_what_cannot_be_captured_spoils_no_other_capture(cuda):
+    def function():
+        if cuda.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        cuda.work(1e-3)
+
+    captured = lambda: cuda.work(1e-3)  # noqa: E731
+    rows = timing.measure({"before": captured, "not captured": function, "after": captured}, no_inputs)
+    assert [row.timed_by.split(" (")[0] for row in rows] == ["graph replay", "batched events", "graph replay"]
+    assert [row.status for row in rows] == ["ok"] * 3
 
 
 def test_what_cannot_be_captured_is_timed_in_plain_calls(cuda):
