@@ -223,9 +223,9 @@ def _read(source: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]:
     if str(path) in above:
         raise ValueError(f"base: {' -> '.join([*above, str(path)])} is a circle")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {source} is not YAML: {error}") from None
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {source} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config: {source} holds a {type(values).__name__}, expected `field: value` lines")
     base = values.pop("base", None)

@@ -24,7 +24,7 @@ from fastdeit.train.models import create_student, create_teacher, has_distillati
 from fastdeit.train.monitor import NonFiniteLossError
 from fastdeit.train.sampling import eval_loader
 from fastdeit.train.signals import Stopped, StopRequest
-from fastdeit.train.tracking import Tracker, create_trackers
+from fastdeit.train.tracking import Tracker, check_packages, create_trackers
 
 RATES = ("images_per_second", "data_wait", "mfu")  # of an epoch's training; None where not known
 CURVES_EVERY, SHOWN_EVERY = 30, 2  # seconds: the picture, and the rates in the progress bar
@@ -52,11 +52,13 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
         world: the processes that share the work, this one among them, already joined. One of them writes.
 
     Raises:
+        ImportError: a package that config asks for is not installed.
         ValueError: data, model, teacher or checkpoints do not fit config. Raised before anything is trained or written.
         NonFiniteLossError: the loss became NaN or infinite. The state before that step is in nonfinite.state.pt.
         Stopped: a signal asked for it. The state is saved.
     """
     with reproducible(config), StopRequest().listening() as stop:
+        check_packages(config)
         device = select_device(config, world)
         data = load_data(config)
         teacher, labels, teacher_fit = None, None, None

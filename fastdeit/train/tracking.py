@@ -1,7 +1,9 @@
 """Results of each epoch to TensorBoard and Weights & Biases, for those who have them installed."""
 
 import hashlib
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +21,8 @@ class TensorBoard:
     """Event files in FOLDER/tensorboard. `first_epoch` on are written anew: a resumed run replaces what it repeats."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("tensorboard: true needs the package tensorboard: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -39,10 +39,8 @@ class WeightsAndBiases:
     """A W&B run named as the configuration is. Its id follows from the folder, so that a resumed run goes on in it."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("wandb: PROJECT needs the package wandb: pip install wandb") from error
+        import wandb
+
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.run = wandb.init(
             project=config.wandb,
@@ -61,8 +59,15 @@ class WeightsAndBiases:
         self.run.finish()
 
 
+def check_packages(config: Config) -> None:
+    """Raises ImportError that names the package of a tracker that config asks for, and how to install it."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and sys.modules.get(name) is None and find_spec(name) is None:
+            raise ImportError(f"{name}: needs the package {name}: pip install {name}")
+
+
 def create_trackers(config: Config, folder: Path, first_epoch: int) -> list[Tracker]:
-    """What config asks for. Raises ImportError that names the package and how to install it."""
+    """What config asks for, after `check_packages`."""
     trackers: list[Tracker] = []
     if config.tensorboard:
         trackers.append(TensorBoard(folder, first_epoch))

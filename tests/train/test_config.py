@@ -62,6 +62,13 @@ def test_a_base_that_is_not_there_is_named(tmp_path):
         load_config(str(tmp_path / "a.yaml"))
 
 
+@pytest.mark.parametrize("content", [b"epochs: [1", b"\x00\xff"])
+def test_a_file_that_is_no_yaml_is_named_in_a_line(content, tmp_path):
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^config: .*a\.yaml is not YAML: [^\n]+$"):
+        load_config(str(tmp_path / "a.yaml"))
+
+
 def test_a_run_continues_from_its_own_arguments(tmp_path):
     import yaml
 
