@@ -368,4 +368,4 @@ def test_a_failed_recording_leaves_the_device_as_it_was(capsys):
     with torch.cuda.stream(stream):
         x = torch.ones(4, device=GPU)
         graphs.recorded(lambda: x.add_(1), stream).replay()
-    assert x.tolist() == [2.0] * 4
+        assert x.tolist() == [2.0] * 4
