@@ -31,14 +31,15 @@ def write_curves(path: Path, history: Sequence[Mapping[str, Any]], teacher_top1:
     from matplotlib.figure import Figure
 
     epochs = [row["epoch"] + 1 for row in history]  # counted as the lines that a run prints count them
+    style = "o" if len(epochs) == 1 else "-"  # one point makes no line
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [row["train_loss"] for row in history], label="training, augmented")
-    loss.plot(epochs, [row["val_loss"] for row in history], label="validation, cross-entropy")
+    loss.plot(epochs, [row["train_loss"] for row in history], style, label="training, augmented")
+    loss.plot(epochs, [row["val_loss"] for row in history], style, label="validation, cross-entropy")
     loss.set(xlabel="epoch", ylabel="loss")
     for name, label in READOUTS.items():
         if f"top1_{name}" in history[0]:
-            accuracy.plot(epochs, [row[f"top1_{name}"] for row in history], label=label)
+            accuracy.plot(epochs, [row[f"top1_{name}"] for row in history], style, label=label)
     if teacher_top1 is not None:
         accuracy.axhline(teacher_top1, color="grey", linestyle="--", label="teacher")
     accuracy.set(xlabel="epoch", ylabel="validation top-1 (%)")

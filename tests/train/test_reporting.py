@@ -34,6 +34,18 @@ def test_the_summary_reads_back(tmp_path):
         assert [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)] == HISTORY
 
 
+def test_one_epoch_is_seen_in_the_curves_and_epochs_are_counted_from_1(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **options: drawn.append(figure) or save(figure, *args, **options)
+    )
+    write_curves(tmp_path / "curves.png", HISTORY[:1], teacher_top1=None)
+    lines = [line for axes in drawn[0].axes for line in axes.lines]
+    assert all(line.get_marker() != "None" and list(line.get_xdata()) == [1] for line in lines) and len(lines) == 5
+
+
 def test_the_curves_are_a_picture(tmp_path):
     from PIL import Image
 
