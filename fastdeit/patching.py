@@ -46,6 +46,7 @@ def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "
     fused = _fused_classes()
     source = {twin: cls for cls, twin in fused.items()}
     _check_not_derived(named, "accelerate")
+    _set_memory((named[name] for name in excluded), "usual")  # while they are still this package's
     _swap((module, source if name in excluded else fused) for name, module in named.items())
     _set_memory(named.values(), memory)
     _mark_excluded(named, excluded)

@@ -220,6 +220,8 @@ def test_memory_is_the_blocks_and_restore_leaves_nothing_of_it():
     assert not any("memory" in block.__dict__ for block in model.blocks)
     fastdeit.restore(fastdeit.accelerate(model, memory="lean"))
     assert not any("memory" in block.__dict__ for block in model.blocks)
+    fastdeit.accelerate(fastdeit.accelerate(model, memory="lean"), exclude="blocks.1")
+    assert not any("memory" in block.__dict__ for block in model.blocks)
 
 
 def test_another_memory_is_refused_before_any_swap():
