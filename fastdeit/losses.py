@@ -1,13 +1,12 @@
 """Losses for training DeiT: DistillationLoss as facebookresearch/deit calls it, and DistillationCrossEntropy on logits in hand."""
 
-import math
 from typing import Any
 
 import timm.loss
 import torch
 from torch import Tensor, nn
 
-from fastdeit.ops.distillation_arguments import KINDS
+from fastdeit.ops.distillation_arguments import KINDS, Options, check_options
 from fastdeit.ops.distillation_cross_entropy_op import distillation_cross_entropy
 
 __all__ = ["DistillationCrossEntropy", "DistillationLoss"]
@@ -18,6 +17,9 @@ class DistillationCrossEntropy(nn.Module):
 
     Args:
         kind, alpha, tau, label_smoothing, reduction, base, soft_divisor, check_indices: as the op's.
+
+    Raises:
+        TypeError, ValueError: as the op for its options.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class DistillationCrossEntropy(nn.Module):
         check_indices: bool = False,
     ) -> None:
         super().__init__()
+        check_options(Options(kind, base, alpha, tau, label_smoothing, soft_divisor, reduction))
         self.kind = kind
         self.alpha = alpha
         self.tau = tau
@@ -99,6 +102,7 @@ class DistillationLoss(nn.Module):
         check_indices: raise IndexError for labels out of range on a GPU too, which makes each call wait for it.
 
     Raises:
+        TypeError: the criterion or the teacher cannot be called, or alpha or tau is no number.
         ValueError: distillation_type is unknown, alpha or tau is out of range, or the teacher is missing.
     """
 
@@ -117,10 +121,10 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"distillation_type: expected one of {', '.join(KINDS)}, got {distillation_type!r}")
         if distillation_type != "none" and teacher_model is None:
             raise ValueError(f"teacher_model: expected a model with distillation_type {distillation_type!r}, got None")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha: expected a weight in [0, 1], got {alpha}")
-        if not (tau > 0 and math.isfinite(tau)):
-            raise ValueError(f"tau: expected a finite temperature > 0, got {tau}")
+        for name, called in (("base_criterion", base_criterion), ("teacher_model", teacher_model)):
+            if not callable(called) and not (name == "teacher_model" and called is None):
+                raise TypeError(f"{name}: expected a module or function, got {type(called).__name__}")
+        check_options(Options("hard", "cross_entropy", alpha, tau, 0.0, "numel", "mean"))
         self.base_criterion = base_criterion
         self.teacher_model = teacher_model
         self.distillation_type = distillation_type
@@ -185,6 +189,8 @@ def _fusible_base(criterion: nn.Module, outputs: Tensor, labels: Tensor) -> dict
         or "forward" in vars(criterion)
         or any(getattr(criterion, h) for h in hooks)
     ):
+        return None
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):  # a criterion's own kind of labels
         return None
     if outputs.dim() != 2 or labels.requires_grad:
         return None
