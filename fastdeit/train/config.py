@@ -129,6 +129,9 @@ class Config:
     clip_grad: float | None = _help("largest norm, value or ratio of the gradient, as clip_mode has it", None)
     clip_mode: str = _help("clip by norm, value or agc (adaptively, relative to the weights)", "norm")
     grad_accum_steps: int = _help("equal parts that a process cuts its batch into, for less memory", 1)
+    memory: str = _help(
+        "what accelerated blocks keep for backward: usual, or lean, less for one more product a block", "usual"
+    )
     grad_checkpointing: bool = _help("keep no activations within a block but make them again in backward", False)
     sched: str = _help("timm's name of the learning-rate schedule", "cosine")
     sched_on_updates: bool = _help("a new learning rate each update rather than each epoch", False)
@@ -319,6 +322,7 @@ def check(config: Config) -> None:
         ("precision", PRECISIONS),
         ("remode", ("const", "rand", "pixel")),
         ("clip_mode", ("norm", "value", "agc")),
+        ("memory", ("usual", "lean")),
         ("interpolation", ("nearest", "bilinear", "bicubic", "random")),
         ("crop_mode", ("center", "squash", "border")),
         ("mixup_mode", ("batch", "pair", "elem")),

@@ -61,7 +61,7 @@ def create_student(
     if initial_weights and config.finetune is not None:
         load_for_finetuning(model, Path(config.finetune))
     if config.accelerate:
-        fastdeit.accelerate(model)
+        fastdeit.accelerate(model, memory=config.memory)
     return model.to(device)
 
 

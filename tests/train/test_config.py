@@ -103,6 +103,7 @@ def test_an_unknown_configuration_is_refused_with_the_list():
         ("drop_path", 1.5, "drop_path: expected a value from 0 to 1"),
         ("distillation_type", "warm", "distillation_type: expected one of none, soft, hard"),
         ("precision", "fp8", "precision: expected one of auto, fp32, bf16"),
+        ("memory", "least", "memory: expected one of usual, lean, got 'least'"),
         ("epochs", float("inf"), "epochs: expected an integer, got inf"),
         ("scale", [0.9, 0.5], r"scale: expected \[low, high\] with 0 < low <= high"),
         ("std", [0.2, 0, 0.2], "std: expected values more than 0"),

@@ -23,6 +23,12 @@ def test_the_seed_decides_the_initial_weights():
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
+@pytest.mark.parametrize("memory", ["usual", "lean"])
+def test_its_blocks_keep_what_the_configuration_says(memory):
+    student = create_student(SMALL.replace(memory=memory), 3, CPU)
+    assert {block.memory for block in student.blocks} == {memory}
+
+
 def test_the_student_is_accelerated_unless_told_otherwise():
     assert type(create_student(SMALL, 3, CPU).blocks[0]).__module__.startswith("fastdeit")
     assert type(create_student(SMALL.replace(accelerate=False), 3, CPU).blocks[0]).__module__.startswith("timm")
