@@ -187,9 +187,9 @@ def _mark_excluded(named: dict[str, nn.Module], excluded: set[str]) -> None:
     """Leaves nothing on a module that neither is excluded nor holds one that is."""
     from fastdeit.nn.eligibility import EXCLUDED, HOLDS_EXCLUDED
 
-    around = {name[:end] for name in excluded for end, letter in enumerate(name) if letter == "."} | (
-        {""} if excluded else set()
-    )
+    around = {name[:end] for name in excluded for end, letter in enumerate(name) if letter == "."}
+    if excluded:
+        around.add("")  # the model itself
     changed = False
     for mark, names in ((EXCLUDED, excluded), (HOLDS_EXCLUDED, around)):
         for name, module in named.items():

@@ -29,6 +29,16 @@ def check_vector(name: str, tensor: Any, size: int, x: Tensor) -> None:
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(tensor.shape)}")
 
 
+def check_residual(residual: Any, outputs: int, x: Tensor) -> None:
+    """None, or a floating-point tensor (..., outputs) on the device of x (..., C)."""
+    if residual is None:
+        return
+    check_beside("residual", residual, x, optional=True)
+    shape = (*x.shape[:-1], outputs)
+    if residual.shape != shape:
+        raise ValueError(f"residual: expected shape {shape}, got {tuple(residual.shape)}")
+
+
 def check_drop_path_scale(x: Tensor, drop_path_scale: Tensor | None) -> None:
     """None, or one float32 factor per sample of x (float64 for the oracle), without gradient."""
     if drop_path_scale is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.add_layer_norm_mlp_op import GRADIENTS, Kept, end_backward
-from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_vector
+from fastdeit.ops.arguments import check_drop_path_scale, check_residual, check_vector
 from fastdeit.ops.branch_ends import (
     Norm,
     end_sums,
@@ -121,11 +121,7 @@ def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
 
 def _check(x, w2, gamma, drop_path_scale, residual) -> None:
     check_vector("gamma", gamma, w2.shape[0], x)
-    if residual is not None:
-        check_beside("residual", residual, x, optional=True)
-        shape = (*x.shape[:-1], w2.shape[0])
-        if residual.shape != shape:
-            raise ValueError(f"residual: expected shape {shape}, got {tuple(residual.shape)}")
+    check_residual(residual, w2.shape[0], x)
     check_drop_path_scale(x, drop_path_scale)
 
 

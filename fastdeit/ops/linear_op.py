@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
-from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_vector
+from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_residual, check_vector
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _dense
 from fastdeit.ops.mlp_op import ACTIVATIONS, _weight_gradient, lacks_elements
@@ -99,11 +99,7 @@ def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> Non
     outputs = weight.shape[0]
     check_vector("bias", bias, outputs, x)
     check_vector("gamma", gamma, outputs, x)
-    if residual is not None:
-        check_beside("residual", residual, x, optional=True)
-        shape = (*x.shape[:-1], outputs)
-        if residual.shape != shape:
-            raise ValueError(f"residual: expected shape {shape}, got {tuple(residual.shape)}")
+    check_residual(residual, outputs, x)
     check_drop_path_scale(x, drop_path_scale)
 
 
