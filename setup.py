@@ -58,7 +58,7 @@ setup(
         include=["fastdeit", "fastdeit.*"],
         exclude=["*.__pycache__", "*.__pycache__.*", "fastdeit.benchmarks.results*"],
     ),
-    package_data={"": ["*.c", "*.json", "*.sh", "*.yaml", "py.typed"]},
+    package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},
     include_package_data=False,
     zip_safe=False,
     entry_points={"console_scripts": ["fastdeit = fastdeit.cli:main"]},

@@ -13,6 +13,8 @@ import pytest
 
 from fastdeit import backends, testing
 
+pytest_plugins = ["fastdeit.fake_cuda.pytest_plugin"]
+
 torch.set_num_threads(1)  # tests run in parallel processes
 if os.environ.get("TRITON_INTERPRET") == "1":
     testing.correct_interpreter_bfloat16()

@@ -1,0 +1,39 @@
+"""A fake CUDA runtime: PyTorch's and Triton's CUDA code runs on a machine without a GPU, with kernels that do nothing.
+
+A parent process starts a child with `run_python`; the child sees fake GPUs, and reads here what reached them. See docs/fake-cuda.md.
+"""
+
+from fastdeit.fake_cuda.events import (
+    WAITS,
+    Event,
+    TensorMap,
+    Wait,
+    counting,
+    counts,
+    errors,
+    kinds,
+    observe_waits,
+    record,
+    tensor_map,
+    without_pointer_checks,
+)
+from fastdeit.fake_cuda.library import why_unavailable
+from fastdeit.fake_cuda.process import run_python, start_python
+
+__all__ = [
+    "WAITS",
+    "Event",
+    "TensorMap",
+    "Wait",
+    "counting",
+    "counts",
+    "errors",
+    "kinds",
+    "observe_waits",
+    "record",
+    "run_python",
+    "start_python",
+    "tensor_map",
+    "why_unavailable",
+    "without_pointer_checks",
+]
