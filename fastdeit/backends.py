@@ -129,8 +129,12 @@ def check_multiplied(x: Tensor, name: str, tensor: Tensor) -> None:
 
 
 @_constant_while_tracing
-@lru_cache
 def _why_not_this_gpu(index: int) -> str | None:
+    return _capability_is_too_low(index)
+
+
+@lru_cache  # apart, since Dynamo looks into a cached function and warns, even where its result is constant
+def _capability_is_too_low(index: int) -> str | None:
     if torch.version.hip is not None:
         return "AMD GPUs are not supported"
     capability = torch.cuda.get_device_capability(index)
@@ -139,6 +143,7 @@ def _why_not_this_gpu(index: int) -> str | None:
     return None
 
 
+@_constant_while_tracing  # Dynamo guards the switch itself
 def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 

@@ -136,8 +136,11 @@ class _Reports:
         self.outcome = Outcome("passed", "")
 
     def pytest_runtest_logreport(self, report):
+        if self.outcome.outcome == "failed":
+            return  # what failed first
         if report.failed:
-            self.outcome = Outcome("failed", report.longreprtext + "".join(f"\n{a}\n{b}" for a, b in report.sections))
+            output = [f"{title}\n{text}" for title, text in report.sections if " log " not in title]
+            self.outcome = Outcome("failed", "\n".join([report.longreprtext, *output]))
         elif report.skipped:
             self.outcome = Outcome("skipped", report.longrepr[2].removeprefix("Skipped: "))
 
