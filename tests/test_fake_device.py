@@ -76,9 +76,9 @@ def test_a_wait_names_the_line_that_waits():
     assert second.call == "cudaDeviceSynchronize"
 
 
-def test_copies_move_data_and_tell_pinned_from_pageable():
+def test_copies_tell_pinned_from_pageable_memory():
     x = torch.arange(1000.0)
-    with fake_cuda.counting() as counts:
+    with fake_cuda.counting() as counts, fake_cuda.moved_data():
         on_device = x.cuda()
         pinned = on_device.cpu().pin_memory()
         again = pinned.to("cuda", non_blocking=True)
@@ -88,6 +88,12 @@ def test_copies_move_data_and_tell_pinned_from_pageable():
     with fake_cuda.counting() as counts:
         pinned.to("cuda", non_blocking=True)
     assert not any(counts[kind] for kind in fake_cuda.WAITS)
+
+
+def test_device_memory_reads_as_zeros():
+    for _ in range(2):  # the second time in memory that was used
+        x = torch.arange(1.0, 1000.0).cuda()
+        assert not (x + 1).cpu().any() and not x.cpu().any()
 
 
 def test_convolutions_run_without_cudnn():

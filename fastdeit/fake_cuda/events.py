@@ -122,6 +122,20 @@ def errors() -> list[str]:
 
 
 @contextlib.contextmanager
+def moved_data() -> Iterator[None]:
+    """Inside, copies to and on the device are performed, for code that reads back what it wrote, as DistributedDataParallel does.
+
+    Afterwards all device memory is zeros again.
+    """
+    library = _library()
+    library.fake_cuda_move_data(1)
+    try:
+        yield
+    finally:
+        library.fake_cuda_move_data(0)
+
+
+@contextlib.contextmanager
 def without_pointer_checks() -> Iterator[None]:
     """Takes the checks of pointers out of launches and GEMMs, for measuring host time."""
     library = _library()

@@ -2,7 +2,8 @@
 
    The library is preloaded and named libcuda.so.1. Its symbols take precedence over those of libcudart and libcublas, so that
    PyTorch and Triton run their CUDA code unchanged: dispatch, autocast, caching allocator, streams, graph capture, launches.
-   Device memory is host memory that starts as zeros; copies and memset are performed, nothing else writes to it.
+   Device memory is host memory that reads as zeros: kernels, copies to it and memset leave it as it is, so that what a program
+   reads is the same in every run, whatever the memory was used for before. Copies can be switched on (fake_cuda_move_data).
 
    Every call that reaches the device is counted by kind and, while recording, kept as an event. What CUDA would refuse is
    refused with CUDA's error code and a message that is kept: waits and allocations inside a capture, streams of another device,
@@ -49,7 +50,8 @@ extern pthread_mutex_t fake_cuda_mutex; /* recursive */
 #define KINDS(K)                                                                                                             \
   K(LAUNCH, "launch")                                                                                                        \
   K(TRITON_LAUNCH, "triton_launch")                                                                                          \
-  K(GEMM, "gemm") K(MEMSET, "memset") K(TO_DEVICE, "copy_to_device") K(PAGEABLE_TO_DEVICE, "copy_to_device_pageable")        \
+  K(GEMM, "gemm")                                                                                                            \
+  K(MEMSET, "memset") K(TO_DEVICE, "copy_to_device") K(PAGEABLE_TO_DEVICE, "copy_to_device_pageable")                        \
       K(FROM_DEVICE, "copy_from_device") K(PAGEABLE_FROM_DEVICE, "copy_from_device_pageable") K(ON_DEVICE, "copy_on_device") \
           K(BETWEEN_DEVICES, "copy_between_devices") K(SYMBOL_COPY, "copy_symbol") K(WAIT_STREAM, "wait_stream")             \
               K(WAIT_DEVICE, "wait_device") K(WAIT_EVENT, "wait_event") K(WAIT_COPY, "wait_copy") K(QUERY, "query")          \

@@ -6,6 +6,7 @@
 static Range *ranges;
 static long range_count, range_capacity;
 static size_t used[MAX_DEVICES];
+static int moves_data; /* whether copies and memset are performed */
 
 /* The last range that starts at or before the address and reaches beyond it. */
 Range *find_range(const void *address) {
@@ -104,6 +105,14 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
   return cudaSuccess;
 }
 
+EXPORTED void fake_cuda_move_data(int on) {
+  LOCKED {
+    moves_data = on;
+    for (long i = 0; !on && i < range_count; i++)
+      if (ranges[i].device >= 0) madvise(ranges[i].start, ranges[i].size, MADV_DONTNEED); /* zeros again */
+  }
+}
+
 static int copy_kind(const void *to, const void *from) {
   int target = device_of(to), source = device_of(from);
   if (target >= 0 && source >= 0) return target == source ? ON_DEVICE : BETWEEN_DEVICES;
@@ -119,7 +128,7 @@ static cudaError_t copy(void *to, const void *from, size_t size, cudaStream_t ha
   NOTE(kind, what, .stream = (uint64_t)handle, .bytes = size);
   if (captured && (kind == PAGEABLE_TO_DEVICE || kind == PAGEABLE_FROM_DEVICE))
     return invalidate(cudaErrorStreamCaptureUnsupported, "copy to or from pageable memory");
-  if (!captured) memmove(to, from, size);
+  if (!captured && (moves_data || kind == FROM_DEVICE || kind == PAGEABLE_FROM_DEVICE)) memmove(to, from, size);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
@@ -151,7 +160,7 @@ cudaError_t cudaMemsetAsync(void *address, int value, size_t size, cudaStream_t 
   if (device_of(address) != current || !within_allocation(address, size))
     return refuse(cudaErrorInvalidValue, "memset of %zu bytes outside the current device's memory", size);
   NOTE(MEMSET, "cudaMemsetAsync", .stream = (uint64_t)stream, .bytes = size);
-  if (!is_capturing(stream)) memset(address, value, size);
+  if (moves_data && !is_capturing(stream)) memset(address, value, size);
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void *address, int value, size_t size) { return cudaMemsetAsync(address, value, size, NULL); }
