@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdeit import cli
+from fastdeit.commands import cli
 from fastdeit.train import loading
 from fastdeit.train.datasets import Stream, load_data, train_transform
 from fastdeit.train.loading import TrainLoader
