@@ -34,7 +34,8 @@ WITH_EXTRAS = (
     "fastdeit.train",
     "fastdeit.benchmarks",
     "fastdeit.commands",
-)  # what the extras `train` and `bench` are for
+    "fastdeit.testing.fake_cuda.pytest_plugin",
+)  # what the extras `train`, `bench` and `test` are for
 NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.__")
 
 

@@ -1,6 +1,7 @@
 """A fake CUDA runtime: PyTorch's and Triton's CUDA code runs on a machine without a GPU, with kernels that do nothing.
 
-A parent process starts a child with `run_python`; the child sees fake GPUs, and reads here what reached them. See docs/fake-cuda.md.
+A parent process starts a child with `run_python`; the child sees fake GPUs, and reads here what reached them. docs/fake-cuda.md
+says what that shows and what it does not.
 """
 
 from fastdeit.testing.fake_cuda.events import (

@@ -30,7 +30,9 @@ def start_python(
         raise ValueError(f"devices is {devices}, expected 1 to {MAX_DEVICES}")
     major, minor = capability
     if major < 1 or not 0 <= minor <= 9:
-        raise ValueError(f"capability is {capability}, expected a major version and a minor one of one digit, as (9, 0)")
+        raise ValueError(
+            f"capability is {capability}, expected a major version and a minor one of one digit, as (9, 0)"
+        )
     folder = library.build()
     return subprocess.Popen(
         [sys.executable, *arguments],

@@ -26,7 +26,9 @@ class Outcome(NamedTuple):
 
 
 def pytest_addoption(parser):
-    parser.addoption(_OPTION, type=int, metavar="FD", help="of the child process: serve the requests of this connection")
+    parser.addoption(
+        _OPTION, type=int, metavar="FD", help="of the child process: serve the requests of this connection"
+    )
 
 
 # ---- in the parent
@@ -97,7 +99,7 @@ class _Child:
         return Outcome("failed", f"on the fake device: {problem}; its output:\n{self._output()}")
 
     def _start(self) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         self._connection, theirs = Pipe()
         options = ("-p", "no:xdist", "-p", "no:cacheprovider", f"{_OPTION}={theirs.fileno()}")
         self._process = start_python(

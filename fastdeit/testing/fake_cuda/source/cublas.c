@@ -151,8 +151,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   return gemm(stream, describe("cublasLtMatmul", ta, tb, d_layout->data[0], d_layout->data[1], k, a_layout->data[2]), a, b, d);
 }
 
-/* cuDNN's graphs cannot be stood in for: at::Context::userEnabledCuDNN() and userEnabledCuDNNSDP() say that it is disabled, whatever
-   was set. */
+/* cuDNN's graphs cannot be stood in for: at::Context::userEnabledCuDNN() and userEnabledCuDNNSDP() say that it is disabled,
+   whatever was set. */
 EXPORTED int cudnn_is_enabled(const void *context) __asm__("_ZNK2at7Context16userEnabledCuDNNEv");
 EXPORTED int cudnn_attention_is_enabled(const void *context) __asm__("_ZNK2at7Context19userEnabledCuDNNSDPEv");
 int cudnn_is_enabled(const void *context) { return 0; }

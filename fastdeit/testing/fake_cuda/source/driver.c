@@ -33,7 +33,8 @@ CUresult cuGetErrorName(CUresult error, const char **text) { return *text = last
 CUresult cuDriverGetVersion(int *version) { return *version = 13000, CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int *count) { return *count = device_count(), CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
-  if (ordinal < 0 || ordinal >= device_count()) return refuse(CUDA_ERROR_INVALID_DEVICE, "there is no device %d", ordinal);
+  if (ordinal < 0 || ordinal >= device_count())
+    return refuse_in_driver(CUDA_ERROR_INVALID_DEVICE, "there is no device %d", ordinal);
   return *device = ordinal, CUDA_SUCCESS;
 }
 CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
@@ -70,7 +71,7 @@ CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus *status) {
 }
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
   if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER)
-    return refuse(CUDA_ERROR_INVALID_VALUE, "pointer attribute %d", attribute);
+    return refuse_in_driver(CUDA_ERROR_INVALID_VALUE, "pointer attribute %d", attribute);
   if (device_of((void *)pointer) == UNKNOWN)
     return CUDA_ERROR_INVALID_VALUE; /* Triton asks it of pointers that it does not know */
   return *(CUdeviceptr *)value = pointer, CUDA_SUCCESS;
@@ -87,7 +88,7 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr *start, size_t *size, CUdeviceptr a
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   attach();
   NOTE(MODULE_LOAD, "cuModuleLoadData");
-  if (memcmp(image, ELFMAG, SELFMAG)) return refuse(CUDA_ERROR_INVALID_IMAGE, "the module is not an ELF binary");
+  if (memcmp(image, ELFMAG, SELFMAG)) return refuse_in_driver(CUDA_ERROR_INVALID_IMAGE, "the module is not an ELF binary");
   if (prohibits_unsafe_calls())
     return invalidate(cudaErrorStreamCaptureUnsupported, "the first launch of a kernel"), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   const Elf64_Ehdr *header = image;
@@ -105,14 +106,15 @@ CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned count,
 }
 CUresult cuModuleLoad(CUmodule *module, const char *path) {
   FILE *file = fopen(path, "rb");
-  if (!file) return refuse(CUDA_ERROR_FILE_NOT_FOUND, "there is no module %s", path);
+  if (!file) return refuse_in_driver(CUDA_ERROR_FILE_NOT_FOUND, "there is no module %s", path);
   fseek(file, 0, SEEK_END);
   long size = ftell(file);
   rewind(file);
   char *image = malloc(size);
   int complete = fread(image, 1, size, file) == (size_t)size;
   fclose(file);
-  CUresult result = complete ? cuModuleLoadData(module, image) : refuse(CUDA_ERROR_INVALID_IMAGE, "cannot read %s", path);
+  CUresult result =
+      complete ? cuModuleLoadData(module, image) : refuse_in_driver(CUDA_ERROR_INVALID_IMAGE, "cannot read %s", path);
   return free(image), result;
 }
 CUresult cuModuleUnload(CUmodule module) { return free(module), CUDA_SUCCESS; }
@@ -153,7 +155,7 @@ CUresult cuModuleGetFunction(CUfunction *handle, CUmodule module, const char *na
   function->dynamic_shared = 49152;
   function->context = ((Module *)module)->context;
   read_parameters(((Module *)module)->image, function);
-  if (function->count < 0) return free(function), refuse(CUDA_ERROR_NOT_FOUND, "the module has no kernel %s", name);
+  if (function->count < 0) return free(function), refuse_in_driver(CUDA_ERROR_NOT_FOUND, "the module has no kernel %s", name);
   return *handle = (CUfunction)function, CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
@@ -161,7 +163,7 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
-    if (value > SHARED_PER_BLOCK) return refuse(CUDA_ERROR_INVALID_VALUE, "more shared memory than a block can have");
+    if (value > SHARED_PER_BLOCK) return refuse_in_driver(CUDA_ERROR_INVALID_VALUE, "more shared memory than a block can have");
     ((Function *)function)->dynamic_shared = value;
   }
   /* Triton asks for attributes of newer drivers, and does without where they are refused: no error to be kept. */
@@ -181,37 +183,37 @@ static CUresult check_argument(const Function *function, int index, const void *
   uint64_t value = function->size[index] == 8 ? *(const uint64_t *)argument : ((const TensorMap *)argument)->address;
   if (value <= 1ull << 32) return CUDA_SUCCESS;
   int device = device_of((void *)value);
-  if (device == context - 1) return CUDA_SUCCESS;
+  if (device == context - 1 || device == PINNED) return CUDA_SUCCESS;
   if (device == PINNED)
-    return refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is pinned host memory", function->name, index);
+    return refuse_in_driver(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is pinned host memory", function->name, index);
   if (device == UNKNOWN)
-    return refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is no device memory", function->name, index);
-  return refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is memory of device %d, launched on device %d", function->name,
-                index, device, (int)context - 1);
+    return refuse_in_driver(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is no device memory", function->name, index);
+  return refuse_in_driver(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is memory of device %d, launched on device %d",
+                          function->name, index, device, (int)context - 1);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void **parameters, void **extra) {
   const Function *function = (const Function *)handle;
-  if (!function) return refuse(CUDA_ERROR_INVALID_HANDLE, "a launch of no kernel");
-  if (!context) return refuse(CUDA_ERROR_INVALID_CONTEXT, "%s: no context is current in this thread", function->name);
+  if (!function) return refuse_in_driver(CUDA_ERROR_INVALID_HANDLE, "a launch of no kernel");
+  if (!context) return refuse_in_driver(CUDA_ERROR_INVALID_CONTEXT, "%s: no context is current in this thread", function->name);
   if (function->context != context)
-    return refuse(CUDA_ERROR_INVALID_HANDLE, "%s was loaded on device %d, launched on device %d", function->name,
-                  (int)function->context - 1, (int)context - 1);
+    return refuse_in_driver(CUDA_ERROR_INVALID_HANDLE, "%s was loaded on device %d, launched on device %d", function->name,
+                            (int)function->context - 1, (int)context - 1);
   dim3 grid = {config->gridDimX, config->gridDimY, config->gridDimZ},
        block = {config->blockDimX, config->blockDimY, config->blockDimZ};
   if (outside_limits(grid, block))
-    return refuse(CUDA_ERROR_INVALID_VALUE,
-                  "%s: the grid is outside the limits (2^31 - 1, 65535, 65535), or the block has more than 1024 threads",
-                  function->name);
+    return refuse_in_driver(
+        CUDA_ERROR_INVALID_VALUE,
+        "%s: the grid is outside the limits (2^31 - 1, 65535, 65535), or the block has more than 1024 threads", function->name);
   if ((int)config->sharedMemBytes > function->dynamic_shared)
-    return refuse(CUDA_ERROR_INVALID_VALUE, "%s: more shared memory than was set for the kernel", function->name);
+    return refuse_in_driver(CUDA_ERROR_INVALID_VALUE, "%s: more shared memory than was set for the kernel", function->name);
   for (int i = 0; i < function->count; i++) {
-    if (!parameters[i]) return refuse(CUDA_ERROR_INVALID_VALUE, "%s: too few arguments", function->name);
+    if (!parameters[i]) return refuse_in_driver(CUDA_ERROR_INVALID_VALUE, "%s: too few arguments", function->name);
     if (!checks_pointers || (function->size[i] != 8 && function->size[i] != sizeof(CUtensorMap))) continue;
     CUresult error = check_argument(function, i, parameters[i]);
     if (error) return error;
   }
   cudaError_t error = issue((cudaStream_t)config->hStream, function->name);
-  if (error) return (CUresult)error;
+  if (error) return cudaGetLastError(), (CUresult)error;
   Event event = {TRITON_LAUNCH,
                  .stream = (uint64_t)config->hStream,
                  .grid = {grid.x, grid.y, grid.z},
@@ -254,7 +256,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
 #define REQUIRE(condition, text) \
-  if (!(condition)) return refuse(CUDA_ERROR_INVALID_VALUE, "a tensor map's " text)
+  if (!(condition)) return refuse_in_driver(CUDA_ERROR_INVALID_VALUE, "a tensor map's " text)
   TensorMap made = {TENSOR_MAP_MAGIC, (uint64_t)address, type, rank, swizzle};
   uint64_t bytes = element_bytes(type), inner = box[0] * bytes, reach = shape[0] * bytes;
   REQUIRE((uintptr_t)map % 64 == 0, "own address is not 64-byte aligned");

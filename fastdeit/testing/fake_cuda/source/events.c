@@ -62,20 +62,29 @@ void note_wait(int kind, const char *name, cudaStream_t stream) {
   if (observer) observer(name);
 }
 
-int refuse(int code, const char *format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
+static void keep_error(const char *format, va_list arguments) {
   vsnprintf(message, sizeof message, format, arguments);
-  va_end(arguments);
   LOCKED {
     errors = realloc(errors, (error_count + 1) * sizeof *errors);
     errors[error_count++] = strdup(message);
   }
   NOTE(ERROR, message);
   if (observer) observer(message);
+}
+int refuse(int code, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  keep_error(format, arguments);
+  va_end(arguments);
   return last_error = code;
 }
-
+int refuse_in_driver(int code, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  keep_error(format, arguments);
+  va_end(arguments);
+  return code;
+}
 int refuse_quietly(int code, const char *text) {
   strcpy(message, text);
   return last_error = code;

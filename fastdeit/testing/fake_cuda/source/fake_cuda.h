@@ -47,17 +47,18 @@ extern pthread_mutex_t fake_cuda_mutex; /* recursive */
 
 /* ---- events.c: counts, events and errors */
 
-#define KINDS(K)                                                                                                             \
-  K(LAUNCH, "launch")                                                                                                        \
-  K(TRITON_LAUNCH, "triton_launch")                                                                                          \
-  K(GEMM, "gemm")                                                                                                            \
-  K(MEMSET, "memset") K(TO_DEVICE, "copy_to_device") K(PAGEABLE_TO_DEVICE, "copy_to_device_pageable")                        \
-      K(FROM_DEVICE, "copy_from_device") K(PAGEABLE_FROM_DEVICE, "copy_from_device_pageable") K(ON_DEVICE, "copy_on_device") \
-          K(BETWEEN_DEVICES, "copy_between_devices") K(SYMBOL_COPY, "copy_symbol") K(WAIT_STREAM, "wait_stream")             \
-              K(WAIT_DEVICE, "wait_device") K(WAIT_EVENT, "wait_event") K(WAIT_COPY, "wait_copy") K(QUERY, "query")          \
-                  K(RECORD_EVENT, "record_event") K(STREAM_WAIT, "stream_wait_event") K(HOST_FUNCTION, "host_function")      \
-                      K(ALLOCATION, "allocation") K(RELEASE, "release") K(HOST_ALLOCATION, "host_allocation")                \
-                          K(CAPTURE, "capture") K(GRAPH_LAUNCH, "graph_launch") K(MODULE_LOAD, "module_load")                \
+#define KINDS(K)                                                                                                        \
+  K(LAUNCH, "launch")                                                                                                   \
+  K(TRITON_LAUNCH, "triton_launch")                                                                                     \
+  K(GEMM, "gemm")                                                                                                       \
+  K(MEMSET, "memset")                                                                                                   \
+  K(TO_DEVICE, "copy_to_device") K(PAGEABLE_TO_DEVICE, "copy_to_device_pageable") K(FROM_DEVICE, "copy_from_device")    \
+      K(PAGEABLE_FROM_DEVICE, "copy_from_device_pageable") K(ON_DEVICE, "copy_on_device")                               \
+          K(BETWEEN_DEVICES, "copy_between_devices") K(SYMBOL_COPY, "copy_symbol") K(WAIT_STREAM, "wait_stream")        \
+              K(WAIT_DEVICE, "wait_device") K(WAIT_EVENT, "wait_event") K(WAIT_COPY, "wait_copy") K(QUERY, "query")     \
+                  K(RECORD_EVENT, "record_event") K(STREAM_WAIT, "stream_wait_event") K(HOST_FUNCTION, "host_function") \
+                      K(ALLOCATION, "allocation") K(RELEASE, "release") K(HOST_ALLOCATION, "host_allocation")           \
+                          K(CAPTURE, "capture") K(GRAPH_LAUNCH, "graph_launch") K(MODULE_LOAD, "module_load")           \
                               K(ERROR, "error")
 #define IDENTIFIER(id, name) id,
 enum { KINDS(IDENTIFIER) KIND_COUNT };
@@ -79,6 +80,8 @@ void note_event(Event event, const char *name, void **arguments);
 void note_wait(int kind, const char *name, cudaStream_t stream);
 /* Keeps the message of an error and returns its code, which is also the thread's last error. */
 int refuse(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* The same for the driver API, whose errors are none of the runtime's last ones. */
+int refuse_in_driver(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* The same for what a caller may try without being wrong: nothing is kept. */
 int refuse_quietly(int code, const char *text);
 const char *last_message(void);
