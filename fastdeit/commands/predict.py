@@ -53,10 +53,10 @@ def predict(
     from torch.utils.data import DataLoader
 
     from fastdeit.train.checkpoints import load_weights, read_metadata
-    from fastdeit.train.datasets import eval_transform
     from fastdeit.train.device import autocast, reproducible, select_device
     from fastdeit.train.image_files import read_image
     from fastdeit.train.models import create_student
+    from fastdeit.train.transforms import eval_transform
 
     config, classes, _ = read_metadata(checkpoint)
     config = config.replace(device=device or config.device)
@@ -83,16 +83,16 @@ def predict(
 
 
 def image_files(paths: list[Path]) -> list[Path]:
-    """The files themselves, and in place of a folder its images in the order of their paths."""
-    from fastdeit.train.image_files import images_below, no_image
+    """The files themselves, and in place of a folder its images in natural order."""
+    from fastdeit.train.image_folders import images_below, no_image
 
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(images_below(path))
+            inside = images_below(path)
             if not inside:
                 raise FileNotFoundError(no_image(path))
-            files += inside
+            files += map(Path, inside)
         elif path.is_file():
             files.append(path)
         else:
