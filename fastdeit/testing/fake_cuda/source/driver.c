@@ -184,8 +184,6 @@ static CUresult check_argument(const Function *function, int index, const void *
   if (value <= 1ull << 32) return CUDA_SUCCESS;
   int device = device_of((void *)value);
   if (device == context - 1 || device == PINNED) return CUDA_SUCCESS;
-  if (device == PINNED)
-    return refuse_in_driver(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is pinned host memory", function->name, index);
   if (device == UNKNOWN)
     return refuse_in_driver(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is no device memory", function->name, index);
   return refuse_in_driver(CUDA_ERROR_ILLEGAL_ADDRESS, "%s: argument %d is memory of device %d, launched on device %d",

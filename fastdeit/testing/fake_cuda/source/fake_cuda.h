@@ -52,7 +52,8 @@ extern pthread_mutex_t fake_cuda_mutex; /* recursive */
   K(TRITON_LAUNCH, "triton_launch")                                                                                     \
   K(GEMM, "gemm")                                                                                                       \
   K(MEMSET, "memset")                                                                                                   \
-  K(TO_DEVICE, "copy_to_device") K(PAGEABLE_TO_DEVICE, "copy_to_device_pageable") K(FROM_DEVICE, "copy_from_device")    \
+  K(TO_DEVICE, "copy_to_device")                                                                                        \
+  K(PAGEABLE_TO_DEVICE, "copy_to_device_pageable") K(FROM_DEVICE, "copy_from_device")                                   \
       K(PAGEABLE_FROM_DEVICE, "copy_from_device_pageable") K(ON_DEVICE, "copy_on_device")                               \
           K(BETWEEN_DEVICES, "copy_between_devices") K(SYMBOL_COPY, "copy_symbol") K(WAIT_STREAM, "wait_stream")        \
               K(WAIT_DEVICE, "wait_device") K(WAIT_EVENT, "wait_event") K(WAIT_COPY, "wait_copy") K(QUERY, "query")     \
