@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 
 from fastdeit.testing.fake_cuda.process import start_python
 
@@ -13,12 +14,13 @@ def _capability(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m fastdeit.testing.fake_cuda", description=__doc__)
     parser.add_argument("--devices", type=int, default=1, help="how many fake GPUs (1)")
     parser.add_argument("--capability", type=_capability, default=(9, 0), help="their compute capability (9.0)")
     parser.usage = f"{parser.prog} [--devices N] [--capability X.Y] SCRIPT | -m MODULE [ARGUMENTS ...]"
-    argv, options = sys.argv[1:], 0
+    options = 0
     while options < len(argv) and argv[options].startswith(("--", "-h")):  # what follows is python's, options too
         options += 1 if "=" in argv[options] else 2
     args = parser.parse_args(argv[:options])
