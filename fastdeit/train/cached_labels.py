@@ -348,8 +348,8 @@ class _Labeller:
                         logits = torch.cat([self.teacher(part) for part in images.chunk(self.config.grad_accum_steps)])
                     if not logits.isfinite().all():
                         raise ValueError(
-                            f"teacher_model: logits of {self.config.teacher_model} are not finite in epoch {epoch}, batch {batch}; with "
-                            "precision fp32 they may be"
+                            f"teacher_model: logits of {self.config.teacher_model} are not finite in epoch {epoch}, batch {batch}; "
+                            "with precision fp32 they may be"
                         )
                     row[_slice(self.share.positions(batch))] = logits.argmax(1).cpu().numpy()
                     if time.monotonic() - stored > STORE_EVERY:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fastdeit.train.transform_errors import TransformError
+
 ERROR = "error.txt"  # in a run's folder: the traceback of an error that nobody expected
 _PACKAGE = str(Path(__file__).parent.parent)
 
@@ -30,7 +32,7 @@ def expected(error: BaseException) -> bool:
     """Whether fastdeit raised it, so that the message is for people."""
     frames = traceback.extract_tb(error.__traceback__)
     raised_here = not frames or frames[-1].filename.startswith(_PACKAGE)
-    kinds = (ValueError, OSError, ArithmeticError, ImportError)
+    kinds = (ValueError, OSError, ArithmeticError, ImportError, TransformError)
     return isinstance(error, RunFailedError) or (raised_here and isinstance(error, kinds))
 
 
