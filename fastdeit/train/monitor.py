@@ -111,13 +111,13 @@ class LossMonitor:
             arrived.synchronize()
         *bad, stop, loss = values.tolist()
         if any(bad):
-            what = f"the loss is {loss}"
-            if LOSS not in bad:
-                what = f"the loss is {loss:.6g}, but its gradient is not finite"
-            ranks = [str(rank) for rank, flag in enumerate(bad) if flag]
-            where = f" on rank {', '.join(ranks)}" if self.world.size > 1 else ""
+            what, kind = f"the loss is {loss}", LOSS
+            if LOSS not in bad:  # processes have exchanged gradients, so that one process's bad loss makes those of all bad
+                what, kind = f"the loss is {loss:.6g}, but its gradient is not finite", GRADIENT
+            ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag == kind)
+            where = f" on rank {ranks}" if self.world.size > 1 else ""
             raise NonFiniteLossError(
-                f"{what}{where} at step {step} (epoch {epoch}); the last finite loss was {self.last_finite:.6g}. The update was "
+                f"{what}{where} at step {step} (epoch {epoch}); the last finite one was {self.last_finite:.6g}. The update was "
                 "not made",
                 step,
             )
@@ -141,14 +141,12 @@ class LossMonitor:
 def all_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """float64, on the device: 1 if there is neither NaN nor infinity in any of the tensors, else 0. Never waits for the device.
 
-    On a GPU that is asked of the sum of magnitudes, in fp32, of each tensor: two launches for them all.
+    That is asked of the sum of each tensor; on a GPU of the sum of magnitudes in fp32, which takes two launches for them all.
     """
     if not tensors:
         return torch.ones((), dtype=torch.float64, device=device)
     if device.type == "cpu":
-        good = all(
-            bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in tensors
-        )  # the sum is quick, and may overflow
-        return torch.tensor(float(good), dtype=torch.float64)
-    sums = torch._foreach_norm(list(tensors), 1, dtype=torch.float32)
+        sums = [tensor.sum(dtype=torch.float64) for tensor in tensors]
+    else:
+        sums = torch._foreach_norm(list(tensors), 1, dtype=torch.float32)
     return torch.stack(sums).isfinite().all().double()
