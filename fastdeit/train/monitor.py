@@ -112,7 +112,9 @@ class LossMonitor:
         *bad, stop, loss = values.tolist()
         if any(bad):
             what, kind = f"the loss is {loss}", LOSS
-            if LOSS not in bad:  # processes have exchanged gradients, so that one process's bad loss makes those of all bad
+            if (
+                LOSS not in bad
+            ):  # processes have exchanged gradients, so that one process's bad loss makes those of all bad
                 what, kind = f"the loss is {loss:.6g}, but its gradient is not finite", GRADIENT
             ranks = ", ".join(str(rank) for rank, flag in enumerate(bad) if flag == kind)
             where = f" on rank {ranks}" if self.world.size > 1 else ""
