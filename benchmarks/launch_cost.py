@@ -91,12 +91,12 @@ def model_table(found: dict[str, Any], args: argparse.Namespace) -> str:
         f"Processor time of the host per call in us, median of {args.turns} turns at batch size {args.batch_size}{driver}; "
         "timm's is called eagerly",
         "",
-        f"{'model':36}{'precision':10}{'pass':9}{'mode':10}{'timm':>9}{'fastdeit':>10}{'ratio':>7}  launches, timm's and ours",
+        f"{'model':36}{'precision':10}{'pass':9}{'mode':10}{'timm':>9}{'fastdeit':>10}{'ratio':>8}  launches, timm's and ours",
     ]
     for row in found["models"]:
         lines.append(
             f"{row['model']:36}{row['precision']:10}{row['passed']:9}{row['mode']:10}{row['timm_us']:9.0f}"
-            f"{row['fastdeit_us']:10.0f}{row['ratio']:7.2f}  {row['timm_launches']:5}{row['fastdeit_launches']:6}"
+            f"{row['fastdeit_us']:10.0f}{row['ratio']:8.3f}  {row['timm_launches']:5}{row['fastdeit_launches']:6}"
         )
     return "\n".join(lines)
 
