@@ -35,7 +35,7 @@ WITH_EXTRAS = (
     "fastdeit.benchmarks",
     "fastdeit.commands",
 )  # what the extras `train` and `bench` are for
-NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.__")
+NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 
 def python_files() -> dict[str, Path]:
