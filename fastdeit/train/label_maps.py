@@ -2,21 +2,21 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import RealLabelsImagenet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastdeit.train.config import Config
 from fastdeit.train.device import autocast
-from fastdeit.train.image_files import read_image
+from fastdeit.train.image_files import MAX_MEGAPIXELS, read_image
 from fastdeit.train.image_folders import images_below, no_image
 from fastdeit.train.models import head_logits
+from fastdeit.train.transform_errors import NamedTransforms, TransformFailure
 from fastdeit.train.transforms import eval_transform
 
 REAL = "real"  # the label map that timm brings along
@@ -78,7 +78,14 @@ class LabelledImages(Dataset):
         ValueError: there are no images, or the map says nothing of one of them.
     """
 
-    def __init__(self, root: Path, labels: LabelMap, mode: str, transform: Callable[[Image.Image], Any]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        labels: LabelMap,
+        mode: str,
+        transform: NamedTransforms,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ) -> None:
         self.paths = [Path(path) for path in images_below(root)]
         if not self.paths:
             raise ValueError(f"data: {no_image(root)}")
@@ -86,11 +93,16 @@ class LabelledImages(Dataset):
         self.classes = len(labels.classes)
         self.mode = mode
         self.transform = transform
+        self.max_megapixels = max_megapixels
 
     def __getitem__(self, index: int) -> tuple[Any, Tensor]:
         right = torch.zeros(self.classes, dtype=torch.bool)
         right[list(self.accepted[index])] = True
-        return self.transform(read_image(self.paths[index], self.mode)), right
+        image = read_image(self.paths[index], self.mode, self.max_megapixels)
+        try:
+            return self.transform(image), right
+        except TransformFailure as failure:
+            raise failure.on(str(self.paths[index])) from failure
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,7 +113,8 @@ def labelled_images(config: Config, root: Path, labels: LabelMap) -> LabelledIma
     if not root.is_dir():
         raise ValueError(f"data: {root} is not a folder of images, which labels are for")
     folder = root / "val" if (root / "val").is_dir() else root
-    return LabelledImages(folder, labels, "L" if config.in_chans == 1 else "RGB", eval_transform(config))
+    mode = "L" if config.in_chans == 1 else "RGB"
+    return LabelledImages(folder, labels, mode, eval_transform(config), config.max_image_megapixels)
 
 
 @torch.no_grad()
