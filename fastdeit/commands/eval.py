@@ -146,8 +146,9 @@ def evaluate_checkpoint(
             other classes, or labels do not fit model and data.
     """
     from fastdeit.train.checkpoints import load_weights, read_metadata
+    from fastdeit.train.class_names import class_difference
     from fastdeit.train.config import with_options
-    from fastdeit.train.datasets import load_data
+    from fastdeit.train.datasets import load_validation
     from fastdeit.train.device import reproducible, select_device
     from fastdeit.train.evaluation import evaluate
     from fastdeit.train.label_maps import LabelMap, evaluate_labelled, labelled_images
@@ -161,12 +162,10 @@ def evaluate_checkpoint(
         if labels is not None:
             images = labelled_images(config, Path(config.data), LabelMap(labels, classes))
         else:
-            found = load_data(config)
-            if found.classes != classes:
-                raise ValueError(
-                    f"data: {config.data} has the classes {found.classes}, {path} was trained on {classes}"
-                )
-            images = found.val
+            images, found = load_validation(config)
+            different = class_difference(found, classes)
+            if different is not None:
+                raise ValueError(f"data: {path} was trained on other classes: beside them {config.data} {different}")
         model = create_student(config, len(classes), target)
         load_weights(model, path)
         loader = eval_loader(images, config.batch_size, config.workers, pin_memory=target.type == "cuda")

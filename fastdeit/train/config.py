@@ -100,6 +100,7 @@ class Config:
     model_kwargs: dict[str, Any] = field(default_factory=dict, metadata=dict(help="arguments of timm.create_model"))
     pretrained: bool = _help("start from timm's pretrained weights", False)
     finetune: str | None = _help("start from these weights, of any resolution and with any classes", None)
+    finetune_new_head: bool = _help("start the heads anew, for other classes than those of finetune's weights", False)
     drop: float = _help("dropout", 0.0)
     drop_path: float = _help("rate of stochastic depth in the last block", 0.1)
     drop_path_uniform: bool = _help("the same rate in every block (DeiT III), rather than rising from 0", False)
@@ -405,6 +406,7 @@ def _check_contradictions(c: Config) -> None:
     refuse(
         "finetune", c.finetune is not None and c.pretrained, "contradicts pretrained; both say where weights come from"
     )
+    refuse("finetune_new_head", c.finetune_new_head and c.finetune is None, "belongs to finetune, which is not given")
     refuse(
         "teacher_model",
         distils and not c.teacher_model,

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastdeit.train.config import Config
 from fastdeit.train.image_files import MAX_MEGAPIXELS, UnreadableImageError, eight_bits, open_image
-from fastdeit.train.image_folders import FolderImages, read_splits
+from fastdeit.train.image_folders import FolderImages, read_split, read_splits
 from fastdeit.train.sampling import derive_seed
 from fastdeit.train.transform_errors import TransformFailure, described
 from fastdeit.train.transforms import eval_transform, train_transform
@@ -59,6 +59,17 @@ def load_data(config: Config) -> Data:
         Images(val, mode, eval_transform(config), config.max_image_megapixels),
         train.classes,
     )
+
+
+def load_validation(config: Config) -> tuple[Dataset, tuple[str, ...]]:
+    """Validation images and classes; of a folder root/val alone is read. Raises as `load_data`."""
+    root = Path(config.data)
+    if config.data == "digits" or not (root / "val").is_dir():
+        data = load_data(config)
+        return data.val, data.classes
+    val = read_split(root / "val")
+    mode = "L" if config.in_chans == 1 else "RGB"
+    return Images(val, mode, eval_transform(config), config.max_image_megapixels), val.classes
 
 
 class Images(Dataset):
