@@ -52,7 +52,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def supposed_gpu() -> Iterator[None]:
-    """In it `why_reference` answers for tensors on a CPU as if on a supported GPU. For explanations: no op may run in it."""
+    """In it `why_reference` answers for tensors on a CPU as if on a supported GPU: for explanations, where no op runs, and for
+    `kernels.launch.cpu_launches`, which executes the kernels."""
     global _supposes_gpu
     previous, _supposes_gpu = _supposes_gpu, True
     try:

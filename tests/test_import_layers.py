@@ -36,7 +36,7 @@ WITH_EXTRAS = (
     "fastdeit.commands",
     "fastdeit.testing.fake_cuda.pytest_plugin",
 )  # what the extras `train`, `bench` and `test` are for
-NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.__")
+NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 
 def python_files() -> dict[str, Path]:
