@@ -23,7 +23,7 @@ import pytest
 from fastdeit import backends, testing
 
 pytest_plugins = ["fastdeit.testing.fake_cuda.pytest_plugin"]
-ON = os.environ.get("FASTDEIT_TESTS_ON")
+ON = not torch.cuda.is_available() and os.environ.get("FASTDEIT_TESTS_ON")
 torch.set_num_threads(1)  # tests run in parallel processes
 if os.environ.get("TRITON_INTERPRET") == "1":
     testing.correct_interpreter_bfloat16()
