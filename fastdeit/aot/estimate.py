@@ -1,7 +1,7 @@
 """An estimate of a kernel's time from its instructions, and what bounds it. The model is described in docs/instruction-stream.md.
 
-Nothing here was fitted to this project's kernels: none has run on the GPUs in question. The one fitted constant, OVERLAP, comes from a
-published figure of another attention kernel.
+Nothing here was fitted to this project's kernels: none has run on the GPUs in question. The one fitted constant, OVERLAP, comes
+from a published figure of another attention kernel.
 """
 
 from collections.abc import Mapping
