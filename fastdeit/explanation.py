@@ -95,8 +95,8 @@ class Report:
 
 def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) -> Report:
     """The report of `fastdeit.explain` on what `named_modules()` gave, with costs for a batch_size that is not None."""
+    from fastdeit.blocks.checklist import EXCLUDED
     from fastdeit.nn import FUSED_CLASSES, Attention, Block, Mlp  # imports timm, which `import fastdeit` need not
-    from fastdeit.nn.eligibility import EXCLUDED
 
     sources = {twin: source for source, twin in FUSED_CLASSES.items()}
     known = (*sources, *FUSED_CLASSES)
