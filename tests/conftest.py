@@ -1,5 +1,10 @@
-"""Runs before any test module is imported: without a GPU, kernels run under Triton's interpreter from here on."""
+"""Runs before any test module is imported: without a GPU, kernels run under Triton's interpreter from here on.
 
+With `--on ptx:sm_90` they are compiled for that architecture and executed by the PTX machine instead (docs/compiled-code.md).
+"""
+
+import argparse
+import contextlib
 import math
 import os
 import timeit
@@ -8,18 +13,44 @@ from collections.abc import Callable
 
 import torch
 
-# Triton decides at the first `@triton.jit` whether kernels are interpreted, hence before fastdeit is imported.
+# Triton decides at its import whether kernels are interpreted, hence before pytest reads its options. Processes of pytest-xdist
+# have other arguments, and inherit the environment.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--on", default=os.environ.get("FASTDEIT_TESTS_ON", ""))
+    os.environ["FASTDEIT_TESTS_ON"] = options.parse_known_args()[0].on
+    os.environ["TRITON_INTERPRET"] = "0" if os.environ["FASTDEIT_TESTS_ON"] else "1"
 
 import pytest
 
 from fastdeit import backends, testing
 
+pytest_plugins = ["fastdeit.testing.fake_cuda.pytest_plugin"]
+ON = not torch.cuda.is_available() and os.environ.get("FASTDEIT_TESTS_ON")
 torch.set_num_threads(1)  # tests run in parallel processes
 if os.environ.get("TRITON_INTERPRET") == "1":
     testing.correct_interpreter_bfloat16()
     testing.cache_interpreter_builtins()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--on", metavar="ptx:ARCH", help="execute compiled kernels, such as ptx:sm_80 or ptx:sm_90, on the CPU"
+    )
+
+
+def pytest_configure(config):
+    if not ON:
+        return
+    from fastdeit.testing.ptx import harness
+
+    config.stack = contextlib.ExitStack()
+    config.stack.enter_context(harness.executing(harness.parse_target(ON)))
+
+
+def pytest_unconfigure(config):
+    if ON:
+        config.stack.close()
 
 
 def pytest_collection_modifyitems(items):

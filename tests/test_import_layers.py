@@ -35,8 +35,9 @@ WITH_EXTRAS = (
     "fastdeit.train",
     "fastdeit.benchmarks",
     "fastdeit.commands",
-)  # what the extras `train` and `bench` are for
-NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.__")
+    "fastdeit.testing.fake_cuda.pytest_plugin",
+)  # what the extras `train`, `bench` and `test` are for
+NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 
 def python_files() -> dict[str, Path]:
