@@ -67,8 +67,9 @@ def test_a_recorded_step_is_captured_and_replayed(make_trainer, changes):
 def test_the_command_trains_and_resumes(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "not_finite", lambda self: [])  # on the fake device no comparison is true
     sizes = json.dumps(dict(patch_size=8, embed_dim=32, num_heads=1, depth=2))
-    options = "--device cuda --img-size 16 --batch-size 32 --warmup-epochs 0 --teacher-epochs 1 --workers 1".split()
-    command = ["train", "--data", str(image_folder), "--output", str(tmp_path), "--model-kwargs", sizes, *options]
+    command = ["train", "--device", "cuda", "--data", str(image_folder), "--output", str(tmp_path), "--workers", "1"]
+    command += ["--img-size", "16", "--batch-size", "32", "--warmup-epochs", "0", "--teacher-epochs", "1"]
+    command += ["--model-kwargs", sizes]
     assert cli.main([*command, "--epochs", "1"]) == 0
     assert cli.main([*command, "--epochs", "2", "--resume", "auto", "--cuda-graphs"]) == 0
     assert len((tmp_path / "summary.csv").read_text().splitlines()) == 3
