@@ -21,6 +21,7 @@ LAYERS = (
     ("fastdeit.kernels",),
     ("fastdeit.backends", "fastdeit.cost.formulas", "fastdeit.cost.models", "fastdeit.aot"),
     ("fastdeit.ops",),
+    ("fastdeit.blocks",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.swap", "fastdeit.explanation", "fastdeit.cost.view", "fastdeit.cost", "fastdeit.testing"),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
