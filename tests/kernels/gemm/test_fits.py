@@ -28,7 +28,7 @@ def test_dense_matrices_fit(backend):
         lambda x: x[:0],
         lambda x: x[:, :0],
         lambda x: x[:1].expand_as(x),  # one row again and again
-        lambda x: torch.as_strided(x.new_zeros(1), (1, 32), (LONGEST_STRIDE + 8, 1)),
+        lambda x: torch.as_strided(x.new_zeros(32), (1, 32), (LONGEST_STRIDE + 8, 1)),
     ],
     ids=["transposed", "every other", "no rows", "no columns", "one row", "too far apart"],
 )
