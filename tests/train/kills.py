@@ -291,14 +291,11 @@ def main(kills: int, seed: int, folder: Path) -> Tally:
     make_images(folder / "images")
     setups = [Setup(name, folder, folder / "images") for name in SETUPS]
     tally, generator = Tally(), random.Random(seed)
-    ways = [(setup, way) for setup in setups for way in setup.ways]
     while tally.kills.total() < kills:
-        generator.shuffle(ways)
-        for setup in setups:
-            left = max(0, kills - tally.kills.total())
-            chosen = [(way, generator.random() ** 1.5) for its, way in ways if its is setup][: max(1, left)]
-            while chosen:
-                setup.run(chosen, tally)
+        for setup in setups:  # three ways at a time, so that few of them show something of every setup
+            chosen = generator.sample(setup.ways, 3)
+            moments = [generator.random() ** 1.5 for _ in chosen]  # rather early, so that a run is ended several times
+            setup.run([*zip(chosen, moments, strict=True)], tally)
     return tally
 
 
