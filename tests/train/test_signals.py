@@ -103,3 +103,13 @@ def test_a_worker_ignores_what_came_before_it_was_ready():
 def test_the_exit_code_is_that_of_a_shell():
     assert Stopped(signal.SIGTERM, "all is saved").exit_code == 143
     assert str(Stopped(signal.SIGUSR1, "all is saved")) == "stopped by SIGUSR1; all is saved"
+
+
+def test_a_worker_ends_with_its_parent():
+    code = (
+        "import time\nreading, writing = os.pipe()\nparent = os.fork()\nif parent == 0:\n    if os.fork() == 0:\n"
+        "        ignore_in_worker()\n        os.write(writing, b'ready')\n        time.sleep(60)\n    time.sleep(60)\n"
+        "os.close(writing)\nos.read(reading, 5)\nbegun = time.monotonic()\nos.kill(parent, signal.SIGKILL)\n"
+        "print(os.read(reading, 1) == b'', time.monotonic() - begun < 30)"  # the last that could write is gone
+    )
+    assert alone(code) == ["True", "True"]
