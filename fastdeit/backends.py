@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastdeit.refusals import why_refused
+
 BACKENDS = ("auto", "triton", "reference")
 _MINIMUM_CAPABILITY = (8, 0)
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -67,7 +69,7 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda or _supposes_gpu
 
 
-def why_reference(x: Tensor, *, products: bool = False) -> str | None:
+def why_reference(x: Tensor, *, products: bool = False, kernels: tuple[str, ...] = ()) -> str | None:
     """None when the kernels run on tensors like x, else why the reference does.
 
     Args:
@@ -82,7 +84,7 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
         return "the backend is set to reference"
     if in_functional_transform():
         return "inside a torch.func transform"
-    reason = _why_kernels_cannot_run(x, products)
+    reason = _why_kernels_cannot_run(x, products) or why_refused(*kernels)
     if reason is not None and _backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot run here: {reason}. Use backend 'auto' or 'reference'.")
     return reason

@@ -35,11 +35,13 @@ from fastdeit.ops.layer_norm_op import _kernel_dtype, add_layer_norm_reference, 
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.linear_op import as_dtype, without_autocast
 from fastdeit.ops.mlp_op import lacks_elements
+from fastdeit.refusals import or_reference, why_refused
 
 # In the order of the ops' arguments: x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma.
 _GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
 
 
+@or_reference
 def add_layer_norm_attention(
     x: Tensor,
     branch: Tensor | None,
@@ -132,7 +134,7 @@ def add_layer_norm_attention_reference(
 
 def why_reference(x: Tensor, head_dim: int) -> str | None:
     """None when `add_layer_norm_attention` runs its kernels on x, else why it runs the reference."""
-    return why_no_layer_norm(x) or attention_op.why_reference(x, head_dim)
+    return why_no_layer_norm(x) or attention_op.why_reference(x, head_dim) or why_refused("gemm")
 
 
 def _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads) -> None:

@@ -35,11 +35,13 @@ from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.linear_op import as_dtype, without_autocast
 from fastdeit.ops.mlp_op import _check as _check_mlp
 from fastdeit.ops.mlp_op import lacks_elements, mlp_reference
+from fastdeit.refusals import or_reference, why_refused
 
 # In the order of the ops' arguments: x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma.
 GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias", "end_weight", "end_bias", "gamma")
 
 
+@or_reference
 def add_layer_norm_mlp(
     x: Tensor,
     branch: Tensor | None,
@@ -130,7 +132,7 @@ def add_layer_norm_mlp_reference(
 
 def why_reference(x: Tensor) -> str | None:
     """None when `add_layer_norm_mlp` runs its kernels on x, else why it runs the reference."""
-    return why_no_layer_norm(x)
+    return why_no_layer_norm(x) or why_refused("mlp", "gemm")
 
 
 # ---- the work, shared by both paths

@@ -16,10 +16,12 @@ from fastdeit import backends
 from fastdeit.cost import formulas as costs
 from fastdeit.ops.distillation_arguments import Options, check_options, check_range, check_tensors
 from fastdeit.ops.first_derivative import first_derivative_only
+from fastdeit.refusals import or_reference
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@or_reference
 def distillation_cross_entropy(
     logits: Tensor | None,
     dist_logits: Tensor | None,
@@ -140,7 +142,8 @@ def distillation_cross_entropy_reference(
 def why_reference(*tensors: Tensor | None) -> str | None:
     """None when `distillation_cross_entropy` runs its kernels on these tensors, else why it runs the reference."""
     values = [x for x in tensors if x is not None and x.is_floating_point()]
-    return backends.why_reference(next((x for x in values if x.dtype not in _KERNEL_DTYPES), values[0]))
+    deciding = next((x for x in values if x.dtype not in _KERNEL_DTYPES), values[0])
+    return backends.why_reference(deciding, kernels=("loss",))
 
 
 def _out_dtype(logits, dist_logits, target, teacher, options: Options) -> torch.dtype:

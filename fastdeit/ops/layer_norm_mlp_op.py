@@ -29,8 +29,10 @@ from fastdeit.ops.linear_op import promoted, without_autocast
 from fastdeit.ops.mlp_op import _check as _check_mlp
 from fastdeit.ops.mlp_op import lacks_elements, mlp_reference
 from fastdeit.ops.mlp_op import why_reference as why_no_mlp
+from fastdeit.refusals import or_reference
 
 
+@or_reference
 def layer_norm_mlp(
     x: Tensor,
     norm_weight: Tensor | None,

@@ -8,10 +8,12 @@ from torch import Tensor
 from fastdeit import backends
 from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_float, check_vector
 from fastdeit.ops.first_derivative import first_derivative_only
+from fastdeit.refusals import or_reference
 
 MAX_CHANNELS = 8192  # the longest row that the kernels hold in registers
 
 
+@or_reference
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -42,6 +44,7 @@ def layer_norm(
     return _launch_forward(x, weight, bias, eps, out_dtype, keep_statistics=False)[1]
 
 
+@or_reference
 def add_layer_norm(
     x: Tensor,
     branch: Tensor,
@@ -125,7 +128,7 @@ def why_reference(x: Tensor) -> str | None:
         return f"{channels} channels are more than the kernel's {MAX_CHANNELS}"
     if channels == 0:
         return "no channels"
-    return backends.why_reference(x)
+    return backends.why_reference(x, kernels=("norm",))
 
 
 def _kernel_dtype(x: Tensor) -> bool:

@@ -11,10 +11,12 @@ from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_re
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.layer_norm_op import _dense
 from fastdeit.ops.mlp_op import ACTIVATIONS, _weight_gradient, lacks_elements
+from fastdeit.refusals import or_reference
 
 _GRADIENTS = ("x", "weight", "bias", "gamma")
 
 
+@or_reference
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -82,7 +84,7 @@ def linear_reference(
 
 def why_reference(x: Tensor) -> str | None:
     """None when `linear` runs its kernels on x, else why it runs the reference."""
-    return backends.why_reference(x)
+    return backends.why_reference(x, kernels=("mlp", "gemm"))
 
 
 def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastdeit import backends
 from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.first_derivative import first_derivative_only
+from fastdeit.refusals import or_reference
 
 # What timm's activation modules compute.
 ACTIVATIONS = {
@@ -18,6 +19,7 @@ ACTIVATIONS = {
 }
 
 
+@or_reference
 def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu") -> Tensor:
     """activation(x W1^T + b1) W2^T + b2 (Vaswani et al. 2017, eq. 2, with Hendrycks and Gimpel 2016 for GELU).
 
@@ -57,7 +59,7 @@ def mlp_reference(
 
 def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
     """None when `mlp` runs its kernels on x, else why it runs the reference. Any known activation has a kernel."""
-    return backends.why_reference(x)
+    return backends.why_reference(x, kernels=("mlp", "gemm"))
 
 
 def lacks_elements(*weights: Tensor) -> bool:

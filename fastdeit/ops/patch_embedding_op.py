@@ -9,10 +9,12 @@ from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.ops.linear_op import promoted, without_autocast
 from fastdeit.ops.mlp_op import _weight_gradient
+from fastdeit.refusals import or_reference
 
 _INPUTS = ("images", "weight", "bias", "positions", "class_token", "more_tokens")
 
 
+@or_reference
 def patch_embedding(
     images: Tensor,
     weight: Tensor,
@@ -75,7 +77,7 @@ def why_reference(images: Tensor) -> str | None:
     """None when `patch_embedding` runs its kernel on images, else why it runs the reference, a convolution."""
     if backends.on_gpu(images) and backends.product_dtype(images) == torch.float32:
         return "float32 convolutions and matrix products take TF32 by switches of their own"
-    return backends.why_reference(images)
+    return backends.why_reference(images, kernels=("embedding",))
 
 
 def _check(images, weight, bias, positions, class_token, more_tokens) -> None:
