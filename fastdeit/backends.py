@@ -11,7 +11,7 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "reference")
 _MINIMUM_CAPABILITY = (8, 0)
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-_KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
+KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
 
 # A plain global: a ContextVar would break full-graph compilation. Backward follows the choice that forward made.
 _backend = "auto"
@@ -82,7 +82,16 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
     if in_functional_transform():
         return "inside a torch.func transform"
     reason = _why_kernels_cannot_run(x, products)
-    if reason is not None and _backend == "triton":
+    return reason if reason is None else refuse(reason)
+
+
+def refuse(reason: str) -> str:
+    """reason, for which an op's kernels cannot run.
+
+    Raises:
+        RuntimeError: the backend is "triton", which allows no reference.
+    """
+    if _backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot run here: {reason}. Use backend 'auto' or 'reference'.")
     return reason
 
@@ -95,7 +104,7 @@ def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
         dtype = product_dtype(x)
     if dtype not in _LOW_PRECISION:
         if dtype is not torch.float32:
-            return f"{_name(dtype)} input"
+            return f"{dtype_name(dtype)} input"
         if products and not _tf32_allowed():
             return "float32 matrix products run on the libraries unless TF32 is allowed"
     return _why_not_this_gpu(x.get_device()) if x.is_cuda else None
@@ -116,7 +125,7 @@ def in_functional_transform() -> bool:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product of x runs in: under autocast the low precision that PyTorch's own products take."""
     kind = "cuda" if x.is_cuda else x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype in _KERNEL_DTYPES:
+    if torch.is_autocast_enabled(kind) and x.dtype in KERNEL_DTYPES:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
@@ -149,8 +158,8 @@ def _why_not_interpreted(x: Tensor) -> str | None:
         return f"tensors on {x.device.type}"
     if not interpreter_active():
         return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
-    if x.dtype not in _KERNEL_DTYPES:
-        return f"{_name(x.dtype)} input"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"{dtype_name(x.dtype)} input"
     return None
 
 
@@ -174,5 +183,6 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As users write it: "float32"."""
     return str(dtype).removeprefix("torch.")
