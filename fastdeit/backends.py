@@ -12,6 +12,7 @@ BACKENDS = ("auto", "triton", "reference")
 _MINIMUM_CAPABILITY = (8, 0)
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 # A plain global: a ContextVar would break full-graph compilation. Backward follows the choice that forward made.
 _backend = "auto"
@@ -177,11 +178,12 @@ def interpreter_active() -> bool:
 def registered_path(*tensors: Tensor | None) -> bool:
     """Whether a call must go through the op registered with torch.library rather than straight to the launchers.
 
-    True while Dynamo traces, under any dispatch mode (FakeTensorMode, make_fx, FlopCounterMode) and for tensor subclasses.
+    True while Dynamo traces, under any dispatch mode (FakeTensorMode, make_fx, FlopCounterMode), for tensor subclasses, and for
+    tensors with the negative bit (the imaginary part of a conjugate), which the dispatcher resolves on the way.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+    return any(t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg()) for t in tensors)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

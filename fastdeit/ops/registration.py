@@ -136,6 +136,7 @@ class Op:
         @first_derivative_only
         def backward(ctx, *grads):
             saved = self._saved._make(ctx.saved_tensors)
+            grads = tuple(g if g is None else g.resolve_neg() for g in grads)  # launchers read memory, not the bit
             return *self._gradients(ctx, grads, saved, self._backward), *self._no_options
 
         functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
