@@ -215,12 +215,7 @@ class Fit:
         return type(error)(f"{text}. {self.stands()}", error.step)
 
     def _failed(self, error: Exception) -> RunFailedError:
-        text, peers = failures.cause(error), self.world.peers
-        if peers is not None:
-            known = peers.cause_within(failures.patience(error))
-            text = known or text
-            if known is None:
-                peers.tell(text)
+        text = failures.known_cause(self.world, error)
         if not self.world.main:
             return RunFailedError(text)
         note = failures.write_traceback(self.folder, error) if text == failures.cause(error) else ""
