@@ -5,11 +5,14 @@ import csv
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from fastdeit.testing.ptx.cases import cases
 from fastdeit.testing.ptx.compiler import why_untested
 from fastdeit.testing.ptx.harness import ARCHITECTURES
+from fastdeit.testing.ptx.mutations import run as run_mutants
+from fastdeit.testing.ptx.mutations import table as mutation_table
 from fastdeit.testing.ptx.rows import Ran, not_launched, report, rows_of, run_named, uses_tcgen05
 
 
@@ -21,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th case, from the I-th")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument(
+        "--mutants", type=int, metavar="N", help="instead, plant up to N faults of each kind in each kernel"
+    )
     parser.add_argument("--csv", type=Path, help="write a line for each shipped row to this file")
     options = parser.parse_args(arguments)
     if reason := why_untested():
@@ -31,11 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in names:
             parser.error(f"--arch: expected one of {', '.join(names)}, got {name!r}")
     part, parts = map(int, options.part.split("/"))
-    failed, lines = False, []
+    failed, lines, outcomes = False, [], Counter()
     for arch in [names[name] for name in options.arch or names]:
         chosen = [c.name for c in cases(arch) if options.only in c.name and (c.thin or not options.thin)][
             part - 1 :: parts
         ]
+        if options.mutants:
+            outcomes += sum(
+                (run_mutants(c, arch, options.mutants, seed=0) for c in cases(arch) if c.name in chosen), Counter()
+            )
+            continue
         jobs = [(arch, name, options.thorough) for name in chosen]
         context = multiprocessing.get_context("spawn")
         if options.jobs > 1:
@@ -50,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             failed |= bool(missing)
             print(f"sm_{arch}: {len(rows_of(arch))} rows, not launched: {', '.join(missing) or 'none'}")
         lines += _lines(rans, arch)
+    if options.mutants:
+        print("\n".join(mutation_table(outcomes)))
     if options.csv:
         with options.csv.open("w", newline="") as file:
             csv.writer(file).writerows([_HEADER, *sorted(lines)])

@@ -127,6 +127,7 @@ def executing(
     schedules: Sequence[Schedule] = (IN_STEP,),
     *,
     multiprocessors: int = 2,
+    before_launch: Callable[..., None] | None = None,
     on_launch: Callable[[Launched], None] | None = None,
 ) -> Iterator[None]:
     """In it CPU tensors count as a GPU's: ops choose kernels for `arch`, which are compiled and executed by the machine.
@@ -136,6 +137,7 @@ def executing(
         schedules: each launch runs under every one of them from the same memory, and the results must be the same bits; those of
             the last one stay.
         multiprocessors: of the supposed GPU; few of them keep persistent grids small.
+        before_launch: called before each launch with what `kernels.runtime.launch.launch` takes.
         on_launch: called after each launch, whose accesses are then counted under the first schedule.
 
     Raises:
@@ -145,10 +147,12 @@ def executing(
         raise RuntimeError(reason)
 
     def launch(kernel: Any, grid: tuple, args: tuple, constexprs: tuple, num_warps: int, num_stages: int = 1) -> None:
+        if before_launch:
+            before_launch(kernel, grid, args, constexprs, num_warps, num_stages)
         variant = variant_of(kernel, args, constexprs, num_warps, num_stages)
         compiled = compile_variant(variant, arch)
         tolerated = TOLERATED.get(arch, frozenset())
-        storages = [_bytes(t) for t in args if isinstance(t, torch.Tensor | TensorDescriptor)]
+        storages = [storage_of(t) for t in args if isinstance(t, torch.Tensor | TensorDescriptor)]
         before = [s.clone() for s in storages] if len(schedules) > 1 else []
         results: list[torch.Tensor] = []
         for schedule in schedules:
@@ -174,7 +178,7 @@ def executing(
         yield
 
 
-def _bytes(tensor: torch.Tensor | TensorDescriptor) -> torch.Tensor:
+def storage_of(tensor: torch.Tensor | TensorDescriptor) -> torch.Tensor:
     """The whole storage behind a tensor or descriptor."""
     storage = (tensor if isinstance(tensor, torch.Tensor) else tensor.base).untyped_storage()
     return torch.empty(0, dtype=torch.uint8).set_(storage)
