@@ -19,8 +19,9 @@ TREES = {
 # From the bottom up: a file imports from its own layer and from those below it. A name stands for all that it contains.
 LAYERS = (
     ("fastdeit.kernels",),
-    ("fastdeit.backends", "fastdeit.cost.formulas", "fastdeit.cost.models", "fastdeit.aot"),
-    ("fastdeit.ops",),
+    ("fastdeit.backends", "fastdeit.cost.formulas", "fastdeit.cost.models"),
+    ("fastdeit.ops", "fastdeit.aot"),
+    ("fastdeit.blocks",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.swap", "fastdeit.explanation", "fastdeit.cost.view", "fastdeit.cost", "fastdeit.testing"),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
@@ -34,7 +35,8 @@ WITH_EXTRAS = (
     "fastdeit.train",
     "fastdeit.benchmarks",
     "fastdeit.commands",
-)  # what the extras `train` and `bench` are for
+    "fastdeit.testing.fake_cuda.pytest_plugin",
+)  # what the extras `train`, `bench` and `test` are for
 NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 
