@@ -69,7 +69,9 @@ class Lock:
     def _claim(self) -> None:
         own = self.path.with_name(temporary_name(self.path.name))
         try:
-            own.write_text(json.dumps({"token": self.token, "since": time.strftime("%F %T"), **identity()}) + "\n")
+            own.write_text(
+                json.dumps({"token": self.token, "since": time.strftime("%Y-%m-%d %H:%M:%S"), **identity()}) + "\n"
+            )
             while not _linked(own, self.path):
                 holder = read_holder(self.path)
                 if alive(holder, self.path):

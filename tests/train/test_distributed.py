@@ -60,6 +60,7 @@ def two_processes(config, labels, tmp_path_factory):
         "cached": (labels[0].replace(teacher_cache=str(labels[1])), "train"),
         "stop": (config, "stop"),
         "diverge": (config, "diverge"),
+        "gradient": (config, "gradient"),
     }
     for name in jobs:
         (root / name).mkdir()
@@ -101,6 +102,15 @@ def test_a_bad_loss_in_one_process_stops_both_with_clean_weights(two_processes):
     assert all("on rank 1 at step 4 (epoch 1); the last finite one was" in outcome for outcome in outcomes(folder))
     state = load_state(folder / BAD_STATE)
     assert state["step"] == 4 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_a_bad_gradient_in_one_process_stops_both_with_clean_weights(two_processes):
+    folder = two_processes["gradient"]
+    said = "but its gradient is not finite on rank 0, 1 at step 4 (epoch 1); the last finite one was"
+    assert all(said in outcome for outcome in outcomes(folder))  # as both have exchanged gradients
+    for name, step in ((BAD_STATE, 4), (STATE, 3)):
+        state = load_state(folder / name)
+        assert state["step"] == step and all(t.isfinite().all() for t in state["model"].values())
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(config, two_processes, tmp_path):
