@@ -194,3 +194,32 @@ def test_nccl_is_told_its_device(monkeypatch):
         assert seen["current"] == seen["device_id"] == torch.device("cuda:1") and seen["backend"] == "nccl"
     with distributed.joined(World(rank=5, size=8, local_rank=1), "cpu"):
         assert seen["device_id"] is None and seen["backend"] == "gloo"
+
+
+def test_processes_that_do_not_meet_are_an_error_in_one_line(monkeypatch):
+    def refused(*args, **kwargs):
+        raise RuntimeError("The client socket has timed out\nException raised from ...")
+
+    monkeypatch.setattr(dist, "init_process_group", refused)
+    for name, value in {"MASTER_ADDR": "there", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    message = (
+        "^rank 1 of 2 has not reached the others at there:1, where all are to meet: The client socket has timed out$"
+    )
+    with pytest.raises(ConnectionError, match=message), distributed.joined(World(rank=1, size=2), "cpu"):
+        pass
+
+
+def test_an_error_of_the_main_process_is_raised_in_all(monkeypatch):
+    shared = []
+
+    def agreed(world, value):
+        if world.main:
+            shared.append(value)
+        return shared[-1]
+
+    monkeypatch.setattr(World, "agreed", agreed)
+    for world in (World(0, 2), World(1, 2)):
+        with pytest.raises(ValueError, match="output: odd"):
+            world.on_main(lambda: (_ for _ in ()).throw(ValueError("output: odd")))
+    assert World(0, 2).on_main(lambda: 3) == 3 and World(1, 2).on_main(lambda: 3) is None
