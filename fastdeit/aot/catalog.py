@@ -85,6 +85,8 @@ def row_key(row: AotConfig, arch: int) -> str:
     """Identifies what `compile_config` would compile: source, types, constants, options, architecture, Triton version."""
     types = argument_types(row)
     facts = (source_key(row.kernel), types, row.num_warps, row.num_stages, arch, triton.__version__)
+    if row.unaligned:
+        facts += (row.unaligned,)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "kernels": Command("fastdeit.aot.report", "what the compiler made of every kernel, without a GPU"),
     "bench": Command("fastdeit.commands.bench", "time the fused ops beside PyTorch's own"),
     "tune": Command("fastdeit.commands.tune", "find the fastest configuration of each kernel on the GPU at hand"),
+    "env": Command("fastdeit.commands.env", "versions, GPU and driver, for a bug report"),
     "launch-cost": Command(
         "fastdeit.benchmarks.launch_cost", "host time per kernel launch and per model beside timm's, without a GPU"
     ),

@@ -19,6 +19,7 @@ class AotConfig:
         label: names the configuration among those of its kernel on one architecture.
         matrix: it must contain the architecture's full-rate matrix instructions, or those of this name.
         max_registers, min_blocks_per_sm: limits of its own, beyond those that hold for all.
+        unaligned: pointers that are not 16-byte aligned.
     """
 
     kernel: JITFunction
@@ -30,3 +31,4 @@ class AotConfig:
     matrix: bool | str
     max_registers: int | None = None
     min_blocks_per_sm: int | None = None
+    unaligned: tuple[str, ...] = ()
