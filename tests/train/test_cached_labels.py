@@ -324,3 +324,41 @@ def test_the_command_refuses_what_labels_cannot_serve(changes, message, tmp_path
     monkeypatch.chdir(tmp_path)
     assert cli.main(["cache-teacher", *changes]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ([], "its header has None as epochs"),
+        (
+            dict(epochs="2", positions=4, classes=3, teacher_weights="x"),
+            "its header has '2' as epochs, expected an integer",
+        ),
+        (dict(epochs=2, positions=-4, classes=3, teacher_weights="x"), "its header has -4 as positions"),
+        (dict(epochs=2, positions=4, classes=True, teacher_weights="x"), "its header has True as classes"),
+        (
+            dict(epochs=2, positions=4, classes=3, teacher_weights=7),
+            "its header has 7 as teacher_weights, expected a hash",
+        ),
+        (dict(epochs=2, positions=4, classes=3, teacher_weights="x"), "cut off at"),
+    ],
+)
+def test_a_header_of_wrong_types_or_sizes_is_named(tmp_path, header, message):
+    import json
+
+    text = json.dumps(header).encode()
+    (tmp_path / "x.labels").write_bytes(b"FDLABEL1" + len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(ValueError, match=rf"teacher_cache: .*x\.labels: {message}"):
+        LabelFile(tmp_path / "x.labels")
+
+
+@pytest.mark.parametrize("label", [-1, 3, 32767])
+def test_a_label_that_is_no_class_is_named(tmp_path, label):
+    import numpy as np
+
+    header = dict(positions=4, classes=3, teacher_weights="x")
+    file = LabelFile.create(tmp_path / "x.labels", header, 2)
+    file.store(0, np.array([0, 1, 2, 0], np.int16))
+    file.store(1, np.array([0, 2, label, 0], np.int16))
+    with pytest.raises(ValueError, match=rf"epoch 1, position 2: class {label}, expected 0 to 2"):
+        file.check_range()
