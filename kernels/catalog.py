@@ -27,6 +27,8 @@ from fastdeit.kernels.architecture import LIMITS, Limits
 
 # modules of fastdeit.kernels that have a `shipped(arch)`
 KERNEL_FILES = (
+    "augment.apply",
+    "augment.tables",
     "layer_norm",
     "column_sums",
     "attention",
@@ -59,6 +61,7 @@ class Shipped:
         num_warps, num_stages: compile options.
         label: names the configuration among those of its kernel on one architecture.
         matrix: it must contain the architecture's full-rate matrix instructions, or those of this name.
+        fp_fusion: as the launcher has it.
         max_registers, min_blocks_per_sm: limits of its own, beyond those that hold for all.
     """
 
@@ -71,6 +74,7 @@ class Shipped:
     matrix: bool | str
     max_registers: int | None = None
     min_blocks_per_sm: int | None = None
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def row_key(row: Shipped, arch: int) -> str:
     """Identifies what `compile_shipped` would compile: source, types, constants, options, architecture, Triton version."""
     types = {name: _type(row, name) for name in row.kernel.arg_names}
     facts = (source_key(row.kernel), types, row.num_warps, row.num_stages, arch, triton.__version__)
+    facts += () if row.fp_fusion else ("no fp_fusion",)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
@@ -134,6 +139,8 @@ def compile_binary(row: Shipped, arch: int) -> CompiledKernel:
     attributes = {(i,): aligned for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=row.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    if not row.fp_fusion:
+        options["enable_fp_fusion"] = False
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
