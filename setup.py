@@ -1,8 +1,7 @@
 """Metadata of the distribution; the tools' settings are in pyproject.toml.
 
-``fastdeit/kernels`` and ``fastdeit/benchmarks`` are symbolic links to the directories beside ``fastdeit``, so the
-packages are found where they are imported from and no mapping of directories is needed. A built distribution holds
-plain files in their place.
+``kernels`` and ``benchmarks`` lie beside ``fastdeit``. They are imported and installed as packages inside it: DIRECTORIES maps them
+for every kind of build. In a tree that is not installed, ``fastdeit/__init__.py`` finds them.
 """
 
 import re
@@ -38,6 +37,15 @@ TEST = [
     "wheel>=0.45",
 ]
 
+# package -> its directory in this tree
+DIRECTORIES = {"fastdeit": "fastdeit", "fastdeit.kernels": "kernels", "fastdeit.benchmarks": "benchmarks"}
+
+
+def packages() -> list[str]:
+    hidden = ["*__pycache__*", "results*", "kernels*", "benchmarks*"]
+    inside = {name: find_namespace_packages(directory, exclude=hidden) for name, directory in DIRECTORIES.items()}
+    return [*DIRECTORIES, *(f"{name}.{sub}" for name, subs in inside.items() for sub in subs)]
+
 
 def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', (ROOT / "fastdeit/__init__.py").read_text(), re.MULTILINE).group(1)
@@ -54,14 +62,12 @@ setup(
     python_requires=">=3.10",
     install_requires=CORE,
     extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
-    packages=find_namespace_packages(
-        include=["fastdeit", "fastdeit.*"],
-        exclude=["*.__pycache__", "*.__pycache__.*", "fastdeit.benchmarks.results*"],
-    ),
+    packages=packages(),
+    package_dir=DIRECTORIES,
     package_data={"": ["*.c", "*.json", "*.sh", "*.yaml", "py.typed"]},
     include_package_data=False,
     zip_safe=False,
-    entry_points={"console_scripts": ["fastdeit = fastdeit.cli:main"]},
+    entry_points={"console_scripts": ["fastdeit = fastdeit.commands.cli:main"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.10",

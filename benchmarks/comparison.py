@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdeit.benchmarks import pieces
+from fastdeit.benchmarks import results_folder as pieces
 
 FASTDEIT = "fastdeit"
 

@@ -55,7 +55,7 @@ install() {
     "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$folder/installed" --upgrade . &&
         cd "$folder" &&
         PYTHONPATH="$folder/installed" "$python" -c "
-import fastdeit, fastdeit.ops, fastdeit.kernels.attention
+import fastdeit, fastdeit.ops, fastdeit.kernels.attention.forward
 assert fastdeit.__file__.startswith('$folder/installed'), fastdeit.__file__
 print(fastdeit.__version__, fastdeit.__file__)"
 }
@@ -91,8 +91,8 @@ train() {
 parity() {
     local quietly=($pytest_options) chosen=(tests/ops tests/kernels tests/nn tests/test_losses.py)
     # What needs no GPU: the compiler's report, and launches over a stand-in for the driver.
-    chosen+=(--ignore=tests/kernels/test_resources.py --ignore=tests/kernels/test_catalog.py)
-    chosen+=(--ignore=tests/kernels/test_launch_stub.py --deselect=tests/kernels/test_attention.py::test_launched)
+    chosen+=(--ignore=tests/aot/test_resources.py --ignore=tests/aot/test_catalog.py)
+    chosen+=(--ignore=tests/aot/test_launch_stub.py --deselect=tests/kernels/attention/test_attention.py::test_launched)
     [ -n "$toy" ] && chosen=(tests/ops/test_layer_norm.py -k "layout or frozen")
     [ -z "$toy" ] && "$python" -c 'import xdist' && chosen+=(-n auto --maxprocesses 12 --dist worksteal)
     OMP_NUM_THREADS=1 "$python" -m pytest "${quietly[@]}" "${chosen[@]}"

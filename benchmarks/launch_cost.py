@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from fastdeit import backends
-from fastdeit.kernels.stub_driver import driver
+from fastdeit.aot.stub_driver import driver
 
 BLOCKS, TRAINED = "a block's share of a forward pass", "a block's share of a training step"
 CHECK = "whether a block of a model runs fused"
@@ -127,8 +127,8 @@ def measure_blocks() -> dict[str, float]:
 
 def measure() -> dict[str, float]:
     """Every cost by its name; for a process that `run_python` started, after `activate`."""
-    from fastdeit.kernels.launch import descriptor, launch
-    from fastdeit.kernels.layer_norm import layer_norm_forward, layer_norm_forward_kernel
+    from fastdeit.kernels.norm.layer_norm import layer_norm_forward, layer_norm_forward_kernel
+    from fastdeit.kernels.runtime.launch import descriptor, launch
     from fastdeit.ops import layer_norm as op
 
     torch.set_num_threads(1)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fastdeit
-from fastdeit import model_costs
-from fastdeit.benchmarks import peers
+from fastdeit.benchmarks.baselines import op_baselines as peers
 from fastdeit.benchmarks.roofline import Ceilings
-from fastdeit.model_costs import Shape
+from fastdeit.cost import models as model_costs
+from fastdeit.cost.models import Shape
 from fastdeit.testing import kernel_device
 
 NAMES = {

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdeit.benchmarks.roofline_table import table
+from fastdeit.aot import catalog
+from fastdeit.benchmarks.full_model import Model
+from fastdeit.benchmarks.report.roofline_table import table
 from fastdeit.benchmarks.timing import device_events
-from fastdeit.benchmarks.whole_model import Model
-from fastdeit.kernels import catalog
 
 WARM_UP = 3
 # What a kernel belongs to, by its name; the first match counts. Of the CPU it is the operation's name.
@@ -133,4 +133,4 @@ def _row(name: str, count: int, microseconds: float, total: float) -> dict[str, 
 
 @functools.cache
 def _our_kernels() -> frozenset[str]:
-    return frozenset(row.kernel.__name__ for arch in catalog.ARCHITECTURES for row in catalog.shipped(arch))
+    return frozenset(row.kernel.__name__ for arch in catalog.ARCHITECTURES for row in catalog.aot_configs(arch))

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from fastdeit.benchmarks.whole_model import Model
+from fastdeit.benchmarks.full_model import Model
 
 STEPS, BATCH = 3, 16
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from fastdeit.costs import Cost
-from fastdeit.model_costs import Part, seconds
+from fastdeit.cost.formulas import Cost
+from fastdeit.cost.models import Part, seconds
 
 
 @dataclass(frozen=True)

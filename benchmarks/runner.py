@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdeit.benchmarks.pieces import Folder
+from fastdeit.benchmarks.results_folder import Folder
 
-DIRECTORY = Path(__file__).parent
+SUITES = Path(__file__).parent / "suites"
 DEVICE_LOST = 70  # exit code of a process that wrote its case and can use the device no more
 _GRACE_SECONDS = (
     20  # for what is bounded inside the process to end by itself: the last turns of large models take a while
@@ -84,8 +84,8 @@ def _watch(child: subprocess.Popen, folder: Folder, limits: Limits, end: float) 
 
 
 def _command(folder: Folder, suites: list[str], limits: Limits, left: float, options: list[str]) -> list[str]:
-    files = [str(DIRECTORY / f"test_{name}.py") for name in suites]
-    plain = ["--import-mode=importlib", f"--rootdir={DIRECTORY}", "-p", "no:cacheprovider", "-q", "--no-header"]
+    files = [str(SUITES / f"test_{name}.py") for name in suites]
+    plain = ["--import-mode=importlib", f"--rootdir={SUITES}", "-p", "no:cacheprovider", "-q", "--no-header"]
     plain += ["--benchmark-quiet"]  # its table times the measuring itself
     bounds = [f"--seconds={left}", f"--case-seconds={limits.case}", f"--candidate-seconds={limits.candidate}"]
     return [sys.executable, "-m", "pytest", *plain, f"--out={folder.directory}", *bounds, *options, *files]

@@ -16,10 +16,12 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from fastdeit import backends, ops
-from fastdeit.kernels import attention_config, gemm_config, whole_mlp
-from fastdeit.kernels.architecture import architecture, has_descriptors, multiprocessors
-from fastdeit.kernels.attention import attention_forward
-from fastdeit.kernels.attention_backward import attention_backward
+from fastdeit.kernels.attention import config as attention_config
+from fastdeit.kernels.attention.backward import attention_backward
+from fastdeit.kernels.attention.forward import attention_forward
+from fastdeit.kernels.gemm import config as gemm_config
+from fastdeit.kernels.gemm import fused_mlp as whole_mlp
+from fastdeit.kernels.runtime.architecture import architecture, has_descriptors, multiprocessors
 from fastdeit.testing import kernel_device, kernel_dtypes
 
 

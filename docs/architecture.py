@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from fastdeit.kernels.catalog import KERNEL_FILES
+from fastdeit.aot.catalog import KERNEL_FILES
 
 OUT = Path(__file__).with_name("architecture.png")
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastdeit.cli import main
+from fastdeit.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdeit.costs import Cost
+from fastdeit.cost.formulas import Cost
 
 
 class Row(NamedTuple):
@@ -131,7 +131,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             explained += (name + "." if name else "",)
     if batch_size is None:
         return Report(rows)
-    from fastdeit.cost_view import forward_costs
+    from fastdeit.cost.view import forward_costs
 
     return Report(rows, forward_costs(named[""], rows, batch_size), batch_size)
 

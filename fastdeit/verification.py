@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.explanation import Row
-from fastdeit.patching import accelerate, explain
+from fastdeit.swap import accelerate, explain
 from fastdeit.testing import Error, compare_with_oracle, poisoned_memory
 
 KINDS = ("inference", "output", "gradients")  # forward without and with gradients in mind, and backward

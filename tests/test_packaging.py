@@ -17,8 +17,8 @@ from shutil import copy, copytree, ignore_patterns
 import pytest
 from packaging.requirements import Requirement
 
-from fastdeit import cli
-from fastdeit.kernels.catalog import KERNEL_FILES
+from fastdeit.aot.catalog import KERNEL_FILES
+from fastdeit.commands import cli
 
 ROOT = Path(__file__).parent.parent
 NOT_SHIPPED = ("__pycache__", "results")
@@ -28,12 +28,13 @@ PYTHONS = ("3.10", "3.11", "3.12")
 PROBE = f"""
 import hashlib, json
 from pathlib import Path
-import fastdeit, fastdeit.kernels.architecture as inner
+import fastdeit, fastdeit.benchmarks, fastdeit.kernels.runtime.architecture as inner
 root = Path(fastdeit.__file__).parent
-files = {{p for d in (root, root / "kernels", root / "benchmarks") for p in d.rglob("*") if p.is_file()}}
-files = {{p for p in files if not set(p.relative_to(root).parts) & set({NOT_SHIPPED})}}
-digests = {{p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}}
-print(json.dumps([str(root), str(Path(inner.__file__).parent), digests]))
+roots = {{"": root, "kernels": Path(fastdeit.kernels.__path__[0]), "benchmarks": Path(fastdeit.benchmarks.__path__[0])}}
+files = {{Path(n) / p.relative_to(d): p for n, d in roots.items() for p in d.rglob("*") if p.is_file()}}
+files = {{name: p for name, p in files.items() if not set(name.parts) & set({NOT_SHIPPED})}}
+digests = {{name.as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}}
+print(json.dumps([str(root), str(Path(inner.__file__).parents[1]), digests]))
 """
 
 
@@ -138,7 +139,7 @@ def test_wheel_holds_fastdeit_and_nothing_else_at_top_level(wheel):
 def test_wheel_holds_every_file_of_the_package(wheel, digests):
     files = {name: data for name, data in contents(wheel).items() if name.startswith("fastdeit/")}
     assert {name[9:]: hashlib.sha256(data).hexdigest() for name, data in files.items()} == digests
-    assert {"py.typed", "kernels/launch.py", "benchmarks/command.py"} <= set(digests)
+    assert {"py.typed", "kernels/runtime/launch.py", "benchmarks/runner.py"} <= set(digests)
 
 
 def test_wheel_carries_the_licence(wheel):
@@ -165,14 +166,14 @@ def test_editable_install_imports_the_tree_itself(source, digests, tmp_path):
     python = environment(tmp_path / "venv", "--editable", source)
     package, kernels, found = probe(python, cwd=tmp_path)
     assert package == source / "fastdeit"
-    assert kernels == package / "kernels"
+    assert kernels == source / "kernels"
     assert found == digests
 
 
 def test_at_the_root_the_tree_is_imported_without_an_install(source, digests, tmp_path):
     package, kernels, found = probe(environment(tmp_path / "venv"), cwd=source)
     assert package == source / "fastdeit"
-    assert kernels == package / "kernels"
+    assert kernels == source / "kernels"
     assert found == digests
 
 
@@ -189,9 +190,9 @@ def test_command_is_the_same_as_a_module_and_as_a_script(plain, source, tmp_path
 def test_another_package_called_kernels_keeps_its_name(plain, source, tmp_path, at_root):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("mine = False")
-    code = "import kernels, fastdeit.kernels.architecture as a; print(kernels.mine, a.__name__)"
+    code = "import kernels, fastdeit.kernels.runtime.architecture as a; print(kernels.mine, a.__name__)"
     printed = run(plain, "-c", code, cwd=source if at_root else tmp_path.parent, path=tmp_path)
-    assert printed.split() == ["False", "fastdeit.kernels.architecture"]
+    assert printed.split() == ["False", "fastdeit.kernels.runtime.architecture"]
 
 
 def test_core_requires_four_libraries(requirements):
@@ -239,6 +240,7 @@ def test_the_readme_says_which_ops_have_a_kernel():
     shared |= dict.fromkeys(("add_layer_norm_attention", "add_layer_norm_mlp"), "residual_branch")
     rows = re.findall(r"^\| `(\w+)` \|[^|]+\| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     said = {shared.get(op, op) for op, kernel in rows if not kernel.startswith("none")}
-    part_of = {"attention_backward": "attention", "gemm_backward": "gemm", "folded_weights": "gemm", "whole_mlp": "mlp"}
-    part_of["column_sums"] = "layer_norm"
-    assert said == {part_of.get(name, name) for name in KERNEL_FILES}
+    part_of = {"attention.forward": "attention", "attention.backward": "attention", "mlp.activation": "mlp"}
+    part_of |= {"gemm.forward": "gemm", "gemm.backward": "gemm", "gemm.folded_weights": "gemm", "gemm.fused_mlp": "mlp"}
+    part_of["runtime.column_sums"] = "layer_norm"
+    assert said == {part_of.get(name, name.partition(".")[2]) for name in KERNEL_FILES}

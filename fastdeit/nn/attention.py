@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit import ops
-from fastdeit.kernels.attention_config import HANDED_OVER
+from fastdeit.kernels.attention.config import HANDED_OVER
 from fastdeit.nn.eligibility import (
     FusedModule,
     dropped_out,

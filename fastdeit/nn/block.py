@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdeit import ops
 from fastdeit.backends import product_dtype
-from fastdeit.kernels.attention_config import HANDED_OVER
+from fastdeit.kernels.attention.config import HANDED_OVER
 from fastdeit.nn.attention import Attention
 from fastdeit.nn.eligibility import (
     FusedModule,

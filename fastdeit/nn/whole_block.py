@@ -14,7 +14,7 @@ import torch
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from fastdeit.kernels.attention_config import HANDED_OVER
+from fastdeit.kernels.attention.config import HANDED_OVER
 from fastdeit.nn.attention import Attention
 from fastdeit.nn.eligibility import HOLDS_EXCLUDED, MISSING, forward_of
 from fastdeit.nn.layer_norm import LayerNorm, TorchLayerNorm

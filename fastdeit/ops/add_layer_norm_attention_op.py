@@ -179,7 +179,7 @@ def _forward(
     num_heads, products, keeps=True,
 ) -> tuple[Tensor, Tensor | None, _Kept]:  # fmt: skip
     """out, x_new and what backward needs, in part without `keeps`."""
-    from fastdeit.kernels.attention import attention_forward
+    from fastdeit.kernels.attention.forward import attention_forward
 
     with without_autocast(x):
         norm = Norm(norm_weight, norm_bias, eps)
@@ -197,8 +197,8 @@ def _backward(
     num_heads, dtypes,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
-    from fastdeit.kernels.attention_backward import attention_backward
-    from fastdeit.kernels.residual_branch import column_sums
+    from fastdeit.kernels.attention.backward import attention_backward
+    from fastdeit.kernels.norm.residual_branch import column_sums
 
     to = dict(zip(_GRADIENTS, dtypes, strict=True))
     wants = lambda *names: any(to[name] is not None for name in names)  # noqa: E731

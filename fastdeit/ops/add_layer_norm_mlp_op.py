@@ -154,7 +154,7 @@ def _forward(
     x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, eps, activation, products, lean, keeps
 ) -> tuple[Tensor, Tensor | None, Kept | None]:
     """out, x_new and what is to be kept for backward, if anything is."""
-    from fastdeit.kernels.whole_mlp import whole_mlp_forward
+    from fastdeit.kernels.gemm.fused_mlp import whole_mlp_forward
 
     if not keeps and drop_path_scale is None:
         options = dict(norm=(norm_weight, norm_bias, eps), branch=branch, gamma=gamma)
@@ -188,7 +188,7 @@ def _backward(
     dtypes,
 ) -> list[Tensor | None]:
     """Gradients in the order of GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
-    from fastdeit.kernels.residual_branch import column_sums
+    from fastdeit.kernels.norm.residual_branch import column_sums
 
     to = dict(zip(GRADIENTS, dtypes, strict=True))
     norm = Norm(norm_weight, norm_bias, eps)
@@ -222,8 +222,8 @@ def end_backward(
         dz (M, H) and its column sums (H,), each None where `start_backward` has no use for it; and the gradients by the
         names of `to`: end_weight, end_bias, gamma.
     """
-    from fastdeit.kernels.linear import activation_gradient
-    from fastdeit.kernels.mlp import activation_forward
+    from fastdeit.kernels.gemm.linear import activation_gradient
+    from fastdeit.kernels.mlp.activation import activation_forward
 
     start, z = kept.start, kept.z
     into_start = any(to[name] is not None for name in to.keys() - {"end_weight", "end_bias", "gamma"})

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastdeit import backends
-from fastdeit.kernels import attention_config
-from fastdeit.kernels.architecture import architecture
+from fastdeit.kernels.attention import config as attention_config
+from fastdeit.kernels.runtime.architecture import architecture
 from fastdeit.ops.arguments import check_beside, check_float
 from fastdeit.ops.first_derivative import first_derivative_only
 
@@ -184,25 +184,25 @@ def _check_scale(scale) -> None:
 
 
 def _launch_forward(qkv, num_heads, scale):
-    from fastdeit.kernels.attention import attention_forward
+    from fastdeit.kernels.attention.forward import attention_forward
 
     return attention_forward(qkv, num_heads, scale)
 
 
 def _launch_backward(dout, qkv, out, lse, num_heads, scale):
-    from fastdeit.kernels.attention_backward import attention_backward
+    from fastdeit.kernels.attention.backward import attention_backward
 
     return attention_backward(dout, qkv, out, lse, num_heads, scale)
 
 
 def _launch_qkv_forward(q, k, v, scale):
-    from fastdeit.kernels.attention import attention_qkv_forward
+    from fastdeit.kernels.attention.forward import attention_qkv_forward
 
     return attention_qkv_forward(q, k, v, scale)
 
 
 def _launch_qkv_backward(dout, q, k, v, out, lse, scale, *, keys_wanted=True):
-    from fastdeit.kernels.attention_backward import attention_qkv_backward
+    from fastdeit.kernels.attention.backward import attention_qkv_backward
 
     return attention_qkv_backward(dout, q, k, v, out, lse, scale, keys_wanted=keys_wanted)
 

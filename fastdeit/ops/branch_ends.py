@@ -77,7 +77,7 @@ def start_forward(
 
     Without `keeps` that is only what `start_product` asks of it.
     """
-    from fastdeit.kernels.layer_norm import layer_norm_forward
+    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 
     folded = folds(products, norm.weight, norm.bias, weight)
     affine = (None, None) if folded else (_dense(norm.weight), _dense(norm.bias))
@@ -99,8 +99,8 @@ def start_product(
     needs_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """activation(z) (M, O), z itself without one, of the rows that `start_forward` or `normalised_rows` gives; z too if needed."""
-    from fastdeit.kernels.folded_weights import fold_forward
-    from fastdeit.kernels.linear import linear_forward
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
 
     if start.x_hat is not None:
         weight, bias = fold_forward(weight, bias, rows.dtype, column_scale=norm.weight, column_shift=norm.bias)
@@ -109,7 +109,7 @@ def start_product(
 
 def normalised_rows(start: Start, norm: Norm, products: torch.dtype) -> Tensor:
     """The product's input (M, C): kept in the folded form, else computed again."""
-    from fastdeit.kernels.layer_norm import layer_norm_forward
+    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 
     if start.x_hat is not None:
         return start.x_hat
@@ -151,9 +151,9 @@ def start_backward(
         dx_new: of x's shape, what else the residual stream's gradient is, or None.
         shape: x's.
     """
-    from fastdeit.kernels.folded_weights import fold_columns_backward, fold_forward
-    from fastdeit.kernels.layer_norm import layer_norm_backward
-    from fastdeit.kernels.residual_branch import folded_layer_norm_backward
+    from fastdeit.kernels.gemm.folded_weights import fold_columns_backward, fold_forward
+    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
+    from fastdeit.kernels.norm.residual_branch import folded_layer_norm_backward
 
     wants = lambda *names: any(to[name] is not None for name in names)  # noqa: E731
     products = dz.dtype
@@ -189,15 +189,15 @@ def start_backward(
 
 def end_forward(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
     """gamma * (h P^T + p) for h (M, H), in h's dtype."""
-    from fastdeit.kernels.folded_weights import fold_forward
-    from fastdeit.kernels.linear import linear_forward
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
 
     return linear_forward(h, *fold_forward(weight, bias, h.dtype, row_scale=gamma))[0]
 
 
 def end_weight(weight: Tensor, gamma: Tensor | None, products: torch.dtype) -> Tensor:
     """gamma * P, as forward multiplies h by and backward the gradient."""
-    from fastdeit.kernels.folded_weights import fold_forward
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
 
     return fold_forward(weight, None, products, row_scale=gamma)[0]
 

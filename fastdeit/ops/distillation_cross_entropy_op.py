@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastdeit import backends, costs
+from fastdeit import backends
+from fastdeit.cost import formulas as costs
 from fastdeit.ops.distillation_arguments import Options, check_options, check_range, check_tensors
 from fastdeit.ops.first_derivative import first_derivative_only
 
@@ -225,13 +226,13 @@ def _autocast(t):
 
 
 def _launch_forward(*args, **kwargs):
-    from fastdeit.kernels.distillation_cross_entropy import distillation_cross_entropy_forward
+    from fastdeit.kernels.loss.distillation_cross_entropy import distillation_cross_entropy_forward
 
     return distillation_cross_entropy_forward(*args, **kwargs)
 
 
 def _launch_backward(*args, **kwargs):
-    from fastdeit.kernels.distillation_cross_entropy import distillation_cross_entropy_backward
+    from fastdeit.kernels.loss.distillation_cross_entropy import distillation_cross_entropy_backward
 
     return distillation_cross_entropy_backward(*args, **kwargs)
 
@@ -285,7 +286,7 @@ def distillation_cross_entropy_forward(
 
 @distillation_cross_entropy_forward.register_fake
 def _(logits, dist_logits, target, teacher, kind, base, alpha, tau, smoothing, soft_divisor, reduction, out_dtype):
-    from fastdeit.kernels.distillation_cross_entropy_kernels import STATISTICS
+    from fastdeit.kernels.loss.distillation_cross_entropy_kernels import STATISTICS
 
     head = dist_logits if logits is None else logits
     batch = head.shape[0]

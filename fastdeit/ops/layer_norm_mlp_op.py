@@ -145,7 +145,7 @@ def _forward(
     adds_x,
     lean,
 ) -> tuple[Tensor, Kept]:
-    from fastdeit.kernels.linear import linear_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
 
     with without_autocast(x):
         norm = Norm(norm_weight, norm_bias, eps)
@@ -183,7 +183,7 @@ def _backward(
     dtypes,
 ) -> list[Tensor | None]:
     """Gradients in the order of GRADIENTS, of which there is no branch: each in its dtype of `dtypes`, None where that is None."""
-    from fastdeit.kernels.residual_branch import scale_add_backward
+    from fastdeit.kernels.norm.residual_branch import scale_add_backward
 
     to = dict(zip(GRADIENTS, dtypes, strict=True))
     norm = Norm(norm_weight, norm_bias, eps)

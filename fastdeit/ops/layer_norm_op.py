@@ -170,7 +170,7 @@ def _check_out_dtype(out_dtype) -> None:
 
 
 def _launch_forward(x, weight, bias, eps, out_dtype, **kwargs):
-    from fastdeit.kernels.layer_norm import layer_norm_forward
+    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 
     return layer_norm_forward(x, _dense(weight), _dense(bias), eps, out_dtype, **kwargs)
 
@@ -181,7 +181,7 @@ def _launch_add_forward(x, branch, weight, bias, gamma, drop_path_scale, eps, ou
 
 
 def _launch_backward(*args, **kwargs):
-    from fastdeit.kernels.layer_norm import layer_norm_backward
+    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
 
     return layer_norm_backward(*args, **kwargs)
 

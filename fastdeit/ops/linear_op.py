@@ -126,7 +126,7 @@ def promoted(products: torch.dtype, *others: Tensor | None) -> torch.dtype:
 
 def _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save) -> tuple[Tensor, Tensor]:
     """(..., O) and the pre-activation (M, O), or in its place an empty tensor where neither backward nor the caller reads it."""
-    from fastdeit.kernels.linear import linear_forward as forward
+    from fastdeit.kernels.gemm.linear import linear_forward as forward
 
     with without_autocast(x):
         out, z = forward(
@@ -151,9 +151,9 @@ def _backward(
     dy, x, z, weight, bias, gamma, drop_path_scale, activation, products, dtypes
 ) -> tuple[Tensor | None, ...]:
     """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
-    from fastdeit.kernels.folded_weights import fold_forward
-    from fastdeit.kernels.mlp import activation_backward
-    from fastdeit.kernels.residual_branch import scale_add_backward
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
+    from fastdeit.kernels.mlp.activation import activation_backward
+    from fastdeit.kernels.norm.residual_branch import scale_add_backward
 
     to = dict(zip(_GRADIENTS, dtypes, strict=True))
     needs = {name for name, dtype in to.items() if dtype is not None}
@@ -208,7 +208,7 @@ def parameter_gradients(
         g_sum: its column sums (O,), where the gradient of the bias or of gamma is wanted: in fp32 with gamma.
         rows: (M, K), where those of the weight or gamma are.
     """
-    from fastdeit.kernels.folded_weights import fold_rows_backward
+    from fastdeit.kernels.gemm.folded_weights import fold_rows_backward
 
     needs_weight, needs_bias, needs_gamma = (dtype is not None for dtype in (weight_dtype, bias_dtype, gamma_dtype))
     if gamma is None:

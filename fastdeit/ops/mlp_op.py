@@ -90,8 +90,8 @@ def _check(x, w1, b1, w2, b2, activation) -> None:
 
 def _forward(x, w1, b1, w2, b2, activation, products, keeps):
     """(..., O) and, if it is to be kept for backward, the pre-activation (M, H)."""
-    from fastdeit.kernels.linear import linear_forward
-    from fastdeit.kernels.whole_mlp import whole_mlp_forward
+    from fastdeit.kernels.gemm.fused_mlp import whole_mlp_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
 
     rows = x.reshape(-1, x.shape[-1]).to(products)
     whole = None if keeps else whole_mlp_forward(rows, w1, b1, w2, b2, activation, products)
@@ -104,7 +104,7 @@ def _forward(x, w1, b1, w2, b2, activation, products, keeps):
 
 def _backward(dy, x, z, w1, w2, activation, needs, dtypes, shape):
     """Gradients of x, w1, b1, w2 and b2: None where `needs` says so, else in the given dtypes. Only w1's reads x (`shape`)."""
-    from fastdeit.kernels.linear import activation_gradient
+    from fastdeit.kernels.gemm.linear import activation_gradient
 
     need_x, need_w1, need_b1, need_w2, need_b2 = needs
     x_dtype, w1_dtype, b1_dtype, w2_dtype, b2_dtype = dtypes
@@ -117,7 +117,7 @@ def _backward(dy, x, z, w1, w2, activation, needs, dtypes, shape):
         dw1 = _weight_gradient(dz, x.reshape(-1, shape[-1]).to(z.dtype), w1_dtype) if need_w1 else None
         dx = (dz @ w1.to(z.dtype)).view(shape).to(x_dtype) if need_x else None
     elif need_w2:
-        from fastdeit.kernels.mlp import activation_forward
+        from fastdeit.kernels.mlp.activation import activation_forward
 
         h = activation_forward(z, activation)
     if need_w2:

@@ -124,7 +124,7 @@ def _as_patches(images: Tensor, weight: Tensor) -> Tensor:
 
 def _forward(images, weight, bias, positions, class_token, more_tokens, products) -> tuple[Tensor, Tensor]:
     """Tokens (B, tokens, C) and the patches (B * patches, K * P * Q) in the dtype of the product."""
-    from fastdeit.kernels.patch_embedding import patch_embedding_forward as assemble
+    from fastdeit.kernels.embedding.patch_embedding import patch_embedding_forward as assemble
 
     pixels = _as_patches(images, weight)
     patches = torch.empty(pixels.shape, dtype=products, device=images.device).copy_(pixels)
@@ -143,7 +143,7 @@ def _backward(dtokens, patches, weight, images_shape, counts, products, dtypes) 
         images_shape: read only for the images' gradient.
         counts: `_counts`.
     """
-    from fastdeit.kernels.patch_embedding import patch_embedding_backward as split
+    from fastdeit.kernels.embedding.patch_embedding import patch_embedding_backward as split
 
     to = dict(zip(_INPUTS, dtypes, strict=True))
     found: dict[str, Tensor] = {}

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import timm.data
 from PIL import Image
-from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import Dataset, IterableDataset
-from torchvision import transforms
 
 from fastdeit.train.config import Config
-from fastdeit.train.image_files import images_below, no_image
-from fastdeit.train.sampling import UnreadableImageError, derive_seed
+from fastdeit.train.image_files import UnreadableImageError, open_image
+from fastdeit.train.image_folders import FolderImages, read_splits
+from fastdeit.train.sampling import derive_seed
+from fastdeit.train.transform_errors import TransformFailure, described
+from fastdeit.train.transforms import eval_transform, train_transform
 
 DIGITS_VALIDATION = 360  # of 1,797, stratified; the split does not depend on the run's seed
 
@@ -52,47 +53,53 @@ def load_data(config: Config) -> Data:
         return _digits(mode, config)
     if config.data.partition("/")[0].lower() in TIMM_SETS and not Path(config.data).is_dir():
         return _timm_data(mode, config)
-    root = Path(config.data)
-    classes = check_image_folder(root)
-    train, val = (
-        timm.data.create_dataset("", root=str(root / split), split=split, search_split=False)
-        for split in ("train", "val")
-    )
+    train, val = read_splits(Path(config.data))
     return Data(
         Images(train, mode, train_transform(config)),
         Images(val, mode, eval_transform(config)),
-        classes,
+        train.classes,
     )
 
 
 class Images(Dataset):
-    """The images of timm's ImageDataset or of a torchvision set, decoded here: timm's own passes over what it cannot read.
+    """The images of a folder, of timm's ImageDataset or of a torchvision set, decoded here: timm's own passes over what it cannot
+    read.
 
     Args:
-        source: (image, class), map-style.
+        source: (file, class) or (PIL image, class), map-style.
         mode: PIL's, of the decoded image.
         transform: of a PIL image.
     """
 
     def __init__(self, source: Any, mode: str, transform: Callable[[Image.Image], Any]) -> None:
         self.source = source
+        self.folder = source if isinstance(source, FolderImages) else None
         self.mode = mode
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Raises UnreadableImageError that names the image."""
-        reader = getattr(self.source, "reader", None)
+        """Raises UnreadableImageError or TransformError, which name the image."""
+        image, label = self.decoded(index)
         try:
-            file, label = reader[index] if reader is not None else self.source[index]
-            image = file if isinstance(file, Image.Image) else Image.open(file)
-            with image:
-                image = image.convert(self.mode)
+            return self.transform(image), label
+        except TransformFailure as failure:
+            raise failure.on(self.filename(index)) from failure
+
+    def decoded(self, index: int) -> tuple[Image.Image, int]:
+        """The image before its transforms. Raises UnreadableImageError that names it."""
+        try:
+            file, label = getattr(self.source, "reader", self.source)[index]
+            image = file.convert(self.mode) if isinstance(file, Image.Image) else open_image(file, self.mode)
+            return image, int(label)
         except Exception as error:  # what PIL raises depends on the format and on where the file is damaged
-            raise UnreadableImageError(f"{self.filename(index)}: {type(error).__name__}: {error}") from error
-        return self.transform(image), int(label)
+            raise UnreadableImageError(
+                f"{self.filename(index)}: cannot be read as an image: {described(error)}"
+            ) from error
 
     def filename(self, index: int) -> str:
         """The image's whole path, as far as the set knows of files."""
+        if self.folder is not None:
+            return self.folder.samples[index][0]
         reader = getattr(self.source, "reader", None)
         if reader is not None:
             return reader.filename(index, absolute=True)
@@ -125,85 +132,15 @@ class Stream(IterableDataset):
         return self.share(0, 1)
 
     def share(self, rank: int, world_size: int) -> Iterator[tuple[Any, int]]:
-        """Every world_size-th image, from rank on."""
-        for image, label in islice(self.reader, rank, None, world_size):
-            yield self.transform(image), int(label)
+        """Every world_size-th image, from rank on. Raises TransformError."""
+        for number, (image, label) in enumerate(islice(self.reader, rank, None, world_size)):
+            try:
+                yield self.transform(image), int(label)
+            except TransformFailure as failure:
+                raise failure.on(f"image {rank + number * world_size} of the stream") from failure
 
     def __len__(self) -> int:
         return self.reader.num_samples
-
-
-def check_image_folder(root: Path) -> tuple[str, ...]:
-    """The classes of root/train/CLASS/ and root/val/CLASS/. Raises ValueError that names what is missing."""
-    if not root.is_dir():
-        raise ValueError(f"data: {root} is neither `digits` nor a folder")
-    found = {}
-    for split in ("train", "val"):
-        folder = root / split
-        if not folder.is_dir():
-            raise ValueError(f"data: {root} has no folder {split}/; expected train/CLASS/ and val/CLASS/ with images")
-        found[split] = {d.name for d in folder.iterdir() if d.is_dir()}
-        if not found[split]:
-            raise ValueError(f"data: {folder} is empty; expected one folder of images per class")
-        for name in sorted(found[split]):
-            if not any(images_below(folder / name)):
-                raise ValueError(f"data: {no_image(folder / name)}")
-    for here, there in (("train", "val"), ("val", "train")):
-        missing = sorted(found[here] - found[there])
-        if missing:
-            names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise ValueError(f"data: {root / there} lacks {names}, which {root / here} has; both need the same classes")
-    return tuple(sorted(found["train"]))
-
-
-def train_transform(config: Config) -> Callable[[Image.Image], Any]:
-    """timm's, to a uint8 tensor; erasing and normalisation follow on the device. Raises ValueError for an unknown policy."""
-    options = dict(
-        is_training=True,
-        scale=tuple(config.scale),
-        ratio=tuple(config.ratio),
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter or None,
-        color_jitter_prob=config.color_jitter_prob,
-        grayscale_prob=config.grayscale_prob,
-        gaussian_blur_prob=config.gaussian_blur_prob,
-        auto_augment="3a" if config.three_augment else config.aa,
-        interpolation=config.interpolation,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        use_prefetcher=True,
-        separate=True,
-    )
-    size = (config.in_chans, config.img_size, config.img_size)
-    try:
-        first, second, last = timm.data.create_transform(size, **options)
-    except (AssertionError, ValueError, KeyError) as error:  # of what the policy's text says, by asserting
-        raise ValueError(f"aa: timm cannot make {config.aa!r}: {error}") from error
-    if config.simple_random_crop:
-        first.transforms[0] = simple_random_crop(config)
-    return transforms.Compose([first, second, last])
-
-
-def simple_random_crop(config: Config) -> Callable[[Image.Image], Image.Image]:
-    """DeiT III, section 3.2: the smaller side to the size of the input, 4 reflected pixels around it, a random square of it."""
-    return transforms.Compose(
-        [
-            transforms.Resize(config.img_size, interpolation=str_to_interp_mode(config.interpolation)),
-            transforms.RandomCrop(config.img_size, padding=4, padding_mode="reflect"),
-        ]
-    )
-
-
-def eval_transform(config: Config) -> Callable[[Image.Image], Any]:
-    return timm.data.create_transform(
-        (config.in_chans, config.img_size, config.img_size),
-        interpolation=config.interpolation,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        crop_pct=config.crop_pct,
-        crop_mode=config.crop_mode,
-    )
 
 
 class ArrayDataset(Dataset):

@@ -13,9 +13,9 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdeit.cost_view import shape_of
+from fastdeit.cost.models import training_flops_per_image
+from fastdeit.cost.view import shape_of
 from fastdeit.losses import DistillationLoss
-from fastdeit.model_costs import training_flops_per_image
 from fastdeit.train.augmentation import BatchAugmentation
 from fastdeit.train.cached_labels import CachedTeacher
 from fastdeit.train.config import Config

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit.cost_view import shape_of
-from fastdeit.model_costs import Shape, parts, seconds
+from fastdeit.cost.models import Shape, parts, seconds
+from fastdeit.cost.view import shape_of
 from fastdeit.train.config import Config
 from fastdeit.train.optimization import create_optimizer
 

@@ -1,27 +1,26 @@
-"""Files of images: which of a folder they are, and one of them decoded."""
+"""One image file, decoded."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
+
+from fastdeit.train.transform_errors import described
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """The images in a folder and in those within it, by their endings, in no particular order."""
-    extensions = get_img_extensions()
-    return (path for path in folder.rglob("*") if path.suffix.lower() in extensions)
+class UnreadableImageError(ValueError):
+    """An image cannot be decoded; the message starts with its path."""
 
 
-def no_image(folder: Path) -> str:
-    """What to say where `images_below` finds nothing."""
-    return f"{folder} has no image ({', '.join(get_img_extensions())})"
-
-
-def read_image(path: Path, mode: str) -> Image.Image:
-    """In PIL's `mode`. Raises ValueError naming path if it is not a whole image."""
+def read_image(path: str | Path, mode: str) -> Image.Image:
+    """In PIL's `mode`, decoded whole. Raises UnreadableImageError that names path."""
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
+        return open_image(path, mode)
     except Exception as error:  # what PIL raises depends on the format and on where the file is damaged
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+        raise UnreadableImageError(f"{path}: cannot be read as an image: {described(error)}") from error
+
+
+def open_image(file: str | Path | BinaryIO, mode: str) -> Image.Image:
+    """As `read_image`, of an open file as well, with the errors that PIL raises."""
+    with Image.open(file) as image:
+        return image.convert(mode)

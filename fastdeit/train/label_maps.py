@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastdeit.train.config import Config
-from fastdeit.train.datasets import eval_transform
 from fastdeit.train.device import autocast
-from fastdeit.train.image_files import images_below, no_image, read_image
+from fastdeit.train.image_files import read_image
+from fastdeit.train.image_folders import images_below, no_image
 from fastdeit.train.models import head_logits
+from fastdeit.train.transforms import eval_transform
 
 REAL = "real"  # the label map that timm brings along
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -71,14 +72,14 @@ class LabelMap:
 
 
 class LabelledImages(Dataset):
-    """The images below a folder, in the order of their paths, each with a row of booleans: which classes are right.
+    """The images below a folder, in natural order, each with a row of booleans: which classes are right.
 
     Raises:
         ValueError: there are no images, or the map says nothing of one of them.
     """
 
     def __init__(self, root: Path, labels: LabelMap, mode: str, transform: Callable[[Image.Image], Any]) -> None:
-        self.paths = sorted(images_below(root))
+        self.paths = [Path(path) for path in images_below(root)]
         if not self.paths:
             raise ValueError(f"data: {no_image(root)}")
         self.accepted = [labels.accepted(path) for path in self.paths]

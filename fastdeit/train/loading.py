@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from timm.data.loader import fast_collate
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from fastdeit.train.config import Config
-from fastdeit.train.sampling import EpochBatches, KeyedDataset, Sample, UnreadableImageError, derive_seed, seed_sample
+from fastdeit.train.error_passing import ErrorPassingLoader
+from fastdeit.train.image_files import UnreadableImageError
+from fastdeit.train.sampling import EpochBatches, KeyedDataset, Sample, derive_seed, seed_sample
+from fastdeit.train.transform_errors import TransformError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -55,7 +58,7 @@ class TrainLoader:
         else:
             source = KeyedDataset(dataset, batches.seed, config.max_bad_images)
             options |= dict(batch_sampler=batches, persistent_workers=config.workers > 0)  # keys come with each batch
-        self.loader = DataLoader(source, **options)
+        self.loader = ErrorPassingLoader(source, **options)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -119,6 +122,8 @@ class KeyedStream(IterableDataset):
                 image, label = next(iterator)
             except StopIteration:
                 return
+            except TransformError as error:
+                raise TransformError(f"{error} (epoch {batches.epoch}, position {position} of its process)") from error
             yield Sample(image, label, ())
             position += 1
 

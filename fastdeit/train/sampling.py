@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import Dataset, IterableDataset, Sampler, Subset
+
+from fastdeit.train.error_passing import ErrorPassingLoader
+from fastdeit.train.image_files import UnreadableImageError
+from fastdeit.train.transform_errors import TransformError, described
 
 
 class Key(NamedTuple):
@@ -49,10 +53,6 @@ def seed_sample(seed: int, epoch: int, position: int) -> None:
     torch.default_generator.manual_seed(derived)  # 1.5 us; torch.manual_seed visits every device
 
 
-class UnreadableImageError(ValueError):
-    """An image cannot be decoded; the message starts with its path."""
-
-
 class Sample(NamedTuple):
     image: Tensor
     label: int
@@ -63,7 +63,7 @@ class KeyedDataset(Dataset):
     """A map-style data set of (image, class) whose random transforms depend on `Key` and seed alone.
 
     In place of an image that cannot be read comes the next one that can, with the same key, and what was wrong beside it: at most
-    max_bad images are passed over, then UnreadableImageError is raised.
+    max_bad images are passed over, then UnreadableImageError is raised. Any other error becomes a TransformError.
     """
 
     def __init__(self, dataset: Dataset, seed: int, max_bad: int = 0) -> None:
@@ -82,6 +82,12 @@ class KeyedDataset(Dataset):
                 unreadable.append(str(error))
                 if len(unreadable) > min(self.max_bad, len(self.dataset) - 1):
                     raise
+            except Exception as error:
+                index = (key.index + len(unreadable)) % len(self.dataset)
+                raise TransformError(
+                    f"{error if isinstance(error, TransformError) else f'data: image {index}: {described(error)}'} "
+                    f"(seed {self.seed}, epoch {key.epoch}, position {key.position}, image {index} of {len(self.dataset)})"
+                ) from error
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -139,10 +145,10 @@ class StreamShare(IterableDataset):
 
 def eval_loader(
     dataset: Dataset, batch_size: int, workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
-) -> DataLoader[Any]:
+) -> ErrorPassingLoader:
     """Every image once, in order; of several processes each takes every world_size-th, from its rank on."""
     if world_size > 1 and isinstance(dataset, IterableDataset):
         dataset = StreamShare(dataset, rank, world_size)
     elif world_size > 1:
         dataset = Subset(dataset, range(rank, len(dataset), world_size))
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)
+    return ErrorPassingLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from fastdeit.kernels.augment.operations import Operation
 from fastdeit.kernels.augment.tables import FIRST, LAST, blended, luma
-from fastdeit.kernels.catalog import Shipped
-from fastdeit.kernels.launch import cdiv, launch
+from fastdeit.kernels.runtime.aot_config import AotConfig
+from fastdeit.kernels.runtime.launch import cdiv, launch
 
 BLOCK, PART, NUM_WARPS = (
     512,
@@ -249,7 +249,7 @@ def augment_layer(
     return out
 
 
-def shipped(arch: int) -> Iterator[Shipped]:
+def aot_configs(arch: int) -> Iterator[AotConfig]:
     """Colour images of 224 pixels: the first layer, the last one, one between them, and a layer that is both first and last."""
     types = dict(images_ptr="*u8", plan_ptr="*fp64", tables_ptr="*u8")
     types |= dict.fromkeys(("plan_stride", "fill_0", "fill_1", "fill_2"), "i32")
@@ -262,4 +262,4 @@ def shipped(arch: int) -> Iterator[Shipped]:
         ("last", types | last | dict(out_ptr="*fp32"), False),
     ):
         constexprs = constants | dict(INTERLEAVED=interleaved)
-        yield Shipped(augment_apply_kernel, found, constexprs, NUM_WARPS, 1, label, matrix=False, fp_fusion=False)
+        yield AotConfig(augment_apply_kernel, found, constexprs, NUM_WARPS, 1, label, matrix=False, fp_fusion=False)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from fastdeit.kernels.augment.operations import Operation
-from fastdeit.kernels.catalog import Shipped
-from fastdeit.kernels.launch import launch
+from fastdeit.kernels.runtime.aot_config import AotConfig
+from fastdeit.kernels.runtime.launch import launch
 
 BLOCK, NUM_WARPS = 4096, 4
 FIRST = tl.constexpr(Operation.AUTOCONTRAST.value)
@@ -146,10 +146,10 @@ def augment_tables(images: torch.Tensor, plan: torch.Tensor, interleaved: bool) 
     return tables
 
 
-def shipped(arch: int) -> Iterator[Shipped]:
+def aot_configs(arch: int) -> Iterator[AotConfig]:
     """Colour images of 224 pixels, as a loader copies them and as a layer leaves them."""
     types = dict(images_ptr="*u8", plan_ptr="*fp64", tables_ptr="*u8", plan_stride="i32")
     for interleaved in (True, False):
         constants = dict(H=224, W=224, C=3, INTERLEAVED=interleaved, BLOCK=BLOCK)
         label = "interleaved" if interleaved else "planar"
-        yield Shipped(augment_tables_kernel, types, constants, NUM_WARPS, 1, label, matrix=False, fp_fusion=False)
+        yield AotConfig(augment_tables_kernel, types, constants, NUM_WARPS, 1, label, matrix=False, fp_fusion=False)

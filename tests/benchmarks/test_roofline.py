@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fastdeit.benchmarks import test_mlp as mlp_suite
 from fastdeit.benchmarks.roofline import Ceilings, after_product, beside_compile, one_after_another
-from fastdeit.costs import Cost, attention_backward, layer_norm_backward
-from fastdeit.model_costs import mlp_parts
+from fastdeit.benchmarks.suites import test_mlp as mlp_suite
+from fastdeit.cost.formulas import Cost, attention_backward, layer_norm_backward
+from fastdeit.cost.models import mlp_parts
 
 GPU = Ceilings(tflops=1.0, tb_per_s=1.0)
 

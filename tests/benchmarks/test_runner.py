@@ -5,13 +5,14 @@ import time
 
 import pytest
 
-from fastdeit.benchmarks import pieces, runner
+from fastdeit.benchmarks import results_folder as pieces
+from fastdeit.benchmarks import runner
 from fastdeit.benchmarks.runner import Limits
 
 CHILD = """
 import sys, time
 from pathlib import Path
-from fastdeit.benchmarks.pieces import Folder
+from fastdeit.benchmarks.results_folder import Folder
 folder = Folder(Path(sys.argv[1]))
 folder.plan(["s-1", "s-2", "s-3"])
 for case in ("s-1", "s-2", "s-3"):

@@ -384,7 +384,7 @@ def test_the_environment_names_versions():
 
 @pytest.mark.gpu
 def test_on_a_gpu_backward_is_captured_and_costs_what_it_should():
-    from fastdeit.benchmarks import peers
+    from fastdeit.benchmarks.baselines import op_baselines as peers
 
     def inputs():
         x, w = torch.randn(2, 4096, 4096, device="cuda", dtype=torch.bfloat16).unbind()

@@ -6,7 +6,7 @@ from timm.layers import Attention as TimmAttention
 from torch import nn
 
 from fastdeit import backends
-from fastdeit.kernels.attention_config import HANDED_OVER, Shapes
+from fastdeit.kernels.attention.config import HANDED_OVER, Shapes
 from fastdeit.nn import Attention
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 

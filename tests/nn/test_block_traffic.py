@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
 B, N, C, HEADS = 2, 5, 64, 2
-LAUNCHING = ("layer_norm", "mlp", "attention", "attention_backward", "residual_branch")
+LAUNCHING = ("norm.layer_norm", "mlp.activation", "attention.forward", "attention.backward", "norm.residual_branch")
 
 
 def recording(monkeypatch) -> list[tuple[str, int]]:

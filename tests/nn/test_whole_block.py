@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastdeit import backends
-from fastdeit.kernels.attention_config import HANDED_OVER, Shapes
+from fastdeit.kernels.attention.config import HANDED_OVER, Shapes
 from fastdeit.nn import Attention, Block, Mlp
 from fastdeit.nn.block import inlines
 from fastdeit.nn.whole_block import run_whole

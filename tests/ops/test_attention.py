@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastdeit import backends, ops, testing
-from fastdeit.kernels import attention as kernels
-from fastdeit.kernels.architecture import architecture
-from fastdeit.kernels.attention_config import HANDED_OVER, Shapes, select_config, whole_tiles
+from fastdeit.kernels.attention import forward as kernels
+from fastdeit.kernels.attention.config import HANDED_OVER, Shapes, select_config, whole_tiles
+from fastdeit.kernels.runtime.architecture import architecture
 from fastdeit.ops import attention_op
 from fastdeit.ops.attention_op import (
     HEAD_DIMS,

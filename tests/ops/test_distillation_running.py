@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit import backends, costs, ops
+from fastdeit import backends, ops
+from fastdeit.cost import formulas as costs
 from fastdeit.ops import distillation_cross_entropy as op
 from fastdeit.ops import distillation_cross_entropy_reference as reference
 from fastdeit.ops.distillation_arguments import KINDS
@@ -40,7 +41,7 @@ def indices(batch, classes):
 
 @contextlib.contextmanager
 def counted_launches():
-    from fastdeit.kernels import distillation_cross_entropy as kernels
+    from fastdeit.kernels.loss import distillation_cross_entropy as kernels
 
     launched = []
 

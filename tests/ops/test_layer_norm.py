@@ -187,7 +187,7 @@ def test_inputs_are_not_written_to():
 
 def test_nothing_is_kept_without_gradients(monkeypatch):
     kept = []
-    from fastdeit.kernels import layer_norm as kernels
+    from fastdeit.kernels.norm import layer_norm as kernels
 
     launcher = kernels.layer_norm_forward
     monkeypatch.setattr(

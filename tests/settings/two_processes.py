@@ -139,7 +139,7 @@ def check_a_sharded_model_is_not_swapped():
 
 def main(rank: int, folder: Path) -> None:
     backends.set_backend("triton")
-    testing.hasten_interpreter()
+    testing.cache_interpreter_builtins()
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))

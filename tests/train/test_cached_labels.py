@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from fastdeit import cli
+from fastdeit.commands import cli
 from fastdeit.train import run
 from fastdeit.train.cached_labels import (
     FIELDS_OF_LABELS,

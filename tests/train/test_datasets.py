@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastdeit.train.config import Config, load_config
-from fastdeit.train.datasets import check_image_folder, load_data
+from fastdeit.train.datasets import load_data
+from fastdeit.train.image_folders import read_splits
 
 
 def test_digits_are_split_once_and_by_class():
@@ -47,40 +48,40 @@ def folder(image_folder, tmp_path):
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"data: .*nowhere is neither `digits` nor a folder"):
-        check_image_folder(tmp_path / "nowhere")
+        read_splits(tmp_path / "nowhere")
 
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no folder train/"):
-        check_image_folder(tmp_path)
+        read_splits(tmp_path)
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="train is empty"):
-        check_image_folder(tmp_path)
+        read_splits(tmp_path)
 
 
 def test_a_folder_without_validation_is_refused(folder):
     shutil.rmtree(folder / "val")
     with pytest.raises(ValueError, match="has no folder val/"):
-        check_image_folder(folder)
+        read_splits(folder)
 
 
 def test_a_class_missing_from_validation_is_named(folder):
     shutil.rmtree(folder / "val" / "digit-1")
     with pytest.raises(ValueError, match=r"val lacks digit-1, which .*train has"):
-        check_image_folder(folder)
+        read_splits(folder)
 
 
 def test_a_class_missing_from_training_is_named(folder):
     shutil.rmtree(folder / "train" / "digit-2")
     with pytest.raises(ValueError, match=r"train lacks digit-2, which .*val has"):
-        check_image_folder(folder)
+        read_splits(folder)
 
 
 def test_a_class_without_images_is_named(folder):
     for image in (folder / "train" / "digit-0").iterdir():
         image.rename(image.with_suffix(".txt"))
     with pytest.raises(ValueError, match=r"train/digit-0 has no image"):
-        check_image_folder(folder)
+        read_splits(folder)
 
 
 class Cifar(torch.utils.data.Dataset):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit import cli
-from fastdeit.train.command_eval import evaluate_checkpoint
+from fastdeit.commands import cli
+from fastdeit.commands.eval import evaluate_checkpoint
 from fastdeit.train.datasets import load_data
 from fastdeit.train.label_maps import LabelMap, labelled_images
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdeit import cli
+from fastdeit.commands import cli
 from fastdeit.train import loading
 from fastdeit.train.datasets import Stream, load_data, train_transform
 from fastdeit.train.loading import TrainLoader
@@ -125,16 +125,16 @@ def test_one_unreadable_image_too_many_stops(damaged_config, workers):
 
 def test_a_folder_of_unreadable_images_stops(damaged_config):
     config, _ = damaged_config
-    for path in load_data(config).train.source.reader.samples:
+    for path in load_data(config).train.source.samples:
         open(path[0], "w").close()
-    with pytest.raises(UnreadableImageError, match=r"\.png: UnidentifiedImageError"):
+    with pytest.raises(UnreadableImageError, match=r"\.png: cannot be read as an image: UnidentifiedImageError"):
         epoch_of(config)
 
 
 def test_an_unreadable_validation_image_is_an_error_that_names_it(damaged_config):
     config, _ = damaged_config
     val = load_data(config).val
-    open(val.source.reader.samples[3][0], "w").close()
+    open(val.source.samples[3][0], "w").close()
     with pytest.raises(UnreadableImageError, match=r"val/digit-0/\d+\.png: "):
         val[3]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastdeit import cli
+from fastdeit.commands import cli
 from fastdeit.train import throughput
 from fastdeit.train.throughput import WARM_UP, largest_batch, measure, training_throughput
 

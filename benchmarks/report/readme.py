@@ -1,0 +1,114 @@
+"""`fastdeit bench readme`: writes the README's performance section from the committed results, and says what there is none of."""
+
+import argparse
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from fastdeit.benchmarks import results_folder as pieces
+from fastdeit.benchmarks.report import static_report as evidence
+from fastdeit.benchmarks.report.pictures import TBPS, TFLOPS
+from fastdeit.benchmarks.report.roofline_table import rooflines, table
+
+RESULTS = Path(__file__).with_name("results")
+WIDTH = 124  # of prose
+COMMAND = "fastdeit bench readme"
+BEGIN, END = f"<!-- performance: written by `{COMMAND}` -->", "<!-- end of performance -->"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="default: README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the section is not what it would be")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ValueError if the file has no such section."""
+    text = args.readme.read_text(encoding="utf-8")
+    fresh = replaced(text, section(RESULTS))
+    if args.check:
+        return int(fresh != text)
+    args.readme.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+def replaced(text: str, body: str) -> str:
+    """text with what stands between the two comments replaced by body."""
+    found = re.search(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"readme: expected a section between {BEGIN!r} and {END!r}")
+    return f"{text[: found.start()]}{BEGIN}\n\n{body}\n\n{END}{text[found.end() :]}"
+
+
+def section(results: Path) -> str:
+    """The section's text: each folder of results, or that there is none, and what is known without a GPU."""
+    folders = sorted(path for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
+    return "\n\n".join([*([measured(folder) for folder in folders] or [UNMEASURED]), without_gpu()])
+
+
+UNMEASURED = textwrap.fill(
+    "**Nothing has been measured on a GPU yet**, and no figure below is a measurement. `fastdeit bench quick` measures on "
+    "yours, side by side with what you would use otherwise.",
+    WIDTH,
+)
+
+
+def measured(folder: Path) -> str:
+    """Per suite, work and direction the range and the geometric mean of the speed-up over each case's best other candidate."""
+    identity, benchmarks, missing = pieces.read(folder)
+    groups: dict[str, list[float]] = {}
+    for benchmark in benchmarks:
+        ours, *others = benchmark["extra_info"]["rows"]
+        times = [row["median_us"] for row in others if row["median_us"]]
+        if ours["median_us"] and times:
+            shape = benchmark["extra_info"]["shape"]
+            name = " ".join(filter(None, (pieces.suite_of(benchmark), shape.get("work"), shape.get("direction"))))
+            groups.setdefault(name, []).append(min(times) / ours["median_us"])
+    rows: list[dict[str, Any]] = [
+        {
+            "work": name,
+            "cases": len(ratios),
+            "slowest": f"{min(ratios):.2f}x",
+            "geometric mean": f"{_geometric_mean(ratios):.2f}x",
+            "fastest": f"{max(ratios):.2f}x",
+        }
+        for name, ratios in groups.items()
+    ]
+    facts = ", ".join(f"{name} {value}" for name, value in identity.items() if value)
+    left = f" {len(missing)} cases were not measured for lack of time." if missing else ""
+    lines = [
+        f"Measured in one run on {identity.get('gpu') or 'a CPU, at toy sizes that mean nothing'} ({facts}): speed-up over the "
+        f"fastest other candidate of each case.{left} Raw results: `benchmarks/results/{folder.name}`."
+    ]
+    return "\n\n".join([*lines, table(rows)] if rows else [*lines, "No case has both fastdeit and another candidate."])
+
+
+def without_gpu() -> str:
+    """Roofline ceilings, and the counts on record."""
+    rows = [row for row in rooflines(256, TFLOPS * 1e12, TBPS * 1e12, ("amp",)) if row["pixels"] == 224]
+    record = evidence.recorded()
+    counts = [
+        {"a block of DeiT-B, training": form, **{k.replace("_", " "): v for k, v in c.items()}}
+        for form, c in record.items()
+    ]
+    return "\n\n".join(
+        [
+            textwrap.fill(
+                f"What to expect at most, by roofline arithmetic for a GPU of {TFLOPS:.0f} TFLOP/s and {TBPS} TB/s (autocast, "
+                "batches of 256): images a second of timm as it is, of an ideal torch.compile with the same matrix products, of "
+                "fastdeit as it ships, and with everything fused that could be ([docs/performance.md](docs/performance.md)).",
+                WIDTH,
+                break_on_hyphens=False,
+            ),
+            table([{k: v for k, v in row.items() if k not in ("pixels", "precision")} for row in rows]),
+            "What a block launches, casts included, and the bytes it keeps and, at one image, moves per token and channel:",
+            table(counts),
+        ]
+    )
+
+
+def _geometric_mean(values: list[float]) -> float:
+    product = 1.0
+    for value in values:
+        product *= value
+    return product ** (1 / len(values))

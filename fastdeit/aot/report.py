@@ -1,0 +1,191 @@
+"""`fastdeit kernels`: a table of every shipped configuration and what the compiler made of it, without a GPU.
+
+The figures are committed in resources.json, each under a key of what was compiled, so that the tests and `--committed` need to
+compile only what has changed since.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+
+from fastdeit.aot import catalog, resource_limits
+from fastdeit.aot.catalog import ARCHITECTURES, KERNEL_FILES, Resources
+from fastdeit.kernels.runtime.aot_config import AotConfig
+
+RESOURCES_FILE = Path(__file__).with_name("resources.json")
+UPDATE_COMMAND = "fastdeit kernels --update"
+_MOST_WORKERS = 16  # each takes a gigabyte or so
+_POOL_FROM = 8  # fewer configurations compile sooner than worker processes start
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shipped configuration on one architecture."""
+
+    file: str
+    index: int  # in the file's `aot_configs(arch)`, by which a worker process finds it
+    arch: int
+    row: AotConfig
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        return self.row.kernel.__name__, self.row.label, f"sm_{self.arch}"
+
+    def as_dict(self, resources: Resources) -> dict:
+        kernel, label, arch = self.name
+        config = f"{label}; {_count(self.row.num_warps, 'warp')}, {_count(self.row.num_stages, 'stage')}"
+        key = {"key": catalog.row_key(self.row, self.arch)}
+        return {"kernel": kernel, "config": config, "arch": arch, **asdict(resources), **key}
+
+
+def entries(archs: Iterable[int] = ARCHITECTURES, files: Iterable[str] = KERNEL_FILES) -> list[Entry]:
+    """Every shipped configuration, in the order of the committed file.
+
+    Raises:
+        ValueError: two configurations of one kernel on one architecture have the same label.
+    """
+    found = [
+        Entry(file, index, arch, row)
+        for arch in archs
+        for file in files
+        for index, row in enumerate(catalog.aot_configs(arch, (file,)))
+    ]
+    names = set()
+    for entry in found:
+        if entry.name in names:
+            raise ValueError("two shipped configurations are both called {} ({}) on {}".format(*entry.name))
+        names.add(entry.name)
+    return sorted(found, key=lambda entry: (entry.file, entry.row.kernel.__name__, entry.arch))
+
+
+def compile_entries(chosen: list[Entry]) -> list[Resources | str]:
+    """What the compiler makes of each configuration, or the first line of why it does not compile."""
+    if len(chosen) < _POOL_FROM:
+        return [_progress(_compile(e.file, e.index, e.arch), e, i, len(chosen)) for i, e in enumerate(chosen, 1)]
+    # Started anew rather than forked: PyTorch has threads.
+    workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_compile, e.file, e.index, e.arch) for e in chosen]
+        return [_progress(j.result(), e, i, len(jobs)) for i, (j, e) in enumerate(zip(jobs, chosen, strict=True), 1)]
+
+
+def read_committed() -> dict[str, Resources]:
+    """The committed figures by key; none where they were made with another Triton version."""
+    if not RESOURCES_FILE.exists():
+        return {}
+    committed = json.loads(RESOURCES_FILE.read_text(encoding="utf-8"))
+    if committed["triton"] != triton.__version__:
+        return {}
+    names = Resources.__dataclass_fields__
+    return {row["key"]: Resources(**{name: row[name] for name in names}) for row in committed["rows"]}
+
+
+def as_json(rows: list[dict]) -> str:
+    """The committed form: one row a line."""
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+    return f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "rows": [\n{lines}\n  ]\n}}\n'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", metavar="sm_NN", help=f"one of {', '.join(f'sm_{a}' for a in ARCHITECTURES)}")
+    parser.add_argument("--only", metavar="FILE", help=f"one kernel file of {', '.join(KERNEL_FILES)}")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--committed", action="store_true", help="compile only what has changed since resources.json")
+    parser.add_argument("--update", action="store_true", help="the same, and write resources.json anew")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; 1 if a configuration does not compile or breaks a limit.
+
+    Raises:
+        ValueError: an unknown architecture or kernel file, or kernels are interpreted in this process.
+    """
+    chosen = entries(_architectures(args.arch), _files(args.only))
+    if triton.knobs.runtime.interpret:
+        raise ValueError("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
+    known = read_committed() if args.committed or args.update else {}
+    keys = [catalog.row_key(entry.row, entry.arch) for entry in chosen]
+    missing = [entry for entry, key in zip(chosen, keys, strict=True) if key not in known]
+    compiled = dict(zip((entry.name for entry in missing), compile_entries(missing), strict=True))
+    results = [compiled.get(entry.name) or known[key] for entry, key in zip(chosen, keys, strict=True)]
+
+    rows, faults = {}, []
+    for entry, result in zip(chosen, results, strict=True):
+        if isinstance(result, str):
+            faults.append((entry, f"does not compile: {result}"))
+        else:
+            rows[entry.name] = entry.as_dict(result)
+            faults += [(entry, fault) for fault in resource_limits.breaches(entry.row, entry.arch, result)]
+    shown = list(rows.values())
+    print(as_json(shown) if args.json else _table(shown), end="")
+    for entry, fault in faults:
+        print("{} ({}) on {}: ".format(*entry.name) + fault, file=sys.stderr)
+    if args.update:
+        _update(rows, {entry.name for entry in chosen})
+    return 1 if faults else 0
+
+
+def _architectures(arch: str | None) -> tuple[int, ...]:
+    if arch is None:
+        return ARCHITECTURES
+    if arch not in (names := [f"sm_{a}" for a in ARCHITECTURES]):
+        raise ValueError(f"--arch: expected one of {', '.join(names)}, got {arch!r}")
+    return (int(arch.removeprefix("sm_")),)
+
+
+def _files(only: str | None) -> tuple[str, ...]:
+    if only is not None and only not in KERNEL_FILES:
+        raise ValueError(f"--only: expected one of {', '.join(KERNEL_FILES)}, got {only!r}")
+    return KERNEL_FILES if only is None else (only,)
+
+
+def _compile(file: str, index: int, arch: int) -> Resources | str:
+    row = list(catalog.aot_configs(arch, (file,)))[index]
+    try:
+        return catalog.compile_config(row, arch)
+    except Exception as error:  # the compiler has no exception of its own; a report names what failed and goes on
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _progress(result, entry: Entry, done: int, total: int):
+    print("[{}/{}] {} ({}) {}".format(done, total, *entry.name), file=sys.stderr, flush=True)
+    return result
+
+
+def _update(rows: dict[tuple[str, str, str], dict], covered: set[tuple[str, str, str]]) -> None:
+    """Writes the rows, and keeps what the file holds of other current configurations."""
+    everything, known = entries(), read_committed()
+    kept = []
+    for entry in everything:
+        if entry.name in rows:
+            kept.append(rows[entry.name])
+        elif entry.name not in covered and (key := catalog.row_key(entry.row, entry.arch)) in known:
+            kept.append(entry.as_dict(known[key]))
+    RESOURCES_FILE.write_text(as_json(kept), encoding="utf-8")
+
+
+def _table(rows: list[dict]) -> str:
+    header = ("kernel", "config", "arch", "registers", "spilled_bytes", "shared_bytes", "blocks_per_sm")
+    cells = [(*header, "matrix_instructions")]
+    for row in rows:
+        matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
+        cells.append((*(str(row[name]) for name in header), matrix or "-"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        padded[3:7] = [cell.rjust(width) for cell, width in zip(line[3:7], widths[3:7], strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,81 @@
+"""`fastdeit COMMAND ...`: a table of commands, each a module with `add_arguments(parser)` and `run(args) -> exit code`."""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import fastdeit
+
+
+class Command(NamedTuple):
+    module: str  # imported when the command is used, so that `--help` needs neither Triton nor scikit-learn
+    help: str
+
+
+COMMANDS = {
+    "train": Command(
+        "fastdeit.commands.train", "train a DeiT, by default on handwritten digits with a convnet teacher"
+    ),
+    "eval": Command("fastdeit.commands.eval", "accuracy of a checkpoint, per head and of both together"),
+    "predict": Command("fastdeit.commands.predict", "the likeliest classes of images, by a checkpoint"),
+    "cache-teacher": Command(
+        "fastdeit.commands.cache_teacher", "run the teacher once and keep its labels for every later training"
+    ),
+    "explain": Command("fastdeit.commands.explain", "what of a timm model runs fused, and why the rest does not"),
+    "verify": Command(
+        "fastdeit.commands.verify", "on your device and weights: every layer's error beside timm's, speed and memory"
+    ),
+    "run": Command(
+        "fastdeit.commands.run", "run a script of yours or of timm, every model it creates by timm accelerated"
+    ),
+    "kernels": Command("fastdeit.aot.report", "what the compiler made of every kernel, without a GPU"),
+    "bench": Command("fastdeit.commands.bench", "time the fused ops beside PyTorch's own"),
+    "tune": Command("fastdeit.commands.tune", "find the fastest configuration of each kernel on the GPU at hand"),
+    "launch-cost": Command(
+        "fastdeit.benchmarks.launch_cost", "host microseconds per kernel launch and per block, without a GPU"
+    ),
+}
+
+
+def _did_you_mean(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """The options of parser that are nearest to those unknown, if any are near."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    near = [m for u in unknown if u.startswith("-") for m in difflib.get_close_matches(u.split("=")[0], options, n=1)]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Expected errors are printed without a traceback and give 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="fastdeit", description=fastdeit.__doc__)
+    parser.add_argument("--version", action="version", version=f"fastdeit {fastdeit.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((a for a in argv if not a.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(unknown, commands.choices[args.command])}"
+        )
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough: fastdeit explain MODEL | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
+        print(f"fastdeit {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fastdeit {args.command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,128 @@
+"""`fastdeit run SCRIPT ARGS...`: runs a script that knows nothing of fastdeit, every model it creates by timm accelerated."""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+
+from fastdeit.swap import accelerate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module's name, as of python -m")
+    parser.add_argument("script", metavar="SCRIPT", help="a training or evaluation script, such as timm's train.py")
+    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="what the script is to get")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the script as `python SCRIPT ARGS...` would; its own exit code is the command's.
+
+    Raises:
+        ValueError: there is no such script or module.
+    """
+    _check_there(args.script, args.is_module)
+    with _started_as_python_does(args.script, args.arguments, args.is_module), accelerated_create_model():
+        try:
+            if args.is_module:
+                runpy.run_module(args.script, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(args.script, run_name="__main__")
+        except Exception as error:  # the script's own, so with its traceback, and not among the command's expected ones
+            traceback.print_exception(error.with_traceback(_of_script(error.__traceback__)))
+            return 1
+    return 0
+
+
+@contextlib.contextmanager
+def accelerated_create_model() -> Iterator[None]:
+    """For its length every model that `timm.create_model` makes is accelerated, whichever module of timm it is imported from.
+
+    A model created with `scriptable=True` is left timm's, since torch.jit.script needs that. What has imported the function from
+    timm before keeps the original.
+    """
+    import timm.models
+
+    original = timm.models._factory.create_model
+
+    @functools.wraps(original)
+    def create_model(*args, **kwargs) -> nn.Module:
+        model = original(*args, **kwargs)
+        name = args[0] if args else kwargs.get("model_name", "")
+        if kwargs.get("scriptable"):
+            _say(f"{name} stays timm's, since it is to be scripted")
+            return model
+        accelerate(model)
+        _say(f"{name} is accelerated: {_count_fused(model)} of its modules have a fused forward")
+        return model
+
+    _replace_in_timm(original, create_model)
+    try:
+        yield
+    finally:
+        _replace_in_timm(create_model, original)
+
+
+def _replace_in_timm(old: Callable, new: Callable) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "timm" and module.__dict__.get("create_model") is old:
+            module.create_model = new
+
+
+def _count_fused(model: nn.Module) -> int:
+    from fastdeit.nn import FUSED_CLASSES
+
+    return sum(type(module) in FUSED_CLASSES.values() for module in model.modules())
+
+
+def _say(message: str) -> None:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
+        print(f"fastdeit run: {message}", file=sys.stderr, flush=True)
+
+
+def _check_there(script: str, is_module: bool) -> None:
+    if not is_module:
+        if not Path(script).is_file():
+            raise ValueError(f"SCRIPT: there is no file {script!r}; a module's name needs -m before it")
+        return
+    with _first_on_path(""), contextlib.suppress(ModuleNotFoundError):  # of a package that it is to be in
+        if importlib.util.find_spec(script) is not None:
+            return
+    raise ValueError(f"SCRIPT: there is no module {script!r}")
+
+
+@contextlib.contextmanager
+def _started_as_python_does(script: str, arguments: list[str], is_module: bool) -> Iterator[None]:
+    """sys.argv as the script expects it, and the folder first on sys.path where it finds what lies beside it."""
+    argv = sys.argv
+    sys.argv = [script, *arguments]
+    try:
+        with _first_on_path("" if is_module else str(Path(script).resolve().parent)):
+            yield
+    finally:
+        sys.argv = argv
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: str) -> Iterator[None]:
+    path = sys.path.copy()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+
+
+def _of_script(frames):
+    """A traceback without the frames of this file and of runpy, which the script's author does not know."""
+    ours = {__file__, runpy.__file__, "<frozen runpy>"}
+    while frames is not None and frames.tb_frame.f_code.co_filename in ours:
+        frames = frames.tb_next
+    return frames

@@ -1,0 +1,28 @@
+"""How this project decides that a kernel is right, and how it runs kernels without a GPU."""
+
+from fastdeit.testing.accuracy import (
+    Error,
+    assert_as_accurate_as_eager,
+    assert_close_to_oracle,
+    assert_model_close_to_oracle,
+    compare_with_oracle,
+    interpreter_active,
+    kernel_device,
+    kernel_dtypes,
+    poisoned_memory,
+)
+from fastdeit.testing.interpreter import cache_interpreter_builtins, correct_interpreter_bfloat16
+
+__all__ = [
+    "Error",
+    "assert_as_accurate_as_eager",
+    "assert_close_to_oracle",
+    "assert_model_close_to_oracle",
+    "cache_interpreter_builtins",
+    "compare_with_oracle",
+    "correct_interpreter_bfloat16",
+    "interpreter_active",
+    "kernel_device",
+    "kernel_dtypes",
+    "poisoned_memory",
+]

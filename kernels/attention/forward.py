@@ -1,0 +1,255 @@
+"""Forward attention: kernels over pointers and over tensor descriptors, and their launcher.
+
+A program owns BLOCK_Q queries of one head and walks over the keys: a run-time number of full, unmasked blocks of BLOCK_KV and one
+masked tail of 16, 32 or 64. The 197 tokens of DeiT at 224 pixels thus cost 3 x 64 + 16 = 208 columns, 577 cost 592.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdeit.kernels.attention.config import PIECES, Case, Config, aot_cases, select_config, tail
+from fastdeit.kernels.attention.tiles import (
+    LOG2E,
+    LOWEST,
+    head_base,
+    load_tile,
+    load_tile_desc,
+    program_tile,
+    softmax_step,
+    store_tile,
+    store_tile_desc,
+    zeros_pair,
+)
+from fastdeit.kernels.attention.views import (
+    by_head,
+    describable,
+    descriptor_types,
+    descriptors,
+    head_strides,
+    packed_strides,
+    strided,
+    vector_units,
+)
+from fastdeit.kernels.runtime.aot_config import AotConfig
+from fastdeit.kernels.runtime.architecture import architecture, multiprocessors
+from fastdeit.kernels.runtime.launch import cdiv, launch
+
+FORWARD_INTEGERS = (
+    *("N_Q", "N_KV", "H", "k_first_head", "v_first_head"),
+    *("q_batch_stride", "q_token_stride", "q_head_stride"),
+    *("k_batch_stride", "k_token_stride", "k_head_stride"),
+    *("v_batch_stride", "v_token_stride", "v_head_stride"),
+)
+
+
+@triton.jit(do_not_specialize=list(FORWARD_INTEGERS))
+def attention_forward_kernel(
+    q_ptr,  # (B, N_Q, heads, D), strided
+    k_ptr,  # (B, N_KV, heads, D), strided
+    v_ptr,  # (B, N_KV, heads, D), strided
+    out_ptr,  # (B, N_Q, H, D)
+    lse_ptr,  # (B, H, N_Q) fp32: log2 of the sum of 2**(scale * log2(e) * logit)
+    scale,
+    N_Q,
+    N_KV,
+    H,
+    k_first_head,  # in k's view, the head that belongs to q's head 0
+    v_first_head,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides every stride: lets loads be 16 bytes wide
+):
+    start, batch, head, lse_start = program_tile(N_Q, H, BLOCK_Q)
+    scale *= LOG2E
+    q = head_base(q_ptr, batch, head, q_batch_stride, q_head_stride, VECTOR)
+    k = head_base(k_ptr, batch, k_first_head + head, k_batch_stride, k_head_stride, VECTOR)
+    v = head_base(v_ptr, batch, v_first_head + head, v_batch_stride, v_head_stride, VECTOR)
+
+    q0, q1 = load_tile(q, start, q_token_stride, N_Q, BLOCK_Q, D, D0, D1, VECTOR, True)
+    highest = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc0, acc1 = zeros_pair(BLOCK_Q, D0, D1)
+    full = (N_KV - 1) // BLOCK_KV * BLOCK_KV
+    for key in tl.range(0, full, BLOCK_KV):
+        k0, k1 = load_tile(k, key, k_token_stride, N_KV, BLOCK_KV, D, D0, D1, VECTOR, False)
+        v0, v1 = load_tile(v, key, v_token_stride, N_KV, BLOCK_KV, D, D0, D1, VECTOR, False)
+        highest, total, acc0, acc1 = softmax_step(
+            q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N_KV, D1, BLOCK_KV, False
+        )
+    k0, k1 = load_tile(k, full, k_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
+    v0, v1 = load_tile(v, full, v_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
+    highest, total, acc0, acc1 = softmax_step(
+        q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N_KV - full, D1, TAIL, True
+    )
+
+    acc0 = acc0 / total[:, None]
+    acc1 = acc1 / total[:, None]
+    out = out_ptr + (batch.to(tl.int64) * N_Q * H + head) * D
+    store_tile(out, start, H * (D // VECTOR), N_Q, acc0, acc1, BLOCK_Q, D, D0, D1, VECTOR)
+    row = start + tl.arange(0, BLOCK_Q)
+    tl.store(lse_ptr + lse_start + row, highest + tl.log2(total), row < N_Q)
+
+
+@triton.jit(do_not_specialize=["N", "H"])
+def attention_forward_descriptor_kernel(
+    q0_desc,  # of (B, 3H, N, D), block [1, 1, BLOCK_Q, D0]
+    q1_desc,  # block [1, 1, BLOCK_Q, D1], None where D1 is 0, as all of the second pieces
+    kv0_desc,  # BLOCK_KV rows
+    kv1_desc,
+    tail0_desc,  # TAIL rows
+    tail1_desc,
+    out0_desc,  # of (B, H, N, D), BLOCK_Q rows
+    out1_desc,
+    lse_ptr,  # (B, H, N) fp32, as above
+    scale,
+    N,
+    H,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    start, batch, head, lse_start = program_tile(N, H, BLOCK_Q)
+    scale *= LOG2E
+    q0, q1 = load_tile_desc(q0_desc, q1_desc, batch, head, start, BLOCK_Q, D0, D1)
+    highest = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc0, acc1 = zeros_pair(BLOCK_Q, D0, D1)
+    full = (N - 1) // BLOCK_KV * BLOCK_KV
+    for key in tl.range(0, full, BLOCK_KV):
+        k0, k1 = load_tile_desc(kv0_desc, kv1_desc, batch, H + head, key, BLOCK_KV, D0, D1)
+        v0, v1 = load_tile_desc(kv0_desc, kv1_desc, batch, 2 * H + head, key, BLOCK_KV, D0, D1)
+        highest, total, acc0, acc1 = softmax_step(
+            q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N, D1, BLOCK_KV, False
+        )
+    k0, k1 = load_tile_desc(tail0_desc, tail1_desc, batch, H + head, full, TAIL, D0, D1)
+    v0, v1 = load_tile_desc(tail0_desc, tail1_desc, batch, 2 * H + head, full, TAIL, D0, D1)
+    highest, total, acc0, acc1 = softmax_step(
+        q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N - full, D1, TAIL, True
+    )
+
+    acc0 = acc0 / total[:, None]
+    acc1 = acc1 / total[:, None]
+    store_tile_desc(out0_desc, out1_desc, batch, head, start, acc0, acc1, BLOCK_Q, D0, D1)
+    row = start + tl.arange(0, BLOCK_Q)
+    tl.store(lse_ptr + lse_start + row, highest + tl.log2(total), row < N)
+
+
+def attention_forward(
+    qkv: torch.Tensor, num_heads: int, scale: float, config: Config | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """qkv (B, N, 3 * H * D) -> out (B, N, H * D) in qkv's dtype, and lse (B, H, N) fp32, base 2."""
+    qkv = strided(qkv)
+    batch, tokens, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    out = qkv.new_empty((batch, tokens, width // 3))
+    lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    config = config or config_for(qkv, batch, num_heads, tokens, tokens, head_dim, describable(qkv))
+    if config.descriptors:
+        _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, config.forward)
+    else:
+        strides = packed_strides(qkv, head_dim) * 3
+        heads = (num_heads, num_heads, 2 * num_heads)
+        _launch_pointers(qkv, qkv, qkv, out, lse, heads, strides, tokens, tokens, head_dim, scale, config.forward)
+    return out, lse
+
+
+def attention_qkv_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, config: Config | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B, N, H, D), k and v (B, M, H, D), M > 0 -> out (B, N, H, D) contiguous, and lse (B, H, N) fp32, base 2."""
+    q, k, v = strided(q), strided(k), strided(v)
+    batch, queries, num_heads, head_dim = q.shape
+    keys = k.shape[1]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    config = config or config_for(q, batch, num_heads, queries, keys, head_dim, False)
+    strides = (*head_strides(q), *head_strides(k), *head_strides(v))
+    _launch_pointers(q, k, v, out, lse, (num_heads, 0, 0), strides, queries, keys, head_dim, scale, config.forward)
+    return out, lse
+
+
+def config_for(
+    x: torch.Tensor, batch: int, heads: int, queries: int, keys: int, head_dim: int, describable: bool
+) -> Config:
+    """`select_config` with what it needs to know of x's device."""
+    return select_config(
+        *(batch, heads, queries, keys, head_dim, x.element_size(), architecture(x), multiprocessors(x), describable)
+    )
+
+
+def _launch_pointers(q, k, v, out, lse, heads, strides, queries, keys, head_dim, scale, tiles):
+    """heads: H, and the heads of k and v that belong to q's first."""
+    vector, strides = vector_units(q.element_size(), head_dim, strides)
+    launch(
+        attention_forward_kernel,
+        (cdiv(queries, tiles.own) * out.shape[0] * heads[0],),
+        (q, k, v, out, lse, scale, queries, keys, *heads, *strides),
+        (head_dim, *PIECES[head_dim], tiles.own, tiles.block, tail(keys, tiles.block), vector),
+        tiles.num_warps,
+        tiles.num_stages,
+    )
+
+
+def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
+    batch, tokens, _ = qkv.shape
+    pieces, last = PIECES[head_dim], tail(tokens, tiles.block)
+    qkv = by_head(qkv, head_dim)
+    q = descriptors(qkv, pieces, tiles.own)
+    kv = q if tiles.block == tiles.own else descriptors(qkv, pieces, tiles.block)
+    launch(
+        attention_forward_descriptor_kernel,
+        (cdiv(tokens, tiles.own) * batch * num_heads,),
+        (
+            *(*q, *kv, *descriptors(qkv, pieces, last), *descriptors(by_head(out, head_dim), pieces, tiles.own)),
+            *(lse, scale, tokens, num_heads),
+        ),
+        (*pieces, tiles.own, tiles.block, last),
+        tiles.num_warps,
+        tiles.num_stages,
+    )
+
+
+def aot_configs(arch: int) -> Iterator[AotConfig]:
+    """The cases of `aot_cases`. sm_90 at D = 64 is held to what keeps three blocks on a multiprocessor."""
+    for each in aot_cases(arch):
+        limits = dict(max_registers=128, min_blocks_per_sm=3) if (arch, each.head_dim) == (90, 64) else {}
+        yield replace(_aot_config(each), **limits)
+
+
+def _aot_config(case: Case) -> AotConfig:
+    tiles, pieces = case.config.forward, PIECES[case.head_dim]
+    tile = dict(D0=pieces[0], D1=pieces[1], BLOCK_Q=tiles.own, BLOCK_KV=tiles.block, TAIL=min(case.tail, tiles.block))
+    types = dict(lse_ptr="*fp32", scale="fp32")
+    if case.config.descriptors:
+        kernel = attention_forward_descriptor_kernel
+        rows = dict(q=tiles.own, kv=tiles.block, tail=tile["TAIL"], out=tiles.own)
+        types |= descriptor_types(rows, case.dtype, pieces) | dict(N="i32", H="i32")
+    else:
+        kernel = attention_forward_kernel
+        types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{case.dtype}")
+        types |= dict.fromkeys(FORWARD_INTEGERS, "i32")
+        tile = dict(D=case.head_dim, **tile, VECTOR=4 if case.dtype == "fp32" else 8)
+    return AotConfig(kernel, types, tile, tiles.num_warps, tiles.num_stages, case.label, case.matrix)

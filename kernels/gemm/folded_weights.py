@@ -1,0 +1,311 @@
+"""Per-channel factors and shifts folded into a layer's weight, W' = s_row * W * s_column, and what that makes of gradients.
+
+A LayerNorm before a linear layer, or a LayerScale after it, costs no pass over the tokens if its parameters go into the layer's
+weight as that is cast for the product. These kernels pass over the weight once, where PyTorch's operations take up to five times.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdeit.kernels.gemm.tiles import multiple
+from fastdeit.kernels.runtime.aot_config import AotConfig
+from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips
+from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: int  # of a program's step
+    columns: int
+    num_warps: int
+
+
+def select_config(columns: int) -> Config:
+    """2048 elements a step, 16 a thread, in rows of 256 or of what a narrower weight has."""
+    width = min(next_power_of_2(columns), 256)
+    return Config(rows=2048 // width, columns=width, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["N", "C"])
+def fold_forward_kernel(
+    weight_ptr,  # (N, C)
+    bias_ptr,  # (N,) or None
+    column_scale_ptr,  # (C,) or None
+    column_shift_ptr,  # (C,) or None
+    row_scale_ptr,  # (N,) or None
+    folded_ptr,  # (N, C)
+    folded_bias_ptr,  # (N,) or None
+    N,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides C: lets loads be 16 bytes wide
+):
+    """row_scale * weight * column_scale, and row_scale * (bias + weight column_shift). A program owns ROWS rows."""
+    C = multiple(C, VECTOR)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    shifted = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + row, row < N, other=0.0).to(tl.float32)
+    for start in tl.range(0, C, COLUMNS):
+        col = start + tl.arange(0, COLUMNS)
+        inside = (row[:, None] < N) & (col[None, :] < C)
+        at = row[:, None].to(tl.int64) * C + col[None, :]
+        weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
+        if column_shift_ptr is not None:
+            shifted += weight * tl.load(column_shift_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
+        if column_scale_ptr is not None:
+            weight *= tl.load(column_scale_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
+        if row_scale_ptr is not None:
+            weight *= row_scale[:, None]
+        tl.store(folded_ptr + at, weight.to(folded_ptr.dtype.element_ty), inside)
+    if folded_bias_ptr is not None:
+        bias = tl.sum(shifted, axis=1)
+        if bias_ptr is not None:
+            bias += tl.load(bias_ptr + row, row < N, other=0.0).to(tl.float32)
+        if row_scale_ptr is not None:
+            bias *= row_scale
+        tl.store(folded_bias_ptr + row, bias.to(folded_bias_ptr.dtype.element_ty), row < N)
+
+
+@triton.jit(do_not_specialize=["N", "C", "rows_per_strip"])
+def fold_columns_backward_kernel(
+    dfolded_ptr,  # (N, C) fp32, or None where neither the weight's gradient nor the scale's is wanted
+    dbias_ptr,  # (N,) fp32, or None
+    weight_ptr,  # (N, C)
+    column_scale_ptr,  # (C,) or None
+    column_shift_ptr,  # (C,) or None
+    dweight_ptr,  # (N, C) or None; may be dfolded
+    dscale_partial_ptr,  # (strips, C) fp32, or None
+    dshift_partial_ptr,  # (strips, C) fp32, or None
+    N,
+    C,
+    rows_per_strip,  # a multiple of ROWS
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A program owns COLUMNS columns of one strip of rows (program id 1)."""
+    C = multiple(C, VECTOR)
+    strip = tl.program_id(1)
+    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    dscale = tl.zeros([ROWS, COLUMNS], tl.float32)
+    dshift = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if column_scale_ptr is not None:
+        scale = tl.load(column_scale_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
+    if column_shift_ptr is not None:
+        shift = tl.load(column_shift_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
+    first = strip * rows_per_strip
+    for start in tl.range(first, tl.minimum(first + rows_per_strip, N), ROWS):  # no NaN: row numbers
+        row = start + tl.arange(0, ROWS)
+        inside = (row[:, None] < N) & (col[None, :] < C)
+        at = row[:, None].to(tl.int64) * C + col[None, :]
+        if dbias_ptr is not None:
+            dbias = tl.load(dbias_ptr + row, row < N, other=0.0)[:, None]
+        if dscale_partial_ptr is not None or dshift_partial_ptr is not None:
+            weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
+        if dshift_partial_ptr is not None:
+            dshift += weight * dbias
+        if dfolded_ptr is not None:
+            gradient = tl.load(dfolded_ptr + at, inside, other=0.0)
+            if dscale_partial_ptr is not None:
+                dscale += weight * gradient
+            if dweight_ptr is not None:
+                if column_scale_ptr is not None:
+                    gradient *= scale
+                if column_shift_ptr is not None:
+                    gradient += dbias * shift
+                tl.store(dweight_ptr + at, gradient.to(dweight_ptr.dtype.element_ty), inside)
+    if dscale_partial_ptr is not None:
+        tl.store(dscale_partial_ptr + strip * C + col, tl.sum(dscale, axis=0), col < C)
+    if dshift_partial_ptr is not None:
+        tl.store(dshift_partial_ptr + strip * C + col, tl.sum(dshift, axis=0), col < C)
+
+
+@triton.jit(do_not_specialize=["N", "C"])
+def fold_rows_backward_kernel(
+    dfolded_ptr,  # (N, C) fp32, or None where neither the weight's gradient nor the scale's is wanted
+    dfolded_bias_ptr,  # (N,) fp32, or None where neither the bias's gradient nor the scale's is wanted
+    weight_ptr,  # (N, C)
+    bias_ptr,  # (N,) or None
+    row_scale_ptr,  # (N,)
+    dweight_ptr,  # (N, C) or None; may be dfolded
+    dbias_ptr,  # (N,) or None
+    dscale_ptr,  # (N,) or None
+    N,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A program owns ROWS rows."""
+    C = multiple(C, VECTOR)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    scale = tl.load(row_scale_ptr + row, row < N, other=0.0).to(tl.float32)
+    along_row = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if dfolded_ptr is not None:
+        for start in tl.range(0, C, COLUMNS):
+            col = start + tl.arange(0, COLUMNS)
+            inside = (row[:, None] < N) & (col[None, :] < C)
+            at = row[:, None].to(tl.int64) * C + col[None, :]
+            gradient = tl.load(dfolded_ptr + at, inside, other=0.0)
+            if dscale_ptr is not None:
+                along_row += gradient * tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
+            if dweight_ptr is not None:
+                tl.store(dweight_ptr + at, (gradient * scale[:, None]).to(dweight_ptr.dtype.element_ty), inside)
+    dscale = tl.sum(along_row, axis=1)
+    if dfolded_bias_ptr is not None:
+        dbias = tl.load(dfolded_bias_ptr + row, row < N, other=0.0)
+        if bias_ptr is not None:
+            dscale += dbias * tl.load(bias_ptr + row, row < N, other=0.0).to(tl.float32)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + row, (dbias * scale).to(dbias_ptr.dtype.element_ty), row < N)
+    if dscale_ptr is not None:
+        tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), row < N)
+
+
+def fold_forward(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    column_scale: torch.Tensor | None = None,
+    column_shift: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """row_scale * weight * column_scale (N, C) and row_scale * (bias + weight column_shift) (N,), rounded once to dtype.
+
+    What is None does nothing; the second is None without bias and shift. What nothing changes is returned as it is.
+    """
+    if column_scale is column_shift is row_scale is None and weight.dtype == dtype:
+        return weight, bias if bias is None else bias.contiguous().to(dtype)
+    weight, bias, column_scale, column_shift, row_scale = map(
+        _contiguous, (weight, bias, column_scale, column_shift, row_scale)
+    )
+    outputs, channels = weight.shape
+    folded = weight.new_empty((outputs, channels), dtype=dtype)
+    shifts = bias is not None or column_shift is not None
+    folded_bias = weight.new_empty(outputs, dtype=dtype) if shifts else None
+    if outputs:
+        config = select_config(channels)
+        launch(
+            fold_forward_kernel,
+            (cdiv(outputs, config.rows),),
+            (weight, bias, column_scale, column_shift, row_scale, folded, folded_bias, outputs, channels),
+            _constexprs(config, channels),
+            config.num_warps,
+        )
+    return folded, folded_bias
+
+
+def fold_columns_backward(
+    dfolded: torch.Tensor | None,
+    dfolded_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    column_scale: torch.Tensor | None,
+    column_shift: torch.Tensor | None,
+    *,
+    needs_weight: bool,
+    needs_scale: bool,
+    needs_shift: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of weight (N, C), which is dfolded's memory, of column_scale and of column_shift (C,), in fp32; None if not needed.
+
+    dfolded (N, C) and dfolded_bias (N,) are contiguous fp32, and there where a needed gradient depends on them.
+    """
+    outputs, channels = weight.shape
+    dweight = dfolded if needs_weight else None
+    sums = [
+        weight.new_empty(channels, dtype=torch.float32) if needed else None for needed in (needs_scale, needs_shift)
+    ]
+    wanted = [total for total in sums if total is not None]
+    changes = needs_weight and not (column_scale is column_shift is None)
+    if not weight.numel():
+        for total in wanted:
+            total.zero_()
+    elif wanted or changes:
+        config = select_config(channels)
+        column_blocks = cdiv(channels, config.columns)
+        strips, rows_per_strip = row_strips(outputs, config.rows, column_blocks, weight)
+        partial = weight.new_empty((len(wanted), strips, channels), dtype=torch.float32)
+        tables = iter(partial)
+        dscale_partial, dshift_partial = (None if total is None else next(tables) for total in sums)
+        launch(
+            fold_columns_backward_kernel,
+            (column_blocks, strips),
+            (
+                *(dfolded if needs_weight or needs_scale else None, dfolded_bias, _contiguous(weight)),
+                *(_contiguous(column_scale), _contiguous(column_shift)),
+                *(dweight if changes else None, dscale_partial, dshift_partial, outputs, channels, rows_per_strip),
+            ),
+            _constexprs(config, channels),
+            config.num_warps,
+        )
+        if wanted:
+            add_partial_sums(partial, *wanted)
+    return dweight, *sums
+
+
+def fold_rows_backward(
+    dfolded: torch.Tensor | None,
+    dfolded_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_scale: torch.Tensor,
+    *,
+    needs_weight: bool,
+    needs_bias: bool,
+    needs_scale: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of weight (N, C), which is dfolded's memory, of bias and of row_scale (N,), in fp32; None if not needed.
+
+    dfolded (N, C) and dfolded_bias (N,) are contiguous fp32, and there where a needed gradient depends on them.
+    """
+    outputs, channels = weight.shape
+    dweight = dfolded if needs_weight else None
+    dbias, dscale = (
+        weight.new_empty(outputs, dtype=torch.float32) if needed else None for needed in (needs_bias, needs_scale)
+    )
+    if outputs and (needs_weight or needs_bias or needs_scale):
+        config = select_config(channels)
+        launch(
+            fold_rows_backward_kernel,
+            (cdiv(outputs, config.rows),),
+            (
+                *(dfolded if needs_weight or needs_scale else None, dfolded_bias, _contiguous(weight)),
+                *(_contiguous(bias), _contiguous(row_scale), dweight, dbias, dscale, outputs, channels),
+            ),
+            _constexprs(config, channels),
+            config.num_warps,
+        )
+    return dweight, dbias, dscale
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _constexprs(config: Config, channels: int) -> tuple[int, int, int]:
+    return config.rows, config.columns, min(channels & -channels, 16) or 1
+
+
+def aot_configs(arch: int) -> Iterator[AotConfig]:
+    """Masters of autocast with a LayerNorm's parameters, and with LayerScale's; weights of 256 columns or more share one tile."""
+    config = select_config(256)
+    tile = dict(ROWS=config.rows, COLUMNS=config.columns, VECTOR=16)
+    sizes = dict(N="i32", C="i32")
+    single = "*fp32"
+    forward = dict(weight_ptr=single, bias_ptr=single, folded_ptr="*bf16", folded_bias_ptr="*bf16") | sizes
+    columns = dict(column_scale_ptr=single, column_shift_ptr=single)
+    for label, arguments in (("LayerNorm", forward | columns), ("LayerScale", forward | dict(row_scale_ptr=single))):
+        yield AotConfig(fold_forward_kernel, arguments, tile, config.num_warps, 1, label, matrix=False)
+    backward = dict.fromkeys(("dfolded_ptr", "dbias_ptr", "weight_ptr", "dweight_ptr"), single) | columns | sizes
+    backward |= dict(dscale_partial_ptr=single, dshift_partial_ptr=single, rows_per_strip="i32")
+    yield AotConfig(fold_columns_backward_kernel, backward, tile, config.num_warps, 1, "LayerNorm", matrix=False)
+    backward = dict.fromkeys(("dfolded_ptr", "dfolded_bias_ptr", "weight_ptr", "bias_ptr", "row_scale_ptr"), single)
+    backward |= dict.fromkeys(("dweight_ptr", "dbias_ptr", "dscale_ptr"), single) | sizes
+    yield AotConfig(fold_rows_backward_kernel, backward, tile, config.num_warps, 1, "LayerScale", matrix=False)

@@ -1,0 +1,247 @@
+"""The pointwise ends of a residual branch, x + gamma * drop_path_scale * branch(layer_norm(x)), around its matrix products.
+
+At its end, forward scales the branch and adds the residual. Backward scales the upstream gradient per sample, casts it for the
+products and sums its columns, from which come the last bias's gradient and gamma's. At its start, backward of a LayerNorm whose
+weight and bias were folded into the product after it needs the normalised rows alone, and has no parameter gradients to sum.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdeit.kernels.gemm.tiles import multiple
+from fastdeit.kernels.runtime.aot_config import AotConfig
+from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips
+from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: int  # of a program's step
+    columns: int
+    num_warps: int
+
+
+TILE = Config(rows=4, columns=256, num_warps=4)  # of the elementwise kernels: 8 values of each stream a thread
+
+
+@lru_cache
+def select_row_config(channels: int) -> Config:
+    """One row a program, 8 values of each stream a thread (16 at 8192)."""
+    width = next_power_of_2(channels)
+    return Config(rows=1, columns=width, num_warps=min(max(width // 256, 1), 16))
+
+
+@triton.jit(do_not_specialize=["M", "N", "TOKENS"])
+def scale_add_forward_kernel(
+    branch_ptr,  # (M, N)
+    residual_ptr,  # (M, N) or None
+    gamma_ptr,  # (N,) or None
+    drop_path_scale_ptr,  # (M / TOKENS,) fp32 or None
+    out_ptr,  # (M, N)
+    M,
+    N,
+    TOKENS,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides N: lets loads be 16 bytes wide
+):
+    """A program owns one ROWS x COLUMNS tile. The grid is one-dimensional: rows can pass the limit of its second."""
+    N = multiple(N, VECTOR)
+    column_blocks = tl.cdiv(N, COLUMNS)
+    row = (tl.program_id(0) // column_blocks) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < M) & (col < N)
+    at = row.to(tl.int64) * N + col
+    out = tl.load(branch_ptr + at, inside, other=0.0).to(tl.float32)
+    if gamma_ptr is not None:
+        out *= tl.load(gamma_ptr + col, col < N, other=0.0).to(tl.float32)
+    if drop_path_scale_ptr is not None:
+        out *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + at, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["M", "N", "TOKENS", "rows_per_strip"])
+def scale_add_backward_kernel(
+    dy_ptr,  # (M, N)
+    drop_path_scale_ptr,  # (M / TOKENS,) fp32 or None
+    g_ptr,  # (M, N), or None where it would be dy again
+    sum_partial_ptr,  # (strips, N) fp32, or None
+    M,
+    N,
+    TOKENS,
+    rows_per_strip,  # a multiple of ROWS
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """g = drop_path_scale * dy and its column sums. A program owns COLUMNS columns of one strip of rows (program id 1)."""
+    N = multiple(N, VECTOR)
+    strip = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    col = column[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    first = strip * rows_per_strip
+    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), ROWS):  # no NaN: row numbers
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = (row < M) & (col < N)
+        at = row.to(tl.int64) * N + col
+        g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32)
+        if drop_path_scale_ptr is not None:
+            g *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
+        if g_ptr is not None:
+            tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), inside)
+        if sum_partial_ptr is not None:
+            total += g
+    if sum_partial_ptr is not None:
+        tl.store(sum_partial_ptr + strip * N + column, tl.sum(total, axis=0), column < N)
+
+
+@triton.jit(do_not_specialize=["M", "TOKENS"])
+def folded_layer_norm_backward_kernel(
+    dx_hat_ptr,  # (M, C), gradient of the normalised rows
+    x_hat_ptr,  # (M, C)
+    rstd_ptr,  # (M,) fp32
+    dx_new_ptr,  # (M, C), the gradient that reaches x beside the branch, or None
+    drop_path_scale_ptr,  # (M / TOKENS,) fp32 or None
+    dx_ptr,  # (M, C) or None
+    dbranch_ptr,  # (M, C), of the branch that was scaled and added to give x, or None
+    M,
+    TOKENS,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,  # C rounded up to a power of two
+    ROWS: tl.constexpr,
+):
+    """A program owns ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, CHANNELS)[None, :]
+    inside = (row < M) & (col < C)
+    dx = tl.load(dx_hat_ptr + row * C + col, inside, other=0.0).to(tl.float32)
+    x_hat = tl.load(x_hat_ptr + row * C + col, inside, other=0.0).to(tl.float32)
+    along_x_hat = tl.sum(dx * x_hat, axis=1, keep_dims=True) / C
+    along_one = tl.sum(dx, axis=1, keep_dims=True) / C
+    dx = (dx - x_hat * along_x_hat - along_one) * tl.load(rstd_ptr + row, row < M, other=0.0)
+    if dx_new_ptr is not None:
+        dx += tl.load(dx_new_ptr + row * C + col, inside, other=0.0).to(tl.float32)
+    if dx_ptr is not None:
+        tl.store(dx_ptr + row * C + col, dx.to(dx_ptr.dtype.element_ty), inside)
+    if dbranch_ptr is not None:
+        if drop_path_scale_ptr is not None:
+            dx *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
+        tl.store(dbranch_ptr + row * C + col, dx.to(dbranch_ptr.dtype.element_ty), inside)
+
+
+def scale_add_forward(
+    branch: torch.Tensor,
+    residual: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """residual + gamma * drop_path_scale * branch (M, N), rounded once. All contiguous; drop_path_scale is fp32, and M is a
+    multiple of its length."""
+    M, N = branch.shape
+    out = branch.new_empty((M, N), dtype=out_dtype)
+    if out.numel():
+        launch(
+            scale_add_forward_kernel,
+            (cdiv(M, TILE.rows) * cdiv(N, TILE.columns),),
+            (branch, residual, gamma, drop_path_scale, out, M, N, _tokens(M, drop_path_scale)),
+            (TILE.rows, TILE.columns, min(N & -N, 16)),
+            TILE.num_warps,
+        )
+    return out
+
+
+def scale_add_backward(
+    dy: torch.Tensor, drop_path_scale: torch.Tensor | None, dtype: torch.dtype, sum_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """g = drop_path_scale * dy (M, N) in the given dtype, dy itself where that is the same, and its column sums (N,).
+
+    dy is contiguous. The sums are made in fp32, in a fixed order, and rounded to sum_dtype if that is given.
+    """
+    M, N = dy.shape
+    same = drop_path_scale is None and dy.dtype == dtype
+    g = dy if same else dy.new_empty((M, N), dtype=dtype)
+    total = None if sum_dtype is None else dy.new_empty(N, dtype=sum_dtype)
+    if dy.numel() == 0:
+        return g, total if total is None else total.zero_()
+    if same and total is None:
+        return g, None
+    column_blocks = cdiv(N, TILE.columns)
+    strips, rows_per_strip = row_strips(M, TILE.rows, column_blocks, dy)
+    partial = None if total is None else dy.new_empty((strips, N), dtype=torch.float32)
+    launch(
+        scale_add_backward_kernel,
+        (column_blocks, strips),
+        (dy, drop_path_scale, None if same else g, partial, M, N, _tokens(M, drop_path_scale), rows_per_strip),
+        (TILE.rows, TILE.columns, min(N & -N, 16)),
+        TILE.num_warps,
+    )
+    if total is not None:
+        add_partial_sums(partial, total)
+    return g, total
+
+
+def folded_layer_norm_backward(
+    dx_hat: torch.Tensor,
+    x_hat: torch.Tensor,
+    rstd: torch.Tensor,
+    dx_new: torch.Tensor | None,
+    dx_dtype: torch.dtype | None,
+    *,
+    drop_path_scale: torch.Tensor | None = None,
+    dbranch_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients (M, C) of x, where x_hat = (x - mean) * rstd, and of the branch where x was something + drop_path_scale * branch.
+
+    Each in the dtype asked for, None where none is. All contiguous; dx_new is added where there is one.
+    """
+    M, channels = x_hat.shape
+    dx, dbranch = (
+        None if dtype is None else x_hat.new_empty((M, channels), dtype=dtype) for dtype in (dx_dtype, dbranch_dtype)
+    )
+    if x_hat.numel():
+        config = select_row_config(channels)
+        launch(
+            folded_layer_norm_backward_kernel,
+            (cdiv(M, config.rows),),
+            (dx_hat, x_hat, rstd, dx_new, drop_path_scale, dx, dbranch, M, _tokens(M, drop_path_scale)),
+            (channels, config.columns, config.rows),
+            config.num_warps,
+        )
+    return dx, dbranch
+
+
+def column_sums(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """The sums (N,) of the columns of contiguous x (M, N), made in fp32 in a fixed order, in the given dtype; None for None."""
+    return scale_add_backward(x, None, x.dtype, dtype)[1]
+
+
+def _tokens(rows: int, drop_path_scale: torch.Tensor | None) -> int:
+    return 1 if drop_path_scale is None else rows // len(drop_path_scale)
+
+
+def aot_configs(arch: int) -> Iterator[AotConfig]:
+    """bf16 models, and bf16 autocast with an fp32 residual stream; the widths of DeiT and DeiT III for whole rows."""
+    tile = dict(ROWS=TILE.rows, COLUMNS=TILE.columns, VECTOR=16)
+    for label, wide in (("bf16", "*bf16"), ("autocast", "*fp32")):
+        forward = dict(branch_ptr="*bf16", gamma_ptr=wide, residual_ptr=wide, out_ptr=wide)
+        forward |= dict(drop_path_scale_ptr="*fp32", M="i32", N="i32", TOKENS="i32")
+        yield AotConfig(scale_add_forward_kernel, forward, tile, TILE.num_warps, 1, label, matrix=False)
+        backward = dict(dy_ptr=wide, drop_path_scale_ptr="*fp32", g_ptr="*bf16", sum_partial_ptr="*fp32")
+        backward |= dict.fromkeys(("M", "N", "TOKENS", "rows_per_strip"), "i32")
+        yield AotConfig(scale_add_backward_kernel, backward, tile, TILE.num_warps, 1, label, matrix=False)
+    for channels in (192, 384, 768, 1024, 1280, 8192):
+        config = select_row_config(channels)
+        types = dict(dx_hat_ptr="*bf16", x_hat_ptr="*bf16", rstd_ptr="*fp32", dx_new_ptr="*fp32", dx_ptr="*fp32")
+        types |= dict(drop_path_scale_ptr="*fp32", dbranch_ptr="*bf16", M="i32", TOKENS="i32")
+        constexprs = dict(C=channels, CHANNELS=config.columns, ROWS=config.rows)
+        label = f"C={channels} autocast"
+        yield AotConfig(folded_layer_norm_backward_kernel, types, constexprs, config.num_warps, 1, label, matrix=False)

@@ -1,0 +1,96 @@
+"""`fastdeit verify`: what it prints and what it returns."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from fastdeit import ops
+from fastdeit.commands import verify as verify_command
+from fastdeit.commands.cli import main
+from fastdeit.ops.attention_op import attention_reference
+from fastdeit.verification import Pair
+
+SMALL = ["verify", "deit_tiny_patch16_224", "--device", "cpu", "--img-size", "32", "--batch-size", "1"]
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """timm makes two blocks where it is asked for a whole model."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=2, **options))
+
+
+def test_without_a_gpu_it_says_that_nothing_is_fused_and_passes(shallow, capsys):
+    assert main(SMALL) == 0
+    out = capsys.readouterr().out
+    assert "Nothing runs fused here (tensors on cpu): every layer is timm's own code" in out
+    assert "The contract holds in all 12 modules, 0 of which run fused." in out
+    assert "blocks.1.attn" in out and "speed-up" not in out
+
+
+def test_fused_modules_that_are_right_pass(shallow, kernels_stood_in, capsys):
+    assert main([*SMALL, "--amp", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "autocast to bfloat16" in out and "all 12 modules, 12 of which run fused" in out
+
+
+def test_a_wrong_kernel_is_exit_code_1(shallow, kernels_stood_in, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "attention", lambda *args, **kwargs: 1.01 * attention_reference(*args, **kwargs))
+    assert main(SMALL) == 1
+    out = capsys.readouterr().out
+    assert "blocks.0.attn: inference: maximum error" in out and "The contract FAILS in " in out
+    assert main([*SMALL, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    holds = {layer["name"]: layer["holds"] for layer in found["layers"]}
+    assert not found["holds"] and not holds["blocks.1.attn"] and holds["blocks.1.mlp"]
+
+
+def test_a_checkpoint_is_what_is_verified(shallow, tmp_path, capsys, monkeypatch):
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=3)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
+    seen = []
+    monkeypatch.setattr(verify_command, "Pair", lambda model, *args: seen.append(model) or Pair(model, *args))
+    assert main([*SMALL, "--checkpoint", str(tmp_path / "weights.pth"), "--num-classes", "3"]) == 0
+    assert torch.equal(seen[0].head.weight, model.head.weight)
+    assert main([*SMALL, "--checkpoint", str(tmp_path / "weights.pth")]) == 2
+    assert "weights.pth does not fit deit_tiny_patch16_224" in capsys.readouterr().err
+
+
+def test_speed_and_memory_are_taken_of_the_model_and_of_each_kind_of_module(shallow, kernels_stood_in):
+    """On a CPU by the wall clock; that this is not printed there is tested above."""
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=3, embed_dim=64, num_heads=1).eval()
+    timings = verify_command.timed(Pair(model, torch.randn(1, 3, 32, 32), torch.bfloat16))
+    names = ["", "blocks.0", "blocks.0.norm1", "blocks.0.attn", "blocks.0.mlp"]
+    assert [(t["name"], t["work"]) for t in timings] == [(n, w) for n in names for w in ("inference", "training")]
+    assert all(t[who]["status"] == "ok" and t[who]["us"] > 0 for t in timings for who in ("timm", "fastdeit"))
+    table = verify_command.times_as_text(timings)
+    assert table.count(" training ") == 5 and "speed-up" in table
+
+
+def test_what_could_not_be_timed_is_said():
+    done = dict(status="ok", us=2.0, peak_mib=1.0, launches=3, timed_by="graph replay")
+    failed = dict(status="out of memory", us=None, peak_mib=None, launches=None, timed_by="")
+    timing = dict(name="", kind="Block", work="training", timm=failed, fastdeit=done)
+    assert "timm: out of memory" in verify_command.times_as_text([timing])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["deit_tini_patch16_224"], "close to it: deit_tiny_patch16_224"),
+        (["deit_tiny_patch16_224", "--batch-size", "0"], "--batch-size: expected a positive number, got 0"),
+        (["deit_tiny_patch16_224", "--img-size", "0"], "--img-size: expected a positive number, got 0"),
+        (["deit_tiny_patch16_224", "--num-classes", "-1"], "--num-classes: expected a positive number, got -1"),
+        (["deit_tiny_patch16_224", "--checkpoint", "empty.pth"], "--checkpoint: empty.pth cannot be read"),
+        (["deit_tiny_patch16_224", "--checkpoint", "nowhere"], "--checkpoint: there is no file 'nowhere'"),
+        (["deit_tiny_patch16_224", "--device", "nowhere"], "--device: expected a device such as cpu"),
+        (["resnet18", "--device", "cpu"], "no part of this ResNet can be accelerated"),
+    ],
+)
+def test_bad_arguments_are_named(capsys, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.pth").touch()
+    assert main(["verify", *argv]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,70 @@
+"""What a run was trained on is known again at another path, and what changed is named."""
+
+import json
+import shutil
+
+import pytest
+
+from fastdeit.train.data_identity import difference, identity
+from fastdeit.train.datasets import load_data
+
+
+@pytest.fixture
+def folder(image_folder, tmp_path):
+    return shutil.copytree(image_folder, tmp_path / "images")
+
+
+def of(config, folder):
+    return identity(load_data(config.replace(data=str(folder))).train)
+
+
+def test_the_same_images_at_another_path_are_the_same_data(small_config, image_folder, folder):
+    before = of(small_config, image_folder)
+    assert before["images"] == 96 and list(before["groups"]) == ["digit-0", "digit-1", "digit-2"]
+    assert difference(json.loads(json.dumps(before)), of(small_config, folder)) is None
+
+
+def test_another_image_of_as_many_bytes_goes_unseen_and_one_of_more_does_not(small_config, folder):
+    before = of(small_config, folder)
+    image = folder / "train" / "digit-1" / "3.png"
+    with image.open("ab") as file:
+        file.write(b"\0")
+    assert difference(before, of(small_config, folder)) == "other names or sizes of the images of digit-1"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda f: (f / "digit-1/3.png").unlink(), "95 images, not 96; 31 images of digit-1, not 32"),
+        (lambda f: (f / "digit-1/3.png").rename(f / "digit-1/x.png"), "other names or sizes of the images of digit-1"),
+        (
+            lambda f: (f / "digit-1/3.png").rename(f / "digit-2/3b.png"),
+            "31 images of digit-1, not 32, 33 images of digit-2, not 32",
+        ),
+        (
+            lambda f: (f / "digit-1/deep").mkdir() or (f / "digit-1/3.png").rename(f / "digit-1/deep/3.png"),
+            "other names or sizes of the images of digit-1",
+        ),
+    ],
+)
+def test_what_changed_is_named(small_config, folder, change, words):
+    before = of(small_config, folder)
+    change(folder / "train")
+    assert difference(before, of(small_config, folder)) == words
+
+
+def test_a_class_that_came_or_went_is_named(small_config, folder):
+    before = of(small_config, folder)
+    for split in ("train", "val"):
+        (folder / split / "digit-1").rename(folder / split / "one")
+    assert difference(before, of(small_config, folder)) == "without digit-1; with the new one"
+
+
+def test_images_in_memory_are_known_by_their_pixels():
+    from fastdeit.train.config import load_config
+
+    data = load_data(load_config())
+    before = identity(data.train)
+    assert difference(before, identity(load_data(load_config()).train)) is None
+    data.train.classes[5] += 1
+    assert difference(before, identity(data.train)) == "other images or labels"
