@@ -2,44 +2,41 @@
 
 `NAME.safetensors` holds a model's weights and, as metadata, the configuration and classes, so that it can be evaluated alone.
 `last.state.pt` holds all that a run needs to continue; it is complete in itself, so that a kill between two files loses nothing.
+The one before it stays as `previous.state.pt`, for the case that it is damaged.
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdeit.train.config import FIELDS, FREE_FIELDS, Config, config_from
+from fastdeit.train.files import write_atomically
 
-STATE = "last.state.pt"
+STATE, PREVIOUS, DAMAGED = "last.state.pt", "previous.state.pt", "damaged.state.pt"
+PLACES = ("data", "data_dir", "data_download")  # fields that say where the data are, not what they hold
 METADATA_KEY = "fastdeit"
-BAD_STATE = "nonfinite.state.pt"  # of a run that stopped at a loss that was not finite, before that step
+BAD_STATE = "nonfinite.state.pt"  # of a run that stopped at a loss or a gradient that was not finite, before that step
 STATE_KEYS = {
-    *("config", "classes", "epoch", "step", "loss_sum", "model", "ema", "optimizer", "scaler", "history", "best"),
+    *(
+        "config",
+        "classes",
+        "data",
+        "epoch",
+        "step",
+        "loss_sum",
+        "model",
+        "ema",
+        "optimizer",
+        "scaler",
+        "history",
+        "best",
+    ),
 }
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes to a temporary name beside path, then renames: whatever happens, path holds the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def save_weights(
@@ -92,9 +89,13 @@ def check_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tenso
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """state (tensors, dicts, lists and plain values) so that `torch.load(weights_only=True)` reads it."""
+    """state (tensors, dicts, lists and plain values) so that `torch.load(weights_only=True)` reads it.
+
+    A run's STATE that is there becomes PREVIOUS. Raises WriteError.
+    """
     assert set(state) == STATE_KEYS
-    write_atomically(path, lambda file: torch.save(state, file))
+    keep_as = path.with_name(PREVIOUS) if path.name == STATE else None
+    write_atomically(path, lambda file: torch.save(state, file), keep_as)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -102,29 +103,63 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, or not the state of a run.
+        ValueError: it is truncated or damaged, or not the state of a run.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises depends on where the file ends
+        damaged = zipfile.ZipFile(path).testzip()  # PyTorch does not compare the checksums that it writes
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is raised depends on where the file ends
         raise ValueError(
             f"{path}: cannot be read ({path.stat().st_size} bytes): truncated, or no training state of fastdeit "
             f"({type(error).__name__})"
         ) from error
+    if damaged:
+        raise ValueError(
+            f"{path}: cannot be read: damaged, {damaged} does not have the checksum that it was written with"
+        )
     if not isinstance(state, dict) or not set(state) >= STATE_KEYS:
         raise ValueError(f"{path}: expected the training state of a run with {', '.join(sorted(STATE_KEYS))}")
     return state
 
 
+def has_state(folder: Path) -> bool:
+    """Whether folder holds the state of a run, the last or the one before it."""
+    return any((folder / name).exists() for name in (STATE, PREVIOUS))
+
+
+def newest_state(folder: Path) -> tuple[dict[str, Any], Path, str | None]:
+    """The last state of a run, else the one before it: the state, where it was, and what is wrong with the last one if anything.
+
+    Raises:
+        ValueError: neither can be read.
+    """
+    problems = []
+    for path in (folder / STATE, folder / PREVIOUS):
+        try:
+            return load_state(path), path, "; ".join(problems) or None
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    raise ValueError(f"{'; '.join(problems)}. To start anew, use another folder")
+
+
+def put_aside(folder: Path) -> None:
+    """Renames a last state that cannot be read, so that it never takes the place of the one before it."""
+    if (folder / STATE).exists():
+        (folder / STATE).replace(folder / DAMAGED)
+
+
 def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
-    """Raises ValueError naming the fields in which a state's run differs from config. The number of epochs may grow."""
+    """Raises ValueError naming the fields in which a state's run differs from config.
+
+    The number of epochs may grow, and the data may be elsewhere: what they hold is compared by itself.
+    """
     saved = config_from(state["config"])
     differing = [
         f"{name} ({getattr(saved, name)!r} there, {getattr(config, name)!r} now)"
         for name in FIELDS
-        if name not in (*FREE_FIELDS, "epochs") and getattr(saved, name) != getattr(config, name)
+        if name not in (*FREE_FIELDS, *PLACES, "epochs") and getattr(saved, name) != getattr(config, name)
     ]
     if differing:
         raise ValueError(f"{path}: from a run with another configuration: {'; '.join(differing)}")
