@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.kernels.augment.operations import ROW, Operation
-from fastdeit.ops.augment_reference import augmented_layer, flipped
+from fastdeit.ops.augment_layers import augmented_layer, flipped
 
 _CHUNK = 1 << 22  # pixels that the reference has in float64 at once
 

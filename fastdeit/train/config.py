@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DISTILLATION_TYPES = ("none", "soft", "hard")
+DECODERS = ("nvimgcodec", "simplejpeg", "torchvision", "pillow")  # `auto` takes the first that is installed
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -54,6 +55,17 @@ class Config:
     interpolation: str = _help("resampling of images", "bicubic")
     crop_pct: float = _help("share of the resized image that evaluation's crop keeps", 0.875)
     crop_mode: str = _help("how evaluation crops: center, squash (no aspect ratio kept) or border (padded)", "center")
+    decoder: str = _help(
+        "decodes JPEG files: nvimgcodec, simplejpeg, torchvision or pillow; auto takes the first that is installed",
+        "auto",
+    )
+    resize: str = _help(
+        "resizes training images: pillow, as timm does, or torch, faster and a little different", "pillow"
+    )
+    augment_on: str = _help(
+        "where auto-augmentation and flips run: cpu, device, or auto for a GPU if there is one; images do not depend on it",
+        "auto",
+    )
     workers: int = _help("processes that load data; results do not depend on it", 0)
     prefetch: int = _help("batches that each of them loads ahead", 2)
 
@@ -174,6 +186,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
 FREE_FIELDS = (
     "output",
+    "augment_on",
     "workers",
     "prefetch",
     "max_bad_images",
@@ -327,6 +340,9 @@ def check(config: Config) -> None:
         ("crop_mode", ("center", "squash", "border")),
         ("mixup_mode", ("batch", "pair", "elem")),
         ("in_chans", (1, 3)),
+        ("decoder", ("auto", *DECODERS)),
+        ("resize", ("pillow", "torch")),
+        ("augment_on", ("auto", "cpu", "device")),
     ):
         if getattr(c, name) not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(c, name)!r}")
@@ -371,6 +387,16 @@ def _check_contradictions(c: Config) -> None:
         "warmup_epochs",
         c.epochs <= c.warmup_epochs,
         f"expected less than epochs ({c.epochs}), such as 0 for none, got {c.warmup_epochs}",
+    )
+    refuse(
+        "resize",
+        c.resize == "torch" and c.simple_random_crop,
+        "torch is for random crops, pillow for simple_random_crop",
+    )
+    refuse(
+        "resize",
+        c.resize == "torch" and c.interpolation == "nearest",
+        "torch is for bilinear and bicubic interpolation, pillow for nearest",
     )
     refuse("mixup_off_epoch", c.mixup_off_epoch > 0 and not c.mixes, "nothing is mixed, so that nothing can end")
     refuse(

@@ -20,13 +20,13 @@ def test_a_slow_loader_is_found(make_small_config, monkeypatch):
 
     from fastdeit.train.datasets import Images
 
-    read = Images.__getitem__
+    read = Images.source_of
 
     def slow(images, index):
         time.sleep(0.02)
         return read(images, index)
 
-    monkeypatch.setattr(Images, "__getitem__", slow)
+    monkeypatch.setattr(Images, "source_of", slow)
     monkeypatch.setattr(measure, "WARM_UP", 1)
     rates = measure_data(make_small_config(), seconds=0.5)
     assert 0 < rates.loader <= 50 and rates.bottleneck == "loader"
