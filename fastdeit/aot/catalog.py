@@ -81,10 +81,15 @@ def source_key(function: JITCallable) -> str:
 
 def row_key(row: AotConfig, arch: int) -> str:
     """Identifies what `compile_config` would compile: source, types, constants, options, architecture, Triton version."""
-    types = {name: _type(row, name) for name in row.kernel.arg_names}
+    types = argument_types(row)
     facts = (source_key(row.kernel), types, row.num_warps, row.num_stages, arch, triton.__version__)
     facts += () if row.fp_fusion else ("no fp_fusion",)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def argument_types(row: AotConfig) -> dict[str, str | tuple[str, Any]]:
+    """Every argument of the kernel in order: its Triton type, or ("constexpr", value)."""
+    return {name: _type(row, name) for name in row.kernel.arg_names}
 
 
 def compile_config(row: AotConfig, arch: int) -> Resources:
@@ -102,14 +107,13 @@ def compile_binary(row: AotConfig, arch: int) -> CompiledKernel:
     """The compiled kernel behind `compile_config`."""
     if not isinstance(row.kernel, JITFunction):
         raise RuntimeError("interpreted kernels cannot be compiled: run without TRITON_INTERPRET in the environment")
-    names = row.kernel.arg_names
-    types = {name: _type(row, name) for name in names}
+    types = argument_types(row)
     if unknown := [name for name in (*row.signature, *row.constexprs) if name not in types]:
         raise ValueError(f"{row.kernel.__name__}: no argument named {', '.join(unknown)}")
     signature = {name: "constexpr" if isinstance(t, tuple) else t for name, t in types.items()}
     constants = {name: t[1] for name, t in types.items() if isinstance(t, tuple)}
     aligned = [["tt.divisibility", _ALIGNMENT]]
-    attributes = {(i,): aligned for i, name in enumerate(names) if signature[name].startswith("*")}
+    attributes = {(i,): aligned for i, name in enumerate(types) if signature[name].startswith("*")}
     source = ASTSource(fn=row.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     if not row.fp_fusion:

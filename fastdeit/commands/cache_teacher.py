@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             check_header(file.header, {**header, "epochs": config.epochs}, path)
             print(f"{path} is complete, SHA-256 {file.check_whole()}")
             return 0
-        teacher = create_teacher(config, len(data.classes), device)
+        teacher = create_teacher(config, len(data.classes), device, data.classes)
         positions = len(data.train) // config.batch_size * config.batch_size
         try:
             compute(config, data, teacher, device, path, args.ranks, positions * config.epochs)

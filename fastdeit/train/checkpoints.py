@@ -7,13 +7,14 @@ The one before it stays as `previous.state.pt`, for the case that it is damaged.
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdeit.train.class_names import CLASSES_KEY, class_difference, stored_classes
 from fastdeit.train.config import FIELDS, FREE_FIELDS, Config, config_from
 from fastdeit.train.files import write_atomically
 
@@ -42,13 +43,13 @@ STATE_KEYS = {
 def save_weights(
     path: Path, weights: Mapping[str, Tensor], config: Config, classes: tuple[str, ...], **facts: Any
 ) -> None:
-    """weights as safetensors; the configuration, the classes and `facts` (plain values) as metadata."""
+    """weights as safetensors; as metadata the classes, and the configuration with `facts` (plain values), both JSON."""
     import safetensors.torch
 
-    # One key only: safetensors writes several in random order, and equal runs are to give equal files.
-    metadata = {METADATA_KEY: json.dumps({"config": config.as_dict(), "classes": classes, **facts})}
+    metadata = {CLASSES_KEY: json.dumps(classes), METADATA_KEY: json.dumps({"config": config.as_dict(), **facts})}
     data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in weights.items()}, metadata)
-    write_atomically(path, lambda file: file.write(data))
+    header, tensors = _with_ordered_metadata(data)
+    write_atomically(path, lambda file: file.write(header) + file.write(tensors))
 
 
 def read_metadata(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
@@ -59,17 +60,37 @@ def read_metadata(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         ValueError: it is truncated, no safetensors file, or not written by fastdeit.
     """
     with _open_safetensors(path) as file:
-        text = (file.metadata() or {}).get(METADATA_KEY)
-    if text is None:
-        raise ValueError(f"{path}: holds weights without fastdeit's metadata; expected a checkpoint of fastdeit train")
-    facts = json.loads(text)
-    return config_from(facts.pop("config")), tuple(facts.pop("classes")), facts
+        metadata = file.metadata() or {}
+    text, classes = metadata.get(METADATA_KEY), stored_classes(metadata, path)
+    if text is None or classes is None:
+        raise ValueError(
+            f"{path}: holds weights without {METADATA_KEY if text is None else CLASSES_KEY} in its metadata; expected a checkpoint "
+            "of fastdeit train"
+        )
+    try:
+        facts = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: metadata `{METADATA_KEY}` is not JSON: {error}") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise ValueError(f"{path}: metadata `{METADATA_KEY}` holds {text[:80]}, expected an object with a `config`")
+    try:
+        return config_from(facts.pop("config")), classes, facts
+    except ValueError as error:
+        raise ValueError(f"{path}: metadata `{METADATA_KEY}`, config: {error}") from None
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads path into model. Raises as `read_metadata`, and ValueError naming the difference if it is of another model."""
+def load_weights(model: nn.Module, path: Path, classes: Sequence[str] | None = None) -> None:
+    """Loads path into model. classes: the model's, compared with those that path names, if it does.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_metadata`, or path is of another model or of other classes, which are named.
+    """
     with _open_safetensors(path) as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        names = stored_classes(file.metadata() or {}, path)
+    found = class_difference(classes, names) if classes is not None and names is not None else None
+    if found is not None:
+        raise ValueError(f"{path}: trained on other classes: beside them the data {found}")
     check_same_tensors(weights, model.state_dict(), path)
     model.load_state_dict(weights)
 
@@ -165,6 +186,17 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
         raise ValueError(f"{path}: from a run with another configuration: {'; '.join(differing)}")
     if state["epoch"] > config.epochs:
         raise ValueError(f"epochs: {path} has trained {state['epoch']} epochs already, expected at least as many")
+
+
+def _with_ordered_metadata(data: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file, cut after its header, the metadata in one order: safetensors writes several keys in a random one, and
+    equal runs are to give equal files."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[end:]
 
 
 def _open_safetensors(path: Path) -> Any:

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastdeit.train.config import Config
 from fastdeit.train.decoders import Decoder, create_decoder, resolved_decoder
-from fastdeit.train.image_files import UnreadableImageError
-from fastdeit.train.image_folders import FolderImages, read_splits
+from fastdeit.train.image_files import MAX_MEGAPIXELS, UnreadableImageError
+from fastdeit.train.image_folders import FolderImages, read_split, read_splits
 from fastdeit.train.image_sources import DecodedImage, ImageSource, image_source
 from fastdeit.train.sampling import derive_seed
 from fastdeit.train.transform_errors import TransformFailure, described
@@ -60,10 +60,22 @@ def load_data(config: Config) -> Data:
     decoder = create_decoder(resolved_decoder(config.decoder))
     train, val = read_splits(Path(config.data))
     return Data(
-        Images(train, mode, train_transform(config), decoder),
-        Images(val, mode, eval_transform(config), decoder),
+        Images(train, mode, train_transform(config), config.max_image_megapixels, decoder),
+        Images(val, mode, eval_transform(config), config.max_image_megapixels, decoder),
         train.classes,
     )
+
+
+def load_validation(config: Config) -> tuple[Dataset, tuple[str, ...]]:
+    """Validation images and classes; of a folder root/val alone is read. Raises as `load_data`."""
+    root = Path(config.data)
+    if config.data == "digits" or not (root / "val").is_dir():
+        data = load_data(config)
+        return data.val, data.classes
+    val = read_split(root / "val")
+    mode = "L" if config.in_chans == 1 else "RGB"
+    decoder = create_decoder(resolved_decoder(config.decoder))
+    return Images(val, mode, eval_transform(config), config.max_image_megapixels, decoder), val.classes
 
 
 class Images(Dataset):
@@ -74,13 +86,20 @@ class Images(Dataset):
         source: (file, class) or (PIL image, class), map-style.
         mode: PIL's, of the decoded image.
         transform: of a PIL image.
+        max_megapixels: a larger image counts as unreadable.
         decoder: of JPEG files; Pillow by default.
     """
 
     def __init__(
-        self, source: Any, mode: str, transform: Callable[[Image.Image], Any], decoder: Decoder | None = None
+        self,
+        source: Any,
+        mode: str,
+        transform: Callable[[Image.Image], Any],
+        max_megapixels: float = MAX_MEGAPIXELS,
+        decoder: Decoder | None = None,
     ) -> None:
         self.source = source
+        self.max_megapixels = max_megapixels
         self.folder = source if isinstance(source, FolderImages) else None
         self.mode = mode
         self.transform = transform
@@ -106,7 +125,7 @@ class Images(Dataset):
         elif not isinstance(file, Image.Image):
             with file:
                 file = file.read()
-        return image_source(file, self.mode, self.decoder), int(label)
+        return image_source(file, self.mode, self.decoder, self.max_megapixels), int(label)
 
     @contextlib.contextmanager
     def naming_errors(self, index: int) -> Iterator[None]:
@@ -228,8 +247,8 @@ def _timm_data(mode: str, config: Config) -> Data:
         return Data(*streams, _timm_classes(train, config))
     decoder = create_decoder(resolved_decoder(config.decoder))
     return Data(
-        Images(train, mode, train_transform(config), decoder),
-        Images(val, mode, eval_transform(config), decoder),
+        Images(train, mode, train_transform(config), config.max_image_megapixels, decoder),
+        Images(val, mode, eval_transform(config), config.max_image_megapixels, decoder),
         _timm_classes(train, config),
     )
 

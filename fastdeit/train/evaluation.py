@@ -40,7 +40,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    seen, loss = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+    seen, loss = 0, torch.zeros((), dtype=torch.float64, device=device)
     correct: dict[str, Tensor] = {}
     for images, classes in loader:
         images, classes = images.to(device, non_blocking=True), classes.to(device, non_blocking=True)
@@ -57,7 +57,7 @@ def evaluate(
         raise EvaluationStopped
     if world.size > 1:
         names = world.agreed(list(correct))  # a process without images has counted nothing
-        counts = [correct.get(name, torch.zeros_like(seen)) for name in names]
-        seen, loss, *counts = world.sum(torch.stack([seen, loss, *counts]))
+        counts = [correct.get(name, torch.zeros_like(loss)) for name in names]
+        seen, loss, *counts = world.sum(torch.stack([loss.new_tensor(seen), loss, *counts])).tolist()
         correct = dict(zip(names, counts, strict=True))
-    return {"loss": float(loss / seen), **{name: 100 * float(n) / float(seen) for name, n in correct.items()}}
+    return {"loss": float(loss) / seen, **{name: 100 * float(n) / seen for name, n in correct.items()}}

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastdeit.train import checkpoints, failures, reporting
+from fastdeit.train.class_names import class_difference
 from fastdeit.train.config import Config
 from fastdeit.train.data_identity import difference
 from fastdeit.train.datasets import Data
@@ -330,10 +331,9 @@ class Fit:
 
     def _check_same_data(self, state: dict[str, Any], path: Path) -> None:
         """Raises ValueError that says what changed in the data since the state was written."""
-        if state["classes"] != list(self.classes):
-            raise ValueError(
-                f"data: {path} was trained on the classes {state['classes']}, now they are {list(self.classes)}"
-            )
+        classes = class_difference(self.classes, state["classes"])
+        if classes is not None:
+            raise ValueError(f"data: {path} was trained on other classes: beside them {self.config.data} {classes}")
         for split, now in self.data.items():
             changed = difference(state["data"][split], now)
             if changed is not None:

@@ -1,13 +1,14 @@
 """An image before it is decoded: its size is known, and of its pixels as much is decoded as somebody asks for."""
 
 import io
+import math
 from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastdeit.train.decoders import Box, Decoder
-from fastdeit.train.image_files import open_image
+from fastdeit.train.image_files import MAX_MEGAPIXELS, eight_bits, open_image
 from fastdeit.train.jpeg_header import JpegHeader, common_jpeg
 
 
@@ -24,17 +25,19 @@ class ImageSource(Protocol):
         """The same as (height, width, channels) uint8."""
 
 
-def image_source(file: bytes | Image.Image, mode: str, decoder: Decoder | None) -> ImageSource:
+def image_source(
+    file: bytes | Image.Image, mode: str, decoder: Decoder | None, max_megapixels: float = MAX_MEGAPIXELS
+) -> ImageSource:
     """What file holds, to be decoded by decoder as far as that can, else by Pillow.
 
     Raises:
-        Whatever PIL raises of what it cannot read.
+        Whatever `open_image` raises of what it cannot read.
     """
     if isinstance(file, Image.Image):
-        return DecodedImage(file if file.mode == mode else file.convert(mode))
+        return DecodedImage(eight_bits(file).convert(mode))
     header = common_jpeg(file) if decoder is not None else None
-    if header is None or header.width * header.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-        return _by_pillow(file, mode)
+    if header is None or header.width * header.height > max_megapixels * 1e6:
+        return _by_pillow(file, mode, max_megapixels)
     return EncodedJpeg(file, header, mode, decoder)
 
 
@@ -65,7 +68,7 @@ class EncodedJpeg:
         box = box or Box(0, 0, self.width, self.height)
         pixels = self._decoded(box)
         if pixels is None:
-            return _by_pillow(self.data, self.mode).image(box)
+            return _by_pillow(self.data, self.mode, math.inf).image(box)
         return Image.fromarray(pixels).convert(self.mode)
 
     def array(self, box: Box) -> np.ndarray:
@@ -84,8 +87,8 @@ class EncodedJpeg:
         return pixels if pixels.shape == (box.height, box.width, 3) and pixels.dtype == np.uint8 else None
 
 
-def _by_pillow(data: bytes, mode: str) -> DecodedImage:
+def _by_pillow(data: bytes, mode: str, max_megapixels: float) -> DecodedImage:
     try:
-        return DecodedImage(open_image(io.BytesIO(data), mode))
+        return DecodedImage(open_image(io.BytesIO(data), mode, max_megapixels))
     except UnidentifiedImageError:  # its message names an object, another one each time
         raise UnidentifiedImageError("cannot identify image file") from None

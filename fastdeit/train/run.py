@@ -61,8 +61,8 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
         elif config.teacher_cache is not None:
             labels = CachedTeacher(config, data, device, world.size)
         elif config.distillation_type != "none":
-            teacher = quickened(create_teacher(config, len(data.classes), device), device)
-        model = create_student(config, len(data.classes), device, initial_weights=True)
+            teacher = quickened(create_teacher(config, len(data.classes), device, data.classes), device)
+        model = create_student(config, len(data.classes), device, initial_weights=True, classes=data.classes)
         student_fit = Fit("student", config, model, teacher or labels, folder, **common)
 
         trackers: list[Tracker] = []
@@ -113,6 +113,7 @@ def teacher_config(config: Config) -> Config:
         lr=config.teacher_lr,
         pretrained=False,
         finetune=None,
+        finetune_new_head=False,
         drop=0.0,
         drop_path=0.0,
         drop_path_uniform=False,

@@ -86,7 +86,7 @@ def test_weights_of_others_are_refused(tmp_path):
     import safetensors.torch
 
     safetensors.torch.save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="without fastdeit's metadata"):
+    with pytest.raises(ValueError, match="without fastdeit in its metadata"):
         checkpoints.read_metadata(tmp_path / "w.safetensors")
 
 

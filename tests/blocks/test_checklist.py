@@ -1,4 +1,4 @@
-"""The one pass over blocks: it may say yes only where nothing else objects, and says so for every usual block."""
+"""The checklist: every usual block runs without a call of its modules, and what a user puts between is seen at the next call."""
 
 import functools
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fastdeit import backends
+from fastdeit.blocks.checklist import why_not_attention_call, why_not_block_call, why_not_plain_call
+from fastdeit.blocks.snapshot import Snapshot, looked_at
 from fastdeit.kernels.attention.config import HANDED_OVER, Shapes
-from fastdeit.nn import Attention, Block, Mlp
-from fastdeit.nn.block import inlines
-from fastdeit.nn.whole_block import run_whole
+from fastdeit.nn import Block
 
 CHILDREN = [name for name, _ in Block(64, 2).named_modules() if name not in ("attn.proj_drop", "mlp.drop2")]
 HOOKS = {
@@ -39,10 +39,14 @@ def tokens(dtype=torch.float32):
     return torch.randn(2, 5, 64, dtype=dtype)
 
 
-def others_object(module, x) -> bool:
-    """What the methods say that are asked where `run_whole` says no."""
-    attn, mlp = module.attn, module.mlp
-    return module.why_not_carried(x) is not None or not inlines(attn, Attention, x) or not inlines(mlp, Mlp)
+def runs_whole(module, x) -> bool:
+    """Whether all of the block runs fused, its last addition left to what follows, without a call of any of its modules."""
+    description, verdict = looked_at(module)
+    if verdict.deferred is not None or any(verdict.parts):
+        return False
+    attention = description.branches[0].body
+    reason = why_not_plain_call(x) or why_not_block_call(verdict, x) or why_not_attention_call(attention, x)
+    return reason is None and all(gamma["gamma"].dtype is x.dtype for gamma in verdict.last_gamma)
 
 
 class Norm(nn.LayerNorm):
@@ -94,24 +98,23 @@ def half_scale():
 @pytest.mark.parametrize("kind", USUAL)
 def test_usual_blocks_run_whole(kind):
     module = USUAL[kind]()
-    assert run_whole([module, block()], Block, tokens()) and not others_object(module, tokens())
+    assert runs_whole(module, tokens())
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_unusual_ones_are_left_to_the_others(kind):
     module = UNUSUAL[kind]()
     x = torch.randn(2, 5, 60) if "without" in kind else tokens()
-    assert others_object(module, x)
-    assert not run_whole([block() if "without" not in kind else module, module], Block, x)
+    assert not runs_whole(module, x)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("child", CHILDREN)
 def test_whatever_is_put_between_is_seen(child, hook):
     module = block(init_values=0.1, drop_path=0.5)
-    assert run_whole([module], Block, tokens())
+    assert runs_whole(module, tokens())
     HOOKS[hook](module.get_submodule(child))
-    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
+    assert not runs_whole(module, tokens())
 
 
 @pytest.mark.parametrize("name", [name for name, _ in Block(64, 2, qkv_bias=True, init_values=0.1).named_parameters()])
@@ -120,7 +123,7 @@ def test_another_kind_of_weight_is_seen(name):
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     owner._parameters[leaf] = Weight(owner._parameters[leaf].detach())
-    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
+    assert not runs_whole(module, tokens())
 
 
 @pytest.mark.parametrize("child", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "ls1", "drop_path2", "attn.q_norm"])
@@ -128,20 +131,20 @@ def test_another_class_is_seen(child):
     module = block(init_values=0.1, drop_path=0.5)
     owner = module.get_submodule(child)
     owner.__class__ = type("Other", (type(owner),), {})
-    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
+    assert not runs_whole(module, tokens())
 
 
 def test_attention_maps_asked_for_are_seen():
     module = block()
     module.attn.fused_attn = False
-    assert not run_whole([module], Block, tokens())
+    assert not runs_whole(module, tokens())
 
 
 @pytest.mark.parametrize("cls", [timm.layers.Mlp, nn.GELU, nn.Dropout, timm.layers.LayerScale, timm.layers.DropPath])
 def test_a_replaced_forward_of_a_class_is_seen(monkeypatch, cls):
     module = block(init_values=0.1, drop_path=0.5)
     monkeypatch.setattr(cls, "forward", lambda self, x: x)
-    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
+    assert not runs_whole(module, tokens())
 
 
 @pytest.mark.parametrize("name", ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"])
@@ -153,39 +156,34 @@ def test_a_weight_that_is_no_parameter_is_seen(name, weight):
     tensor = getattr(owner, weight).detach()
     delattr(owner, weight)
     setattr(owner, weight, tensor)
-    assert not run_whole([module], Block, tokens()) and others_object(module, tokens())
+    assert not runs_whole(module, tokens())
 
 
 def test_what_is_handed_over_is_asked_about(monkeypatch):
     monkeypatch.setitem(HANDED_OVER, 90, (Shapes(32, range(1, 9), range(1, 99), True),))
-    assert not run_whole([block()], Block, tokens())
+    assert not runs_whole(block(), tokens())
 
 
 def test_the_backend_decides():
     with backends.use_backend("reference"):
-        assert not run_whole([block()], Block, tokens())
+        assert not runs_whole(block(), tokens())
 
 
 def test_images_are_no_tokens():
-    assert not run_whole([block()], Block, torch.randn(2, 5, 5, 64))
+    assert not runs_whole(block(), torch.randn(2, 5, 5, 64))
 
 
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "drop_path": 0.5}], ids=["DeiT", "DeiT III"])
-@pytest.mark.parametrize("number", [1, 12])
-def test_it_takes_little_time(in_module_calls, number, options):
-    blocks, x = [block(**options) for _ in range(number)], tokens()
-    assert run_whole(blocks, Block, x)
-    assert (
-        in_module_calls(lambda: run_whole(blocks, Block, x)) <= 10 * number
-    )  # half of the calls that it makes unnecessary
+def test_the_look_at_an_unchanged_model_takes_little_time(in_module_calls, options):
+    """Half of the calls of 20 modules a block that it makes unnecessary."""
+    blocks = nn.Sequential(*(block(**options) for _ in range(12)))
+    snapshot = Snapshot(blocks)
+    assert in_module_calls(snapshot.unchanged) <= 10 * len(blocks)
 
 
-def test_a_block_on_its_own_asks_once(monkeypatch, kernels_stood_in):
-    """Where one pass finds nothing in the way, the methods that say why are not asked."""
+def test_a_block_on_its_own_is_judged_once(monkeypatch, kernels_stood_in):
     module, x = block(), tokens()
     expected = module(x)
-    for name in ("why_not_fused", "_why_not_around_children"):
-        monkeypatch.delattr(Block, name)
-    monkeypatch.setattr(Attention, "why_not_inlined", None)
-    monkeypatch.setattr(Mlp, "why_not_inlined", None)
+    monkeypatch.setattr(Block, "judge", None)
+    monkeypatch.setattr(Block, "describe", None)
     assert module(x).equal(expected)

@@ -6,67 +6,60 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from fastdeit import ops
-from fastdeit.nn.eligibility import autocast_dtype, exported, forward_of, why_not_bypassed, why_not_plain_weights
+from fastdeit.blocks.checklist import MISSING, why_not_bypassed, why_not_weight, why_not_weights, why_replaced
+from fastdeit.blocks.run import autocast_dtype
+from fastdeit.blocks.snapshot import register_methods
+from fastdeit.blocks.spec import Affine
 from fastdeit.ops.patch_embedding_op import why_reference
 
-_PatchEmbed, _Conv2d, _Identity, _Parameter = timm.layers.PatchEmbed, nn.Conv2d, nn.Identity, nn.Parameter
-_OWN_FORWARDS = forward_of(_PatchEmbed), forward_of(_Conv2d)
-_NO_PADDING, _NO_DILATION = (0, 0), (1, 1)
+_PatchEmbed, _Conv2d = timm.layers.PatchEmbed, nn.Conv2d
+register_methods(_PatchEmbed, "forward")
+register_methods(_Conv2d, "forward")
 
 
-def why_not_embedded(model: nn.Module, images: Tensor) -> str | None:
-    """Why timm's code makes the tokens of these images, None if `embed` may.
-
-    For a caller that has asked `why_not_plain_call` of the images, `why_global_hook`, and whether `_pos_embed` is timm's own.
-
-    Args:
-        model: derived from timm's VisionTransformer.
-        images: (B, 3, H, W).
-    """
+def why_not_embedding(model: nn.Module) -> str | None:
+    """Why timm's code makes the tokens of any images, for a model derived from timm's VisionTransformer."""
     embedding = model._modules["patch_embed"]
     if type(embedding) is not _PatchEmbed:
         return f"patch_embed is a {type(embedding).__name__}"
-    children = embedding._modules
-    proj, norm = children["proj"], children["norm"]
+    proj, norm = embedding._modules["proj"], embedding._modules["norm"]
     if type(proj) is not _Conv2d:
         return f"its projection is a {type(proj).__name__}"
-    if type(norm) is not _Identity:
+    if type(norm) is not nn.Identity:
         return f"its patches go through a {type(norm).__name__}"
-    if (_PatchEmbed.forward, _Conv2d.forward) != _OWN_FORWARDS:
-        return "the forward of timm's PatchEmbed or of torch.nn.Conv2d was replaced"
-    if model.dynamic_img_size or embedding.dynamic_img_pad or not embedding.flatten:
+    if model.dynamic_img_size or embedding.dynamic_img_pad or not embedding.flatten or embedding.img_size is None:
         return "the image size is dynamic"
-    patch = proj.kernel_size
-    if proj.stride != patch or proj.padding != _NO_PADDING or proj.dilation != _NO_DILATION or proj.groups != 1:
+    if proj.stride != proj.kernel_size or proj.padding != (0, 0) or proj.dilation != (1, 1) or proj.groups != 1:
         return "its patches overlap, are padded, dilated or in groups"
-    shape, size = images.shape, embedding.img_size
-    if size is None or len(shape) != 4 or shape[1] != proj.in_channels or shape[2] != size[0] or shape[3] != size[1]:
-        return f"images are {tuple(shape)} where the model has {proj.in_channels} channels and size {size}"
     return (
-        why_not_bypassed((embedding, proj, norm))
-        or why_not_plain_weights(proj._parameters)
-        or _why_not_dtypes(proj._parameters, images)
+        why_replaced(_PatchEmbed)
+        or why_replaced(_Conv2d)
+        or why_not_bypassed((embedding, proj, norm))
+        or why_not_weights(Affine(proj))
         or _why_not_tokens(model, embedding.num_patches)
-        or why_reference(images)
     )
 
 
-def _why_not_dtypes(parameters: dict[str, Tensor | None], images: Tensor) -> str | None:
-    """PyTorch's convolution wants one dtype, and says so."""
-    weight, bias = parameters["weight"], parameters["bias"]
-    if weight.dtype is images.dtype and (bias is None or bias.dtype is weight.dtype):
-        return None
-    return f"images in {images.dtype}, weights in {weight.dtype}" if autocast_dtype(images) is None else None
+def why_not_embedding_call(model: nn.Module, images: Tensor) -> str | None:
+    """Why timm's code makes the tokens of these images (B, 3, H, W), in a model to which `why_not_embedding` does not object."""
+    embedding = model._modules["patch_embed"]
+    proj, size, shape = embedding._modules["proj"], embedding.img_size, images.shape
+    if len(shape) != 4 or shape[1] != proj.in_channels or shape[2] != size[0] or shape[3] != size[1]:
+        return f"images are {tuple(shape)} where the model has {proj.in_channels} channels and size {size}"
+    weight, bias = proj._parameters["weight"], proj._parameters["bias"]
+    if weight.dtype is not images.dtype or (bias is not None and bias.dtype is not weight.dtype):
+        if autocast_dtype(images) is None:  # PyTorch's convolution wants one dtype, and says so
+            return f"images in {images.dtype}, weights in {weight.dtype}"
+    return why_reference(images)
 
 
 def _why_not_tokens(model: nn.Module, patches: int) -> str | None:
     positions, *prefix = added = _added(model)
     for tensor in added:
-        kind = type(tensor)
         if tensor is None:
             continue
-        if kind is not _Parameter and kind is not Tensor and not exported(tensor):
-            return f"a token or position is a {kind.__name__}"
+        if why_not_weight(tensor) is not None:
+            return f"a token or position is a {type(tensor).__name__}"
         if tensor.dim() != 3 or tensor.shape[0] != 1:
             return f"a token or position is {tuple(tensor.shape)}, not one for all images"
     if positions is None:
@@ -85,12 +78,12 @@ def _added(model: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | Non
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor | None:
-    parameter = model._parameters.get(name)
-    return getattr(model, name) if parameter is None else parameter  # such as a buffer in its place
+    parameter = model._parameters.get(name, MISSING)
+    return getattr(model, name) if parameter is MISSING or parameter is None else parameter  # such as a buffer
 
 
 def embed(model: nn.Module, images: Tensor) -> Tensor:
-    """The tokens (B, N, C) that timm's `patch_embed` and `_pos_embed` make, where `why_not_embedded` has nothing against it."""
+    """The tokens (B, N, C) that timm's `patch_embed` and `_pos_embed` make, where neither rule above objects."""
     parameters = model._modules["patch_embed"]._modules["proj"]._parameters
     added = _added(model)
     tokens = ops.patch_embedding(images, parameters["weight"], parameters["bias"], *added)
