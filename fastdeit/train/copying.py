@@ -58,5 +58,6 @@ def copied_ahead(batches: Iterator[HostBatch], device: torch.device) -> Iterator
 
 
 def _await(batch: HostBatch, event: "torch.cuda.Event") -> None:
-    event.synchronize()
+    if not event.query():
+        event.synchronize()
     batch.copied()

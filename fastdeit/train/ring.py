@@ -6,6 +6,7 @@ way. With HELD slots more, and one, a slot is filled again only when HELD later 
 its reader is to have copied it. A ticket in each slot says which batch it holds: a reader that was too slow sees that.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,8 +73,8 @@ class Ring:
             for tensor in (*self._all.tensors(), self._numbers):
                 tensor.share_memory_()
         if pinned:
-            for tensor in self._all.tensors():
-                _pin(tensor)
+            held = [tensor for tensor in self._all.tensors() if tensor.numel() and _pin(tensor)]
+            weakref.finalize(self, _unpin, held)
         self._turn = 0
 
     def next_slot(self) -> tuple[int, int, Batch]:
@@ -99,10 +100,14 @@ class Ring:
         return Batch(*(tensor[slot] for tensor in self._all.tensors()))
 
 
-def _pin(tensor: Tensor) -> None:
+def _pin(tensor: Tensor) -> bool:
     """Page-locks memory that exists. Where CUDA refuses, copies wait for one another as from any memory."""
-    if tensor.numel():
-        torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0)
+    return not int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0))
+
+
+def _unpin(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
 
 
 def as_arrays(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

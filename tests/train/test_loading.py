@@ -76,6 +76,9 @@ def test_a_copy_to_a_gpu_is_issued_before_the_step_it_runs_beside(monkeypatch):
             return Event()
 
     class Event:
+        def query(self):
+            return False
+
         def synchronize(self):
             log.append("copied")
 
