@@ -119,13 +119,22 @@ class Images(Dataset):
 
     def source_of(self, index: int) -> tuple[ImageSource, int]:
         """The image before it is decoded. Raises what comes of a file that cannot be read: see `naming_errors`."""
+        file, label = self.read(index)
+        return self.opened(file), label
+
+    def read(self, index: int) -> tuple[bytes | Image.Image, int]:
+        """The file's content, or the image of a set that decodes itself."""
         file, label = getattr(self.source, "reader", self.source)[index]
         if isinstance(file, str | os.PathLike):
-            file = Path(file).read_bytes()
+            with open(file, "rb", buffering=0) as stream:
+                file = stream.read()
         elif not isinstance(file, Image.Image):
             with file:
                 file = file.read()
-        return image_source(file, self.mode, self.decoder, self.max_megapixels), int(label)
+        return file, int(label)
+
+    def opened(self, file: bytes | Image.Image) -> ImageSource:
+        return image_source(file, self.mode, self.decoder, self.max_megapixels)
 
     @contextlib.contextmanager
     def naming_errors(self, index: int) -> Iterator[None]:
@@ -201,7 +210,14 @@ class ArrayDataset(Dataset):
         return self.transform(self.images[index]), self.classes[index]
 
     def source_of(self, index: int) -> tuple[ImageSource, int]:
-        return DecodedImage(self.images[index]), self.classes[index]
+        image, label = self.read(index)
+        return self.opened(image), label
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.classes[index]
+
+    def opened(self, image: Image.Image) -> ImageSource:
+        return DecodedImage(image)
 
     @contextlib.contextmanager
     def naming_errors(self, index: int) -> Iterator[None]:

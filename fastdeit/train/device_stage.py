@@ -8,6 +8,7 @@ from torch.utils.data import IterableDataset
 
 from fastdeit.ops import augment
 from fastdeit.train.config import Config
+from fastdeit.train.decoders import with_decoder
 from fastdeit.train.image_pipeline import split_flips
 from fastdeit.train.plans import Planner, why_not_planned
 from fastdeit.train.transform_errors import NamedTransforms
@@ -63,3 +64,17 @@ def why_augmented_on_cpu(config: Config, dataset: Any, device: torch.device) -> 
         return f"the device is the {device.type.upper()} itself"
     reason = why_not_batched(dataset)
     return reason if reason is not None else why_not_planned(split_flips(dataset.transform)[1])
+
+
+def describe_loader(config: Config, dataset: Any, device: torch.device) -> str:
+    """What makes the training images, and where, in a line; reasons where something is not done as it could be."""
+    reason = why_augmented_on_cpu(config, dataset, device)
+    parts = [
+        f"decoder {with_decoder(config).decoder}" if config.data != "digits" else "images in memory",
+        f"resize {config.resize}",
+        "flips and augmentation on the device" if reason is None else f"flips and augmentation on the CPU: {reason}",
+    ]
+    single = why_not_batched(dataset)
+    if single is not None:
+        parts.append(f"image by image: {single}")
+    return f"loader: {'; '.join(parts)}"

@@ -75,7 +75,35 @@ class ImagePipeline:
         Raises:
             TransformFailure: a transform failed. Whatever PIL raises: the image cannot be decoded.
         """
-        image = self._cropped(source)
+        image, flips = self.augmented(self.resized(*self.part(source)), rows)
+        self.write(image, out)
+        return flips
+
+    def part(self, source: ImageSource) -> tuple[Image.Image | np.ndarray, InterpolationMode | None]:
+        """The random crop, decoded, and how it is to be resized; the whole image where the crop is not one of a size to draw."""
+        crop = self.crop
+        if not isinstance(crop, RandomResizedCropAndInterpolation):
+            return source.image(), None
+        with _named(self.crop_option):
+            top, left, height, width = crop.get_params(_Extent(source.width, source.height), crop.scale, crop.ratio)
+            box = Box(left, top, width, height)
+            mode = crop.interpolation
+            mode = random.choice(mode) if isinstance(mode, tuple | list) else mode
+        return (source.array if self.resize == "torch" else source.image)(box), mode
+
+    def resized(
+        self, part: Image.Image | np.ndarray, interpolation: InterpolationMode | None
+    ) -> Image.Image | np.ndarray:
+        """The crop in the result's size: an image, or (height, width, channels) uint8."""
+        with _named(self.crop_option):
+            if interpolation is None:
+                return self.crop(part)
+            if self.resize == "torch":
+                return resized_by_torch(part, (self.height, self.width), interpolation.value)
+            return part.resize((self.width, self.height), _RESAMPLING[interpolation])
+
+    def augmented(self, image: Image.Image | np.ndarray, rows: np.ndarray) -> tuple[Image.Image | np.ndarray, int]:
+        """The image after what is not planned, and the flips that are left to do; writes the plan into rows."""
         flips = 0
         for option, step in self.flips:
             with _named(option):
@@ -86,38 +114,17 @@ class ImagePipeline:
             for option, step in self.augmentation:
                 with _named(option):
                     image = step(image)
-            flips = 0
-        else:
-            recorder = Recorder((self.width, self.height), lambda: flipped(as_image(image), flips))
-            for option, step in self.planner.steps:
-                with _named(option):
-                    step(recorder)
-            self.planner.write(recorder, rows)
-            if recorder.image is not None:
-                image, flips = recorder.image, 0
+            return image, 0
+        recorder = Recorder((self.width, self.height), lambda: flipped(as_image(image), flips))
+        for option, step in self.planner.steps:
+            with _named(option):
+                step(recorder)
+        self.planner.write(recorder, rows)
+        return (image, flips) if recorder.image is None else (recorder.image, 0)
+
+    def write(self, image: Image.Image | np.ndarray, out: np.ndarray) -> None:
         with _named("img_size"):
             out[:] = np.asarray(image).reshape(out.shape)
-        return flips
-
-    def _cropped(self, source: ImageSource) -> Image.Image | np.ndarray:
-        """The crop, resized: an image, or (height, width, channels) uint8."""
-        crop = self.crop
-        if not isinstance(crop, RandomResizedCropAndInterpolation):
-            image = source.image()
-            with _named(self.crop_option):
-                return crop(image)
-        with _named(self.crop_option):
-            top, left, height, width = crop.get_params(_Extent(source.width, source.height), crop.scale, crop.ratio)
-            box = Box(left, top, width, height)
-            mode = crop.interpolation
-            mode = random.choice(mode) if isinstance(mode, tuple | list) else mode
-        if self.resize == "torch":
-            pixels = source.array(box)
-            with _named(self.crop_option):
-                return resized_by_torch(pixels, (self.height, self.width), mode.value)
-        part = source.image(box)
-        with _named(self.crop_option):
-            return part.resize((self.width, self.height), _RESAMPLING[mode])
 
 
 def split_flips(transform: NamedTransforms) -> tuple[list, list]:
