@@ -114,14 +114,16 @@ def _train(config: Config, folder: Path, resume: bool) -> int:
 
 def _train_together(config: Config, folder: Path, resume: bool, world: "World") -> int:
     """Trains in the processes of world, and prints in one of them what came of it."""
-    from fastdeit.train.failures import RunFailedError, cause, patience
+    from fastdeit.train.failures import RunFailedError, known_cause
     from fastdeit.train.monitor import NonFiniteLossError
     from fastdeit.train.reporting import results_table
     from fastdeit.train.run import train
     from fastdeit.train.signals import Stopped
 
-    def ended(message: object, code: int, known: bool = True) -> int:
-        if world.main or not known:
+    def ended(message: object, code: int) -> int:
+        """Says it once: in the main process, or in another one that cannot reach it."""
+        reached = world.peers is None or (world.peers.tell(str(message)) and world.peers.main_knows)
+        if world.main or not reached:
             rank = "" if world.main else f"rank {world.rank}: "
             print(f"fastdeit train: {rank}{message}", file=sys.stderr, flush=True)
         return code
@@ -134,17 +136,15 @@ def _train_together(config: Config, folder: Path, resume: bool, world: "World") 
     except Stopped as stopped:
         return ended(stopped, stopped.exit_code)
     except (RunFailedError, NonFiniteLossError) as error:
-        return ended(
-            error, 1, known=world.peers is None or world.peers.cause is not None or world.peers.tell(str(error))
-        )
+        return ended(error, 1)
     except KeyboardInterrupt:
         return ended("interrupted", 130)
-    except Exception as error:
-        if world.peers is None and isinstance(error, ValueError | TypeError | OSError | ImportError):
-            raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if world.peers is None:
-            return ended(cause(error), 1)
-        return ended(world.peers.cause_within(patience(error)) or cause(error), 2, known=world.peers.tell(cause(error)))
+            raise
+        return ended(known_cause(world, error), 2)
+    except Exception as error:
+        return ended(known_cause(world, error), 1)
     if not world.main:
         return 0
     columns = {"last epoch": result.last, **({"moving average": result.ema} if result.ema else {})}

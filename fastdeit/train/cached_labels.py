@@ -133,8 +133,16 @@ class LabelFile:
                 raise ValueError(f"teacher_cache: {path}: not a file of fastdeit cache-teacher")
             try:
                 self.header = json.loads(file.read(length))
-            except ValueError:
+            except (ValueError, OverflowError, MemoryError, RecursionError):
                 raise ValueError(f"teacher_cache: {path}: its header cannot be read") from None
+        for name in ("epochs", "positions", "classes", "teacher_weights"):
+            value = self.header.get(name) if isinstance(self.header, dict) else None
+            kind = str if name == "teacher_weights" else int
+            if type(value) is not kind or (kind is int and not 0 < value < 2**40):
+                raise ValueError(
+                    f"teacher_cache: {path}: its header has {value!r} as {name}, expected "
+                    + ("a hash" if kind is str else "an integer of at least 1")
+                )
         shape = (self.header["epochs"], self.header["positions"])
         self.start = len(MAGIC) + 8 + length
         self.end = self.start + 2 * shape[0] * shape[1]
@@ -198,6 +206,16 @@ class LabelFile:
             )
         return stored.hex()
 
+    def check_range(self) -> None:
+        """Raises ValueError that names the first label which is no class."""
+        for epoch, row in enumerate(self.labels):
+            outside = np.flatnonzero((row < 0) | (row >= self.header["classes"]))
+            if len(outside):
+                raise ValueError(
+                    f"teacher_cache: {self.path}: epoch {epoch}, position {outside[0]}: class {row[outside[0]]}, expected 0 to "
+                    f"{self.header['classes'] - 1}"
+                )
+
 
 def check_header(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError naming the fields in which a file's labels are of another run."""
@@ -243,6 +261,7 @@ class CachedTeacher(nn.Module):
         weights = teacher_hash(config, len(data.classes)) if config.teacher_checkpoint is not None else known
         check_header(self.file.header, label_header(config, data, device, ranks, weights), path)
         self.file.check_whole()
+        self.file.check_range()
         if self.file.header["epochs"] < config.epochs:
             raise ValueError(
                 f"teacher_cache: {path}: has {self.file.header['epochs']} epochs, epochs is {config.epochs}"

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fastdeit.train.config import DECODERS, Config
+from fastdeit.train.config import Config
+from fastdeit.train.config_checks import DECODERS
 from fastdeit.train.jpeg_header import JpegHeader
 
 _MODULES = {"nvimgcodec": "nvidia.nvimgcodec", "simplejpeg": "simplejpeg", "torchvision": "torchvision"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastdeit.train.distributed import World
 from fastdeit.train.transform_errors import TransformError
 
 ERROR = "error.txt"  # in a run's folder: the traceback of an error that nobody expected
@@ -41,6 +42,16 @@ def patience(error: BaseException) -> float:
     words = ("gloo", "nccl", "connection", "peer", "socket", "store", "timed out", "rank")
     together = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     return 5.0 if together else 0.0
+
+
+def known_cause(world: World, error: Exception) -> str:
+    """Why a process of world cannot go on, in one line: what another one says that failed before, else this error, of which the
+    others then know."""
+    known = world.peers.cause_within(patience(error)) if world.peers is not None else None
+    text = known or cause(error)
+    if world.peers is not None and known is None:
+        world.peers.tell(text)
+    return text
 
 
 def write_traceback(folder: Path, error: BaseException) -> str:

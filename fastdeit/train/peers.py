@@ -74,6 +74,11 @@ class Peers:
             time.sleep(0.1)
         return self.cause
 
+    @property
+    def main_knows(self) -> bool:
+        """Whether the main process is there and has been told why the run cannot go on, so that it says so."""
+        return self.cause is not None and self.cause != MAIN_GONE
+
     def end(self) -> None:
         """This process leaves as it should."""
         self.seen_to = True

@@ -5,6 +5,7 @@ not taken for impatience, and the processes that load data do not heed it: their
 """
 
 import contextlib
+import ctypes
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from types import FrameType
 
 # A scheduler's end of time, its early warning (Slurm's --signal=USR1), Ctrl-C, and the end of a terminal.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 IMPATIENT = 1.0  # seconds after which another Ctrl-C ends a run at once
 
 
@@ -67,7 +69,12 @@ def held() -> Iterator[None]:
 
 
 def ignore_in_worker(worker: int = 0) -> None:
-    """To be called in a process that loads data, before anything else (DataLoader's worker_init_fn): its parent heeds SIGNALS."""
+    """To be called in a process that loads data, before anything else (DataLoader's worker_init_fn): its parent heeds SIGNALS.
+
+    Where the system can, it ends with its parent, which may be killed without a chance to end it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -20,6 +20,7 @@ class AotConfig:
         matrix: it must contain the architecture's full-rate matrix instructions, or those of this name.
         fp_fusion: as the launcher has it.
         max_registers, min_blocks_per_sm: limits of its own, beyond those that hold for all.
+        unaligned: pointers that are not 16-byte aligned.
     """
 
     kernel: JITFunction
@@ -32,3 +33,4 @@ class AotConfig:
     max_registers: int | None = None
     min_blocks_per_sm: int | None = None
     fp_fusion: bool = True
+    unaligned: tuple[str, ...] = ()

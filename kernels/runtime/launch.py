@@ -21,6 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
 _TESTED_VERSIONS = ("3.6.", "3.9.")
 _DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
+
+
+def launches_directly() -> bool:
+    """Whether launches take the direct call, which needs a version of Triton that was tested."""
+    return _DIRECT
+
+
 _INT32 = 2**31
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastdeit.benchmarks.photographs import fitted, photographs
 from fastdeit.train import decoders
-from fastdeit.train.config import DECODERS
+from fastdeit.train.config_checks import DECODERS
 from fastdeit.train.decoders import Box, create_decoder, is_installed, resolved_decoder
 from fastdeit.train.image_sources import DecodedImage, EncodedJpeg, image_source
 from fastdeit.train.jpeg_header import common_jpeg

@@ -15,7 +15,7 @@ import torch
 
 from fastdeit.testing.fake_cuda import errors, start_python, why_unavailable
 
-_SECONDS = 300  # for a test, the child's start included
+_SECONDS = 600  # for a test, the child's start included
 _DEVICES = 2
 _OPTION = "--run-on-fake-device"
 
