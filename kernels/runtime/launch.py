@@ -7,6 +7,7 @@ bits; those that do not are left to Triton.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from triton.knobs import HookChain, runtime
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastdeit.kernels.runtime.refusal import refusal
 
 # The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
 _TESTED_VERSIONS = ("3.6.", "3.9.")
@@ -33,6 +36,8 @@ _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 # Takes launches of CPU tensors, called as `launch` is; None leaves them to Triton, whose interpreter runs them.
 _cpu_launcher: Callable[..., None] | None = None
+
+_thread = threading.local()  # compiled_only: a CompiledOnly; has_context: device indices
 
 # kernel's id -> the kernel, positions of the arguments whose type matters, and what was compiled so far
 _kernels: dict[int, "_Kernel"] = {}
@@ -69,6 +74,9 @@ def launch(
         constexprs: every constexpr value in the order of the signature.
         num_warps, num_stages: compile options.
         fp_fusion: let the compiler make one rounding of a multiplication and an addition; always the same for a kernel.
+
+    Raises:
+        KernelRefused: the kernel cannot be compiled, loaded or launched on the device.
     """
     home = _device_index(args)
     if home >= 0 and home != torch.cuda.current_device():
@@ -78,6 +86,31 @@ def launch(
         _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
     else:
         _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+
+
+class CompiledOnly:
+    """What is launched between `begin` and `end` in a thread is compiled and loaded, and not run: results are left as they are.
+
+    After `close` no thread is held any more, also where an error kept one from its `end`.
+    """
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def begin(self) -> None:
+        _thread.compiled_only = self
+
+    def end(self) -> None:
+        _thread.compiled_only = None
+
+    def close(self) -> None:
+        self.open = False
+
+
+def _runs() -> bool:
+    """Whether this thread's launches are to run."""
+    held = getattr(_thread, "compiled_only", None)
+    return held is None or not held.open
 
 
 @contextlib.contextmanager
@@ -122,6 +155,8 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion) ->
         if kept is not None:  # None where a hook of Triton's took the compilation over
             known.compiled[key] = _direct_call(kept)
         return
+    if not _runs():
+        return
     stream = driver.active.get_current_stream(device)
     enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
     # A chain without hooks is left out: calling it would cost as much as the rest of the launch.
@@ -150,6 +185,7 @@ def descriptor(
         block_shape: of one load or store.
         shape, strides: to see the tensor by, together; its own by default.
     """
+    _bind_context(tensor)
     if shape is None:
         shape, strides = tensor.shape, tensor.stride()
     if not _DIRECT:
@@ -158,6 +194,18 @@ def descriptor(
     made.base, made.shape, made.strides = tensor, shape, strides
     made.block_shape, made.padding = block_shape, "zero"
     return made
+
+
+def _bind_context(tensor: torch.Tensor) -> None:
+    """Makes the device's context current in this thread, once: an autograd thread's first launch may be one with descriptors, which
+    are encoded before Triton looks for a context."""
+    device = tensor.get_device()
+    bound = getattr(_thread, "has_context", None)
+    if bound is None:
+        bound = _thread.has_context = {-1}  # the CPU
+    if device not in bound:
+        torch.cuda.mem_get_info(device)
+        bound.add(device)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -181,8 +229,20 @@ def _device_index(args: tuple) -> int:
 
 
 def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion):
-    options = {} if fp_fusion else {"enable_fp_fusion": False}
-    return kernel[grid](*args, *constexprs, num_warps=num_warps, num_stages=num_stages, **options)
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    if not fp_fusion:
+        options["enable_fp_fusion"] = False
+    try:
+        if _runs():
+            return kernel[grid](*args, *constexprs, **options)
+        compiled = kernel.warmup(*args, *constexprs, grid=grid, **options)
+        if compiled is not None:  # None where a hook of Triton's took the compilation over
+            compiled.run  # noqa: B018, which loads it
+        return None
+    except Exception as error:
+        if type(kernel) is JITFunction and (refused := refusal(kernel, error)):
+            raise refused from error
+        raise
 
 
 def _register(kernel: JITFunction) -> _Kernel:
