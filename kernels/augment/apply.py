@@ -250,15 +250,13 @@ def augment_layer(
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """Colour images of 224 pixels: the first layer, the last one, one between them, and a layer that is both first and last."""
+    """Colour images of 224 pixels: the first of several layers, and the last."""
     types = dict(images_ptr="*u8", plan_ptr="*fp64", tables_ptr="*u8")
     types |= dict.fromkeys(("plan_stride", "fill_0", "fill_1", "fill_2"), "i32")
     constants = dict(H=224, W=224, C=3, BLOCK=BLOCK, PART=PART)
     first, last = dict(flips_ptr="*u8"), dict(levels_ptr="*fp32")
     for label, found, interleaved in (
         ("first", types | first | dict(out_ptr="*u8"), True),
-        ("between", types | dict(out_ptr="*u8"), False),
-        ("only", types | first | last | dict(out_ptr="*fp32"), True),
         ("last", types | last | dict(out_ptr="*fp32"), False),
     ):
         constexprs = constants | dict(INTERLEAVED=interleaved)
