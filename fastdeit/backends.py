@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastdeit.refusals import why_refused
+
 BACKENDS = ("auto", "triton", "reference")
 _MINIMUM_CAPABILITY = (8, 0)
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -68,13 +70,14 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda or _supposes_gpu
 
 
-def why_reference(x: Tensor, *, products: bool = False) -> str | None:
+def why_reference(x: Tensor, *, products: bool = False, kernels: tuple[str, ...] = ()) -> str | None:
     """None when the kernels run on tensors like x, else why the reference does.
 
     Args:
         x: the op's main input; its device and dtype decide.
         products: the op multiplies matrices, in `product_dtype(x)`. In IEEE fp32 those have no matrix instructions, so on a GPU
             they are left to the libraries unless `torch.backends.cuda.matmul` allows TF32.
+        kernels: subjects (folders of kernels) that the op uses: one of them may have been refused on this machine.
 
     Raises:
         RuntimeError: the backend "triton" is asked for and cannot run on x.
@@ -83,7 +86,7 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
         return "the backend is set to reference"
     if in_functional_transform():
         return "inside a torch.func transform"
-    reason = _why_kernels_cannot_run(x, products)
+    reason = _why_kernels_cannot_run(x, products) or why_refused(*kernels)
     return reason if reason is None else refuse(reason)
 
 

@@ -32,8 +32,10 @@ from fastdeit.ops.layer_norm_op import add_layer_norm_reference, layer_norm_refe
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.matmul import as_dtype, lacks_elements, without_autocast
 from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference, why_refused
 
 
+@or_reference
 def add_layer_norm_attention(
     x: Tensor,
     branch: Tensor | None,
@@ -119,7 +121,7 @@ def add_layer_norm_attention_reference(
 
 def why_reference(x: Tensor, head_dim: int, branch: Tensor | None = None) -> str | None:
     """None when `add_layer_norm_attention` runs its kernels on x, else why it runs the reference."""
-    return why_no_layer_norm(x, branch) or attention_op.why_reference(x, head_dim)
+    return why_no_layer_norm(x, branch) or attention_op.why_reference(x, head_dim) or why_refused("gemm")
 
 
 def _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads) -> None:

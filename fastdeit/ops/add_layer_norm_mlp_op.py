@@ -31,8 +31,10 @@ from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.matmul import as_dtype, lacks_elements, without_autocast
 from fastdeit.ops.mlp_op import check_mlp, mlp_reference
 from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference, why_refused
 
 
+@or_reference
 def add_layer_norm_mlp(
     x: Tensor,
     branch: Tensor | None,
@@ -116,7 +118,7 @@ def add_layer_norm_mlp_reference(
 
 def why_reference(x: Tensor, branch: Tensor | None = None) -> str | None:
     """None when `add_layer_norm_mlp` runs its kernels on x, else why it runs the reference."""
-    return why_no_layer_norm(x, branch)
+    return why_no_layer_norm(x, branch) or why_refused("mlp", "gemm")
 
 
 # ---- the op

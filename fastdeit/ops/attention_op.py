@@ -14,11 +14,13 @@ from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.runtime.architecture import architecture
 from fastdeit.ops.arguments import check_beside, check_float
 from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)  # of timm's vision transformers
 _LARGEST_TF32_HEAD_DIM = 64  # in twice the bytes, the backward of larger heads spills registers
 
 
+@or_reference
 def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
     """softmax(scale * Q K^T) V per head (Vaswani et al. 2017, eq. 1), from the qkv projection's output to proj's input.
 
@@ -45,6 +47,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
     return out
 
 
+@or_reference
 def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """`attention` on separate queries, keys and values, for models that normalise or rotate them in between.
 
@@ -99,7 +102,7 @@ def why_reference(x: Tensor, head_dim: int, scale: float | None = None) -> str |
         return backends.refuse(f"scale {scale} is not positive")
     if head_dim > _LARGEST_TF32_HEAD_DIM and backends.on_gpu(x) and backends.product_dtype(x) == torch.float32:
         return backends.refuse(f"head dimension {head_dim} in TF32 is over the kernel's {_LARGEST_TF32_HEAD_DIM}")
-    return backends.why_reference(x, products=True)
+    return backends.why_reference(x, products=True, kernels=("attention",))
 
 
 def why_handed_over(x: Tensor, head_dim: int, tokens: int, batch_heads: int) -> str | None:

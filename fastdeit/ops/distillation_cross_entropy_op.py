@@ -17,8 +17,10 @@ from fastdeit import backends
 from fastdeit.cost import formulas as costs
 from fastdeit.ops.distillation_arguments import Options, check_options, check_range, check_tensors
 from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 
+@or_reference
 def distillation_cross_entropy(
     logits: Tensor | None,
     dist_logits: Tensor | None,
@@ -138,7 +140,8 @@ def distillation_cross_entropy_reference(
 def why_reference(*tensors: Tensor | None) -> str | None:
     """None when `distillation_cross_entropy` runs its kernels on these tensors, else why it runs the reference."""
     values = [x for x in tensors if x is not None and x.is_floating_point()]
-    return backends.why_reference(next((x for x in values if x.dtype not in backends.KERNEL_DTYPES), values[0]))
+    deciding = next((x for x in values if x.dtype not in backends.KERNEL_DTYPES), values[0])
+    return backends.why_reference(deciding, kernels=("loss",))
 
 
 def _out_dtype(logits, dist_logits, target, teacher, options: Options) -> torch.dtype:

@@ -8,8 +8,10 @@ from fastdeit.ops.arguments import check_drop_path_scale, check_residual, check_
 from fastdeit.ops.layer_norm_op import check_normalised, layer_norm_reference
 from fastdeit.ops.matmul import lacks_elements, promoted
 from fastdeit.ops.mlp_op import check_mlp, mlp_reference
+from fastdeit.refusals import or_reference
 
 
+@or_reference
 def layer_norm_mlp(
     x: Tensor,
     norm_weight: Tensor | None,

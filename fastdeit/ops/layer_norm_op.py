@@ -10,10 +10,12 @@ from fastdeit import backends
 from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_float, check_vector
 from fastdeit.ops.matmul import contiguous
 from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 MAX_CHANNELS = 8192  # the longest row that the kernels hold in registers
 
 
+@or_reference
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -40,6 +42,7 @@ def layer_norm(
     return y
 
 
+@or_reference
 def add_layer_norm(
     x: Tensor,
     branch: Tensor,
@@ -124,7 +127,7 @@ def why_reference(x: Tensor, branch: Tensor | None = None) -> str | None:
         return "no channels"
     if branch is not None and branch.dtype not in backends.KERNEL_DTYPES:
         return backends.refuse(f"{backends.dtype_name(branch.dtype)} branch")
-    return backends.why_reference(x)
+    return backends.why_reference(x, kernels=("norm",))
 
 
 def default_out_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

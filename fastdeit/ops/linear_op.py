@@ -19,8 +19,10 @@ from fastdeit.ops.matmul import (
 )
 from fastdeit.ops.mlp_op import ACTIVATIONS
 from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 
+@or_reference
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -83,7 +85,7 @@ def linear_reference(
 
 def why_reference(x: Tensor) -> str | None:
     """None when `linear` runs its kernels on x, else why it runs the reference."""
-    return backends.why_reference(x)
+    return backends.why_reference(x, kernels=("mlp", "gemm"))
 
 
 def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> None:

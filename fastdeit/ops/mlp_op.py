@@ -10,6 +10,7 @@ from fastdeit import backends
 from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.matmul import lacks_elements, weight_gradient
 from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 # What timm's activation modules compute.
 ACTIVATIONS = {
@@ -21,6 +22,7 @@ ACTIVATIONS = {
 }
 
 
+@or_reference
 def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu") -> Tensor:
     """activation(x W1^T + b1) W2^T + b2 (Vaswani et al. 2017, eq. 2, with Hendrycks and Gimpel 2016 for GELU).
 
@@ -57,7 +59,7 @@ def mlp_reference(
 
 def why_reference(x: Tensor, activation: str = "gelu") -> str | None:
     """None when `mlp` runs its kernels on x, else why it runs the reference. Any known activation has a kernel."""
-    return backends.why_reference(x)
+    return backends.why_reference(x, kernels=("mlp", "gemm"))
 
 
 def check_mlp(x, w1, b1, w2, b2, activation) -> None:

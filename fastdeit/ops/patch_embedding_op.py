@@ -10,10 +10,12 @@ from fastdeit import backends
 from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.matmul import contiguous, promoted, weight_gradient, without_autocast
 from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 _INPUTS = ("images", "weight", "bias", "positions", "class_token", "more_tokens")
 
 
+@or_reference
 def patch_embedding(
     images: Tensor,
     weight: Tensor,
@@ -71,7 +73,7 @@ def why_reference(images: Tensor) -> str | None:
     """None when `patch_embedding` runs its kernel on images, else why it runs the reference, a convolution."""
     if backends.on_gpu(images) and backends.product_dtype(images) == torch.float32:
         return "float32 convolutions and matrix products take TF32 by switches of their own"
-    return backends.why_reference(images)
+    return backends.why_reference(images, kernels=("embedding",))
 
 
 def _check(images, weight, bias, positions, class_token, more_tokens) -> None:
