@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fastdeit.train.augmentation import BatchAugmentation
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import ArrayDataset, Data
+from fastdeit.train.decoders import decoder_version, with_decoder
 from fastdeit.train.device import autocast
 from fastdeit.train.files import WriteError, remove_temporaries, why, write_atomically
 from fastdeit.train.loading import TrainLoader
@@ -39,11 +40,12 @@ MISSING = -1
 STORE_EVERY = 60  # seconds
 FILES_READ = 1000
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")  # that augment
+BEFORE = {"decoder": "pillow", "resize": "pillow"}  # of a file that does not say
 FIELDS_OF_LABELS = (
-    "seed", "batch_size", "repeated_aug", "img_size", "in_chans", "mean", "std", "interpolation", "simple_random_crop", "scale",
-    "ratio", "hflip", "vflip", "three_augment", "aa", "color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob",
-    "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
-    "mixup_off_epoch", "precision", "teacher_model", "teacher_kwargs",
+    "seed", "batch_size", "repeated_aug", "img_size", "in_chans", "mean", "std", "interpolation", "resize",
+    "simple_random_crop", "scale", "ratio", "hflip", "vflip", "three_augment", "aa", "color_jitter", "color_jitter_prob",
+    "grayscale_prob", "gaussian_blur_prob", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
+    "mixup_switch_prob", "mixup_mode", "mixup_off_epoch", "precision", "teacher_model", "teacher_kwargs",
 )  # fmt: skip
 
 
@@ -59,9 +61,11 @@ def label_header(config: Config, data: Data, device: torch.device, ranks: int, t
         )
     if len(data.classes) > np.iinfo(np.int16).max:
         raise ValueError(f"data: labels are int16, {config.data} has {len(data.classes)} classes")
+    decoder = with_decoder(config).decoder
     batches = EpochBatches(len(data.train), config.batch_size, config.seed, repeats=config.repeated_aug)
     return {
         **{name: getattr(config, name) for name in FIELDS_OF_LABELS},
+        "decoder": decoder,
         "ranks": ranks,
         "sampler": "keyed",
         "device": device.type,  # random numbers of a CPU and of a GPU differ
@@ -69,7 +73,7 @@ def label_header(config: Config, data: Data, device: torch.device, ranks: int, t
         "dataset": fingerprint(data.train),
         "classes": len(data.classes),
         "positions": len(batches) * config.batch_size,
-        "libraries": {name: version(name).partition("+")[0] for name in LIBRARIES},
+        "libraries": {name: version(name).partition("+")[0] for name in LIBRARIES} | decoder_version(decoder),
     }
 
 
@@ -215,6 +219,7 @@ class LabelFile:
 
 def check_header(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError naming the fields in which a file's labels are of another run."""
+    found = {**BEFORE, **found}
     differing = [
         f"{name} ({found.get(name)!r} there, {value!r} now)"
         for name, value in expected.items()

@@ -189,7 +189,7 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
 
     The number of epochs may grow, and the data may be elsewhere: what they hold is compared by itself.
     """
-    saved = config_from(state["config"])
+    saved = config_from({"decoder": "pillow", **state["config"]})  # what decoded before there was a choice
     differing = [
         f"{name} ({getattr(saved, name)!r} there, {getattr(config, name)!r} now)"
         for name in FIELDS

@@ -56,6 +56,17 @@ class Config:
     )
     crop_pct: float = _help("share of the resized image that evaluation's crop keeps", 0.875)
     crop_mode: str = _help("how evaluation crops: center, squash (no aspect ratio kept) or border (padded)", "center")
+    decoder: str = _help(
+        "decodes JPEG files: nvimgcodec, simplejpeg, torchvision or pillow; auto takes the first that is installed",
+        "auto",
+    )
+    resize: str = _help(
+        "resizes training images: pillow, as timm does, or torch, faster and a little different", "pillow"
+    )
+    augment_on: str = _help(
+        "where auto-augmentation and flips run: cpu, device, or auto for a GPU if there is one; images do not depend on it",
+        "auto",
+    )
     workers: int = _help("processes that load data; results do not depend on it", 0)
     prefetch: int = _help("batches that each of them loads ahead", 2)
 
@@ -177,6 +188,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
 FREE_FIELDS = (
     "output",
+    "augment_on",
     "workers",
     "prefetch",
     "max_bad_images",

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fastdeit.train.config import Config
 
 DISTILLATION_TYPES = ("none", "soft", "hard")
+DECODERS = ("nvimgcodec", "simplejpeg", "torchvision", "pillow")  # `auto` takes the first that is installed
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LONGEST_NAME = 200  # bytes; file systems allow 255, and -2, -3... follow
 TAKEN_KWARGS = {"num_classes", "img_size", "in_chans", "drop_path_rate", "pretrained"}
@@ -73,6 +74,9 @@ def check_config(config: "Config") -> None:
         ("crop_mode", ("center", "squash", "border")),
         ("mixup_mode", ("batch", "pair", "elem")),
         ("in_chans", (1, 3)),
+        ("decoder", ("auto", *DECODERS)),
+        ("resize", ("pillow", "torch")),
+        ("augment_on", ("auto", "cpu", "device")),
     ):
         if getattr(c, name) not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(c, name)!r}")
@@ -130,6 +134,16 @@ def _check_contradictions(c: "Config") -> None:
         "warmup_epochs",
         c.epochs <= c.warmup_epochs,
         f"expected less than epochs ({c.epochs}), such as 0 for none, got {c.warmup_epochs}",
+    )
+    refuse(
+        "resize",
+        c.resize == "torch" and c.simple_random_crop,
+        "torch is for random crops, pillow for simple_random_crop",
+    )
+    refuse(
+        "resize",
+        c.resize == "torch" and c.interpolation == "nearest",
+        "torch is for bilinear and bicubic interpolation, pillow for nearest",
     )
     refuse("mixup_off_epoch", c.mixup_off_epoch > 0 and not c.mixes, "nothing is mixed, so that nothing can end")
     refuse(

@@ -57,7 +57,13 @@ class _Compiled(NamedTuple):
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple, constexprs: tuple, num_warps: int, num_stages: int = 1
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple,
+    constexprs: tuple,
+    num_warps: int,
+    num_stages: int = 1,
+    fp_fusion: bool = True,
 ) -> None:
     """Launches `kernel` over `grid` on the current stream of the device of its first tensor.
 
@@ -67,6 +73,7 @@ def launch(
         args: every run-time argument in the order of the signature: tensors, host tensor descriptors, int, float or None.
         constexprs: every constexpr value in the order of the signature.
         num_warps, num_stages: compile options.
+        fp_fusion: let the compiler make one rounding of a multiplication and an addition; always the same for a kernel.
 
     Raises:
         KernelRefused: the kernel cannot be compiled, loaded or launched on the device.
@@ -74,11 +81,11 @@ def launch(
     home = _device_index(args)
     if home >= 0 and home != torch.cuda.current_device():
         with torch.cuda.device(home):
-            _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
     elif home < 0 and _cpu_launcher is not None:
-        _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages)
+        _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
     else:
-        _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+        _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
 
 
 class CompiledOnly:
@@ -117,9 +124,9 @@ def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
         _cpu_launcher = previous
 
 
-def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
+def _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion) -> None:
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or not _DIRECT:
-        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
         return
     device = driver.active.get_current_device()
     known = _kernels.get(id(kernel)) or _register(kernel)
@@ -134,17 +141,17 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
         elif arg is None or kind is float:
             key.append(kind)
         else:  # whatever else Triton takes
-            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
             return
     for i in known.integers:
         if not -_INT32 <= args[i] < _INT32:  # another variant, which Triton keeps by itself
-            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
             return
 
     key = tuple(key)
     compiled = known.compiled.get(key)
     if compiled is None:
-        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
         if kept is not None:  # None where a hook of Triton's took the compilation over
             known.compiled[key] = _direct_call(kept)
         return
@@ -221,8 +228,10 @@ def _device_index(args: tuple) -> int:
     return -1
 
 
-def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages):
+def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion):
     options = dict(num_warps=num_warps, num_stages=num_stages)
+    if not fp_fusion:
+        options["enable_fp_fusion"] = False
     try:
         if _runs():
             return kernel[grid](*args, *constexprs, **options)

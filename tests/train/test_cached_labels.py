@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fastdeit.train.cached_labels import (
     CachedTeacher,
     LabelFile,
     cache_labels,
+    check_header,
     fingerprint,
     label_header,
     partial_file,
@@ -205,6 +207,7 @@ def test_ranks_divide_the_batch(taught, tmp_path):
 
 
 OTHER = dict(
+    resize="torch",
     seed=9, batch_size=48, repeated_aug=3, img_size=24, mean=[0.1], std=[0.1], interpolation="bilinear", simple_random_crop=True,
     scale=[0.1, 1.0], ratio=[0.5, 2.0], hflip=0.1, vflip=0.1, three_augment=True, aa=None, color_jitter=0.2, color_jitter_prob=0.5,
     grayscale_prob=0.1, gaussian_blur_prob=0.1, reprob=0.1, remode="pixel", recount=2, mixup=0.1, cutmix=0.1,
@@ -219,6 +222,20 @@ def test_labels_of_another_augmentation_are_refused_by_field(taught, field):
     other = config.replace(teacher_cache=str(labels), **{field: OTHER[field]})
     with pytest.raises(ValueError, match=rf"labels of another run: .*{field} \("):
         CachedTeacher(other, data, CPU)
+
+
+def test_labels_of_another_decoder_are_refused(taught):
+    config, data, _, labels = taught
+    here = LabelFile(labels).header["decoder"]
+    other = next(name for name in ("torchvision", "pillow") if name != here)
+    with pytest.raises(ValueError, match=rf"labels of another run: .*decoder \('{here}' there, '{other}' now\)"):
+        CachedTeacher(config.replace(teacher_cache=str(labels), decoder=other), data, CPU)
+
+
+def test_labels_of_a_file_without_a_decoder_are_pillows():
+    check_header({"seed": 0}, {"seed": 0, "decoder": "pillow", "resize": "pillow"}, Path("old.labels"))
+    with pytest.raises(ValueError, match=r"decoder \('pillow' there, 'simplejpeg' now\)"):
+        check_header({"seed": 0}, {"seed": 0, "decoder": "simplejpeg"}, Path("old.labels"))
 
 
 def test_labels_for_other_ranks_are_refused(taught):

@@ -47,7 +47,9 @@ class Launched:
     counts: Counts
 
 
-def variant_of(kernel: Any, args: tuple, constexprs: tuple, num_warps: int, num_stages: int) -> Variant:
+def variant_of(
+    kernel: Any, args: tuple, constexprs: tuple, num_warps: int, num_stages: int, fp_fusion: bool = True
+) -> Variant:
     """What Triton would compile for a launch's arguments."""
     names = kernel.arg_names
     types, unaligned = [], set()
@@ -65,7 +67,7 @@ def variant_of(kernel: Any, args: tuple, constexprs: tuple, num_warps: int, num_
         else:
             types.append((name, "i32" if -_INT32 <= int(arg) < _INT32 else "i64"))
     types += [(name, ("constexpr", value)) for name, value in zip(names[len(args) :], constexprs, strict=True)]
-    return Variant(kernel, tuple(types), frozenset(unaligned), num_warps, num_stages)
+    return Variant(kernel, tuple(types), frozenset(unaligned), num_warps, num_stages, fp_fusion)
 
 
 def execute(
@@ -146,10 +148,18 @@ def executing(
     if reason := why_untested():
         raise RuntimeError(reason)
 
-    def launch(kernel: Any, grid: tuple, args: tuple, constexprs: tuple, num_warps: int, num_stages: int = 1) -> None:
+    def launch(
+        kernel: Any,
+        grid: tuple,
+        args: tuple,
+        constexprs: tuple,
+        num_warps: int,
+        num_stages: int = 1,
+        fp_fusion: bool = True,
+    ) -> None:
         if before_launch:
             before_launch(kernel, grid, args, constexprs, num_warps, num_stages)
-        variant = variant_of(kernel, args, constexprs, num_warps, num_stages)
+        variant = variant_of(kernel, args, constexprs, num_warps, num_stages, fp_fusion)
         compiled = compile_variant(variant, arch)
         tolerated = TOLERATED.get(arch, frozenset())
         storages = [storage_of(t) for t in args if isinstance(t, torch.Tensor | TensorDescriptor)]

@@ -88,7 +88,7 @@ def rows_of(arch: int) -> dict[Variant, AotConfig]:
 
 def variant_of_row(row: AotConfig) -> Variant:
     types = tuple(catalog.argument_types(row).items())
-    return Variant(row.kernel, types, frozenset(), row.num_warps, row.num_stages)
+    return Variant(row.kernel, types, frozenset(), row.num_warps, row.num_stages, row.fp_fusion)
 
 
 def not_launched(rans: Iterable[Ran], arch: int) -> list[str]:
