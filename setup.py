@@ -35,7 +35,7 @@ TEST = [
     "pytest-benchmark>=5.2",
     "pytest-xdist>=3.8",
     "ruff>=0.15",
-    "scikit-image>=0.25",  # photographs
+    "scikit-image>=0.25",  # photographs to train on
     "setuptools>=65",  # the packaging tests build without isolation
     "wheel>=0.45",
 ]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdeit
 from fastdeit import backends
 from fastdeit.kernels.runtime import launch as launch_module
-from fastdeit.ops import mlp_op
+from fastdeit.ops import matmul
 
 # Operations that launch nothing on a GPU: views and allocations.
 _FREE = {
@@ -77,7 +77,7 @@ def kernels_left_out() -> Iterator[list[str]]:
         mock.patch.object(backends, "_why_kernels_cannot_run", lambda x, products: None),
         # whose insides a dispatch mode does not see
         mock.patch.object(backends, "registered_path", lambda *tensors: False),
-        mock.patch.object(mlp_op, "_product_in_float32", product_in_float32),
+        mock.patch.object(matmul, "product_in_float32", product_in_float32),
     ):
         yield launched
 

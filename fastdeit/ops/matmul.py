@@ -38,10 +38,10 @@ def weight_gradient(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """d_out^T rows, summed in fp32 and rounded once, to the weight's dtype."""
     if d_out.dtype == dtype:
         return torch.mm(d_out.t(), rows)
-    return _product_in_float32(d_out.t(), rows).to(dtype)
+    return product_in_float32(d_out.t(), rows).to(dtype)
 
 
-def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """a b of lower precision with an fp32 result: of one kernel on a GPU, by way of fp32 copies on a CPU."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 

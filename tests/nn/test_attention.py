@@ -83,8 +83,11 @@ def test_dropout_after_the_projection_is_drawn_as_timm_draws_it(kernels_stood_in
 
 
 def test_a_head_dimension_without_a_kernel_is_named():
-    with backends.use_backend("triton"):
-        assert "head dimension 16 is none of" in Attention(32, 2).why_not_fused(torch.randn(1, 5, 32))
+    module, x = Attention(32, 2), torch.randn(1, 5, 32)
+    with backends.supposed_gpu():
+        assert "head dimension 16 is none of" in module.why_not_fused(x)
+    with backends.use_backend("triton"), pytest.raises(RuntimeError, match="head dimension 16 is none of"):
+        module(x)
 
 
 def test_a_size_that_is_handed_over_is_timms_and_named(kernels_stood_in, monkeypatch):

@@ -198,10 +198,10 @@ def test_reasons_to_step_aside(kernels_stood_in, replace, reason):
 def test_nothing_is_kept_without_grad(request, context, backend):
     if backend == "auto":
         request.getfixturevalue("kernels_stood_in")
-    fused, _ = pair(init_values=0.5)
+    fused = Block(64, 2, init_values=0.5)
     kept = []
     with backends.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t), context():
-        y = fused(torch.randn(2, 5, 32))
+        y = fused(torch.randn(2, 5, 64))
     assert y.grad_fn is None and not y.requires_grad
     assert kept == []
 

@@ -10,7 +10,7 @@ import torch
 from fastdeit import backends
 from fastdeit.blocks.run import PendingResidual
 from fastdeit.nn import Block
-from fastdeit.ops import mlp_op
+from fastdeit.ops import matmul
 from fastdeit.testing import kernel_device
 
 pytestmark = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def recording(monkeypatch) -> list[tuple[str, int]]:
     products = [
         (torch, "mm", "product"),
         (torch, "addmm", "product"),
-        (mlp_op, "_product_in_float32", "weight gradient"),
+        (matmul, "product_in_float32", "weight gradient"),
     ]
     for owner, name, kind in products:
         monkeypatch.setattr(owner, name, recorded(getattr(owner, name), kind))
