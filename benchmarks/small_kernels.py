@@ -48,6 +48,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
     yield "mlp", lambda: ops.mlp(x, w1, b1, w2, b2)
     yield "linear", lambda: ops.linear(x, w1, b1, activation="gelu")
     options = dict(gamma=gamma, drop_path_scale=scale, residual=x)
+    yield "linear, residual", lambda: ops.linear(x, w1[:channels], b1[:channels], **options)
     yield "layer_norm_mlp", lambda: ops.layer_norm_mlp(x, weight, bias, 1e-6, w1, b1, w2, b2, **options)
     for backend in ("triton", "tma"):
         with gemm_config.use_gemm(backend):
