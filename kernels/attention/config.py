@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastdeit.kernels.runtime.architecture import has_descriptors
+from fastdeit.kernels.runtime.architecture import has_descriptors, pointer_stages
 
 # Head dimensions that are no power of two are cut in two pieces rather than padded: 80 = 64 + 16 does five eighths of the work of
 # 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 is cut in halves because whole it spills on sm_80; on sm_90 both
@@ -121,14 +121,17 @@ def _tiles(head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: b
     """Forward, dQ, and dK and dV."""
     piece1 = PIECES[head_dim][1]
     if itemsize == 4:
-        return (Tiles(64, 32 if has_descriptors(arch) else 16),) * 3
+        return (Tiles(64, 32 if has_descriptors(arch) else 16, num_stages=pointer_stages(arch, 2)),) * 3
     # A grid that does not fill the machine gets programs of half the size. Larger heads have no registers to lose on it.
     own = 32 if narrow and head_dim <= 64 else 64
     if has_descriptors(arch) and arch >= 100 and own == 64:
         # tcgen05 multiplies 128 rows at a time. Other sizes of these three spill at one head dimension or another.
         return Tiles(128, 64), Tiles(64, 32), Tiles(64, 32)
     if has_descriptors(arch):
-        return Tiles(own, 64), Tiles(own, 64), Tiles(own, 64 if descriptors or piece1 < 64 else 32)
+        # 32 rows are too few for wgmma, so that their copies may be asynchronous.
+        stages = 2 if descriptors or own == 32 else pointer_stages(arch, 2)
+        narrower = 64 if descriptors or piece1 < 64 else 32
+        return tuple(Tiles(own, block, num_stages=stages) for block in (64, 64, narrower))
     if head_dim <= 64:
         return Tiles(own, 32), Tiles(own, 32), Tiles(own, 32)
     if piece1 < 64:
