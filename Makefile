@@ -10,12 +10,13 @@ STAMP := $(VENV)/.fastdeit-installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint kernels bench clean
+.PHONY: help install train test test-pillow lint kernels bench clean
 
 help:
 	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
 	@echo "make train     install, then train a small distilled DeiT on real digits (about 5 minutes on 2 cores)"
 	@echo "make test      install, then run all tests"
+	@echo "make test-pillow  install, then run the tests of images and augmentation on the newest Pillow"
 	@echo "make lint      install, then ruff check and ruff format --check"
 	@echo "make kernels   install, then compile every kernel configuration and report on it"
 	@echo "make bench     install, then run the short benchmarks (on a GPU)"
@@ -38,6 +39,13 @@ train: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(ARGS)
+
+# Beside the environment, whose Pillow stays that of constraints.txt.
+test-pillow: $(STAMP)
+	rm -rf build/pillow
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/pillow pillow
+	@PYTHONPATH=build/pillow $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__, "from", PIL.__path__[0])'
+	PYTHONPATH=build/pillow OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_policies.py tests/train/test_image_files.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -64,7 +64,7 @@ setup(
     extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
     packages=packages(),
     package_dir=DIRECTORIES,
-    package_data={"": ["*.c", "*.json", "*.sh", "*.yaml", "py.typed"]},
+    package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},
     include_package_data=False,
     zip_safe=False,
     entry_points={"console_scripts": ["fastdeit = fastdeit.commands.cli:main"]},

@@ -90,9 +90,9 @@ train() {
 # The tests of ops, kernels and modules run on the GPU where there is one. Each process compiles what it meets: many at a time.
 parity() {
     local quietly=($pytest_options) chosen=(tests/ops tests/kernels tests/nn tests/test_losses.py)
-    # What needs no GPU: the compiler's report, and launches over a stand-in for the driver.
+    # What needs no GPU: the compiler's report, and what runs on the fake CUDA runtime.
     chosen+=(--ignore=tests/aot/test_resources.py --ignore=tests/aot/test_catalog.py)
-    chosen+=(--ignore=tests/aot/test_launch_stub.py --deselect=tests/kernels/attention/test_attention.py::test_launched)
+    chosen+=(-m "not fake_device")
     [ -n "$toy" ] && chosen=(tests/ops/test_layer_norm.py -k "layout or frozen")
     [ -z "$toy" ] && "$python" -c 'import xdist' && chosen+=(-n auto --maxprocesses 12 --dist worksteal)
     OMP_NUM_THREADS=1 "$python" -m pytest "${quietly[@]}" "${chosen[@]}"
@@ -100,7 +100,8 @@ parity() {
 
 # Recorded training steps beside the same steps launched kernel by kernel, models under torch.compile, the way of measuring.
 gpu_tests() {
-    local quietly=($pytest_options) chosen=(tests/train/test_graphs.py tests/settings tests/benchmarks/test_timing.py -m gpu)
+    local quietly=($pytest_options) chosen=(tests/train/test_graphs.py tests/train/test_on_gpu.py)
+    chosen+=(tests/settings tests/benchmarks/test_timing.py -m "gpu and not fake_device")
     [ -n "$toy" ] && chosen=(tests/train/test_graphs.py -k replayed)
     "$python" -m pytest "${quietly[@]}" "${chosen[@]}"
 }

@@ -1,63 +1,103 @@
-"""`fastdeit launch-cost`: host microseconds per call of the launch path and per block of a model, without a GPU.
+"""`fastdeit launch-cost`: what launches cost the host, per call of the launch path and per model beside timm's, without a GPU.
 
-A child process runs Triton's real launch path over a stand-in for the CUDA driver, so that what is timed is Python, Triton's
-launcher and PyTorch's dispatch, but neither the driver nor a GPU. Tensors lie on the CPU and are tiny, so that PyTorch's own
-functions cost little but their dispatch: they are yardsticks. A model of blocks is timed accelerated and as timm's, in turns.
+A child process runs PyTorch's and Triton's CUDA code on the fake CUDA runtime, so that what is timed is Python, dispatch, autograd,
+allocator and launchers, but neither the driver nor a GPU.
 """
 
 import argparse
-import copy
-import functools
 import json
 import math
 import platform
 import sys
 import time
 from collections.abc import Callable
-from unittest import mock
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from fastdeit import backends
-from fastdeit.aot.stub_driver import driver
+from fastdeit.testing import fake_cuda
 
-BLOCKS, TRAINED = "a block's share of a forward pass", "a block's share of a training step"
+MODELS = tuple(f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base"))
 CHECK = "whether a block of a model runs fused"
 # Microseconds on a quiet machine.
-BUDGETS = {"launch, pointers": 8.0, "launch, 4 descriptors built and passed": 15.0, CHECK: 5.0}
+BUDGETS = {"launch, pointers": 8.0, "launch, 4 descriptors built and passed": 15.0, CHECK: 10.0}
 YARDSTICK = "torch: F.layer_norm"
 _CALLS, _REPEATS = 200, 25
-_DEPTH = 12  # of the model whose blocks are timed
+_MODEL_CALLS = 3  # of a model, a turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--model", nargs="*", default=MODELS, metavar="NAME", help="timm's, default: distilled DeiT-Ti, S and B"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images, default: 1")
+    parser.add_argument("--turns", type=int, default=15, metavar="N", help="that timm's and ours take, default: 15")
+    parser.add_argument(
+        "--driver-us",
+        type=float,
+        default=0.0,
+        metavar="US",
+        help="added to both for each launch: what a real driver would take, default: 0",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table.
+    """Prints the tables.
 
     Raises:
-        OSError: no C compiler here to build the stand-in with.
+        ValueError: an option is out of range.
+        OSError: the fake CUDA runtime is not available here.
         RuntimeError: the measuring process failed.
     """
-    child = driver.run_python("-m", __name__)
-    if child.returncode:
-        raise RuntimeError(f"measuring the launch cost failed:\n{child.stderr}")
-    costs = json.loads(child.stdout)
-    print(json.dumps(costs, indent=2) if args.json else table(costs))
+    for name in ("batch_size", "turns"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {getattr(args, name)}")
+    if not (math.isfinite(args.driver_us) and args.driver_us >= 0):
+        raise ValueError(f"--driver-us: expected microseconds, zero or more, got {args.driver_us}")
+    found = measured(list(args.model), args.batch_size, args.turns, args.driver_us)
+    print(json.dumps(found, indent=2) if args.json else f"{call_table(found['calls'])}\n\n{model_table(found, args)}")
     return 0
 
 
-def table(costs: dict[str, float]) -> str:
+def measured(models: list[str], batch_size: int = 1, turns: int = 15, driver_us: float = 0.0) -> dict[str, Any]:
+    """{"calls": {name: microseconds}, "models": rows as `host_time.HostTime`}, measured in a process of its own.
+
+    Raises:
+        OSError, RuntimeError: as `run`.
+    """
+    child = fake_cuda.run_python("-m", __name__, json.dumps([models, batch_size, turns, _MODEL_CALLS, driver_us]))
+    if child.returncode:
+        raise RuntimeError(f"measuring the launch cost failed:\n{child.stderr}")
+    return json.loads(child.stdout)
+
+
+def call_table(costs: dict[str, float]) -> str:
     """The costs as text, each beside its budget and as a multiple of a call of PyTorch's."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}"
     lines = [f"Host microseconds per call, least of {_REPEATS} runs of {_CALLS} calls; {versions}", ""]
     for name, cost in costs.items():
         budget = f"  budget {BUDGETS[name]:.0f}" if name in BUDGETS else ""
         lines.append(f"{name:50}{cost:7.1f}  {cost / costs[YARDSTICK]:5.1f} x F.layer_norm{budget}")
+    return "\n".join(lines)
+
+
+def model_table(found: dict[str, Any], args: argparse.Namespace) -> str:
+    """A line for each model, precision, pass and mode."""
+    driver = f", {args.driver_us:g} us a launch added to both" if args.driver_us else ""
+    lines = [
+        f"Processor time of the host per call in us, median of {args.turns} turns at batch size {args.batch_size}{driver}; "
+        "timm's is called eagerly",
+        "",
+        f"{'model':36}{'precision':10}{'pass':9}{'mode':10}{'timm':>9}{'fastdeit':>10}{'ratio':>8}  launches, timm's and ours",
+    ]
+    for row in found["models"]:
+        lines.append(
+            f"{row['model']:36}{row['precision']:10}{row['passed']:9}{row['mode']:10}{row['timm_us']:9.0f}"
+            f"{row['fastdeit_us']:10.0f}{row['ratio']:8.3f}  {row['timm_launches']:5}{row['fastdeit_launches']:6}"
+        )
     return "\n".join(lines)
 
 
@@ -84,60 +124,25 @@ def _microseconds(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls * 1e6
 
 
-def measure_blocks() -> dict[str, float]:
-    """A block's share of what a model's forward pass and training step take of the host, timm's and accelerated.
-
-    And of that, what the accelerated model's look at its blocks takes before every pass.
-
-    The model is as small as its kernels allow, so that what PyTorch's operations compute on the CPU is little beside their
-    dispatch: what remains of it counts against both. The step is of a whole model, patches and head included.
-    """
+def measure_calls() -> dict[str, float]:
+    """Every cost by its name; in a process on the fake CUDA runtime."""
     import timm
 
     import fastdeit
-    from fastdeit.nn import Block
-    from fastdeit.nn.whole_block import run_whole
-
-    sizes = dict(img_size=32, embed_dim=64, num_heads=1, depth=_DEPTH, num_classes=10)
-    timms = timm.create_model("deit_tiny_patch16_224", **sizes)
-    models = {"timm": timms, "accelerated": fastdeit.accelerate(copy.deepcopy(timms))}
-    images = torch.zeros(2, 3, 32, 32)
-
-    def step(model):
-        model.zero_grad()
-        model(images).sum().backward()
-
-    runs_kernels = mock.patch.object(backends, "_why_kernels_cannot_run", lambda x, products: None)
-    blocks, tokens = list(models["accelerated"].blocks), torch.zeros(2, 5, 64)
-    with runs_kernels:
-        costs = {CHECK: round(microseconds(lambda: run_whole(blocks, Block, tokens)) / _DEPTH, 2)}
-    for what, run, context in (
-        (BLOCKS, lambda model: model(images), torch.no_grad),
-        (TRAINED, step, torch.enable_grad),
-    ):
-        least = dict.fromkeys(models, math.inf)
-        with context(), runs_kernels:
-            for turn in range(_REPEATS):
-                for name, model in models.items():
-                    cost = _microseconds(functools.partial(run, model), 4) / _DEPTH
-                    least[name] = min(least[name], cost) if turn else math.inf  # the first turn compiles
-        costs |= {f"{name}: {what}": round(cost, 1) for name, cost in least.items()}
-    return costs
-
-
-def measure() -> dict[str, float]:
-    """Every cost by its name; for a process that `run_python` started, after `activate`."""
+    from fastdeit.blocks.snapshot import Snapshot
     from fastdeit.kernels.norm.layer_norm import layer_norm_forward, layer_norm_forward_kernel
     from fastdeit.kernels.runtime.launch import descriptor, launch
     from fastdeit.ops import layer_norm as op
 
-    torch.set_num_threads(1)
-    x, weight, bias = torch.zeros(2, 198, 192), torch.ones(192), torch.zeros(192)
-    y, mean, rstd = torch.empty_like(x), torch.empty(396), torch.empty(396)
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, device="cuda")
+
+    x, weight, bias = zeros(2, 198, 192), zeros(192), zeros(192)
+    y, mean, rstd = zeros(2, 198, 192), zeros(396), zeros(396)
     strides = (x.stride(0), x.stride(1))
     args = (x, None, None, None, weight, bias, None, y, mean, rstd, 198, *strides, *strides, 1e-6)
     constexprs = (192, 256, 16)
-    qkv, out = torch.zeros(2, 198, 576, dtype=torch.bfloat16), torch.zeros(2, 198, 192, dtype=torch.bfloat16)
+    qkv, out = zeros(2, 198, 576, dtype=torch.bfloat16), zeros(2, 198, 192, dtype=torch.bfloat16)
 
     def descriptors():
         q, k, v = (descriptor(qkv, [1, 64, 64]) for _ in range(3))
@@ -146,29 +151,34 @@ def measure() -> dict[str, float]:
     def launch_descriptors(maps):
         launch(_descriptors_kernel, (4, 1), (*maps, mean, 198, 0.125), (64,), 4)
 
-    kept = descriptors()
-    small, square = torch.zeros(1, 192), torch.zeros(192, 192)
+    made = descriptors()
+    small, square = zeros(1, 192), zeros(192, 192)
     learned = x.clone().requires_grad_(), torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    sizes = dict(img_size=32, embed_dim=64, num_heads=1, depth=12, num_classes=10)
+    model = fastdeit.accelerate(timm.create_model("deit_tiny_patch16_224", **sizes)).cuda().bfloat16()
+    snapshot = Snapshot(model)
     functional = torch.nn.functional
-    with mock.patch(f"{op.__module__}.why_reference", lambda *args, **kwargs: None):
-        return {
-            name: microseconds(call)
-            for name, call in {
-                "kernel[grid], pointers": lambda: layer_norm_forward_kernel[(396,)](*args, *constexprs, num_warps=1),
-                "launch, pointers": lambda: launch(layer_norm_forward_kernel, (396,), args, constexprs, 1),
-                "launch, 4 descriptors built and passed": lambda: launch_descriptors(descriptors()),
-                "launch, 4 descriptors passed again": lambda: launch_descriptors(kept),
-                "building 4 descriptors": descriptors,
-                "launcher: layer_norm_forward": lambda: layer_norm_forward(x, weight, bias, 1e-6, torch.float32),
-                "op: layer_norm without gradients": lambda: op(x, weight, bias),
-                "op: layer_norm through autograd": lambda: op(*learned),
-                YARDSTICK: lambda: functional.layer_norm(small, (192,), weight, bias),
-                "torch: F.linear": lambda: functional.linear(small, square),
-                "torch: empty": lambda: torch.empty(396),
-            }.items()
-        }
+    calls = {
+        "kernel[grid], pointers": lambda: layer_norm_forward_kernel[(396,)](*args, *constexprs, num_warps=1),
+        "launch, pointers": lambda: launch(layer_norm_forward_kernel, (396,), args, constexprs, 1),
+        "launch, 4 descriptors built and passed": lambda: launch_descriptors(descriptors()),
+        "launch, 4 descriptors passed again": lambda: launch_descriptors(made),
+        "building 4 descriptors": descriptors,
+        "launcher: layer_norm_forward": lambda: layer_norm_forward(x, weight, bias, 1e-6, torch.float32),
+        "op: layer_norm without gradients": lambda: op(x, weight, bias),
+        "op: layer_norm through autograd": lambda: op(*learned),
+        YARDSTICK: lambda: functional.layer_norm(small, (192,), weight, bias),
+        "torch: F.linear": lambda: functional.linear(small, square),
+        "torch: empty": lambda: torch.empty(396, device="cuda"),
+    }
+    with fake_cuda.without_pointer_checks():
+        costs = {name: microseconds(call) for name, call in calls.items()}
+        return costs | {CHECK: round(microseconds(snapshot.unchanged) / len(model.blocks), 2)}
 
 
 if __name__ == "__main__":
-    driver.activate()
-    json.dump(measure() | measure_blocks(), sys.stdout)
+    from fastdeit.benchmarks import host_time
+
+    torch.set_num_threads(1)
+    rows = [row._asdict() for row in host_time.measure(*json.loads(sys.argv[1]))]
+    json.dump({"calls": measure_calls(), "models": rows}, sys.stdout)

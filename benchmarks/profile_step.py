@@ -113,7 +113,9 @@ def kind_of(kernel: str) -> str:
 
 
 def report(entries: list[Entry], top: int) -> str:
-    """Time by kind, and the kernels that take most of it."""
+    """Time by kind, and the kernels that take most of it; of no entries, that the profiler saw none."""
+    if not entries:
+        return "The profiler saw nothing run on the device: it may not read the GPU's counters here."
     total = sum(entry.microseconds for entry in entries)
     launches = sum(entry.count for entry in entries)
     kinds: dict[str, list[Entry]] = {}

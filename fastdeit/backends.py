@@ -52,7 +52,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def supposed_gpu() -> Iterator[None]:
-    """In it `why_reference` answers for tensors on a CPU as if on a supported GPU. For explanations: no op may run in it."""
+    """In it `why_reference` answers for tensors on a CPU as if on a supported GPU: for explanations, where no op runs, and for
+    `kernels.launch.cpu_launches`, which executes the kernels."""
     global _supposes_gpu
     previous, _supposes_gpu = _supposes_gpu, True
     try:
@@ -129,8 +130,12 @@ def check_multiplied(x: Tensor, name: str, tensor: Tensor) -> None:
 
 
 @_constant_while_tracing
-@lru_cache
 def _why_not_this_gpu(index: int) -> str | None:
+    return _capability_is_too_low(index)
+
+
+@lru_cache  # apart, since Dynamo looks into a cached function and warns, even where its result is constant
+def _capability_is_too_low(index: int) -> str | None:
     if torch.version.hip is not None:
         return "AMD GPUs are not supported"
     capability = torch.cuda.get_device_capability(index)
@@ -139,6 +144,7 @@ def _why_not_this_gpu(index: int) -> str | None:
     return None
 
 
+@_constant_while_tracing  # Dynamo guards the switch itself
 def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 

@@ -1,5 +1,6 @@
 """The report of what runs fused in a model."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.cost.formulas import Cost
+
+_NORMS = ("LayerNorm",)
 
 
 class Row(NamedTuple):
@@ -16,6 +19,11 @@ class Row(NamedTuple):
     kind: str  # the class that it is, or stands in for
     fused: bool
     reason: str  # empty if fused
+
+    @property
+    def matched(self) -> bool:
+        """Whether fastdeit has a fused class for it, used or not."""
+        return self.fused or not self.reason.startswith("no fused class")
 
 
 class Report:
@@ -56,7 +64,7 @@ class Report:
         for rows in self._alike():
             name = _joint_name([row.name for row in rows]) or "(the model)"
             prices = _prices(self.costs, [row.name for row in rows]) if priced else ()
-            lines.append((name, rows[0].kind, "fused" if rows[0].fused else "timm's", *prices, rows[0].reason))
+            lines.append((name, rows[0].kind, "fused" if rows[0].fused else "stock", *prices, rows[0].reason))
         last = len(lines[0]) - 1
         widths = [max(len(line[i]) for line in lines) for i in range(last)]
         lines.insert(1, tuple("-" * width for width in (*widths, len("reason"))))
@@ -70,7 +78,7 @@ class Report:
             for line in lines
         )
         fused = sum(row.fused for row in self.rows)
-        return f"{table}\n{fused} of {len(self.rows)} modules run fused" + self._total()
+        return f"{table}\n{fused} of {len(self.rows)} modules run fused" + self._total() + self._hint()
 
     def _total(self) -> str:
         if not self.costs:
@@ -80,6 +88,14 @@ class Report:
             f"\na forward pass of {self.batch_size} images, by arithmetic: {launches} launches and {megabytes} MB, "
             f"in timm {timms_launches} and {timms_megabytes} MB"
         )
+
+    def _hint(self) -> str:
+        """One sentence where nothing but LayerNorms was matched: the reader may have expected blocks."""
+        if not any(row.matched for row in self.rows) or any(
+            row.matched and row.kind not in _NORMS for row in self.rows
+        ):
+            return ""
+        return "\nonly LayerNorms were matched: no transformer block of a class that fastdeit knows was found"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {sum(row.fused for row in self.rows)} of {len(self.rows)} modules fused>"
@@ -95,8 +111,8 @@ class Report:
 
 def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) -> Report:
     """The report of `fastdeit.explain` on what `named_modules()` gave, with costs for a batch_size that is not None."""
+    from fastdeit.blocks.checklist import EXCLUDED
     from fastdeit.nn import FUSED_CLASSES, Attention, Block, Mlp  # imports timm, which `import fastdeit` need not
-    from fastdeit.nn.eligibility import EXCLUDED
 
     sources = {twin: source for source, twin in FUSED_CLASSES.items()}
     known = (*sources, *FUSED_CLASSES)
@@ -146,7 +162,7 @@ def _prices(costs: Mapping[str, tuple[Cost, Cost]], names: list[str]) -> tuple[s
 
 
 def _why_not_fused(module: nn.Module, fallback: Tensor) -> str | None:
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not _wraps_its_class(module):
         return "it has a forward of its own"
     parameter = next(module.parameters(), fallback)
     channels = (
@@ -156,6 +172,12 @@ def _why_not_fused(module: nn.Module, fallback: Tensor) -> str | None:
         return module.why_not_fused(torch.empty(1, 1, channels, device=parameter.device, dtype=parameter.dtype))
     except RuntimeError as error:  # the backend "triton" where it cannot run: so would forward
         return str(error)
+
+
+def _wraps_its_class(module: nn.Module) -> bool:
+    """Whether the forward put on this instance ends in its class's, as that of Hugging Face Accelerate's `prepare` does."""
+    innermost = inspect.unwrap(module.__dict__["forward"])
+    return getattr(innermost, "__func__", innermost) is type(module).forward
 
 
 def _why_not_embedded(model: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdeit.backends import supposed_gpu
+from fastdeit.blocks.snapshot import KEY as RECORD
 from fastdeit.explanation import Report, explain_modules
 
 MEMORY = ("usual", "lean")
@@ -67,6 +68,8 @@ def restore(model: nn.Module) -> nn.Module:
     source = {twin: cls for cls, twin in _fused_classes().items()}
     _set_memory(named.values(), "usual")
     _mark_excluded(named, set())
+    for module in named.values():
+        module.__dict__.pop(RECORD, None)
     _swap((module, source) for module in named.values())
     return model
 
@@ -185,7 +188,7 @@ def _swap(choices: Iterable[tuple[nn.Module, dict[type, type]]]) -> None:
 
 def _mark_excluded(named: dict[str, nn.Module], excluded: set[str]) -> None:
     """Leaves nothing on a module that neither is excluded nor holds one that is."""
-    from fastdeit.nn.eligibility import EXCLUDED, HOLDS_EXCLUDED
+    from fastdeit.blocks.checklist import EXCLUDED, HOLDS_EXCLUDED
 
     around = {name[:end] for name in excluded for end, letter in enumerate(name) if letter == "."}
     if excluded:

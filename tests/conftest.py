@@ -1,22 +1,56 @@
-"""Runs before any test module is imported: without a GPU, kernels run under Triton's interpreter from here on."""
+"""Runs before any test module is imported: without a GPU, kernels run under Triton's interpreter from here on.
 
+With `--on ptx:sm_90` they are compiled for that architecture and executed by the PTX machine instead (docs/compiled-code.md).
+"""
+
+import argparse
+import contextlib
+import math
 import os
+import timeit
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
-# Triton decides at the first `@triton.jit` whether kernels are interpreted, hence before fastdeit is imported.
+# Triton decides at its import whether kernels are interpreted, hence before pytest reads its options. Processes of pytest-xdist
+# have other arguments, and inherit the environment.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--on", default=os.environ.get("FASTDEIT_TESTS_ON", ""))
+    os.environ["FASTDEIT_TESTS_ON"] = options.parse_known_args()[0].on
+    os.environ["TRITON_INTERPRET"] = "0" if os.environ["FASTDEIT_TESTS_ON"] else "1"
 
 import pytest
 
 from fastdeit import backends, testing
 
+pytest_plugins = ["fastdeit.testing.fake_cuda.pytest_plugin"]
+ON = not torch.cuda.is_available() and os.environ.get("FASTDEIT_TESTS_ON")
 torch.set_num_threads(1)  # tests run in parallel processes
 if os.environ.get("TRITON_INTERPRET") == "1":
     testing.correct_interpreter_bfloat16()
     testing.cache_interpreter_builtins()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--on", metavar="ptx:ARCH", help="execute compiled kernels, such as ptx:sm_80 or ptx:sm_90, on the CPU"
+    )
+
+
+def pytest_configure(config):
+    if not ON:
+        return
+    from fastdeit.testing.ptx import harness
+
+    config.stack = contextlib.ExitStack()
+    config.stack.enter_context(harness.executing(harness.parse_target(ON)))
+
+
+def pytest_unconfigure(config):
+    if ON:
+        config.stack.close()
 
 
 def pytest_collection_modifyitems(items):
@@ -39,15 +73,14 @@ def _fresh_state():
 @pytest.fixture
 def kernels_stood_in(monkeypatch) -> Counter:
     """Lets the drop-in modules take their fused forward on the CPU, each op running its reference. Counts the ops' calls."""
-    import importlib
-
     from fastdeit import ops
 
     def why_reference(x, *_):
         return "inside a torch.func transform" if backends.in_functional_transform() else None
 
-    for name in ("attention", "block", "embedding", "layer_norm", "mlp"):
-        monkeypatch.setattr(importlib.import_module(f"fastdeit.nn.{name}"), "why_reference", why_reference)
+    for name in ("why_no_attention_kernel", "why_no_layer_norm_kernel", "why_no_mlp_kernel"):
+        monkeypatch.setattr(f"fastdeit.blocks.checklist.{name}", why_reference)
+    monkeypatch.setattr("fastdeit.blocks.embedding.why_reference", why_reference)
     calls = Counter()
 
     def counted(name, op):
@@ -126,3 +159,26 @@ def small_checkpoint(small_config, tmp_path):
     model = create_student(small_config, 3, torch.device("cpu"))
     save_weights(path, model.state_dict(), small_config, ("digit-0", "digit-1", "digit-2"), epoch=0)
     return path
+
+
+@pytest.fixture
+def in_module_calls() -> Callable[[Callable[[], object]], float]:
+    """What something costs the host, in calls of an nn.Identity, which take about as long as the module calls that fusing saves.
+
+    Both are Python that looks into dictionaries and both are timed in turns, so that the machine and what else it does cancel.
+    """
+    modules, x = [torch.nn.Identity() for _ in range(10)], torch.zeros(2, 5, 64)
+
+    def yardstick():
+        for module in modules:
+            module(x)
+
+    def cost(call: Callable[[], object]) -> float:
+        calls = (call, yardstick)
+        least = [math.inf, math.inf]
+        for _ in range(60):
+            for i, each in enumerate(calls):
+                least[i] = min(least[i], timeit.timeit(each, number=10))
+        return least[0] / (least[1] / len(modules))
+
+    return cost

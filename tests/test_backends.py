@@ -81,9 +81,9 @@ def test_registered_path_is_for_tracing_and_subclasses():
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
 def test_capability_decides_on_a_gpu(monkeypatch, capability, runs):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    backends._why_not_this_gpu.cache_clear()
+    backends._capability_is_too_low.cache_clear()
     try:
         reason = backends._why_not_this_gpu(0)
     finally:
-        backends._why_not_this_gpu.cache_clear()
+        backends._capability_is_too_low.cache_clear()
     assert reason is None if runs else reason == "compute capability 7.5 is below 8.0"

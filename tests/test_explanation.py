@@ -85,11 +85,11 @@ def test_the_table_joins_modules_that_fare_the_same():
     rows = [Row(f"blocks.{i}.attn", "Attention", i != 1, "" if i != 1 else "a mask") for i in range(5)]
     table = str(Report([Row("", "VisionTransformer", False, "no"), *rows, Row("norm", "LayerNorm", True, "")]))
     assert table.splitlines() == [
-        "module             kind               runs    reason",
-        "-----------------  -----------------  ------  ------",
-        "(the model)        VisionTransformer  timm's  no",
+        "module             kind               runs   reason",
+        "-----------------  -----------------  -----  ------",
+        "(the model)        VisionTransformer  stock  no",
         "blocks.0,2-4.attn  Attention          fused",
-        "blocks.1.attn      Attention          timm's  a mask",
+        "blocks.1.attn      Attention          stock  a mask",
         "norm               LayerNorm          fused",
         "5 of 7 modules run fused",
     ]
@@ -101,3 +101,10 @@ def test_only_the_innermost_index_is_joined():
         "layers.0.blocks.0-1",
         "layers.1.blocks.0-1",
     ]
+
+
+def test_a_model_of_which_only_norms_matched_is_told_so_once():
+    model = fastdeit.accelerate(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4)))
+    assert str(fastdeit.explain(model)).count("only LayerNorms were matched") == 1
+    assert "only LayerNorms" not in str(fastdeit.explain(fastdeit.accelerate(tiny())))
+    assert "only LayerNorms" not in str(fastdeit.explain(nn.Linear(2, 2)))

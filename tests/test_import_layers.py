@@ -21,6 +21,7 @@ LAYERS = (
     ("fastdeit.kernels",),
     ("fastdeit.backends", "fastdeit.cost.formulas", "fastdeit.cost.models", "fastdeit.aot"),
     ("fastdeit.ops",),
+    ("fastdeit.blocks",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.swap", "fastdeit.explanation", "fastdeit.cost.view", "fastdeit.cost", "fastdeit.testing"),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
@@ -34,8 +35,9 @@ WITH_EXTRAS = (
     "fastdeit.train",
     "fastdeit.benchmarks",
     "fastdeit.commands",
-)  # what the extras `train` and `bench` are for
-NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.__")
+    "fastdeit.testing.fake_cuda.pytest_plugin",
+)  # what the extras `train`, `bench` and `test` are for
+NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 
 def python_files() -> dict[str, Path]:

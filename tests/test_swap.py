@@ -1,6 +1,7 @@
 """accelerate, restore: which classes they swap, and what they refuse."""
 
 import copy
+import functools
 
 import pytest
 import timm
@@ -242,3 +243,37 @@ def test_a_lean_model_gives_the_usual_ones_bits():
             model(torch.randn(1, 3, 32, 32, device=device)).square().sum().backward()
         results.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def wrapped(module):
+    """What Hugging Face Accelerate's `prepare` and `add_hook_to_module` leave: a forward that calls the one it found."""
+    kept = module.forward
+
+    def new_forward(module, *args, **kwargs):
+        return kept(*args, **kwargs)
+
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), kept)
+
+
+@pytest.mark.parametrize("name", ["", "blocks.0", "blocks.0.attn", "blocks.0.mlp", "norm", "blocks.0.norm1"])
+def test_a_bound_forward_that_was_kept_works_after_restore(kernels_stood_in, name):
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    fastdeit.accelerate(model)
+    wrapped(model.get_submodule(name))
+    torch.testing.assert_close(model(x), expected)
+    assert kernels_stood_in
+    fastdeit.restore(model)
+    kernels_stood_in.clear()
+    assert torch.equal(model(x), expected) and not kernels_stood_in
+
+
+def test_a_wrapper_around_the_models_forward_leaves_the_residual_carried_through(kernels_stood_in):
+    model = fastdeit.accelerate(timm.create_model("deit_tiny_patch16_224", img_size=32, depth=3, num_classes=3)).eval()
+    wrapped(model)
+    assert fastdeit.explain(model).rows[0].fused is True
+    model(torch.randn(1, 3, 32, 32))
+    assert kernels_stood_in["add_layer_norm_attention"] == 2  # the last block runs for the prefix alone
+    model.forward = lambda x: x
+    assert fastdeit.explain(model).rows[0].reason == "it has a forward of its own"

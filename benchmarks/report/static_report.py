@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fastdeit.aot.report import RESOURCES_FILE
-from fastdeit.aot.stub_driver import driver
 from fastdeit.benchmarks import launch_cost
 from fastdeit.benchmarks.report import block_counts
 from fastdeit.benchmarks.report.roofline_table import table
 from fastdeit.cost.models import DEIT, parts
+from fastdeit.testing import fake_cuda
 
 RECORD = Path(__file__).with_name("record.json")
 HOST = f"host time per call over that of {launch_cost.YARDSTICK.removeprefix('torch: ')}, not held"
@@ -60,7 +60,7 @@ def current() -> dict[str, dict[str, float]]:
 
 
 def rounded(ratios: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(ratio, 1) for name, ratio in ratios.items()}
+    return {name: round(ratio, 2) for name, ratio in ratios.items()}
 
 
 def recorded() -> dict[str, dict[str, float]]:
@@ -95,7 +95,7 @@ def report(found: Mapping[str, Mapping[str, float]], host: Mapping[str, float] |
     ]
     if host is not None:
         parts += [
-            f"Host time per call over that of {launch_cost.YARDSTICK.removeprefix('torch: ')}, with a stand-in for the driver:",
+            f"Host time per call over that of {launch_cost.YARDSTICK.removeprefix('torch: ')}, on the fake CUDA runtime:",
             table([{"call": name, "multiple": ratio} for name, ratio in host.items()]),
         ]
     return "\n\n".join(parts)
@@ -121,12 +121,13 @@ def kernels() -> list[dict[str, Any]]:
 
 
 def host_ratios() -> dict[str, float] | None:
-    """The host's time of each call of `fastdeit launch-cost` over that of F.layer_norm; None without a C compiler."""
-    try:
-        child = driver.run_python("-m", launch_cost.__name__)
-    except OSError:
+    """The host's time of each call of `fastdeit launch-cost` over that of F.layer_norm, and of DeiT-Ti over timm's.
+
+    None where the fake CUDA runtime is not available.
+    """
+    if fake_cuda.why_unavailable():
         return None
-    if child.returncode:
-        raise RuntimeError(f"measuring the launch cost failed:\n{child.stderr}")
-    costs = json.loads(child.stdout)
-    return {name: cost / costs[launch_cost.YARDSTICK] for name, cost in costs.items()}
+    found = launch_cost.measured([launch_cost.MODELS[0]])
+    calls = {name: cost / found["calls"][launch_cost.YARDSTICK] for name, cost in found["calls"].items()}
+    rows = {f"DeiT-Ti over timm's: {r['passed']}, {r['precision']}, {r['mode']}": r["ratio"] for r in found["models"]}
+    return calls | rows

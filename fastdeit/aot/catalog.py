@@ -1,7 +1,7 @@
 """Every kernel configuration that can run on a GPU, and what the compiler makes of it, without a GPU.
 
 A kernel file lists its configurations in `aot_configs(arch)`. Each is compiled ahead of time for an architecture; registers,
-spills, shared memory and matrix instructions are read from the compiled binary with the tools that Triton brings along.
+spills, shared memory and the instruction stream are read from the compiled binary with the tools that Triton brings along.
 """
 
 import functools
@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -23,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import DependenciesFinder, JITCallable, JITFunction
 
+from fastdeit.aot import instruction_stream, sass
+from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import LIMITS, Limits
 
@@ -58,6 +61,7 @@ class Resources:
     blocks_per_sm: int  # resident at once, by registers, shared memory, tensor memory and threads
     matrix_instructions: dict[str, int] = field(default_factory=dict)  # mnemonic -> occurrences in the binary
     scalar_products: int = 0  # `tl.dot`s that the compiler turned into multiply-adds without matrix instructions
+    stream: InstructionStream | None = None  # None for figures on record that were made before it was read
 
 
 def aot_configs(arch: int, kernel_files: tuple[str, ...] = KERNEL_FILES) -> Iterator[AotConfig]:
@@ -79,9 +83,14 @@ def source_key(function: JITCallable) -> str:
 
 def row_key(row: AotConfig, arch: int) -> str:
     """Identifies what `compile_config` would compile: source, types, constants, options, architecture, Triton version."""
-    types = {name: _type(row, name) for name in row.kernel.arg_names}
+    types = argument_types(row)
     facts = (source_key(row.kernel), types, row.num_warps, row.num_stages, arch, triton.__version__)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def argument_types(row: AotConfig) -> dict[str, str | tuple[str, Any]]:
+    """Every argument of the kernel in order: its Triton type, or ("constexpr", value)."""
+    return {name: _type(row, name) for name in row.kernel.arg_names}
 
 
 def compile_config(row: AotConfig, arch: int) -> Resources:
@@ -99,14 +108,13 @@ def compile_binary(row: AotConfig, arch: int) -> CompiledKernel:
     """The compiled kernel behind `compile_config`."""
     if not isinstance(row.kernel, JITFunction):
         raise RuntimeError("interpreted kernels cannot be compiled: run without TRITON_INTERPRET in the environment")
-    names = row.kernel.arg_names
-    types = {name: _type(row, name) for name in names}
+    types = argument_types(row)
     if unknown := [name for name in (*row.signature, *row.constexprs) if name not in types]:
         raise ValueError(f"{row.kernel.__name__}: no argument named {', '.join(unknown)}")
     signature = {name: "constexpr" if isinstance(t, tuple) else t for name, t in types.items()}
     constants = {name: t[1] for name, t in types.items() if isinstance(t, tuple)}
     aligned = [["tt.divisibility", _ALIGNMENT]]
-    attributes = {(i,): aligned for i, name in enumerate(names) if signature[name].startswith("*")}
+    attributes = {(i,): aligned for i, name in enumerate(types) if signature[name].startswith("*")}
     source = ASTSource(fn=row.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -126,15 +134,36 @@ def resources(compiled: CompiledKernel, limits: Limits) -> Resources:
     matrix = {}
     for mnemonic in re.findall(r"(?<![\w.])(?:UTC)?[A-Z]*MMA\b", code):  # not HFMA2.MMA, which moves a constant
         matrix[mnemonic] = matrix.get(mnemonic, 0) + 1
+    blocks_per_sm = _blocks_per_sm(registers, metadata.shared, metadata.num_warps, metadata.tmem_size or 0, limits)
+    ptx = compiled.asm["ptx"]
     return Resources(
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=metadata.shared,
-        blocks_per_sm=_blocks_per_sm(registers, metadata.shared, metadata.num_warps, metadata.tmem_size or 0, limits),
+        blocks_per_sm=blocks_per_sm,
         matrix_instructions=dict(sorted(matrix.items())),
         # In a `#blocked` layout every thread multiplies its own elements.
         scalar_products=len(re.findall(r"\btt\.dot\b.*-> tensor<[^>]*#blocked", compiled.asm["ttgir"])),
+        stream=instruction_stream.read(
+            sass.parse(code),
+            num_warps=metadata.num_warps,
+            num_stages=metadata.num_stages,
+            blocks_per_sm=blocks_per_sm,
+            shared_bytes=metadata.shared,
+            ptxas_log=_ptxas_log(ptx) if "wgmma" in ptx else "",
+            ptx=ptx,
+        ),
     )
+
+
+def _ptxas_log(ptx: str) -> str:
+    """What ptxas says about wgmma in a kernel; Triton's own call of it keeps nothing where the binary was cached."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(ptx)
+        file.flush()
+        command = [_tool("ptxas"), "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 class _Dependencies(DependenciesFinder):

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import triton
 
-from fastdeit.aot import catalog, resource_limits
+from fastdeit.aot import catalog, resource_limits, workloads
 from fastdeit.aot.catalog import ARCHITECTURES, KERNEL_FILES, Resources
+from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.kernels.runtime.aot_config import AotConfig
 
 RESOURCES_FILE = Path(__file__).with_name("resources.json")
@@ -84,8 +85,13 @@ def read_committed() -> dict[str, Resources]:
     committed = json.loads(RESOURCES_FILE.read_text(encoding="utf-8"))
     if committed["triton"] != triton.__version__:
         return {}
-    names = Resources.__dataclass_fields__
-    return {row["key"]: Resources(**{name: row[name] for name in names}) for row in committed["rows"]}
+    return {row["key"]: _from_record(row) for row in committed["rows"]}
+
+
+def _from_record(row: dict) -> Resources:
+    facts = {name: row[name] for name in Resources.__dataclass_fields__ if name != "stream"}
+    stream = row.get("stream")
+    return Resources(**facts, stream=None if stream is None else InstructionStream.from_dict(stream))
 
 
 def as_json(rows: list[dict]) -> str:
@@ -100,6 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--committed", action="store_true", help="compile only what has changed since resources.json")
     parser.add_argument("--update", action="store_true", help="the same, and write resources.json anew")
+    parser.add_argument(
+        "--streams", action="store_true", help="compile also what is on record without its instruction stream"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     known = read_committed() if args.committed or args.update else {}
     keys = [catalog.row_key(entry.row, entry.arch) for entry in chosen]
+    if args.streams:
+        known = {key: resources for key, resources in known.items() if resources.stream is not None}
     missing = [entry for entry, key in zip(chosen, keys, strict=True) if key not in known]
     compiled = dict(zip((entry.name for entry in missing), compile_entries(missing), strict=True))
     results = [compiled.get(entry.name) or known[key] for entry, key in zip(chosen, keys, strict=True)]
@@ -125,7 +136,8 @@ def run(args: argparse.Namespace) -> int:
             rows[entry.name] = entry.as_dict(result)
             faults += [(entry, fault) for fault in resource_limits.breaches(entry.row, entry.arch, result)]
     shown = list(rows.values())
-    print(as_json(shown) if args.json else _table(shown), end="")
+    estimates = {entry.name: _estimates(entry, found) for entry, found in zip(chosen, results, strict=True)}
+    print(as_json(shown) if args.json else _table(shown, [estimates[name] for name in rows]), end="")
     for entry, fault in faults:
         print("{} ({}) on {}: ".format(*entry.name) + fault, file=sys.stderr)
     if args.update:
@@ -172,12 +184,21 @@ def _update(rows: dict[tuple[str, str, str], dict], covered: set[tuple[str, str,
     RESOURCES_FILE.write_text(as_json(kept), encoding="utf-8")
 
 
-def _table(rows: list[dict]) -> str:
+def _estimates(entry: Entry, found: Resources | str) -> str:
+    """The estimated share of the floor in each model that launches a row by default, and what bounds it."""
+    if isinstance(found, str) or found.stream is None:
+        return "-"
+    shares = workloads.estimates(entry.row, entry.arch, found)
+    return ", ".join(f"{model} {x.share:.0%} {x.bound}" for model, x in shares.items()) or "-"
+
+
+def _table(rows: list[dict], estimates: list[str]) -> str:
     header = ("kernel", "config", "arch", "registers", "spilled_bytes", "shared_bytes", "blocks_per_sm")
-    cells = [(*header, "matrix_instructions")]
-    for row in rows:
+    stream = ("access_bytes", "in_flight_KB", "wgmma", "instructions a tile", "share of the floor")
+    cells = [(*header, *stream, "matrix_instructions")]
+    for row, estimate in zip(rows, estimates, strict=True):
         matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
-        cells.append((*(str(row[name]) for name in header), matrix or "-"))
+        cells.append((*(str(row[name]) for name in header), *_stream_cells(row["stream"]), estimate, matrix or "-"))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
@@ -185,6 +206,20 @@ def _table(rows: list[dict]) -> str:
         padded[3:7] = [cell.rjust(width) for cell, width in zip(line[3:7], widths[3:7], strict=True)]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines) + "\n"
+
+
+def _stream_cells(stream: dict | None) -> tuple[str, ...]:
+    """Narrowest and widest access, bytes in flight, trouble with wgmma, and the instructions of the loop, else of the kernel."""
+    if stream is None:
+        return ("?",) * 4
+    wgmma = " ".join(x for x in (stream["serialised"], "unfenced" if stream["unfenced"] else "") if x)
+    counts = (stream["loop"] if stream["loops"] else stream["once"])["instructions"]
+    return (
+        f"{stream['narrowest_access']}-{stream['widest_access']}",
+        f"{stream['in_flight_bytes'] / 1024:.0f}",
+        wgmma or "-",
+        " ".join(f"{name} {count}" for name, count in counts.items()),
+    )
 
 
 def _count(number: int, noun: str) -> str:

@@ -5,10 +5,17 @@
 - A `matrix` configuration contains the architecture's matrix instructions, or those that it names, and no product is made of
   scalar multiply-adds.
 - The limits that the configuration sets itself (`max_registers`, `min_blocks_per_sm`) hold.
+
+Goals of the instruction stream (`missed_goals`), with their exceptions and reasons here too:
+
+- A streaming kernel moves at most a tenth of its bytes by 2-byte accesses: what a few threads gather or write, no more.
+- ptxas serialises no asynchronous matrix products, and no product reads a copied tile without a proxy fence.
+- A configuration that runs by default in DeiT-S and DeiT-B reaches the share of its floor that `workloads` names, as estimated.
 """
 
 import re
 
+from fastdeit.aot import workloads
 from fastdeit.aot.catalog import Resources
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import LIMITS
@@ -51,3 +58,37 @@ def breaches(row: AotConfig, arch: int, resources: Resources) -> list[str]:
     if resources.scalar_products:
         found.append(f"{resources.scalar_products} products without matrix instructions")
     return found
+
+
+NARROWEST_SHARE = 0.1  # of a streaming kernel's bytes, the most that 2-byte accesses may move
+
+# (kernel, start of the label, start of the phrase): why this goal is not reached. At most six.
+EXCEPTIONS: dict[tuple[str, str, str], str] = {}
+
+
+def missed_goals(row: AotConfig, arch: int, resources: Resources) -> list[str]:
+    """Goals of the instruction stream that a compiled configuration misses, as phrases, without the exceptions."""
+    stream, found = resources.stream, []
+    if stream is None:
+        return found
+    if not row.matrix and stream.narrow_share > NARROWEST_SHARE:
+        found.append(f"2-byte accesses move {stream.narrow_share:.0%} of its bytes, allowed {NARROWEST_SHARE:.0%}")
+    if stream.serialised:
+        found.append(f"serialised matrix products: ptxas says {stream.serialised}")
+    if stream.unfenced:
+        found.append(f"unfenced: {stream.unfenced} loops multiply copied tiles without fence.proxy.async")
+    for launch in workloads.launches_of(row, arch):
+        reached = workloads.estimates(row, arch, resources)[launch.model]
+        if reached.share < launch.lowest_share:
+            found.append(
+                f"estimated {reached.share:.0%} of the floor in DeiT-{launch.model}, bound by {reached.bound}, "
+                f"at least {launch.lowest_share:.0%} wanted"
+            )
+    return [phrase for phrase in found if not _excepted(row, phrase)]
+
+
+def _excepted(row: AotConfig, phrase: str) -> bool:
+    return any(
+        row.kernel.__name__ == kernel and row.label.startswith(label) and phrase.startswith(goal)
+        for kernel, label, goal in EXCEPTIONS
+    )

@@ -36,7 +36,7 @@ COMMANDS = {
     "bench": Command("fastdeit.commands.bench", "time the fused ops beside PyTorch's own"),
     "tune": Command("fastdeit.commands.tune", "find the fastest configuration of each kernel on the GPU at hand"),
     "launch-cost": Command(
-        "fastdeit.benchmarks.launch_cost", "host microseconds per kernel launch and per block, without a GPU"
+        "fastdeit.benchmarks.launch_cost", "host time per kernel launch and per model beside timm's, without a GPU"
     ),
 }
 

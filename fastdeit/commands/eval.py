@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(docs/evaluation.md)",
     )
     parser.add_argument("--device", help="by default the run's, or a GPU if there is one")
+    add_image_limit(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     speed = parser.add_argument_group("throughput, by the method of the DeiT paper's Table 5")
     speed.add_argument("--throughput", action="store_true", help="time the model on synthetic images instead")
@@ -41,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     check_extras()
     from fastdeit.train.reporting import results_table
 
-    path = weights_file(args.checkpoint) if args.checkpoint else None
+    path = weights_file(args.checkpoint) if args.checkpoint is not None else None
     if args.throughput:
-        for option in ("data", "labels"):
+        for option in ("data", "labels", "max_image_megapixels"):
             if getattr(args, option) is not None:
-                raise ValueError(f"--{option}: --throughput takes synthetic images")
+                raise ValueError(f"--{option.replace('_', '-')}: --throughput takes synthetic images")
         found = inference_throughput(path, args.config, args.device, args.batch_size, args.runs)
         print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found)
         return 0
@@ -54,14 +55,27 @@ def run(args: argparse.Namespace) -> int:
     for option in ("batch_size", "runs"):
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: is for --throughput")
-    results = evaluate_checkpoint(path, args.data, args.device, args.labels)
+    results = evaluate_checkpoint(path, args.data, args.device, args.labels, args.max_image_megapixels)
     print(json.dumps(results, indent=2) if args.json else results_table({path.name: results}))
     return 0
 
 
+def add_image_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-image-megapixels", type=float, metavar="N", help="refuse larger images (default: the run's limit)"
+    )
+
+
+def given(option: str, value: str) -> str:
+    """value. Raises ValueError where it is empty, as it is from a variable that is not set."""
+    if not value.strip():
+        raise ValueError(f"{option}: expected a path, got an empty text; is a variable not set?")
+    return value
+
+
 def weights_file(checkpoint: str) -> Path:
     """A run folder's last weights, or the file itself."""
-    path = Path(checkpoint)
+    path = Path(given("--checkpoint", checkpoint))
     return path / "last.safetensors" if path.is_dir() else path
 
 
@@ -83,7 +97,7 @@ def inference_throughput(
 
     from fastdeit.train import throughput
     from fastdeit.train.checkpoints import load_weights, read_metadata
-    from fastdeit.train.config import load_config
+    from fastdeit.train.config import load_config, with_options
     from fastdeit.train.device import autocast, select_device
     from fastdeit.train.models import create_student
 
@@ -93,7 +107,7 @@ def inference_throughput(
         settings, classes, _ = read_metadata(checkpoint)
     else:
         settings, classes = load_config(config or "digits"), range(CLASSES)
-    settings = settings.replace(device=device or settings.device)
+    settings = with_options(settings, device=device)
     target = select_device(settings)
     model = create_student(settings, len(classes), target)
     if checkpoint is not None:
@@ -112,7 +126,11 @@ def inference_throughput(
 
 
 def evaluate_checkpoint(
-    path: Path, data: str | None = None, device: str | None = None, labels: str | None = None
+    path: Path,
+    data: str | None = None,
+    device: str | None = None,
+    labels: str | None = None,
+    max_megapixels: float | None = None,
 ) -> dict[str, float]:
     """Top-1 by readout on the validation images, and their loss, as `engine.evaluate` gives them; with labels top-1 alone.
 
@@ -121,13 +139,16 @@ def evaluate_checkpoint(
         data: other images than the run's.
         device: other than the run's.
         labels: as `LabelMap` takes it.
+        max_megapixels: in place of the run's max_image_megapixels.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is not there, truncated, not of fastdeit or of another model, the data has
             other classes, or labels do not fit model and data.
     """
     from fastdeit.train.checkpoints import load_weights, read_metadata
-    from fastdeit.train.datasets import load_data
+    from fastdeit.train.class_names import class_difference
+    from fastdeit.train.config import with_options
+    from fastdeit.train.datasets import load_validation
     from fastdeit.train.device import reproducible, select_device
     from fastdeit.train.evaluation import evaluate
     from fastdeit.train.label_maps import LabelMap, evaluate_labelled, labelled_images
@@ -135,18 +156,16 @@ def evaluate_checkpoint(
     from fastdeit.train.sampling import eval_loader
 
     config, classes, _ = read_metadata(path)
-    config = config.replace(data=data or config.data, device=device or config.device)
+    config = with_options(config, data=data, device=device, max_image_megapixels=max_megapixels)
     with reproducible(config):
         target = select_device(config)
         if labels is not None:
             images = labelled_images(config, Path(config.data), LabelMap(labels, classes))
         else:
-            found = load_data(config)
-            if found.classes != classes:
-                raise ValueError(
-                    f"data: {config.data} has the classes {found.classes}, {path} was trained on {classes}"
-                )
-            images = found.val
+            images, found = load_validation(config)
+            different = class_difference(found, classes)
+            if different is not None:
+                raise ValueError(f"data: {path} was trained on other classes: beside them {config.data} {different}")
         model = create_student(config, len(classes), target)
         load_weights(model, path)
         loader = eval_loader(images, config.batch_size, config.workers, pin_memory=target.type == "cuda")

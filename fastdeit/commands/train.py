@@ -3,11 +3,17 @@
 import argparse
 import os
 import sys
+from glob import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastdeit.train.checkpoints import STATE
+from fastdeit.train.checkpoints import PREVIOUS, STATE, has_state
 from fastdeit.train.config import FIELDS, Config, load_config
 from fastdeit.train.extras import check_extras
+from fastdeit.train.locks import LOCK
+
+if TYPE_CHECKING:
+    from fastdeit.train.distributed import World
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,36 +96,55 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.runs is not None:
         raise ValueError("--runs: is for --throughput")
-    if holds_run(folder) and not args.resume:
-        raise ValueError(
-            f"output: {folder} holds a run already; continue it with --resume auto or choose another folder"
-        )
-    check_writable(folder)
     return _train(config, folder, resume=bool(args.resume))
 
 
 def _train(config: Config, folder: Path, resume: bool) -> int:
     from fastdeit.train.device import select_device
     from fastdeit.train.distributed import joined, started_world
+    from fastdeit.train.peers import leave
+
+    world = started_world()
+    with joined(world, select_device(config, world).type):
+        code = _train_together(config, world.agreed(folder), resume, world)
+        if world.size > 1:
+            leave(code)
+    return code
+
+
+def _train_together(config: Config, folder: Path, resume: bool, world: "World") -> int:
+    """Trains in the processes of world, and prints in one of them what came of it."""
+    from fastdeit.train.failures import RunFailedError, known_cause
     from fastdeit.train.monitor import NonFiniteLossError
     from fastdeit.train.reporting import results_table
     from fastdeit.train.run import train
     from fastdeit.train.signals import Stopped
 
-    world = started_world()
-    with joined(world, select_device(config, world).type):
-        folder = world.agreed(folder)
+    def ended(message: object, code: int) -> int:
+        """Says it once: in the main process, or in another one that cannot reach it."""
+        reached = world.peers is None or (world.peers.tell(str(message)) and world.peers.main_knows)
+        if world.main or not reached:
+            rank = "" if world.main else f"rank {world.rank}: "
+            print(f"fastdeit train: {rank}{message}", file=sys.stderr, flush=True)
+        return code
+
+    try:
+        world.on_main(lambda: check_free(folder, resume))
         if world.main:
             print(f"run folder: {folder}", flush=True)
-        try:
-            result = train(config, folder, resume, world)
-        except NonFiniteLossError as error:
-            print(f"fastdeit train: {error}; the last good checkpoint is in {folder}", file=sys.stderr)
-            return 1
-        except Stopped as stopped:
-            if world.main:
-                print(f"fastdeit train: {stopped}", file=sys.stderr)
-            return stopped.exit_code
+        result = train(config, folder, resume, world)
+    except Stopped as stopped:
+        return ended(stopped, stopped.exit_code)
+    except (RunFailedError, NonFiniteLossError) as error:
+        return ended(error, 1)
+    except KeyboardInterrupt:
+        return ended("interrupted", 130)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if world.peers is None:
+            raise
+        return ended(known_cause(world, error), 2)
+    except Exception as error:
+        return ended(known_cause(world, error), 1)
     if not world.main:
         return 0
     columns = {"last epoch": result.last, **({"moving average": result.ema} if result.ema else {})}
@@ -129,6 +154,15 @@ def _train(config: Config, folder: Path, resume: bool) -> int:
     print(f"\nbest.safetensors: epoch {result.best_epoch + 1}, {result.best_top1:.2f}")
     print(f"fastdeit eval --checkpoint {folder / 'last.safetensors'} gives the last epoch's figures again")
     return 0
+
+
+def check_free(folder: Path, resume: bool) -> None:
+    """Raises ValueError where folder cannot be written to, or holds a run that is not to be resumed."""
+    if holds_run(folder) and not resume:
+        raise ValueError(
+            f"output: {folder} holds a run already; continue it with --resume auto or choose another folder"
+        )
+    check_writable(folder)
 
 
 def folder_to_resume(resume: str, source: str, overrides: dict[str, str]) -> Path | None:
@@ -162,28 +196,41 @@ def check_writable(folder: Path) -> None:
 
 def holds_run(folder: Path) -> bool:
     """Whether training in folder has come as far as a checkpoint, its own or its teacher's."""
-    return (folder / STATE).exists() or (folder / "teacher" / STATE).exists()
+    return has_state(folder) or has_state(folder / "teacher")
 
 
 def new_folder(config: Config) -> Path:
-    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3... that holds no run; the configuration's own if it names one."""
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3... that holds no run; the configuration's own if it names one.
+
+    A folder in which a run is at work holds one as well.
+    """
     if config.output:
         return Path(config.output)
     number = 1
-    while holds_run(_numbered(config, number)):
+    while holds_run(_numbered(config, number)) or (_numbered(config, number) / LOCK).exists():
         number += 1
     return _numbered(config, number)
 
 
 def latest_folder(config: Config) -> Path | None:
-    """The newest of the folders that `new_folder` made, if any."""
+    """Of the folders that `new_folder` made, the one whose state is newest, if any; the configuration's own if it names one.
+
+    A folder in which a run has started and not saved yet counts as well.
+    """
     if config.output:
         return Path(config.output)
-    number = 1
-    while holds_run(_numbered(config, number + 1)):
-        number += 1
-    folder = _numbered(config, number)
-    return folder if holds_run(folder) else None
+    first = _numbered(config, 1)
+    numbered = (path for path in first.parent.glob(f"{escape(first.name)}-*") if path.name.rpartition("-")[2].isdigit())
+    found = [path for path in (first, *numbered) if holds_run(path) or (path / LOCK).exists()]
+    return max(found, key=_written, default=None)
+
+
+def _written(folder: Path) -> tuple[float, int]:
+    """When the newest state in folder was written, if any, and the folder's number, for two of the same time."""
+    states = [folder / sub / name for sub in (".", "teacher") for name in (STATE, PREVIOUS)]
+    number = folder.name.rpartition("-")[2]
+    found = [path for path in states if path.exists()] or [folder / LOCK]
+    return max(path.stat().st_mtime for path in found), int(number) if number.isdigit() else 1
 
 
 def _numbered(config: Config, number: int) -> Path:

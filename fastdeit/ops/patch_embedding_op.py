@@ -161,11 +161,12 @@ def _backward(dtokens, patches, weight, images_shape, counts, products, dtypes) 
     if to["bias"] is not None:
         found["bias"] = total[of_prefix:].sum(0).to(to["bias"])
     # Copies: gradients that shared memory would be scaled or clipped twice.
+    # The first dimension comes last, so that its stride is the parameter's, to which DDP compares it.
     for name, rows in (("class_token", slice(0, of_class)), ("more_tokens", slice(of_class, of_prefix))):
         if to[name] is not None:
-            found[name] = total[None, rows].to(to[name], copy=True)
+            found[name] = total[rows].to(to[name], copy=True)[None]
     if to["positions"] is not None:
-        found["positions"] = total[None, len(total) - of_positions :].to(to["positions"])
+        found["positions"] = total[len(total) - of_positions :].to(to["positions"])[None]
     return tuple(found.get(name) for name in _INPUTS)
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastdeit.backends import interpreter_active, use_backend
+from fastdeit.backends import interpreter_active, on_gpu, use_backend
 
 __all__ = [
     "Error",
@@ -41,7 +41,7 @@ def kernel_dtypes(*, products: bool = False) -> list[torch.dtype]:
     Args:
         products: of kernels that multiply matrices: on a GPU float32 is the libraries' there.
     """
-    if not torch.cuda.is_available():
+    if not on_gpu(torch.empty(0, device=kernel_device())):
         return [torch.float32, torch.float16]
     return [*([] if products else [torch.float32]), torch.float16, torch.bfloat16]
 

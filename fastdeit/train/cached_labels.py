@@ -13,10 +13,11 @@ header names all that they depend on, and training refuses a file whose header i
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,12 +28,15 @@ from fastdeit.train.augmentation import BatchAugmentation
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import ArrayDataset, Data
 from fastdeit.train.device import autocast
+from fastdeit.train.files import WriteError, remove_temporaries, why, write_atomically
 from fastdeit.train.loading import TrainLoader
+from fastdeit.train.locks import claimed
 from fastdeit.train.models import create_teacher, quickened
 from fastdeit.train.sampling import EpochBatches, seed_step
 
 MAGIC = b"FDLABEL1"
 MISSING = -1
+STORE_EVERY = 60  # seconds
 FILES_READ = 1000
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")  # that augment
 FIELDS_OF_LABELS = (
@@ -114,7 +118,7 @@ class LabelFile:
         labels: (epochs, positions) int16, mapped from the file.
     """
 
-    def __init__(self, path: Path, *, writable: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         """Raises FileNotFoundError, or ValueError if path is no file of labels or is cut off."""
         if not path.is_file():
             raise FileNotFoundError(f"teacher_cache: {path}: no such file")
@@ -132,22 +136,39 @@ class LabelFile:
         self.end = self.start + 2 * shape[0] * shape[1]
         if path.stat().st_size < self.end:
             raise ValueError(f"teacher_cache: {path}: cut off at {path.stat().st_size} of {self.end} bytes")
-        self.labels = np.memmap(path, "<i2", "r+" if writable else "r", self.start, shape)
+        self.labels = np.memmap(path, "<i2", "r", self.start, shape)
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any], epochs: int) -> "LabelFile":
-        """A file without labels yet."""
+        """A file without labels yet. Raises WriteError."""
         text = json.dumps({**header, "epochs": epochs}, sort_keys=True).encode()
         row = np.full(header["positions"], MISSING, "<i2").tobytes()
+
+        def write(file: BinaryIO) -> None:
+            file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+            for _ in range(epochs):
+                file.write(row)
+
+        write_atomically(path, write)
+        return cls(path)
+
+    def store(self, epoch: int, row: np.ndarray) -> None:
+        """Writes the labels of an epoch, (positions,) int16, to disk. Raises WriteError."""
+        self._write(self.start + 2 * len(row) * epoch, row.astype("<i2").tobytes())
+
+    def complete(self) -> None:
+        """Ends the file with its hash. Raises WriteError."""
+        self._write(self.end, self.digest())
+
+    def _write(self, offset: int, content: bytes) -> None:
         try:
-            with path.open("wb") as file:
-                file.write(MAGIC + len(text).to_bytes(8, "little") + text)
-                for _ in range(epochs):
-                    file.write(row)
-        except BaseException:  # a full disk, say: what is there of it would be no file to go on with
-            path.unlink(missing_ok=True)
-            raise
-        return cls(path, writable=True)
+            with self.path.open("r+b") as file:
+                file.seek(offset)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise WriteError(f"{self.path}: cannot be written: {why(error)}; what it held before stands") from error
 
     def digest(self) -> bytes:
         """SHA-256 of header and labels."""
@@ -227,7 +248,7 @@ class CachedTeacher(nn.Module):
 
     def seek(self, epoch: int, positions: range) -> None:
         """Chooses the batch of an epoch by the positions of its samples. Batches of one size are in the same memory."""
-        row = self.file.labels[epoch, positions.start : positions.stop : positions.step]
+        row = self.file.labels[epoch, _slice(positions)]
         labels = torch.from_numpy(row.astype(np.int64))
         if self.labels is None or len(self.labels) != len(labels):
             self.labels = torch.empty_like(labels, device=self.device)
@@ -244,13 +265,19 @@ class CachedTeacher(nn.Module):
         return self.current
 
 
+def partial_file(path: Path) -> Path:
+    """Where `cache_labels` keeps what it has until that is the whole of path."""
+    return path.with_name(path.name + ".partial")
+
+
 @torch.no_grad()
 def cache_labels(
     config: Config, data: Data, teacher: nn.Module, device: torch.device, path: Path, ranks: int = 1
 ) -> Iterator[int]:
     """Runs the teacher over every batch of every epoch, and leaves its labels in path. Yields after each batch, the labels so far.
 
-    Work goes into PATH.partial, which becomes path when it is whole; a second call goes on after the last whole epoch there.
+    Work goes into `partial_file`, which becomes path when it is whole. What there is of it is written every STORE_EVERY seconds and
+    at the end, whatever ends it; a second call goes on after that.
 
     Args:
         config: of the run that is to use the labels.
@@ -258,45 +285,81 @@ def cache_labels(
         ranks: processes of that run; one process here computes the batches of them all.
 
     Raises:
-        ValueError: ranks do not divide the batch, or a partial file is of another run.
+        ValueError: ranks do not divide the batch, a partial file is of another run or another process is at work on it, or the
+            teacher's logits are not finite.
+        WriteError: the file system refuses.
     """
     if config.batch_size % ranks:
         raise ValueError(f"ranks: expected a divisor of batch_size {config.batch_size}, got {ranks}")
     header = label_header(config, data, device, ranks, teacher_hash(config, len(data.classes)))
     teacher = quickened(teacher, device)
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists():
-        file = LabelFile(partial, writable=True)
-        check_header(file.header, {**header, "epochs": config.epochs}, partial)
-    else:
-        file = LabelFile.create(partial, header, config.epochs)
+    partial = partial_file(path)
+    with claimed(path.parent, path.name + ".lock", f"labels: {path}"):
+        remove_temporaries(path.parent, partial.name)
+        if partial.exists():
+            file = LabelFile(partial)
+            check_header(file.header, {**header, "epochs": config.epochs}, partial)
+        else:
+            file = LabelFile.create(partial, header, config.epochs)
+        labeller = _Labeller(config, data, teacher, device, ranks, file)
+        for epoch in range(config.epochs):
+            yield from labeller.epoch(epoch)
+        file.complete()
+        try:
+            partial.replace(path)
+        except OSError as error:
+            raise WriteError(f"{path}: cannot be written: {why(error)}; the labels are in {partial}") from error
 
-    augment = BatchAugmentation(config, len(data.classes), device)
-    share = EpochBatches(len(data.train), config.batch_size // ranks, config.seed, 0, ranks, config.repeated_aug)
-    loader = TrainLoader(data.train, share, config, device)
-    done = 0
-    for epoch in range(config.epochs):
-        if (file.labels[epoch] != MISSING).all():
-            done += file.labels.shape[1]
-            continue
-        row = np.empty(file.labels.shape[1], np.int16)
-        share.set_epoch(epoch)
-        for share.rank in range(ranks):
-            for batch, (images, classes) in enumerate(loader):
-                seed_step(config.seed, epoch * len(share) + batch, share.rank)
-                images, _ = augment(images, classes, epoch)
-                with autocast(config, device):  # in the parts that the run sees, so that not even roundings differ
-                    labels = torch.cat([teacher(part).argmax(1) for part in images.chunk(config.grad_accum_steps)])
-                positions = share.positions(batch)
-                row[positions.start : positions.stop : positions.step] = labels.cpu().numpy()
-                done += len(labels)
-                yield done
-        file.labels[epoch] = row
-        file.labels.flush()
-    with partial.open("r+b") as stream:
-        stream.seek(file.end)
-        stream.write(file.digest())
-        stream.truncate()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+
+class _Labeller:
+    """The part of `cache_labels` that is one epoch, on a loader that serves them all."""
+
+    def __init__(
+        self, config: Config, data: Data, teacher: nn.Module, device: torch.device, ranks: int, file: LabelFile
+    ) -> None:
+        self.config = config
+        self.teacher = teacher
+        self.device = device
+        self.ranks = ranks
+        self.file = file
+        self.augment = BatchAugmentation(config, len(data.classes), device)
+        self.share = EpochBatches(
+            len(data.train), config.batch_size // ranks, config.seed, 0, ranks, config.repeated_aug
+        )
+        self.updates = len(self.share)
+        self.loader = TrainLoader(data.train, self.share, config, device)
+
+    def epoch(self, epoch: int) -> Iterator[int]:
+        row = np.array(self.file.labels[epoch])
+        before, stored = epoch * len(row), time.monotonic()
+        try:
+            for rank in range(self.ranks):
+                self.share.rank = rank
+                missing = (b for b in range(self.updates) if MISSING in row[_slice(self.share.positions(b))])
+                self.share.set_epoch(epoch, next(missing, self.updates))
+                for batch, (images, classes) in enumerate(
+                    self.loader if len(self.share) else (), self.share.first_batch
+                ):
+                    seed_step(self.config.seed, epoch * self.updates + batch, rank)
+                    images, _ = self.augment(images, classes, epoch)
+                    with autocast(
+                        self.config, self.device
+                    ):  # in the parts that the run sees, so that not even roundings differ
+                        logits = torch.cat([self.teacher(part) for part in images.chunk(self.config.grad_accum_steps)])
+                    if not logits.isfinite().all():
+                        raise ValueError(
+                            f"teacher_model: logits of {self.config.teacher_model} are not finite in epoch {epoch}, batch {batch}; "
+                            "with precision fp32 they may be"
+                        )
+                    row[_slice(self.share.positions(batch))] = logits.argmax(1).cpu().numpy()
+                    if time.monotonic() - stored > STORE_EVERY:
+                        self.file.store(epoch, row)
+                        stored = time.monotonic()
+                    yield before + int((row != MISSING).sum())
+        finally:
+            if (row != self.file.labels[epoch]).any():
+                self.file.store(epoch, row)
+
+
+def _slice(positions: range) -> slice:
+    return slice(positions.start, positions.stop, positions.step)

@@ -42,6 +42,7 @@ class Config:
     target_key: str | None = _help("column of the classes in a set of timm's; by default the reader's own", None)
     num_classes: int | None = _help("classes of a set of timm's that does not tell", None)
     max_bad_images: int = _help("unreadable images that are reported and replaced; one more stops the run", 100)
+    max_image_megapixels: float = _help("images with more pixels, in millions, count as unreadable", 500.0)
     img_size: int = _help("height and width of the model's input, in pixels", 224)
     in_chans: int = _help("1 for grey images, 3 for colour", 3)
     mean: list[float] = field(
@@ -99,6 +100,7 @@ class Config:
     model_kwargs: dict[str, Any] = field(default_factory=dict, metadata=dict(help="arguments of timm.create_model"))
     pretrained: bool = _help("start from timm's pretrained weights", False)
     finetune: str | None = _help("start from these weights, of any resolution and with any classes", None)
+    finetune_new_head: bool = _help("start the heads anew, for other classes than those of finetune's weights", False)
     drop: float = _help("dropout", 0.0)
     drop_path: float = _help("rate of stochastic depth in the last block", 0.1)
     drop_path_uniform: bool = _help("the same rate in every block (DeiT III), rather than rising from 0", False)
@@ -177,6 +179,7 @@ FREE_FIELDS = (
     "workers",
     "prefetch",
     "max_bad_images",
+    "max_image_megapixels",
     "tensorboard",
     "wandb",
     "checkpoint_minutes",
@@ -249,6 +252,11 @@ def config_from(values: dict[str, Any]) -> Config:
     return config
 
 
+def with_options(config: Config, **changes: Any) -> Config:
+    """config with the fields that a command's options give, those that are not None; checked as `load_config` does."""
+    return config_from({**config.as_dict(), **{name: value for name, value in changes.items() if value is not None}})
+
+
 def _is_yaml(name: str, value: Any) -> bool:
     """Whether an override is text to be read as YAML: not that of a string field, where 010 is a name, but for null."""
     if not isinstance(value, str) or _TYPES.get(name) is str:
@@ -302,7 +310,16 @@ def check(config: Config) -> None:
         "seed", "workers", "mixup", "cutmix", "teacher_epochs", "lr_base_size", "weight_decay", "warmup_epochs", "warmup_lr",
         "min_lr", "color_jitter", "max_bad_images", "mixup_off_epoch", "checkpoint_minutes", "checkpoint_steps",
     )  # fmt: skip
-    positive = ("lr", "teacher_lr", "opt_eps", "distillation_tau", "clip_grad", "crop_pct", "layer_decay")
+    positive = (
+        "lr",
+        "teacher_lr",
+        "opt_eps",
+        "distillation_tau",
+        "clip_grad",
+        "crop_pct",
+        "layer_decay",
+        "max_image_megapixels",
+    )
     shares = (
         "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "distillation_alpha", "model_ema_decay",
         "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "drop", "bce_target_thresh",
@@ -389,6 +406,7 @@ def _check_contradictions(c: Config) -> None:
     refuse(
         "finetune", c.finetune is not None and c.pretrained, "contradicts pretrained; both say where weights come from"
     )
+    refuse("finetune_new_head", c.finetune_new_head and c.finetune is None, "belongs to finetune, which is not given")
     refuse(
         "teacher_model",
         distils and not c.teacher_model,

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from fastdeit.train.config import Config
-from fastdeit.train.image_files import UnreadableImageError, open_image
-from fastdeit.train.image_folders import FolderImages, read_splits
+from fastdeit.train.image_files import MAX_MEGAPIXELS, UnreadableImageError, eight_bits, open_image
+from fastdeit.train.image_folders import FolderImages, read_split, read_splits
 from fastdeit.train.sampling import derive_seed
 from fastdeit.train.transform_errors import TransformFailure, described
 from fastdeit.train.transforms import eval_transform, train_transform
@@ -55,10 +55,21 @@ def load_data(config: Config) -> Data:
         return _timm_data(mode, config)
     train, val = read_splits(Path(config.data))
     return Data(
-        Images(train, mode, train_transform(config)),
-        Images(val, mode, eval_transform(config)),
+        Images(train, mode, train_transform(config), config.max_image_megapixels),
+        Images(val, mode, eval_transform(config), config.max_image_megapixels),
         train.classes,
     )
+
+
+def load_validation(config: Config) -> tuple[Dataset, tuple[str, ...]]:
+    """Validation images and classes; of a folder root/val alone is read. Raises as `load_data`."""
+    root = Path(config.data)
+    if config.data == "digits" or not (root / "val").is_dir():
+        data = load_data(config)
+        return data.val, data.classes
+    val = read_split(root / "val")
+    mode = "L" if config.in_chans == 1 else "RGB"
+    return Images(val, mode, eval_transform(config), config.max_image_megapixels), val.classes
 
 
 class Images(Dataset):
@@ -69,10 +80,18 @@ class Images(Dataset):
         source: (file, class) or (PIL image, class), map-style.
         mode: PIL's, of the decoded image.
         transform: of a PIL image.
+        max_megapixels: a larger image counts as unreadable.
     """
 
-    def __init__(self, source: Any, mode: str, transform: Callable[[Image.Image], Any]) -> None:
+    def __init__(
+        self,
+        source: Any,
+        mode: str,
+        transform: Callable[[Image.Image], Any],
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ) -> None:
         self.source = source
+        self.max_megapixels = max_megapixels
         self.folder = source if isinstance(source, FolderImages) else None
         self.mode = mode
         self.transform = transform
@@ -89,8 +108,9 @@ class Images(Dataset):
         """The image before its transforms. Raises UnreadableImageError that names it."""
         try:
             file, label = getattr(self.source, "reader", self.source)[index]
-            image = file.convert(self.mode) if isinstance(file, Image.Image) else open_image(file, self.mode)
-            return image, int(label)
+            if isinstance(file, Image.Image):
+                return eight_bits(file).convert(self.mode), int(label)
+            return open_image(file, self.mode, self.max_megapixels), int(label)
         except Exception as error:  # what PIL raises depends on the format and on where the file is damaged
             raise UnreadableImageError(
                 f"{self.filename(index)}: cannot be read as an image: {described(error)}"
@@ -191,8 +211,8 @@ def _timm_data(mode: str, config: Config) -> Data:
         streams = Stream(train.reader, train_transform(config)), Stream(val.reader, eval_transform(config))
         return Data(*streams, _timm_classes(train, config))
     return Data(
-        Images(train, mode, train_transform(config)),
-        Images(val, mode, eval_transform(config)),
+        Images(train, mode, train_transform(config), config.max_image_megapixels),
+        Images(val, mode, eval_transform(config), config.max_image_megapixels),
         _timm_classes(train, config),
     )
 

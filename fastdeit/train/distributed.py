@@ -3,13 +3,16 @@
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from fastdeit.train import peers
+from fastdeit.train.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,31 @@ class World:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Calls function in the main process; its result there, None elsewhere. An error that a user can mend is raised in all."""
+        result, failure = None, None
+        if self.main:
+            try:
+                result = function()
+            except (ValueError, OSError, ImportError) as error:
+                failure = error
+        failure = self.agreed(failure)
+        if failure is not None:
+            raise failure
+        return result
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
+    @property
+    def peers(self) -> Peers | None:
+        """The watch over the other processes; None where there are none."""
+        return _peers if self.size > 1 else None
+
 
 SINGLE = World()
+_peers: Peers | None = None  # while the processes are connected
 
 
 def started_world() -> World:
@@ -98,9 +120,13 @@ def joined(world: World, device_type: str) -> Iterator[World]:
         world_size=world.size,
         device_id=device,
     )
+    global _peers
+    _peers = peers.start(world.rank, world.size, address, int(port))
     try:
         yield world
     finally:
+        _peers.end()
+        _peers = None
         dist.destroy_process_group()
 
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -24,9 +24,12 @@ from fastdeit.train.distributed import SINGLE, World
 from fastdeit.train.graphs import OFF, CapturedStep, CudaRecorder, DeviceRates, masks_updates, why_not_captured
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.meter import Meter, peak_flops
-from fastdeit.train.monitor import LossMonitor
+from fastdeit.train.monitor import LossMonitor, NonFiniteLossError, all_finite
 from fastdeit.train.optimization import Schedule, create_ema, create_optimizer
 from fastdeit.train.sampling import EpochBatches, seed_step
+
+Phase = Literal["between steps", "gradients", "update"]
+SMALLEST_SCALE = 2.0**-14  # of fp16's loss: a gradient that overflows there is not finite by any scale
 
 
 class Progress(Protocol):
@@ -84,6 +87,11 @@ class Trainer:
             print(f"cuda_graphs: {self.whole_step.outcome}", file=sys.stderr, flush=True)
         peak = peak_flops(self.device)
         self.meter = Meter(config.batch_size, _flops_per_image(model), peak and peak * world.size)
+        # What a step changes before its update, so that one which fails can be taken back: for each of the last two steps, since
+        # a verdict may come one step late.
+        self.carried = [*model.buffers(), self.monitor.total]
+        self.kept = [[tensor.clone() for tensor in self.carried] for _ in range(2)]
+        self.phase: Phase = "between steps"
         self.stop_requested: Callable[[], bool] = lambda: False  # whether this process was asked to stop
         self.after_step: Callable[[], None] = lambda: None
         self.step = 0  # updates so far
@@ -97,22 +105,46 @@ class Trainer:
         """Trains on the batches of the epoch that remain and returns the mean loss of all.
 
         Raises:
-            NonFiniteLossError: a loss is not finite. The weights are those before that step.
+            NonFiniteLossError: a loss or a gradient is not finite. The weights are those before that step.
         """
         updates = self.schedule.updates_per_epoch
         self.model.train()
-        self.batches.set_epoch(epoch, min(max(self.step - epoch * updates, 0), updates))
-        for images, classes in self.meter.batches(self.loader):
+        done = min(max(self.step - epoch * updates, 0), updates)
+        if done == 0:
+            self.monitor.reset()
+        self.batches.set_epoch(epoch, done)
+        for images, classes in self.meter.batches(self.loader) if done < updates else ():
             self._train_step(epoch, images, classes)
             progress.update()
             self.after_step()
         self.monitor.check()
         self.world.same_buffers(self.model)
-        loss = self.monitor.mean(updates)
-        self.monitor.reset()
-        return loss
+        return self.monitor.mean(updates)
+
+    def take_back(self, step: int | None = None) -> bool:
+        """Makes the state that of before `step`, which was begun (by default the one under way, if any), without its update.
+
+        Returns:
+            Whether that is so: not if the update had begun.
+        """
+        if step is None:
+            if self.phase == "between steps":
+                return True
+            if self.phase == "update":
+                return False
+            step = self.step
+        with torch.no_grad():
+            for tensor, kept in zip(self.carried, self.kept[step % 2], strict=True):
+                tensor.copy_(kept)
+        self.monitor.forget(step)
+        self.step, self.phase = step, "between steps"
+        return True
 
     def _train_step(self, epoch: int, images: Tensor, classes: Tensor) -> None:
+        with torch.no_grad():
+            for tensor, kept in zip(self.carried, self.kept[self.step % 2], strict=True):
+                kept.copy_(tensor)
+        self.phase = "gradients"
         seed_step(self.config.seed, self.step, self.world.rank)
         self.schedule.set(self.step)
         self.rates.follow()
@@ -121,13 +153,15 @@ class Trainer:
             self.cached_teacher.seek(epoch, self.batches.positions(self.step % self.schedule.updates_per_epoch))
         self.monitor.ask(self.stop_requested())
         if self.monitor.deferred and self.scaler is None:
-            self.monitor.note(self.whole_step(images, targets), self.step, epoch)
+            values = self.whole_step(images, targets)
+            self.phase = "update"  # for a recording, which is launched as a whole
+            self.monitor.note(values, self.step, epoch)
         else:  # a scaler knows of this step's gradients alone, so that the verdict on the one before must be read first
             self.monitor.note(self._gradients(images, targets), self.step, epoch)
             self._update()
-        self.step += 1
         if self.config.model_ema_warmup:
-            self._average(self.step)
+            self._average(self.step + 1)
+        self.step, self.phase = self.step + 1, "between steps"
 
     def _whole_step(self, images: Tensor, targets: Tensor) -> Tensor:
         """All that happens on the device between augmentation and the next step, but for an average whose decay changes."""
@@ -153,9 +187,12 @@ class Trainer:
                     loss = self.criterion(images[chosen], self.net(images[chosen]), targets[chosen]) / parts
                 (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
             total += loss.detach()
-        return self.monitor.judge(total)
+        if self.scaler is not None:  # which looks itself, and for which an overflow is no fault
+            return self.monitor.judge(total)
+        return self.monitor.judge(total, [p.grad for p in self.model.parameters() if p.grad is not None])
 
     def _update(self) -> None:
+        self.phase = "update"
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.config.clip_grad:
@@ -165,6 +202,12 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.scaler.get_scale() < SMALLEST_SCALE:
+                raise NonFiniteLossError(
+                    f"gradients are not finite in fp16 however small the loss is scaled (by {self.scaler.get_scale():.3g}) at step "
+                    f"{self.step}; the last finite loss was {self.last_loss:.6g}. The last updates were not made",
+                    self.step,
+                )
         elif self.monitor.deferred:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, self.monitor.bad
             with self.rates.in_place():
@@ -184,6 +227,25 @@ class Trainer:
         if self.world.size == 1:
             return net
         return DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def bad_gradients(self) -> list[str]:
+        """Names of parameters whose gradient, of the last backward pass, is not finite."""
+        return [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+
+    def not_finite(self) -> list[str]:
+        """Names of what a state would hold with NaN or infinity in it: weights, their moving average, the optimizer's state."""
+        found = {**self.model.state_dict()}
+        if self.ema is not None:
+            found |= {f"moving average of {name}": tensor for name, tensor in self.ema.module.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            values = self.optimizer.state.get(parameter, {})
+            found |= {f"{key} of {name}": value for key, value in values.items() if isinstance(value, Tensor)}
+        floating = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+        on_device = [tensor for tensor in floating.values() if tensor.device == self.device]
+        on_host = [tensor for tensor in floating.values() if tensor.device != self.device]
+        if all_finite(on_device, self.device) and all_finite(on_host, torch.device("cpu")):
+            return []
+        return [name for name, tensor in floating.items() if not tensor.isfinite().all()]
 
     def state_dict(self) -> dict[str, Any]:
         """All that training depends on. Reads what is still on its way; raises NonFiniteLossError if that is bad."""

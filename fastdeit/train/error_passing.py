@@ -10,11 +10,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from fastdeit.train import workers
+from fastdeit.train.signals import ignore_in_worker
 from fastdeit.train.transform_errors import described
 
 
 class ErrorPassingLoader(DataLoader):
     """DataLoader of a data set, map-style or a stream, whose errors are raised between batches in this process.
+
+    Its workers leave signals to this process; one that dies raises WorkerDiedError.
 
     Args:
         dataset, collate_fn, options: DataLoader's.
@@ -22,10 +26,10 @@ class ErrorPassingLoader(DataLoader):
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] = default_collate, **options: Any) -> None:
         guarded = _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _Guarded(dataset)
-        super().__init__(guarded, collate_fn=_Collate(collate_fn), **options)
+        super().__init__(guarded, collate_fn=_Collate(collate_fn), worker_init_fn=ignore_in_worker, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
+        for batch in workers.batches_of(workers.start(super().__iter__)):
             if isinstance(batch, _Raised):
                 raise batch.error
             yield batch

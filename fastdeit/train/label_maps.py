@@ -2,21 +2,22 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from timm.data import RealLabelsImagenet
+from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastdeit.train.class_names import class_difference
 from fastdeit.train.config import Config
 from fastdeit.train.device import autocast
-from fastdeit.train.image_files import read_image
+from fastdeit.train.image_files import MAX_MEGAPIXELS, read_image
 from fastdeit.train.image_folders import images_below, no_image
 from fastdeit.train.models import head_logits
+from fastdeit.train.transform_errors import NamedTransforms, TransformFailure
 from fastdeit.train.transforms import eval_transform
 
 REAL = "real"  # the label map that timm brings along
@@ -41,6 +42,8 @@ class LabelMap:
     def __init__(self, source: str, classes: Sequence[str]) -> None:
         self.source = source
         self.classes = tuple(classes)
+        if source == REAL:
+            _check_imagenet(self.classes)
         entries = _real_labels() if source == REAL else _read_json(Path(source))
         if isinstance(entries, list):
             entries = {f"ILSVRC2012_val_{i + 1:08d}": accepted for i, accepted in enumerate(entries)}
@@ -54,8 +57,16 @@ class LabelMap:
         for name in names:
             if name in self._accepted:
                 return self._accepted[name]
-        if not self._accepted and path.parent.name.isdecimal() and int(path.parent.name) < len(self.classes):
-            return (int(path.parent.name),)
+        if not self._accepted and re.fullmatch("[0-9]{1,6}", path.parent.name):
+            number = int(path.parent.name)
+            if path.parent.name in self.classes and self.classes.index(path.parent.name) != number:
+                raise ValueError(
+                    f"labels: {self.source} takes the folder {path.parent} for the model's class number {number}, which is called "
+                    f"{self.classes[number] if number < len(self.classes) else 'nothing'}; its class {path.parent.name} is number "
+                    f'{self.classes.index(path.parent.name)}. Say which is meant, as in {{"{path.parent.name}": ...}}'
+                )
+            if number < len(self.classes):
+                return (number,)
         raise ValueError(f"labels: {self.source} has no entry for {path}, nor for its folder")
 
     def _indices(self, name: str, accepted: Any, index: Mapping[str, int]) -> tuple[int, ...]:
@@ -78,7 +89,14 @@ class LabelledImages(Dataset):
         ValueError: there are no images, or the map says nothing of one of them.
     """
 
-    def __init__(self, root: Path, labels: LabelMap, mode: str, transform: Callable[[Image.Image], Any]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        labels: LabelMap,
+        mode: str,
+        transform: NamedTransforms,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ) -> None:
         self.paths = [Path(path) for path in images_below(root)]
         if not self.paths:
             raise ValueError(f"data: {no_image(root)}")
@@ -86,11 +104,16 @@ class LabelledImages(Dataset):
         self.classes = len(labels.classes)
         self.mode = mode
         self.transform = transform
+        self.max_megapixels = max_megapixels
 
     def __getitem__(self, index: int) -> tuple[Any, Tensor]:
         right = torch.zeros(self.classes, dtype=torch.bool)
         right[list(self.accepted[index])] = True
-        return self.transform(read_image(self.paths[index], self.mode)), right
+        image = read_image(self.paths[index], self.mode, self.max_megapixels)
+        try:
+            return self.transform(image), right
+        except TransformFailure as failure:
+            raise failure.on(str(self.paths[index])) from failure
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,7 +124,8 @@ def labelled_images(config: Config, root: Path, labels: LabelMap) -> LabelledIma
     if not root.is_dir():
         raise ValueError(f"data: {root} is not a folder of images, which labels are for")
     folder = root / "val" if (root / "val").is_dir() else root
-    return LabelledImages(folder, labels, "L" if config.in_chans == 1 else "RGB", eval_transform(config))
+    mode = "L" if config.in_chans == 1 else "RGB"
+    return LabelledImages(folder, labels, mode, eval_transform(config), config.max_image_megapixels)
 
 
 @torch.no_grad()
@@ -125,6 +149,15 @@ def evaluate_labelled(
     return {name: 100 * n / counted for name, n in correct.items()}
 
 
+def _check_imagenet(classes: tuple[str, ...]) -> None:
+    """Raises ValueError unless classes are ImageNet's in its order, by their WordNet names or by number."""
+    difference = class_difference(classes, ImageNetInfo().label_names())
+    if difference is not None and classes != tuple(map(str, range(1000))):
+        raise ValueError(
+            f"labels: {REAL} is for ImageNet's classes in its order, n01440764 to n15075141 or 0 to 999; the model {difference}"
+        )
+
+
 def _real_labels() -> dict[str, list[int]]:
     names = [f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(50_000)]
     return {Path(name).stem: accepted for name, accepted in RealLabelsImagenet(names).real_labels.items()}
@@ -135,8 +168,8 @@ def _read_json(path: Path) -> Any:
         raise FileNotFoundError(f"labels: {path} is neither a file nor {REAL!r}")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"labels: {path} is not JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"labels: {path} cannot be read as JSON: {error}") from None
     if not isinstance(entries, list | dict):
         raise ValueError(f"labels: {path} holds a {type(entries).__name__}, expected a list or an object")
     return entries

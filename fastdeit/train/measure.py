@@ -69,7 +69,7 @@ def _teacher(config: Config, data: Data, device: torch.device) -> nn.Module | No
     if config.teacher_epochs:
         own = create_student(teacher_config(config), len(data.classes), device)
         return own.eval().requires_grad_(False)
-    return quickened(create_teacher(config, len(data.classes), device), device)
+    return quickened(create_teacher(config, len(data.classes), device, data.classes), device)
 
 
 def _loader_rate(trainer: Trainer, seconds: float) -> tuple[float, Batch]:

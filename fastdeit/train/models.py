@@ -1,19 +1,20 @@
 """Student and teacher, made by timm, and what each head of a model says."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.layers import DropPath
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fastdeit
-from fastdeit.train.checkpoints import check_same_tensors, load_weights
+from fastdeit.train.checkpoints import load_weights
 from fastdeit.train.config import Config
+from fastdeit.train.finetuning import load_for_finetuning
 from fastdeit.train.sampling import derive_seed
 
 
@@ -23,6 +24,7 @@ def create_student(
     device: torch.device,
     *,
     initial_weights: bool = False,
+    classes: Sequence[str] | None = None,
     field: str = "model",
 ) -> nn.Module:
     """The model to train, initialised from the seed, accelerated, on device.
@@ -30,6 +32,7 @@ def create_student(
     Args:
         initial_weights: start from what config's `pretrained` or `finetune` names, as a new run does; a model that is given
             weights afterwards needs neither.
+        classes: their names, which are compared with those of the weights that `finetune` names.
         field: of the user's configuration that names the model, for errors.
 
     Raises:
@@ -59,7 +62,7 @@ def create_student(
             )
         model.set_distilled_training(True)
     if initial_weights and config.finetune is not None:
-        load_for_finetuning(model, Path(config.finetune))
+        load_for_finetuning(model, Path(config.finetune), classes, config.finetune_new_head)
     if config.accelerate:
         fastdeit.accelerate(model, memory=config.memory)
     return model.to(device)
@@ -79,44 +82,20 @@ def set_uniform_drop_path(model: nn.Module, rate: float) -> None:
         block.drop_path2 = DropPath(rate) if rate else nn.Identity()
 
 
-def load_for_finetuning(model: nn.Module, path: Path) -> None:
-    """Loads a checkpoint of fastdeit, timm or facebookresearch/deit into a vision transformer of another resolution.
-
-    timm interpolates the positions. A head for other classes keeps its initial values, and so does a distillation head that the
-    checkpoint lacks.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or is of another model.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"finetune: {path}: no such checkpoint")
-    try:
-        weights = checkpoint_filter_fn(timm.models.load_state_dict(str(path), use_ema=False), model)
-    except Exception as error:  # what is raised depends on the format and on where the file ends
-        raise ValueError(f"finetune: {path}: cannot be read as a checkpoint: {error}") from error
-    own = model.state_dict()
-    heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
-    for name in heads:
-        if name in weights and weights[name].shape != own[name].shape:
-            del weights[name]
-    kept = [name for name in heads if name not in weights]
-    check_same_tensors({**weights, **{name: own[name] for name in kept}}, own, path)
-    model.load_state_dict(weights, strict=False)
-
-
-def create_teacher(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+def create_teacher(
+    config: Config, num_classes: int, device: torch.device, classes: Sequence[str] | None = None
+) -> nn.Module:
     """The teacher in eval mode, without gradient: with config's teacher_checkpoint (safetensors), else timm's pretrained weights.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: as `create_student`, or the weights are truncated or another model's.
+        ValueError: as `create_student`, or the weights are truncated, another model's or of other classes.
     """
     kwargs = dict(config.teacher_kwargs, pretrained=config.teacher_checkpoint is None)
     model = _create("teacher_model", config.teacher_model, num_classes, config.in_chans, kwargs)
     if config.teacher_checkpoint is not None:
         try:
-            load_weights(model, Path(config.teacher_checkpoint))
+            load_weights(model, Path(config.teacher_checkpoint), classes)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"teacher_checkpoint: {error}") from error
     return model.to(device).eval().requires_grad_(False)

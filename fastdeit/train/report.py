@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdeit.train.analysis import matrix
-from fastdeit.train.checkpoints import write_atomically
 from fastdeit.train.config import FREE_FIELDS
+from fastdeit.train.files import write_atomically
 from fastdeit.train.reporting import READOUTS
 
 RESULTS, REPORT = "results.json", "report.md"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdeit.train.checkpoints import write_atomically
+from fastdeit.train.files import write_atomically
 
 READOUTS = {
     "class": "class head",

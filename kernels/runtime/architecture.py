@@ -6,7 +6,9 @@ from functools import lru_cache
 import torch
 import triton
 
-NOMINAL = 90  # stands in for the architecture of CPU tensors, which only the interpreter and launch tests use
+# Stand in for the device of CPU tensors, which only the interpreter, launch tests and the PTX machine use.
+NOMINAL = 90
+NOMINAL_MULTIPROCESSORS = 132  # an H100's
 
 
 @dataclass(frozen=True)
@@ -67,5 +69,5 @@ def architecture(x: torch.Tensor) -> int:
 
 
 def multiprocessors(x: torch.Tensor) -> int:
-    """The number of streaming multiprocessors of x's device; an H100's 132 for a CPU tensor."""
-    return _multiprocessors(x.device.index) if x.is_cuda else 132
+    """The number of streaming multiprocessors of x's device; `NOMINAL_MULTIPROCESSORS` for a CPU tensor."""
+    return _multiprocessors(x.device.index) if x.is_cuda else NOMINAL_MULTIPROCESSORS

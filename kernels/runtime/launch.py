@@ -6,7 +6,8 @@ their run-time integers are declared `do_not_specialize`, so that code depends o
 bits; those that do not are left to Triton.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ _TESTED_VERSIONS = ("3.6.", "3.9.")
 _DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
 _INT32 = 2**31
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+# Takes launches of CPU tensors, called as `launch` is; None leaves them to Triton, whose interpreter runs them.
+_cpu_launcher: Callable[..., None] | None = None
 
 # kernel's id -> the kernel, positions of the arguments whose type matters, and what was compiled so far
 _kernels: dict[int, "_Kernel"] = {}
@@ -56,8 +60,21 @@ def launch(
     if home >= 0 and home != torch.cuda.current_device():
         with torch.cuda.device(home):
             _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+    elif home < 0 and _cpu_launcher is not None:
+        _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages)
     else:
         _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+
+
+@contextlib.contextmanager
+def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
+    """In it `launcher` is called in the place of `launch` where the tensors are on the CPU."""
+    global _cpu_launcher
+    previous, _cpu_launcher = _cpu_launcher, launcher
+    try:
+        yield
+    finally:
+        _cpu_launcher = previous
 
 
 def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from fastdeit.aot.stub_driver import driver
-
 HERE = Path(__file__).parent
 RUNNER = HERE / "run_checks.py"
 
@@ -27,16 +25,13 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def outcome() -> Callable[[str, str], str | None]:
-    """outcome(file, check): what a check of a file raised, or None. A file whose launches need a driver gets the stand-in."""
+    """outcome(file, check): what a check of a file raised, or None."""
 
     @functools.cache
     def outcomes(file: str) -> dict[str, str | None]:
         arguments = (str(RUNNER), str(HERE / file))
-        if file.startswith("stubbed"):
-            result = driver.run_python(*arguments)
-        else:
-            environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[1])}
-            result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[1])}
+        result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout.splitlines()[-1])
 

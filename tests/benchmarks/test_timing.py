@@ -383,6 +383,7 @@ def test_the_environment_names_versions():
 
 
 @pytest.mark.gpu
+@pytest.mark.numeric
 def test_on_a_gpu_backward_is_captured_and_costs_what_it_should():
     from fastdeit.benchmarks.baselines import op_baselines as peers
 

@@ -89,7 +89,7 @@ def test_under_autocast_drop_path_draws_on_the_tensors_that_timm_draws_on(kernel
 def test_the_drop_path_factor_is_exact_in_float32():
     from timm.layers import DropPath
 
-    from fastdeit.nn.block import drop_path_scale
+    from fastdeit.blocks.run import drop_path_scale
 
     branch = torch.zeros(64, 5, 8, dtype=torch.bfloat16)
     scale = drop_path_scale(DropPath(0.1), branch, None)
@@ -183,7 +183,7 @@ def test_what_a_custom_attention_returns_is_added_as_pytorch_adds(kernels_stood_
         (lambda b: setattr(b, "norm1", nn.BatchNorm1d(5)), "a norm is a BatchNorm1d that is not accelerated"),
         (lambda b: setattr(b, "ls1", LayerScale(32, inplace=True)), "ls1 is a LayerScale that works in place"),
         (lambda b: setattr(b, "drop_path1", nn.Dropout(0.1)), "drop_path1 is a Dropout"),
-        (lambda b: b.ls1.to(torch.float64), r"ls1 is in torch.float64, the input in torch.float32"),
+        (lambda b: b.ls1.to(torch.float64), r"a LayerScale is in torch.float64, the input in torch.float32"),
         (lambda b: setattr(b, "norm2", TorchLayerNorm((5, 32))), "it normalises over 2 dimensions"),
     ],
 )

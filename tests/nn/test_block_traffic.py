@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastdeit import backends
+from fastdeit.blocks.run import PendingResidual
 from fastdeit.nn import Block
-from fastdeit.nn.block import Carried
 from fastdeit.ops import mlp_op
 from fastdeit.testing import kernel_device
 
@@ -83,14 +83,14 @@ def test_inference(monkeypatch, heading, dtype, autocast):
     block, x, branch, context = through_block(dtype, autocast)
     steps = recording(monkeypatch)
     with backends.use_backend("triton"), torch.no_grad(), context:
-        block.through(Carried(x, branch), carry=True)
+        block.forward_deferred(PendingResidual(x, branch))
     assert steps == documented(heading)
 
 
 def test_backward(monkeypatch):
     block, x, branch, context = through_block(torch.float32, True)
     with backends.use_backend("triton"), context:
-        carried = block.through(Carried(x.requires_grad_(), branch.requires_grad_()), carry=True)
+        pending = block.forward_deferred(PendingResidual(x.requires_grad_(), branch.requires_grad_()))
     steps = recording(monkeypatch)
-    torch.autograd.backward([carried.x, carried.branch], [torch.ones_like(carried.x), torch.ones_like(carried.branch)])
+    torch.autograd.backward([pending.x, pending.branch], [torch.ones_like(pending.x), torch.ones_like(pending.branch)])
     assert steps == documented("Backward, autocast")

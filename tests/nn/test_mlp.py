@@ -6,8 +6,8 @@ from timm.layers import Mlp as TimmMlp
 from timm.layers import get_act_layer
 from torch import nn
 
+from fastdeit.blocks.checklist import activation_name
 from fastdeit.nn import Mlp
-from fastdeit.nn.mlp import activation_name
 from fastdeit.testing import assert_as_accurate_as_eager
 
 

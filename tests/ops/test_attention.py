@@ -123,6 +123,7 @@ def in_products(qkv, heads):
 
 
 @pytest.mark.gpu
+@pytest.mark.numeric
 @pytest.mark.parametrize("tokens", [17, 197])
 @pytest.mark.parametrize("head_dim", [32, 48, 64])
 def test_as_accurate_as_eager_in_tf32_where_it_is_allowed(head_dim, tokens):
@@ -136,6 +137,7 @@ def test_as_accurate_as_eager_in_tf32_where_it_is_allowed(head_dim, tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.numeric
 def test_a_cuda_graph_replays_forward_and_backward():
     qkv = randn(2, 197, 3 * 3 * 64, dtype=torch.bfloat16).requires_grad_()
 

@@ -124,6 +124,7 @@ def test_never_waits_for_the_gpu(present, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.numeric
 def test_runs_inside_a_cuda_graph():
     z, d, t = randn(3, 4, 24).unbind()
     y = indices(4, 24)

@@ -151,6 +151,18 @@ def kept_bytes(function, given):
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("placed", ["all", "patches"])
+@pytest.mark.parametrize("registered", [False, True])
+def test_gradients_have_the_strides_of_their_parameters(placed, registered, monkeypatch):
+    """DDP warns of others, those of dimensions of size one included, and copies each gradient once more."""
+    monkeypatch.setattr(backends, "registered_path", lambda *_: registered)
+    given = [t.requires_grad_() for t in tensors(placed=placed)]
+    with backends.use_backend("triton"):
+        gradients = torch.autograd.grad(ops.patch_embedding(*given).sum(), given)
+    for name, tensor, gradient in zip(NAMES, given, gradients, strict=True):
+        assert gradient.stride() == tensor.stride(), name
+
+
 def test_keeps_the_patches_in_the_dtype_of_the_product_and_only_for_the_weight():
     given = tensors()
     parameters = [t.requires_grad_() for t in given[1:]]

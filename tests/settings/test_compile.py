@@ -1,5 +1,7 @@
 """torch.compile of an accelerated model: one graph, the registered ops in it, and no compilation per batch size."""
 
+import warnings
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -103,6 +105,25 @@ def test_training_and_evaluation_take_turns_without_compiling_again(settings, sm
 
 
 @pytest.mark.gpu
+def test_float32_without_autocast_is_one_graph_that_follows_the_switch_of_tf32(settings, small):
+    counter = CompileCounterWithBackend("eager")
+    forward = torch.compile(fastdeit.accelerate(small(depth=1)).cuda(), backend=counter, fullgraph=True)
+    x = settings.images(device="cuda")
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Dynamo's about a cached function, for one
+            for precision, frames in (("ieee", 1), ("tf32", 2), ("ieee", 2)):
+                switch.fp32_precision = precision
+                forward(x).sum().backward()
+                assert counter.frame_count == frames
+    finally:
+        switch.fp32_precision = before
+
+
+@pytest.mark.gpu
+@pytest.mark.numeric
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_inductor_gives_the_contracts_numbers(settings, small, mode):
     timms = small(init_values=0.3).cuda()

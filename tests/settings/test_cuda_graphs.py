@@ -25,6 +25,47 @@ def captured_step(step, warm_up=3):
     return graph.replay
 
 
+STEPS = {
+    "autocast to bf16": dict(autocast=torch.bfloat16),
+    "autocast to fp16": dict(autocast=torch.float16),
+    "fp32": dict(),
+    "bf16 parameters": dict(parameters=torch.bfloat16),
+    "lean": dict(autocast=torch.bfloat16, memory="lean"),
+    "checkpointed": dict(autocast=torch.bfloat16, checkpointed=True),
+    "without the kernels of blocks": dict(autocast=torch.bfloat16, exclude=("blocks.*",)),
+}
+
+
+@pytest.mark.parametrize("form", STEPS)
+def test_a_training_step_can_be_captured(settings, small, form):
+    """Forward, distillation loss, backward and optimizer, with drop path and LayerScale."""
+    options = (
+        dict(autocast=None, parameters=torch.float32, memory="usual", checkpointed=False, exclude=()) | STEPS[form]
+    )
+    model = small(drop_path_rate=0.3, init_values=0.3).to("cuda", options["parameters"]).train()
+    fastdeit.accelerate(model, memory=options["memory"], exclude=options["exclude"])
+    model.set_distilled_training(True)
+    model.set_grad_checkpointing(options["checkpointed"])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, capturable=True)
+    criterion = DistillationCrossEntropy("hard")
+    x = settings.images(4, device="cuda", dtype=options["parameters"])
+    targets, teacher = torch.arange(4, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", options["autocast"], enabled=options["autocast"] is not None):
+            loss = criterion(model(x), targets, teacher)
+        loss.backward()
+        optimizer.step()
+
+    replay = captured_step(step)
+    for _ in range(2):
+        replay()
+    torch.cuda.synchronize()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.3])
 def test_a_captured_training_step_follows_the_eager_one(settings, small, monkeypatch, dtype, drop_path_rate):
@@ -72,6 +113,7 @@ def test_a_captured_training_step_follows_the_eager_one(settings, small, monkeyp
         assert len(set(replayed)) == len(replayed)  # each replay draws masks of its own
 
 
+@pytest.mark.numeric
 def test_a_captured_forward_pass_reads_new_images(settings, small):
     model = fastdeit.accelerate(small()).cuda().bfloat16().eval()
     x = settings.images(4, device="cuda", dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastdeit.train import checkpoints, run
+from fastdeit.train import run
 from fastdeit.train.config import config_from
 from fastdeit.train.engine import Trainer
 from fastdeit.train.signals import Stopped
@@ -43,7 +43,7 @@ def killed(folder: str, config: dict, point: str) -> int:
         if reached("write"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Trainer._train_step, checkpoints.os.fsync = step, written
+    Trainer._train_step, os.fsync = step, written
     try:
         run.train(config_from(config), Path(folder), resume=True)
     except Stopped as stopped:

@@ -1,6 +1,9 @@
 """Labels from a file are the teacher's own, and those of another run are refused."""
 
+import errno
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import timm
 import torch
 
 from fastdeit.commands import cli
-from fastdeit.train import run
+from fastdeit.train import cached_labels, run
 from fastdeit.train.cached_labels import (
     FIELDS_OF_LABELS,
     CachedTeacher,
@@ -16,10 +19,12 @@ from fastdeit.train.cached_labels import (
     cache_labels,
     fingerprint,
     label_header,
+    partial_file,
     weights_hash,
 )
 from fastdeit.train.checkpoints import load_state, save_weights
 from fastdeit.train.datasets import load_data
+from fastdeit.train.files import WriteError
 from fastdeit.train.models import create_teacher
 
 CPU = torch.device("cpu")
@@ -78,7 +83,112 @@ def test_an_interrupted_computation_goes_on_to_the_same_file(taught, tmp_path):
     handle = teacher.register_forward_hook(lambda *_: seen.append(1))
     list(cache_labels(config, data, teacher, CPU, path))
     handle.remove()
-    assert len(seen) == 3 and path.read_bytes() == whole.read_bytes()
+    assert len(seen) == 2 and path.read_bytes() == whole.read_bytes()
+
+
+def test_what_there_is_is_written_every_minute(taught, tmp_path, monkeypatch):
+    """So that a kill, after which nothing more is written, costs no more."""
+    config, data, teacher, whole = taught
+    path = tmp_path / "again.labels"
+    monkeypatch.setattr(cached_labels, "STORE_EVERY", 0.0)
+    steps = cache_labels(config, data, teacher, CPU, path)
+    next(steps)
+    next(steps)
+    after_two = partial_file(path).read_bytes()  # the second batch is stored when the third is asked for, or at once
+    steps.close()
+    partial_file(path).write_bytes(after_two)
+    first, *_ = cache_labels(config, data, teacher, CPU, path)
+    assert first >= 64
+    assert path.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.lock"))
+
+
+def test_a_gap_is_filled_and_what_follows_computed_anew(taught, tmp_path):
+    """As after a power failure, of which later pages may survive."""
+    config, data, teacher, whole = taught
+    path = tmp_path / "again.labels"
+    shutil.copy(whole, partial_file(path))
+    file = LabelFile(partial_file(path))
+    row = np.array(file.labels[1])
+    row[40] = cached_labels.MISSING
+    file.store(1, row)
+    seen = []
+    handle = teacher.register_forward_hook(lambda *_: seen.append(1))
+    done = list(cache_labels(config, data, teacher, CPU, path))
+    handle.remove()
+    assert len(seen) == 2 and done == [192, 192] and path.read_bytes() == whole.read_bytes()
+
+
+def test_a_second_computation_of_the_same_labels_is_refused(taught, tmp_path):
+    config, data, teacher, _ = taught
+    path = tmp_path / "two.labels"
+    steps = cache_labels(config, data, teacher, CPU, path)
+    next(steps)
+    with pytest.raises(ValueError, match=rf"labels: {path} is in use by process \d+ on"):
+        next(cache_labels(config, data, teacher, CPU, path))
+    steps.close()
+
+
+def test_logits_that_are_not_finite_give_no_labels(taught, tmp_path):
+    config, data, _, _ = taught
+
+    class Odd(torch.nn.Module):
+        def forward(self, images):
+            return torch.full((len(images), 3), float("nan"))
+
+    with pytest.raises(ValueError, match="teacher_model: logits of regnetx_002 are not finite in epoch 0, batch 0"):
+        next(cache_labels(config, data, Odd().eval(), CPU, tmp_path / "odd.labels"))
+    assert (LabelFile(partial_file(tmp_path / "odd.labels")).labels == cached_labels.MISSING).all()
+
+
+def test_a_full_disk_is_said_with_what_stands(taught, tmp_path, monkeypatch):
+    config, data, teacher, _ = taught
+    steps = cache_labels(config, data, teacher, CPU, tmp_path / "full.labels")
+    next(steps)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            WriteError, match=r"full\.labels\.partial: cannot be written: the disk is full; what it held"
+        ):
+            list(steps)
+    assert partial_file(tmp_path / "full.labels").exists()
+
+
+@pytest.mark.parametrize("how, code", [("signal", 143), ("error", 1), ("early", 2)])
+def test_the_command_keeps_what_there_is(taught, tmp_path, monkeypatch, capsys, how, code):
+    import yaml
+
+    config, _, _, labels = taught
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    path = tmp_path / "out.labels"
+    call = ["cache-teacher", "--config", str(tmp_path / "small.yaml"), "--labels", str(path)]
+    cache = cached_labels.cache_labels
+
+    def interrupted(*args):
+        for number, done in enumerate(cache(*args)):
+            if number == 3 and how == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if number == 3 and how == "error":
+                raise RuntimeError("odd")
+            if how == "early":
+                raise ValueError("aa: odd")
+            yield done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cached_labels, "cache_labels", interrupted)
+        assert cli.main(call) == code
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdeit")]
+    kept = f"The labels so far are in {path}.partial; the same command goes on"
+    expected = {
+        "signal": f"stopped by SIGTERM; 128 of 192 labels are there. {kept}",
+        "error": f"RuntimeError: odd (test_cached_labels.py, line {interrupted.__code__.co_firstlineno + 5}). {kept}",
+        "early": "aa: odd",
+    }
+    assert said == [f"fastdeit cache-teacher: {expected[how]}"]
+    assert cli.main(call) == 0 and path.read_bytes() == labels.read_bytes()
 
 
 def test_the_batches_of_other_ranks_are_computed_too(taught, tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
@@ -176,6 +177,7 @@ def test_nccl_is_told_its_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.update(current=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: seen.update(backend=backend, **kwargs))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed.peers, "start", lambda *_: mock.Mock())
     for name, value in {"MASTER_ADDR": "there", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with distributed.joined(World(rank=5, size=8, local_rank=1), "cuda"):

@@ -326,6 +326,7 @@ def test_a_failed_recording_is_over_for_the_allocator(monkeypatch, told):
 
 
 @pytest.mark.gpu
+@pytest.mark.numeric
 @pytest.mark.parametrize("changes", [dict(), dict(compile=True), dict(grad_accum_steps=2, clip_grad=0.5)])
 def test_a_captured_run_has_the_losses_of_an_uncaptured_one(make_small_config, changes):
     """Bit for bit: the same kernels in the same order on the same random numbers."""
@@ -349,6 +350,7 @@ def test_a_captured_run_has_the_losses_of_an_uncaptured_one(make_small_config, c
 
 
 @pytest.mark.gpu
+@pytest.mark.numeric
 def test_a_failed_recording_leaves_the_device_as_it_was(capsys):
     """Random numbers, too: PyTorch's own generator is unusable after a recording that failed."""
 

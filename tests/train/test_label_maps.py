@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.data import ImageNetInfo
 
 from fastdeit.commands import cli
 from fastdeit.commands.eval import evaluate_checkpoint
@@ -50,6 +51,14 @@ def test_reals_labels_come_with_timm():
         ({"a": True}, "gives a the class True"),
         ([[0], [1.5]], "gives ILSVRC2012_val_00000002 the class 1.5"),
         ("text", "holds a str, expected a list or an object"),
+        (None, "holds a NoneType, expected a list or an object"),
+        ({"a": -1}, "gives a the class -1"),
+        ({"a": None}, "gives a the class None"),
+        ({"a": {"b": 1}}, "gives a the class {'b': 1}"),
+        ({"a": [[1]]}, "gives a the class [1]"),
+        ({"a": float("nan")}, "gives a the class nan"),
+        ({"a": "1"}, "gives a the class '1'"),
+        ([0, [10**30]], f"gives ILSVRC2012_val_00000002 the class {10**30}"),
     ],
 )
 def test_a_map_that_does_not_fit_is_refused(tmp_path, entries, message):
@@ -65,7 +74,7 @@ def test_an_image_without_an_entry_is_named(tmp_path, small_config, image_folder
 
 def test_a_file_that_is_no_json_is_named(tmp_path):
     (tmp_path / "labels.json").write_text("{")
-    with pytest.raises(ValueError, match=r"labels\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"labels\.json cannot be read as JSON"):
         LabelMap(str(tmp_path / "labels.json"), CLASSES)
     with pytest.raises(FileNotFoundError, match="neither a file nor 'real'"):
         LabelMap(str(tmp_path / "none.json"), CLASSES)
@@ -110,3 +119,36 @@ def test_an_image_that_is_cut_off_is_named(tmp_path, small_config, image_folder)
     images = labelled_images(small_config, tmp_path, label_map(tmp_path, {"digit-0": 0}))
     with pytest.raises(ValueError, match=r"cut\.png: cannot be read as an image"):
         images[0]
+
+
+def test_reals_labels_are_for_imagenets_classes_in_its_order():
+    names = ImageNetInfo().label_names()
+    assert LabelMap("real", names).accepted(Path("ILSVRC2012_val_00000002.JPEG")) == (970, 795)
+    swapped = [names[1], names[0], *names[2:]]
+    with pytest.raises(ValueError, match="the model has another order: class 0 is n01443537, not n01440764"):
+        LabelMap("real", swapped)
+    with pytest.raises(
+        ValueError, match=r"the model lacks n01440764, .* and 995 more and has digit-0, digit-1, digit-2"
+    ):
+        LabelMap("real", CLASSES)
+
+
+def test_a_folder_named_by_another_number_than_its_class_has_is_no_label(tmp_path):
+    """With classes 1, 2 and 10 folder 2 would be taken for class number 2, which is 10."""
+    labels = label_map(tmp_path, {}, ("1", "2", "10"))
+    for folder in ("1", "2", "10"):
+        with pytest.raises(ValueError, match=rf"takes the folder .*/?{folder} for .* its class {folder} is number \d"):
+            labels.accepted(Path(f"val/{folder}/a.png"))
+    assert label_map(tmp_path, {}, ("0", "1", "2")).accepted(Path("val/2/a.png")) == (2,)
+    assert label_map(tmp_path, {}, ("cat", "dog")).accepted(Path("val/1/a.png")) == (1,)
+    for folder in ("²", "٣", "2" * 5000):
+        with pytest.raises(ValueError, match="has no entry for"):
+            label_map(tmp_path, {}).accepted(Path(f"val/{folder}/a.png"))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[" * 100_000, b'{"a": }'])
+def test_a_damaged_file_is_one_line(tmp_path, small_checkpoint, capsys, content):
+    (tmp_path / "labels.json").write_bytes(content)
+    assert cli.main(["eval", "--checkpoint", str(small_checkpoint), "--labels", str(tmp_path / "labels.json")]) == 2
+    err = capsys.readouterr().err
+    assert "labels.json cannot be read as JSON" in err and err.count("\n") == 1

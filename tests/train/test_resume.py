@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdeit.train import checkpoints, run
-from fastdeit.train.checkpoints import load_state
+from fastdeit.train import checkpoints, fit, run
+from fastdeit.train.checkpoints import STATE, load_state
 from fastdeit.train.engine import Trainer
+from fastdeit.train.failures import RunFailedError
 
 WEIGHTS = ("last.safetensors", "best.safetensors", "ema.safetensors", "teacher/last.safetensors")
 
@@ -127,9 +128,12 @@ def test_a_full_disk_is_said_and_keeps_the_former_state(config, tmp_path, monkey
         full = trainer.config.model.startswith("deit") and trainer.step >= 3
         return train_step(trainer, *args)
 
-    monkeypatch.setattr(checkpoints.os, "fsync", out_of_space)
+    monkeypatch.setattr(os, "fsync", out_of_space)
     monkeypatch.setattr(Trainer, "_train_step", fill)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(
+        RunFailedError,
+        match=rf"{STATE}: cannot be written: the disk is full; the former one stands. The state at step 3 is",
+    ):
         run.train(config, tmp_path)
     assert load_state(tmp_path / checkpoints.STATE)["step"] == 3
     assert not any(tmp_path.rglob("*.tmp"))
@@ -137,7 +141,7 @@ def test_a_full_disk_is_said_and_keeps_the_former_state(config, tmp_path, monkey
 
 def test_time_saves_too(config, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(fit.time, "monotonic", lambda: now[0])
     saved, train_step, save = [], Trainer._train_step, run.Fit._save_state
 
     def slow(trainer, *args):
@@ -151,7 +155,7 @@ def test_time_saves_too(config, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_train_step", slow)
     monkeypatch.setattr(run.Fit, "_save_state", noted)
     run.train(config.replace(checkpoint_steps=0, checkpoint_minutes=1.0), tmp_path)
-    assert [step for label, step in saved if label == "student"] == [2, 3, 5, 6, 8, 9]
+    assert [step for label, step in saved if label == "student"] == [2, 3, 3, 5, 6, 6, 8, 9, 9]
 
 
 def test_the_best_epochs_are_kept(config, tmp_path):

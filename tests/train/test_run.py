@@ -47,7 +47,14 @@ def whole(uninterrupted, small_config):
 
 def test_a_run_leaves_its_folder(whole, small_config):
     found = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()}
-    student = {"last.safetensors", "best.safetensors", "last.state.pt", "summary.csv", "curves.png"}
+    student = {
+        "last.safetensors",
+        "best.safetensors",
+        "last.state.pt",
+        "previous.state.pt",
+        "summary.csv",
+        "curves.png",
+    }
     once = {"args.yaml", "ema.safetensors", "report.md", "results.json"}
     assert found == student | {f"teacher/{name}" for name in student} | once
     assert config_from(yaml.safe_load((whole / "args.yaml").read_text())) == small_config

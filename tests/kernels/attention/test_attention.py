@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastdeit import backends, ops
-from fastdeit.aot.stub_driver import driver
 from fastdeit.kernels.attention import backward as attention_backward
 from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.attention import forward as attention
@@ -13,8 +12,6 @@ from fastdeit.kernels.attention.views import vector_units
 from fastdeit.kernels.runtime.architecture import LIMITS
 from fastdeit.ops.attention_op import HEAD_DIMS
 from fastdeit.testing import interpreter_active
-
-CHECKS = "stubbed_attention.py"
 
 # (width, heads) of timm's vision transformers, Ti to the giants, and their usual numbers of tokens.
 WIDTHS = [
@@ -195,11 +192,3 @@ def test_samples_past_two_to_the_31_elements():
             out = ops.attention(each, 1)
             results.append((out, *torch.autograd.grad(out.float().square().sum(), each)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.skipif(
-    driver.why_unavailable() is not None, reason=f"the stand-in cannot be built: {driver.why_unavailable()}"
-)
-def test_launched(check, outcome):
-    failure = outcome(CHECKS, check)
-    assert failure is None, failure

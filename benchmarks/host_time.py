@@ -1,0 +1,139 @@
+"""Host time of a whole model on the fake CUDA runtime: a forward pass and a training step, accelerated beside timm's.
+
+Processor time of the process, all its threads included, so that other processes count little; timm's and the accelerated model take
+turns, and what is reported is the median of the ratios of neighbouring turns. The GPU takes no time, so the host's is all there is.
+"""
+
+import contextlib
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import fastdeit
+from fastdeit.testing import fake_cuda
+
+PRECISIONS = ("bf16", "autocast")  # a bf16 model, or fp32 parameters under autocast to bf16
+PASSES = ("forward", "step")
+MODES = ("eager", "captured")
+LAUNCHES = ("launch", "triton_launch", "gemm", "graph_launch", "memset", "copy_on_device")
+_WARM_UP = 3  # calls: the first compiles, the second finds its allocations
+
+
+class HostTime(NamedTuple):
+    """Of one model, precision, pass and mode; timm's always runs eagerly."""
+
+    model: str
+    precision: str
+    passed: str
+    mode: str
+    timm_us: float
+    fastdeit_us: float
+    ratio: float
+    timm_launches: int
+    fastdeit_launches: int
+
+
+def measure(names: list[str], batch_size: int, turns: int, calls: int, driver_us: float) -> Iterator[HostTime]:
+    """Yields the host times of timm's models with these names, each in PRECISIONS, PASSES and MODES.
+
+    Args:
+        batch_size: images; cuDNN is not there, and timm's patch embedding then launches a GEMM an image.
+        turns, calls: how often each candidate is timed, and over how many calls each time.
+        driver_us: added to both for each launch, GEMM, copy and memset: what a real driver takes of the host.
+    """
+    for name in names:
+        for precision in PRECISIONS:
+            timms = _model(name, precision)
+            accelerated = fastdeit.accelerate(copy.deepcopy(timms))
+            for passed in PASSES:
+                images = _images(timms, precision, batch_size)
+                baseline = _call(timms, precision, passed, images)
+                eager = _call(accelerated, precision, passed, images)
+                candidates = {"eager": eager, "captured": _captured(eager, images)}
+                for mode, candidate in candidates.items():
+                    times, launches = _in_turns((baseline, candidate), turns, calls, driver_us)
+                    ratio = statistics.median(mine / theirs for theirs, mine in zip(*times, strict=True))
+                    medians = (round(statistics.median(each) * 1e6, 1) for each in times)
+                    yield HostTime(name, precision, passed, mode, *medians, round(ratio, 3), *launches)
+
+
+def _model(name: str, precision: str) -> nn.Module:
+    with torch.device("cuda"):
+        model = timm.create_model(name).train()
+    return model.bfloat16() if precision == "bf16" else model
+
+
+def _images(model: nn.Module, precision: str, batch_size: int) -> Tensor:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.zeros(batch_size, 3, *model.patch_embed.img_size, dtype=dtype, device="cuda")
+
+
+def _call(model: nn.Module, precision: str, passed: str, images: Tensor) -> Callable[[], Any]:
+    context = contextlib.nullcontext if precision == "bf16" else lambda: torch.autocast("cuda", torch.bfloat16)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        model.eval()
+        with context():
+            model(images)
+
+    def step() -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        with context():
+            outputs = model(images)
+        sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+
+    return forward if passed == "forward" else step
+
+
+def _captured(call: Callable[[], Any], images: Tensor) -> Callable[[], None]:
+    """A function that copies new images to where the captured call reads them, and replays it."""
+    others = images.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay() -> None:
+        images.copy_(others)
+        graph.replay()
+
+    return replay
+
+
+def _in_turns(candidates: tuple[Callable, ...], turns: int, calls: int, driver_us: float) -> tuple[list, list[int]]:
+    """Seconds a call of each candidate and turn, what the driver would take included, and launches a call of each."""
+    launches = []
+    for call in candidates:
+        for _ in range(_WARM_UP):
+            call()
+        with fake_cuda.counting() as counts:
+            call()
+        launches.append(sum(counts[kind] for kind in LAUNCHES))
+    times = [[] for _ in candidates]
+    gc.collect()
+    gc.disable()
+    try:
+        with fake_cuda.without_pointer_checks():
+            for _ in range(turns):
+                for call, found, count in zip(candidates, times, launches, strict=True):
+                    start = time.process_time()
+                    for _ in range(calls):
+                        call()
+                    found.append((time.process_time() - start) / calls + count * driver_us * 1e-6)
+    finally:
+        gc.enable()
+    return times, launches

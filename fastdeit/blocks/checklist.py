@@ -1,0 +1,353 @@
+"""When a fused run may take the place of a host's modules. Each rule stands here once, and its answer is the reason.
+
+A fused forward calls functional ops where the host calls child modules. It may do so only if nothing that a user put between would
+be skipped: a hook, a replaced forward, a LoRA layer, a quantized weight. Rules return None, or the reason as a short phrase. What
+they read of modules is compared before every call (`snapshot`); rules on the call itself are asked every time.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import timm.layers
+import timm.layers.activations as timm_activations
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+
+from fastdeit.blocks import spec
+from fastdeit.blocks.fused_module import is_fused
+from fastdeit.blocks.snapshot import OWN_METHODS, register_methods
+from fastdeit.kernels.attention.config import HANDED_OVER
+from fastdeit.ops.attention_op import why_handed_over
+from fastdeit.ops.attention_op import why_reference as why_no_attention_kernel
+from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm_kernel
+from fastdeit.ops.mlp_op import why_reference as why_no_mlp_kernel
+
+# Marks that `fastdeit.accelerate` leaves on what it was told to exclude and on all around it.
+EXCLUDED, HOLDS_EXCLUDED = "fastdeit_excluded", "fastdeit_holds_excluded"
+# In the place of a bias that is a buffer or a plain attribute, as `DataParallel` makes all of a replica's.
+MISSING = object()
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+_ACTIVATIONS = {
+    timm_activations.GELU: "gelu",
+    timm_activations.GELUTanh: "gelu_tanh",
+    timm_activations.QuickGELU: "quick_gelu",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+}
+_tracing_state = torch._C._get_tracing_state
+
+for _kind in (nn.LayerNorm, nn.Linear, nn.Dropout, nn.GELU, *_ACTIVATIONS):
+    register_methods(_kind, "forward")
+for _kind in (timm.layers.LayerNorm, timm.layers.LayerScale, timm.layers.DropPath):
+    register_methods(_kind, "forward")
+
+
+# ---- the call
+
+
+def why_not_plain_call(x: object) -> str | None:
+    """Proxies of torch.fx, tensor subclasses and recorders are to see the host's operations. Transforms are the ops' to notice."""
+    if type(x) is not Tensor and not exported(x):
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if _tracing_state() is not None:
+        return "torch.jit.trace is recording"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    return None
+
+
+def exported(x: object) -> bool:
+    """Whether x is what torch.export puts in the place of a tensor or weight. Its graph gets the registered ops."""
+    return type(x) is FakeTensor and torch.compiler.is_exporting()
+
+
+def why_global_hook() -> str | None:
+    if (
+        module_hooks._global_forward_pre_hooks
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_backward_pre_hooks
+        or module_hooks._global_backward_hooks
+    ):
+        return "a hook is registered on all modules"
+    return None
+
+
+def why_not_attention_call(body: spec.Attention, x: Tensor) -> str | None:
+    """Why attention on x (B, N, C) runs the host's code."""
+    if x.dim() != 3:
+        return "the input is not (B, N, C)"
+    reason = why_no_attention_kernel(x, body.head_dim)
+    if reason is None and HANDED_OVER:
+        batch, tokens, _ = x.shape
+        reason = why_handed_over(x, body.head_dim, tokens, batch * body.num_heads)
+    return reason
+
+
+def why_not_mlp_call(x: Tensor) -> str | None:
+    """Why an MLP on x (..., C) runs the host's code."""
+    return why_no_mlp_kernel(x)
+
+
+def why_not_norm_call(x: Tensor) -> str | None:
+    """Why a LayerNorm on x (..., C), and a residual addition before it, run the host's code."""
+    return why_no_layer_norm_kernel(x)
+
+
+def why_not_block_call(verdict: "BlockVerdict", x: Tensor) -> str | None:
+    """Why the host's code runs around the parts of a block whose modules are in order."""
+    return why_not_norm_call(x) or _why_not_gammas(verdict.gammas, x)
+
+
+def why_not_trunk_call(verdict: "TrunkVerdict", tokens: Tensor) -> str | None:
+    """Why the blocks run one by one for these tokens, in a model whose modules are in order."""
+    reason = why_not_norm_call(tokens)
+    if reason is not None:
+        return f"block 0: {reason}"
+    return _why_not_gammas(verdict.gammas, tokens)
+
+
+def _why_not_gammas(gammas: Iterable[dict[str, Tensor]], x: Tensor) -> str | None:
+    """LayerScale in another dtype than the residual stream would change the stream's."""
+    for parameters in gammas:
+        if parameters["gamma"].dtype is not x.dtype:
+            return f"a LayerScale is in {parameters['gamma'].dtype}, the input in {x.dtype}"
+    return None
+
+
+# ---- modules
+
+
+def why_not_bypassed(modules: Iterable[nn.Module]) -> str | None:
+    """None if computing what these modules compute without calling them skips nothing. Global hooks are `why_global_hook`'s."""
+    for module in modules:
+        state = module.__dict__
+        if "forward" in state:
+            return f"its {type(module).__name__} has a forward of its own"
+        if "_compiled_call_impl" in state:
+            return f"its {type(module).__name__} is compiled on its own"
+        if EXCLUDED in state:
+            return f"its {type(module).__name__} is excluded"
+        if (
+            state["_forward_pre_hooks"]
+            or state["_forward_hooks"]
+            or state["_backward_pre_hooks"]
+            or state["_backward_hooks"]
+        ):
+            return f"a hook is registered on its {type(module).__name__}"
+    return None
+
+
+def why_replaced(kind: type[nn.Module]) -> str | None:
+    """None if the class's forward is the one that it was imported with."""
+    if kind.forward is not OWN_METHODS.get((kind, "forward")):
+        return f"the forward of {kind.__module__}.{kind.__name__} was replaced"
+    return None
+
+
+def why_not_weights(layer: spec.Affine) -> str | None:
+    """None if the weight is a plain one and the bias one too, or None. Other tensor classes bring operations of their own."""
+    parameters = layer.module._parameters
+    weight, bias = parameters.get(layer.weight, MISSING), parameters.get(layer.bias, MISSING)
+    if weight is MISSING or weight is None or bias is MISSING:
+        return "a weight is not among its module's parameters"
+    return why_not_weight(weight) or (None if bias is None else why_not_weight(bias))
+
+
+def why_not_weight(weight: Tensor) -> str | None:
+    """A plain Tensor is what `functional_call` puts in a parameter's place."""
+    kind = type(weight)
+    return None if kind is nn.Parameter or kind is Tensor or exported(weight) else f"a weight is a {kind.__name__}"
+
+
+def why_not_linear(layer: spec.Affine) -> str | None:
+    """None if it is PyTorch's Linear with plain weights: no LoRA, no parametrization, no quantized or sharded tensor."""
+    kind = type(layer.module)
+    if kind is not nn.Linear:  # the quantized one has the same name
+        return f"a projection is a {kind.__name__ if kind.__name__ != 'Linear' else f'{kind.__module__}.Linear'}"
+    return why_replaced(kind) or why_not_weights(layer)
+
+
+def why_not_inactive_dropout(dropout: nn.Module) -> str | None:
+    kind = type(dropout)
+    if kind is nn.Dropout:
+        return why_replaced(kind) or ("dropout is active" if dropout.p != 0.0 and dropout.training else None)
+    return None if kind is nn.Identity else f"a dropout is a {kind.__name__}"
+
+
+def activation_name(activation: nn.Module) -> str | None:
+    """The op's name for an activation module, None for one that it does not know, or whose class was given another forward."""
+    kind = type(activation)
+    if kind.forward is not OWN_METHODS.get((kind, "forward")):
+        return None
+    return _GELUS.get(activation.approximate) if kind is nn.GELU else _ACTIVATIONS.get(kind)
+
+
+def why_not_norm(norm: spec.Affine, source: type[nn.LayerNorm]) -> str | None:
+    """Why a LayerNorm, which stands in for one of class `source`, runs that class's code."""
+    module = norm.module
+    if (reason := why_replaced(source)) is not None:
+        return reason
+    if getattr(module, "_fast_norm", False):
+        return "timm's fast norm is on"
+    if len(module.normalized_shape) != 1:
+        return f"it normalises over {len(module.normalized_shape)} dimensions"
+    return why_not_weights(norm) if module.elementwise_affine else None
+
+
+def why_not_attention(body: spec.Attention) -> str | None:
+    """Why attention runs the host's code, whatever it is called with."""
+    return (
+        body.beyond
+        or why_not_bypassed((body.qkv.module, *body.between, body.proj.module))
+        or why_not_linear(body.qkv)
+        or why_not_linear(body.proj)
+        or why_not_inactive_dropout(body.dropout)
+    )
+
+
+def why_not_mlp(body: spec.Mlp) -> str | None:
+    """Why an MLP runs the host's code, whatever it is called with."""
+    if body.activation is None:
+        return f"the activation is {body.act}"
+    return (
+        body.beyond
+        or why_not_bypassed((body.fc1.module, body.act, *body.between, body.fc2.module))
+        or why_not_linear(body.fc1)
+        or why_not_linear(body.fc2)
+        or why_not_inactive_dropout(body.dropout)
+    )
+
+
+# ---- blocks
+
+
+class BlockVerdict(NamedTuple):
+    """What the modules of a block allow.
+
+    Attributes:
+        block: why the host's code runs around the block's parts, None if norms and residual additions run fused.
+        deferred: why the last addition may not be left to what follows the block.
+        parts: of each branch, why its module is called, None if it runs fused without a call.
+        pruned: why the block may not be run for the first tokens alone.
+        gammas: parameters of LayerScale in all branches but the last.
+        last_gamma: of the last one, which a deferred addition applies.
+    """
+
+    block: str | None
+    deferred: str | None
+    parts: tuple[str | None, ...]
+    pruned: str | None
+    gammas: tuple[dict[str, Tensor], ...]
+    last_gamma: tuple[dict[str, Tensor], ...]
+
+
+def judge_block(block: spec.Block) -> BlockVerdict:
+    """What its modules allow."""
+    *inner, last = block.branches
+    reason = why_replaced(block.source)
+    for branch in block.branches:
+        reason = reason or _why_not_norm_of(branch)
+    for branch in inner:
+        reason = reason or _why_not_tail(branch)
+    deferred = why_not_bypassed((block.module,)) or reason or _why_not_tail(last)
+    parts = tuple(_why_called(branch) for branch in block.branches)
+    return BlockVerdict(reason, deferred, parts, _why_not_pruned(block, parts), _gammas(inner), _gammas([last]))
+
+
+def _why_not_norm_of(branch: spec.Branch) -> str | None:
+    module = branch.norm.module
+    if not (is_fused(module) and isinstance(module, nn.LayerNorm)):
+        return f"a norm is a {type(module).__name__} that is not accelerated"
+    return why_not_bypassed((module,)) or why_not_norm(branch.norm, module.source)
+
+
+def _why_not_tail(branch: spec.Branch) -> str | None:
+    """Why LayerScale and stochastic depth may not be made part of the residual addition."""
+    scale, drop_path = branch.layer_scale, branch.drop_path
+    reason = why_not_bypassed((scale, drop_path))
+    if reason is None and type(scale) is not nn.Identity:
+        if type(scale) is not timm.layers.LayerScale or scale.inplace:
+            works = " that works in place" if getattr(scale, "inplace", False) else ""
+            return f"ls1 is a {type(scale).__name__}{works}"
+        gamma = scale._parameters.get("gamma")
+        weight = f"a weight is a {type(gamma).__name__}" if gamma is None else why_not_weight(gamma)
+        reason = why_replaced(timm.layers.LayerScale) or weight
+    if reason is None and type(drop_path) is not nn.Identity:
+        if type(drop_path) is not timm.layers.DropPath:
+            return f"drop_path1 is a {type(drop_path).__name__}"
+        reason = why_replaced(timm.layers.DropPath)
+    return reason
+
+
+def _gammas(branches: Iterable[spec.Branch]) -> tuple[dict[str, Tensor], ...]:
+    tables = [branch.layer_scale._parameters for branch in branches]
+    return tuple(table for table in tables if table.get("gamma") is not None)
+
+
+def _why_called(branch: spec.Branch) -> str | None:
+    body = branch.body
+    if body is None:
+        return f"a {type(branch.module).__name__} is called"
+    reason = why_not_bypassed((branch.module,)) or why_replaced(branch.module.source)
+    return reason or (why_not_attention(body) if isinstance(body, spec.Attention) else why_not_mlp(body))
+
+
+def _why_not_pruned(block: spec.Block, parts: tuple[str | None, ...]) -> str | None:
+    """A hook would see fewer tokens, and active dropout would draw fewer random numbers than the host's."""
+    attention, *others = block.branches
+    if not isinstance(attention.body, spec.Attention) or parts[0] is not None:
+        return "attention does not run fused"
+    reason = why_not_bypassed((attention.body.out_dropout,)) or why_not_inactive_dropout(attention.body.out_dropout)
+    for branch in others:
+        body, module = branch.body, branch.module
+        if not isinstance(body, spec.Mlp):
+            return f"mlp is a {type(module).__name__}"
+        reason = reason or why_not_bypassed((module, *module._modules.values()))
+        reason = reason or why_not_inactive_dropout(body.dropout) or why_not_inactive_dropout(body.out_dropout)
+    return reason
+
+
+# ---- models
+
+
+class TrunkVerdict(NamedTuple):
+    """What the modules of a model allow.
+
+    Attributes:
+        model: why the model's own code runs around everything.
+        norm: why the final norm does not take the last addition.
+        block: why the residual is not carried through the blocks: the first that is in the way.
+        blocks: each block's own.
+        gammas: parameters of LayerScale.
+    """
+
+    model: str | None
+    norm: str | None
+    block: str | None
+    blocks: tuple[BlockVerdict, ...]
+    gammas: tuple[dict[str, Tensor], ...]
+
+
+def judge_trunk(trunk: spec.Trunk) -> TrunkVerdict:
+    """What its modules allow."""
+    norm = trunk.norm.module
+    if type(trunk.container) is not nn.Sequential or not trunk.blocks:
+        reason = f"blocks is a {type(trunk.container).__name__}"
+    elif not (is_fused(norm) and isinstance(norm, nn.LayerNorm)):
+        reason = f"norm is a {type(norm).__name__} that is not accelerated"
+    else:
+        reason = why_not_bypassed((trunk.container, norm)) or why_not_norm(trunk.norm, norm.source)
+    in_the_way, verdicts, gammas = None, [], []
+    for name, block in trunk.blocks.items():
+        if isinstance(block, str):
+            in_the_way = in_the_way or f"block {name} {block}"
+            continue
+        verdict = judge_block(block)
+        verdicts.append(verdict)
+        gammas += [*verdict.gammas, *verdict.last_gamma]
+        if verdict.deferred is not None:
+            in_the_way = in_the_way or f"block {name}: {verdict.deferred}"
+    return TrunkVerdict(trunk.beyond, reason, in_the_way, tuple(verdicts), tuple(gammas))

@@ -1,0 +1,214 @@
+"""The only fused forward: a fold over residual branches, each an op that also makes the addition that the one before left.
+
+Whoever calls these functions has asked `checklist`; nothing is checked here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit import ops
+from fastdeit.backends import product_dtype
+from fastdeit.blocks import spec
+from fastdeit.blocks.checklist import (
+    BlockVerdict,
+    TrunkVerdict,
+    exported,
+    why_not_attention_call,
+    why_not_bypassed,
+    why_not_inactive_dropout,
+)
+from fastdeit.kernels.attention.config import HANDED_OVER
+
+_NO_ARGUMENTS: Mapping[str, Any] = {}
+
+
+class PendingResidual(NamedTuple):
+    """A residual stream whose last addition is still to be made: x + gamma * drop_path_scale * branch."""
+
+    x: Tensor  # (B, N, C)
+    branch: Tensor | None = None  # (B, N, C), or nothing to add
+    gamma: Tensor | None = None  # (C,)
+    drop_path_scale: Tensor | None = None  # (B,)
+
+
+def run_trunk(trunk: spec.Trunk, verdict: TrunkVerdict, tokens: Tensor) -> Tensor:
+    """The normalised prefix tokens (B, prefix, C) after all blocks, from tokens (B, N, C).
+
+    The heads read the prefix alone: the last block attends to all tokens, and computes nothing else for the others.
+    """
+    pending, prefix = PendingResidual(tokens), trunk.prefix
+    attention: dict[tuple[int, int], bool] = {}  # by head dimension and heads: whether it runs fused
+    last = len(verdict.blocks) - 1
+    for index, (block, judged) in enumerate(zip(trunk.blocks.values(), verdict.blocks, strict=True)):
+        body = block.branches[0].body
+        fused = False
+        if isinstance(body, spec.Attention) and judged.parts[0] is None:
+            key = body.head_dim, body.num_heads
+            if key not in attention:
+                attention[key] = why_not_attention_call(body, tokens) is None
+            fused = attention[key]
+        prune = index == last and fused and judged.pruned is None
+        keep = prefix if prune else None
+        pending = run_block(block, judged, pending, attention_fused=fused, defer=True, keep=keep)
+    pending = pending._replace(x=pending.x[:, :prefix], branch=pending.branch[:, :prefix])
+    return add_layer_norm(pending, trunk.norm)[1]
+
+
+def run_block(
+    block: spec.Block,
+    verdict: BlockVerdict,
+    pending: PendingResidual,
+    *,
+    attention_fused: bool,
+    defer: bool,
+    keep: int | None = None,
+    call_arguments: Mapping[str, Any] = _NO_ARGUMENTS,
+) -> PendingResidual:
+    """What enters a block through it, up to the last addition, which is left to the caller.
+
+    Args:
+        block: described, and judged by verdict.
+        pending: what enters the block.
+        attention_fused: attention whose modules are in order runs fused for this call.
+        defer: leave the last LayerScale and stochastic depth to that addition too, else call their modules.
+        keep: compute the first `keep` tokens alone, which attend to all as ever; attention must run fused.
+        call_arguments: keyword arguments of a module that takes the block's mask, where it is called.
+    """
+    last = block.branches[-1]
+    lean = block.memory == "lean"
+    for branch, reason in zip(block.branches, verdict.parts, strict=True):
+        body = branch.body
+        fused = reason is None and (attention_fused or not isinstance(body, spec.Attention))
+        folds_tail = defer or branch is not last
+        if fused and keep is None and pending.gamma is None and _one_node(branch, pending.x, folds_tail):
+            pending = _run_joint(branch, pending, lean, folds_tail)
+            continue
+        # Only a fused body's matmul reads the normalised tokens: it takes them in the dtype that it multiplies in.
+        x, tokens = add_layer_norm(pending, branch.norm, autocast_dtype(pending.x) if fused else None)
+        if not fused:
+            out = branch.module(tokens, **call_arguments) if branch.takes_mask else branch.module(tokens)
+        elif isinstance(body, spec.Mlp):
+            out = run_mlp(body, tokens)
+        elif keep is None:
+            out = run_attention(body, tokens)
+        else:
+            x, out, keep = x[:, :keep], _run_attention_prefix(body, tokens, keep), None
+        if not folds_tail:
+            pending = PendingResidual(x, branch.drop_path(branch.layer_scale(out)))
+        elif (type(out) is Tensor or exported(out)) and out.shape == x.shape:
+            gamma = branch.layer_scale._parameters.get("gamma")
+            pending = PendingResidual(x, out, gamma, drop_path_scale(branch.drop_path, out, gamma))
+        else:  # what a module of another library gives, which PyTorch's addition takes
+            pending = PendingResidual(x + branch.drop_path(branch.layer_scale(out)))
+    return pending
+
+
+def _one_node(branch: spec.Branch, x: Tensor, folds_tail: bool) -> bool:
+    """Whether addition, LayerNorm, body and LayerScale are one op: not where attention may be handed over to PyTorch's.
+
+    Multiplied by a small gamma, weights leave the range of fp16.
+    """
+    if HANDED_OVER and isinstance(branch.body, spec.Attention):
+        return False
+    gamma = branch.layer_scale._parameters.get("gamma") if folds_tail else None
+    return gamma is None or product_dtype(x) is not torch.float16
+
+
+def _run_joint(branch: spec.Branch, pending: PendingResidual, lean: bool, folds_tail: bool) -> PendingResidual:
+    """The pending addition, LayerNorm, the body and LayerScale in one autograd node."""
+    norm, body = branch.norm, branch.body
+    affine, eps = norm.module._parameters, norm.module.eps
+    gamma = branch.layer_scale._parameters.get("gamma") if folds_tail else None
+    given = (pending.x, pending.branch, affine[norm.weight], affine[norm.bias], eps)
+    scale = pending.drop_path_scale
+    if isinstance(body, spec.Attention):
+        weights = (*_read(body.qkv), *_read(body.proj), body.num_heads)
+        x, out = ops.add_layer_norm_attention(*given, *weights, gamma=gamma, drop_path_scale=scale)
+    else:
+        weights = (*_read(body.fc1), *_read(body.fc2))
+        options = {"gamma": gamma, "drop_path_scale": scale, "activation": body.activation, "lean": lean}
+        x, out = ops.add_layer_norm_mlp(*given, *weights, **options)
+    out = dropped_out(body.out_dropout, out)
+    if not folds_tail:
+        return PendingResidual(x, branch.drop_path(branch.layer_scale(out)))
+    return PendingResidual(x, out, None, drop_path_scale(branch.drop_path, out, gamma))
+
+
+def add_layer_norm(
+    pending: PendingResidual, norm: spec.Affine, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The stream after its addition, and the norm's output on it, in one kernel."""
+    weight, bias = _read(norm)
+    x, branch, gamma, scale = pending
+    if branch is None:
+        return x, ops.layer_norm(x, weight, bias, norm.module.eps, out_dtype=out_dtype)
+    options = {"gamma": gamma, "drop_path_scale": scale, "out_dtype": out_dtype}
+    return ops.add_layer_norm(x, branch, weight, bias, norm.module.eps, **options)
+
+
+def run_layer_norm(norm: spec.Affine, x: Tensor) -> Tensor:
+    return ops.layer_norm(x, *_read(norm), norm.module.eps)
+
+
+def run_attention(body: spec.Attention, x: Tensor) -> Tensor:
+    """(B, N, C) -> (B, N, C_out)."""
+    out = ops.attention(F.linear(x, *_read(body.qkv)), body.num_heads)
+    return dropped_out(body.out_dropout, F.linear(out, *_read(body.proj)))
+
+
+def run_mlp(body: spec.Mlp, x: Tensor) -> Tensor:
+    """(..., C) -> (..., C_out)."""
+    out = ops.mlp(x, *_read(body.fc1), *_read(body.fc2), activation=body.activation)
+    return dropped_out(body.out_dropout, out)
+
+
+def _run_attention_prefix(body: spec.Attention, x: Tensor, keep: int) -> Tensor:
+    """What `run_attention` gives for the first `keep` of x's tokens: their queries alone, keys and values of all.
+
+    (B, N, C) -> (B, keep, C_out). Dropout after proj must be inactive.
+    """
+    weight, bias = _read(body.qkv)
+    heads = (body.num_heads, body.head_dim)
+    sizes = (body.num_heads * body.head_dim, 2 * body.num_heads * body.head_dim)
+    query_weight, key_value_weight = weight.split(sizes)
+    query_bias, key_value_bias = (None, None) if bias is None else bias.split(sizes)
+    q = F.linear(x[:, :keep], query_weight, query_bias).unflatten(-1, heads)
+    k, v = F.linear(x, key_value_weight, key_value_bias).unflatten(-1, (2, *heads)).unbind(2)
+    return F.linear(ops.attention_qkv(q, k, v).flatten(2), *_read(body.proj))
+
+
+def _read(layer: spec.Affine) -> tuple[Tensor, Tensor | None]:
+    parameters = layer.module._parameters
+    return parameters[layer.weight], parameters[layer.bias]
+
+
+def dropped_out(dropout: nn.Module, x: Tensor) -> Tensor:
+    """dropout(x), without the call where that would give x back: it costs the host as much as a launch."""
+    if why_not_inactive_dropout(dropout) is None and why_not_bypassed((dropout,)) is None:
+        return x
+    return dropout(x)
+
+
+def drop_path_scale(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
+    """Stochastic depth's factor per sample, (B,) float32: 0, or 1/keep in full precision. None if it does nothing.
+
+    The mask is drawn by timm's operations on a tensor of the shape and dtype that timm would draw it for (the branch after
+    LayerScale), so that it and the generator's state afterwards are timm's.
+    """
+    if type(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
+        return None
+    keep = 1 - drop_path.drop_prob
+    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+    mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1), dtype=dtype).bernoulli_(keep)
+    scale = mask.to(torch.float32).reshape(-1)
+    return scale / keep if keep > 0.0 and drop_path.scale_by_keep else scale
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast runs matrix products in on x's device, None without autocast."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

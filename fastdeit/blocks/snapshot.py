@@ -1,0 +1,107 @@
+"""Whether anything about some modules has changed since they were looked at: the fast answer in front of the checklist.
+
+There is no list here of what matters to which module. Every attribute, child, parameter, class, hook and forward is compared, so
+that a rule of the checklist cannot read something that this misses.
+"""
+
+from collections.abc import Callable
+from itertools import chain, starmap
+from operator import eq, is_
+from typing import Any
+
+import torch
+from torch import nn
+
+KEY = "_fastdeit_record"  # in a module's __dict__
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+# (class, name of a method) -> the class's own, None if something had replaced it before fastdeit was imported. Fused runs take the
+# place of these.
+OWN_METHODS: dict[tuple[type, str], Callable | None] = {}
+
+
+def register_methods(kind: type, *names: str) -> None:
+    """Records methods of a class whose work the kernels do in their place."""
+    for name in names:
+        method = getattr(kind, name)
+        defined_by = next(base for base in kind.__mro__ if name in base.__dict__)
+        OWN_METHODS[kind, name] = method if method.__module__ == defined_by.__module__ else None
+
+
+class Snapshot:
+    """Everything about a module and its descendants that a rule could read, as it was.
+
+    What is compared: attributes, by identity or equality; entries of parameters, buffers and children, by identity; classes; hooks;
+    the methods of known classes. What a tensor itself may change, such as its dtype, is asked of it at each call.
+    """
+
+    __slots__ = (
+        "before", "empty", "entries", "hooked", "kinds", "methods", "modules", "sizes", "states", "views",
+    )  # fmt: skip
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules = list(root.modules())
+        self.kinds = list(map(type, self.modules))
+        self.states = [module.__dict__ for module in self.modules]
+        self.before = list(map(dict, self.states))
+        tables = [state[name] for state in self.states for name in _TABLES]
+        hooks = [state[name] for state in self.states for name in _HOOKS]
+        self.empty = [table for table in (*hooks, *tables) if not table]
+        self.hooked = [(table, dict(table)) for table in hooks if table]
+        self.views = [table.values() for table in tables if table]
+        self.sizes = list(map(len, self.views))
+        self.entries = list(chain.from_iterable(self.views))
+        self.methods = list(starmap(getattr, OWN_METHODS))
+
+    def unchanged(self) -> bool:
+        """Whether all is as it was."""
+        try:
+            return (
+                not any(self.empty)
+                and all(map(eq, self.states, self.before))  # the same objects are not looked into
+                and list(map(len, self.views)) == self.sizes
+                and all(map(is_, chain.from_iterable(self.views), self.entries))
+                and list(map(type, self.modules)) == self.kinds
+                and list(starmap(getattr, OWN_METHODS)) == self.methods
+                and all(now == then for now, then in self.hooked)
+            )
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+        ):  # an attribute that does not compare to a truth value, such as a tensor
+            return False
+
+
+class Record:
+    """A module's description and what the checklist says of it, with the snapshot that they were made from.
+
+    It stays behind when a module is copied or pickled: the copy is looked at anew.
+    """
+
+    __slots__ = ("answer", "snapshot", "state")
+
+    def __init__(self) -> None:
+        self.state = self.snapshot = self.answer = None
+
+    def __reduce__(self) -> tuple:
+        return Record, ()
+
+
+def looked_at(module: nn.Module) -> tuple[Any, Any]:
+    """`module.describe()` and `module.judge()` of it, made again only when something about the module has changed."""
+    if torch.compiler.is_compiling():  # Dynamo guards what it sees read
+        description = module.describe()
+        return description, module.judge(description)
+    state = module.__dict__
+    record = state.get(KEY)
+    if (
+        record is None or record.state is not state
+    ):  # none yet, or that of the module which this one is a shallow copy of
+        record = state[KEY] = Record()
+    if record.snapshot is None or not record.snapshot.unchanged():
+        description = module.describe()
+        record.state, record.answer = state, (description, module.judge(description))
+        record.snapshot = Snapshot(module)
+    return record.answer

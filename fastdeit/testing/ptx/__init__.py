@@ -1,0 +1,1 @@
+"""The compiled PTX of the kernels, executed on a CPU."""

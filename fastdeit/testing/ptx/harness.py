@@ -1,0 +1,159 @@
+"""Puts the machine in the place of a GPU: launches of CPU tensors are compiled for an architecture and executed here."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastdeit.backends import supposed_gpu
+from fastdeit.kernels.runtime import architecture
+from fastdeit.kernels.runtime.launch import cpu_launches
+from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_variant, why_untested
+from fastdeit.testing.ptx.global_memory import GlobalMemory
+from fastdeit.testing.ptx.machine import IN_STEP, Machine, Schedule
+from fastdeit.testing.ptx.tensor_copy import TensorMap
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+_INT32 = 2**31
+ARCHITECTURES = (80, 89, 90, 100)
+TOLERATED = frozenset({"missing proxy fence"})
+
+
+@dataclasses.dataclass
+class Launched:
+    """One launch: what was compiled, and how often each instruction ran, in warps."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    machine: Machine
+
+    @property
+    def instructions(self) -> int:
+        return int(self.machine.executed.sum())
+
+
+def variant_of(kernel: Any, args: tuple, constexprs: tuple, num_warps: int, num_stages: int) -> Variant:
+    """What Triton would compile for a launch's arguments."""
+    names = kernel.arg_names
+    types, unaligned = [], set()
+    for name, arg in zip(names, args, strict=False):
+        if arg is None:
+            types.append((name, ("constexpr", None)))
+        elif isinstance(arg, torch.Tensor):
+            types.append((name, f"*{_TYPES[arg.dtype]}"))
+            if arg.data_ptr() % 16:
+                unaligned.add(name)
+        elif isinstance(arg, TensorDescriptor):
+            types.append((name, f"tensordesc<{_TYPES[arg.base.dtype]}{list(arg.block_shape)}>"))
+        elif isinstance(arg, float):
+            types.append((name, "fp32"))
+        else:
+            types.append((name, "i32" if -_INT32 <= int(arg) < _INT32 else "i64"))
+    types += [(name, ("constexpr", value)) for name, value in zip(names[len(args) :], constexprs, strict=True)]
+    return Variant(kernel, tuple(types), frozenset(unaligned), num_warps, num_stages)
+
+
+def execute(
+    compiled: Compiled,
+    grid: tuple[int, ...],
+    args: tuple,
+    schedule: Schedule = IN_STEP,
+    tolerated: frozenset[str] = frozenset(),
+    observer: Any = None,
+) -> Machine:
+    """Runs a compiled kernel over a grid with a launch's arguments; tensors are written in place."""
+    machine = Machine(compiled.program, compiled.shared_bytes, schedule, tolerated)
+    machine.observer = observer
+    memory = GlobalMemory(machine.fault)
+    machine.launch(grid, arguments_of(compiled, args, memory), memory)
+    return machine
+
+
+def arguments_of(compiled: Compiled, args: tuple, memory: GlobalMemory) -> dict[str, Any]:
+    """Parameter name -> bits or tensor map, in the order that Triton's launcher passes them."""
+    parameters = iter(compiled.program.parameters)
+    metadata = iter(compiled.tensor_maps)
+    found: dict[str, Any] = {}
+    for arg in args:
+        if arg is None:
+            continue
+        if isinstance(arg, TensorDescriptor):
+            address = memory.add(arg.base.as_strided(arg.shape, arg.strides))
+            found[next(parameters).name] = TensorMap.encode(
+                address, arg.shape, arg.strides, arg.base.element_size(), next(metadata)
+            )
+            for number in (*arg.shape, *arg.strides):
+                found[next(parameters).name] = int(number)
+        elif isinstance(arg, torch.Tensor):
+            found[next(parameters).name] = memory.add(arg)
+        elif isinstance(arg, float):
+            found[next(parameters).name] = int(np.float32(arg).view(np.uint32))
+        else:
+            found[next(parameters).name] = int(arg)
+    found.update({parameter.name: 0 for parameter in parameters})  # scratch memory that no kernel here uses
+    return found
+
+
+def parse_target(text: str) -> int:
+    """ptx:sm_90 -> 90.
+
+    Raises:
+        ValueError: another form, or an architecture whose code the machine cannot run.
+    """
+    known = {f"ptx:sm_{arch}": arch for arch in ARCHITECTURES}
+    if text not in known:
+        raise ValueError(f"--on: expected one of {', '.join(known)}, got {text!r}")
+    return known[text]
+
+
+@contextlib.contextmanager
+def executing(
+    arch: int,
+    schedule: Schedule = IN_STEP,
+    multiprocessors: int = 2,
+    on_launch: Callable[[Launched], None] | None = None,
+) -> Iterator[None]:
+    """In it CPU tensors count as a GPU's: ops choose kernels for `arch`, which are compiled and executed by the machine.
+
+    Args:
+        arch: compute capability, one of ARCHITECTURES.
+        schedule: what the machine is free to choose.
+        multiprocessors: of the supposed GPU; few of them keep persistent grids small.
+        on_launch: called after each launch.
+
+    Raises:
+        RuntimeError: this Triton is not among those that the machine is tested with.
+    """
+    if reason := why_untested():
+        raise RuntimeError(reason)
+
+    def launch(kernel: Any, grid: tuple, args: tuple, constexprs: tuple, num_warps: int, num_stages: int = 1) -> None:
+        variant = variant_of(kernel, args, constexprs, num_warps, num_stages)
+        compiled = compile_variant(variant, arch)
+        machine = execute(compiled, grid, args, schedule, TOLERATED)
+        if on_launch:
+            on_launch(Launched(variant, grid, machine))
+
+    with (
+        supposed_gpu(),
+        cpu_launches(launch),
+        mock.patch.object(architecture, "NOMINAL", arch),
+        mock.patch.object(architecture, "NOMINAL_MULTIPROCESSORS", multiprocessors),
+    ):
+        yield

@@ -1,0 +1,262 @@
+"""Shared memory of the blocks that run together, and who may touch it when (PTX ISA 5.1.7, 8 and 9.7.13).
+
+Every access is held to these rules, each a `Fault` when broken:
+
+- it lies inside the block's allocation and is aligned to its width;
+- what is read was written, and no asynchronous copy still fills it;
+- two accesses to a word, one of them a write, are ordered: by a barrier of the block, or within a warp by `bar.warp.sync` or by
+  being one thread's;
+- nothing is written that an asynchronous copy still fills, or that wgmma or a tensor copy may still read;
+- the asynchronous proxy reads what generic stores wrote only behind `fence.proxy.async`;
+- what a tensor copy wrote is read only by threads that waited on its mbarrier, or behind a barrier after such a thread.
+
+A word is 4 bytes. Stamps order accesses: bits 40 and up count the block's barriers, bits 10 to 39 those of the warp, the lowest ten
+bits name the thread.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy import ndarray
+
+from fastdeit.testing.ptx.formats import UNSIGNED
+
+EPOCH = 40  # position of the block's barrier count in a stamp
+STEP = np.int64(1 << 10)  # a stamp's warp barrier count
+_THREAD = np.int64(1023)
+_WARP = np.int64(0x3E0)
+_NEVER = np.int64(-1)
+
+
+class SharedMemory:
+    """Args:
+    blocks, threads, nbytes: blocks that run together, threads of one and bytes of its allocation.
+    garbage: fills words with what unwritten memory holds.
+    fault: called as fault(kind, detail) where a rule is broken; raises.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        threads: int,
+        nbytes: int,
+        garbage: Callable[[int], ndarray],
+        fault: Callable[[str, str], None],
+    ) -> None:
+        self.nbytes, self.threads, self.fault = nbytes, threads, fault
+        self.stride = -(-nbytes // 1024) * 256 + 32  # words from one block's memory to the next
+        total = blocks * self.stride
+        self.words = garbage(total)
+        self.views = {width: self.words.view(UNSIGNED[width]) for width in (1, 2, 4, 8)}
+        lane = np.arange(blocks * threads)
+        self.base = lane // threads * self.stride  # of each thread's block, in words
+        self.stamps = (lane % threads).astype(np.int64)  # the next access of each thread
+        self.floors = np.zeros(blocks * threads, np.int64)  # the lowest stamp since the block's last barrier
+        self.fenced = np.full(blocks * threads, _NEVER)  # clock of each thread's last proxy fence
+        self.acquired = np.zeros(blocks * threads, np.int64)  # the last tensor copy that each thread has waited for
+        self.clock = np.int64(0)  # of generic writes and proxy fences
+        self.written = np.zeros(total, np.uint8)  # a bit a byte
+        self.filling = np.zeros(total, np.int16)  # asynchronous copies under way into the word
+        self.borrowed = np.zeros(total, np.int16)  # asynchronous reads under way of the word
+        self.write_stamp = np.full(total, _NEVER)
+        self.read_stamp = np.full(total, _NEVER)
+        self.read_by_lanes = np.full(total, _NEVER)  # the floor at which several threads of the warp had read the word
+        self.read_by_warps = np.full(total, _NEVER)
+        self.write_clock = np.full(total, _NEVER)  # of the last generic write; -1 for the asynchronous proxy's
+        self.copied = np.zeros(total, np.int64)  # the tensor copy that wrote the word
+
+    # ---- barriers and fences
+
+    def barrier(self, active: ndarray | None) -> None:
+        """bar.sync of whole blocks."""
+        lanes = slice(None) if active is None else active
+        raised = (self.stamps[lanes] >> EPOCH) + 1 << EPOCH
+        self.floors[lanes] = raised
+        self.stamps[lanes] = raised | (self.stamps[lanes] & _THREAD)
+        by_block = self.acquired.reshape(-1, self.threads)
+        latest = np.broadcast_to(by_block.max(1, keepdims=True), by_block.shape).reshape(-1)
+        self.acquired[lanes] = latest[lanes]
+
+    def warp_barrier(self, active: ndarray | None) -> None:
+        self.stamps[slice(None) if active is None else active] += STEP
+
+    def fence(self, active: ndarray | None) -> None:
+        """fence.proxy.async of the active threads."""
+        self.clock += 1
+        self.fenced[slice(None) if active is None else active] = self.clock
+
+    # ---- generic accesses
+
+    def locate(self, lanes: ndarray, address: ndarray, nbytes: int) -> ndarray:
+        """Word numbers of the active lanes' addresses, after the checks that need no state."""
+        if (address % min(nbytes, 16)).any():
+            self.fault(
+                "misaligned shared access", f"{nbytes} bytes at {_some(address, address % min(nbytes, 16) != 0)}"
+            )
+        outside = (address < 0) | (address + nbytes > self.nbytes)
+        if outside.any():
+            self.fault("shared access out of bounds", f"{_some(address, outside)} of {self.nbytes} bytes")
+        return self.base[lanes] + (address >> 2)
+
+    def load(self, lanes: ndarray, address: ndarray, width: int, count: int) -> list[ndarray]:
+        first = self.locate(lanes, address, width * count)
+        words = first[:, None] + np.arange(max(width * count // 4, 1))
+        self.read(lanes, words, _byte_mask(address, width))
+        at = (first * 4 + (address & 3)) // width
+        view = self.views[width]
+        return [view[at + k] for k in range(count)]
+
+    def store(self, lanes: ndarray, address: ndarray, width: int, values: list[ndarray]) -> None:
+        first = self.locate(lanes, address, width * len(values))
+        words = first[:, None] + np.arange(max(width * len(values) // 4, 1))
+        at = (first * 4 + (address & 3)) // width
+        view = self.views[width]
+
+        def unchanged() -> ndarray:
+            """(lanes, words): whether memory holds what is to be written."""
+            same = np.stack([view[at + k] == value for k, value in enumerate(values)], 1)
+            return np.repeat(same, 2, 1) if width == 8 else same.reshape(*words.shape, -1).all(2)
+
+        self.write(lanes, words, _byte_mask(address, width), unchanged)
+        for k, value in enumerate(values):
+            view[at + k] = value
+            if (view[at + k] != value).any():
+                self.fault("shared race", "two threads store different values at one address in one instruction")
+
+    def read(self, lanes: ndarray, words: ndarray, mask: ndarray | int = 15) -> None:
+        """Checks and records generic reads of words (lanes, n) of which the bytes in `mask` matter."""
+        held = self.written[words] & mask
+        if (held != mask).any():
+            self._why_unwritten(words[(held != mask)])
+        stamps, floors = self.stamps[lanes, None], self.floors[lanes, None]
+        last = self.write_stamp[words]
+        if (last >= floors).any():
+            self._require_order(last, stamps, floors, "read after write")
+        if self.acquired.any() or self.copied.any():
+            if (self.copied[words] > self.acquired[lanes, None]).any():
+                self.fault("shared race", "reads what a tensor copy wrote without having waited on its mbarrier")
+        before = self.read_stamp[words]
+        self.read_stamp[words] = stamps
+        after = self.read_stamp[words]
+        several = (after != stamps) | ((before >= floors) & (before != stamps))
+        if several.any():
+            others = np.where(after != stamps, after, before)
+            same_warp = (others ^ stamps) & _WARP == 0
+            marked = np.broadcast_to(floors, words.shape)
+            here = several & same_warp
+            self.read_by_lanes[words[here]] = marked[here]
+            here = several & ~same_warp
+            self.read_by_warps[words[here]] = marked[here]
+
+    def write(self, lanes: ndarray, words: ndarray, mask: ndarray | int, unchanged: Callable[[], ndarray]) -> None:
+        """Checks and records generic writes. Layouts with copies of a value let several warps store the same: no race."""
+        self.require_free(lanes, words, unchanged)
+        self.clock += 1
+        if isinstance(mask, int):
+            self.written[words] = mask
+        else:
+            np.bitwise_or.at(self.written, words, mask)  # several threads may fill one word
+        self.write_stamp[words] = self.stamps[lanes, None]
+        self.write_clock[words] = self.clock
+        self.copied[words] = 0
+
+    def require_free(
+        self, lanes: ndarray, words: ndarray, unchanged: Callable[[], ndarray] = lambda: np.array([[False]])
+    ) -> None:
+        """Checks that words may be written now, by stores or by a copy that these lanes issue."""
+        if self.filling[words].any():
+            self.fault("shared race", "writes shared memory that an asynchronous copy still fills")
+        if self.borrowed[words].any():
+            self.fault("shared race", "writes shared memory that wgmma or a tensor store may still read")
+        stamps, floors = self.stamps[lanes, None], self.floors[lanes, None]
+        last = self.write_stamp[words]
+        if (last >= floors).any():
+            self._require_order(np.where(unchanged(), _NEVER, last), stamps, floors, "write after write")
+        last = self.read_stamp[words]
+        if (last >= floors).any():
+            self._require_order(last, stamps, floors, "write after read")
+            recent = last >= floors
+            same_step = (last & ~_THREAD) == (stamps & ~_THREAD)
+            bad = recent & (self.read_by_warps[words] >= floors)
+            bad |= recent & same_step & (self.read_by_lanes[words] >= floors)
+            if bad.any():
+                self.fault("shared race", "write after read of other threads without barrier")
+
+    def _require_order(self, last: ndarray, stamps: ndarray, floors: ndarray, what: str) -> None:
+        differ = last ^ stamps
+        unordered = (differ & _WARP != 0) | ((last & ~_THREAD) == (stamps & ~_THREAD)) & (differ != 0)
+        if ((last >= floors) & unordered).any():
+            self.fault("shared race", f"{what} of another thread without barrier")
+
+    def _why_unwritten(self, words: ndarray) -> None:
+        if self.filling[words].any():
+            self.fault("shared race", "reads shared memory that an asynchronous copy still fills")
+        offsets = sorted(set((words % self.stride * 4).tolist()))
+        self.fault(
+            "unwritten shared memory", f"reads {len(offsets)} words never written, the first at byte {offsets[0]}"
+        )
+
+    # ---- asynchronous accesses: begun at issue, ended when they take effect
+
+    def begin_fill(self, lanes: ndarray, words: ndarray) -> None:
+        """A copy into words (lanes, n) is issued."""
+        self.require_free(lanes, words)
+        np.add.at(self.filling, words.reshape(-1), 1)
+        self.written[words] = 0
+
+    def end_fill(self, lanes: ndarray, words: ndarray, values: ndarray, *, copy: int = 0) -> None:
+        """It takes effect. `copy` numbers a tensor copy, whose writes belong to no thread; else they are the lanes' own."""
+        self.words[words] = values
+        self.filling[words] -= 1
+        self.written[words] = 15
+        self.copied[words] = copy
+        self.clock += 1
+        if copy:
+            self.write_stamp[words] = _NEVER
+            self.write_clock[words] = _NEVER
+        else:
+            self.write_stamp[words] = self.stamps[lanes, None]
+            self.write_clock[words] = self.clock
+
+    def begin_borrow(self, words: ndarray, issuers: ndarray) -> str | None:
+        """The asynchronous proxy will read `words` (k, n), distinct in a row, for the threads `issuers` (k, threads of one reader).
+
+        Returns why a proxy fence is missing, or None.
+        """
+        if (self.written[words] != 15).any():
+            self._why_unwritten(words[self.written[words] != 15])
+        np.add.at(self.borrowed, words, 1)
+        if (self.copied[words] > self.acquired[issuers].min(1)[:, None]).any():
+            self.fault("shared race", "asynchronous read of what a tensor copy wrote, without a wait on its mbarrier")
+        clocks = self.write_clock[words]
+        generic = clocks >= 0
+        if not generic.any():
+            return None
+        stamps, one = self.write_stamp[words], issuers.shape[1] == 1
+        own = stamps == (self.stamps[issuers[:, :1]] if one else _NEVER)
+        if (generic & (stamps >= self.floors[issuers[:, :1]]) & ~own).any():
+            self.fault("shared race", "asynchronous read of what another thread wrote without barrier")
+        writers = words // self.stride * self.threads + (stamps & _THREAD)
+        covered = (self.fenced[writers] > clocks) | (self.fenced[issuers].min(1)[:, None] > clocks)
+        if (generic & ~covered).any():
+            return "no fence.proxy.async between generic writes and their asynchronous read"
+        return None
+
+    def end_borrow(self, words: ndarray, issuers: ndarray) -> None:
+        """The read is over: `issuers` (k, threads) know it, others of the block only behind a barrier."""
+        np.add.at(self.borrowed, words, -1)
+        self.read_stamp[words] = self.stamps[issuers[:, :1]]
+        if issuers.shape[1] > 1:  # other threads of a warpgroup know it too
+            self.read_stamp[words] = _NEVER
+
+
+def _byte_mask(address: ndarray, width: int) -> ndarray | int:
+    """Which bytes of a word an access of `width` bytes touches."""
+    if width >= 4:
+        return 15
+    return ((1 << width) - 1 << (address & 3)).astype(np.uint8)[:, None]
+
+
+def _some(values: ndarray, where: ndarray) -> str:
+    found = sorted(set(np.broadcast_to(values, where.shape)[where].tolist()))
+    return ", ".join(map(str, found[:4])) + (", ..." if len(found) > 4 else "")

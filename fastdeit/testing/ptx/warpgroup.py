@@ -1,0 +1,252 @@
+"""Asynchronous warpgroup products of sm_90: wgmma and the registers it works on (PTX ISA 9.7.15)."""
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy import ndarray
+
+from fastdeit.testing.ptx import tensor_copy
+from fastdeit.testing.ptx.formats import canonical, halves, to_f32, truncate_to_tf32
+from fastdeit.testing.ptx.program import Instruction, Program, PtxError, Register, Vector
+
+if TYPE_CHECKING:
+    from fastdeit.testing.ptx.machine import Machine
+
+Step = Callable[[], None]
+
+_SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # bits 62 and 63 of a descriptor -> bytes of a swizzled row
+
+
+def matrix_registers(program: Program) -> frozenset[int]:
+    """Registers that some wgmma reads or writes, and those that they are moved to and from."""
+    found: set[int] = set()
+    moves = []
+    for instruction in program.instructions:
+        if instruction.opcode.startswith("wgmma.mma_async"):
+            for operand in instruction.operands:
+                if isinstance(operand, Vector):
+                    found |= {item.index for item in operand.items}
+        elif instruction.opcode.startswith("mov.") and all(isinstance(o, Register) for o in instruction.operands):
+            moves.append([operand.index for operand in instruction.operands])
+    before = -1
+    while len(found) != before:
+        before = len(found)
+        found |= {target for target, source in moves if source in found}
+    return frozenset(found)
+
+
+class MatrixRegisters:
+    """Which of these registers a wgmma under way still writes or reads, and which changed since `wgmma.fence`."""
+
+    def __init__(self, machine: "Machine") -> None:
+        self._machine = machine
+        self._results: dict[int, ndarray] = {}  # register -> commit group that completes it, by warpgroup; -1 for none
+        self._sources: dict[int, ndarray] = {}
+        self._changed: dict[int, int | ndarray] = {}  # register -> clock of its last ordinary write
+        self._clock = 0
+        self._fenced = np.full(machine.lane_count // 128, -1)
+
+    def read(self, index: int) -> None:
+        if index in self._results and self._busy(self._results, index):
+            self._machine.fault("wgmma registers", "a result is read before wgmma.wait_group")
+
+    def write(self, index: int) -> None:
+        for busy in (self._results, self._sources):
+            if index in busy and self._busy(busy, index):
+                self._machine.fault("wgmma registers", "a register is changed before wgmma.wait_group")
+        if self._machine.active is None:
+            self._changed[index] = self._clock
+        else:
+            clocks = np.array(np.broadcast_to(self._changed.get(index, -1), self._fenced.shape))
+            clocks[self._machine.warpgroups()] = self._clock
+            self._changed[index] = clocks
+
+    def rename(self, target: int, source: int) -> None:
+        """A move: the target is what the source is, under way or not."""
+        machine = self._machine
+        value = machine.registers[source]
+        if machine.active is not None:
+            value = np.where(machine.active, value, machine.registers[target])
+        groups = machine.warpgroups()
+        for busy in (self._results, self._sources):
+            if source in busy or target in busy:
+                numbers = np.array(busy.get(target, np.full(self._fenced.shape, -1)))
+                numbers[groups] = busy[source][groups] if source in busy else -1
+                busy[target] = numbers
+        if source not in self._results or not self._busy(self._results, source):
+            self.write(target)
+        machine.registers[target] = value
+
+    def fence(self) -> None:
+        self._clock += 1
+        self._fenced[self._machine.warpgroups()] = self._clock
+
+    def issue(self, results: list[int], sources: list[int], accumulate: bool) -> None:
+        """A wgmma reads and writes these registers until its commit group is waited for."""
+        groups = self._machine.warpgroups()
+        for index in (*(results if accumulate else ()), *sources):
+            changed = np.broadcast_to(self._changed.get(index, -1), self._fenced.shape)
+            if (changed[groups] >= self._fenced[groups]).any() and (changed[groups] >= 0).any():
+                self._machine.fault("wgmma registers", "no wgmma.fence between a change of a register and its use")
+        numbers = self._machine.products.committed
+        for busy, indices in ((self._results, results), (self._sources, sources)):
+            for index in indices:
+                held = np.array(busy.get(index, np.full(self._fenced.shape, -1)))
+                held[groups] = numbers[groups]
+                busy[index] = held
+
+    def _busy(self, busy: dict[int, ndarray], index: int) -> bool:
+        numbers, completed = busy[index], self._machine.products.completed
+        if (numbers < completed).all():
+            del busy[index]
+            return False
+        groups = self._machine.warpgroups()
+        return bool((numbers[groups] >= completed[groups]).any())
+
+
+def fence(machine: "Machine", instruction: Instruction) -> tuple[Step, int]:
+    return (lambda: machine.matrix.fence()), 128
+
+
+def commit(machine: "Machine", instruction: Instruction) -> tuple[Step, int]:
+    return (lambda: machine.products.commit(machine.warpgroups())), 128
+
+
+def wait(machine: "Machine", instruction: Instruction) -> tuple[Step, int]:
+    allowed = instruction.operands[0].bits
+    return (lambda: machine.products.wait(machine.warpgroups(), allowed)), 128
+
+
+@lru_cache(maxsize=4096)
+def tile(descriptor: int, rows: int, depth: int, transposed: bool, itemsize: int) -> tuple[ndarray, ndarray]:
+    """Where a shared-memory descriptor's tile lies in a block's memory.
+
+    Args:
+        descriptor: start, leading and stride offset in units of 16 bytes (14 bits from 0, 16 and 32), swizzle (from 62).
+        rows, depth: of the tile: M or N, and K.
+        transposed: the tile is stored with M or N, not K, contiguous.
+
+    Returns:
+        Byte addresses (rows, depth), and the sorted numbers of the words they are in.
+    """
+    start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
+    if descriptor >> 49 & 7:
+        raise PtxError("descriptors with a base offset are not known")
+    width = _SWIZZLES[descriptor >> 62]
+    r, k = np.meshgrid(np.arange(rows), np.arange(depth), indexing="ij")
+    if not transposed:  # core matrices of 8 rows by 16 bytes of K
+        across = (k * itemsize // 16) * leading + k * itemsize % 16 if width == 16 else k * itemsize
+        address = start + r // 8 * stride + r % 8 * width + across
+    elif width == 16:
+        address = start + r % 8 * itemsize + r // 8 * stride + k % 8 * 16 + k // 8 * leading
+    else:  # atoms of `width` bytes of M or N by 8 of K
+        per_atom = width // itemsize
+        address = start + r % per_atom * itemsize + r // per_atom * leading + k % 8 * width + k // 8 * stride
+    address = tensor_copy.swizzled(address, 0 if width == 16 else width)
+    words = np.unique(address >> 2)
+    address.setflags(write=False)
+    words.setflags(write=False)
+    return address, words
+
+
+_SHAPE = re.compile(r"m64n(\d+)k(\d+)")
+
+
+def multiply(machine: "Machine", instruction: Instruction) -> tuple[Step, int]:
+    """wgmma.mma_async: D = A B, or A B + D, in float32; B and perhaps A from shared memory.
+
+    Register j of D in lane l of warp w: row 16 w + l / 4 + 8 (j / 2 % 2), column 8 (j / 4) + 2 (l % 4) + j % 2.
+    The result is computed at once: reading or changing the registers or the memory before the wait is a fault.
+    """
+    d, a, b, scale_d, scale_a, scale_b, *layout = instruction.operands
+    kind = instruction.parts[-1]
+    columns, depth = map(int, _SHAPE.fullmatch(instruction.parts[4]).groups())
+    tf32, itemsize = kind == "tf32", 4 if kind == "tf32" else 2
+    from_registers = isinstance(a, Vector)
+    flags = [operand.bits for operand in layout]
+    expected = 0 if tf32 else 1 if from_registers else 2
+    if depth != 32 // itemsize or len(d.items) != columns // 2 or len(flags) != expected or columns % 8:
+        raise PtxError("shape, registers and layout do not fit")
+    a_transposed, b_transposed = (False, False) if tf32 else (False, *map(bool, flags)) if from_registers else flags
+    signs = np.float32(scale_a.bits) * np.float32(scale_b.bits)
+    results = [item.index for item in d.items]
+    sources = [item.index for item in a.items] if from_registers else []
+    read_a = [machine.reader(item, "b32") for item in a.items] if from_registers else [machine.reader(a, "u64")]
+    read_b = machine.reader(b, "u64")
+    accumulate = machine.reader(scale_d, "pred")
+
+    def memory_tile(value: ndarray, rows: int, transposed: bool, groups: ndarray) -> ndarray:
+        """(warpgroups, rows, depth) float32."""
+        descriptors = np.broadcast_to(value, machine.lane_count).reshape(-1, 128)[groups]
+        if (descriptors != descriptors[:, :1]).any():
+            machine.fault("divergence", "the threads of a warpgroup hold different descriptors")
+        found = np.empty((len(groups), rows, depth), np.float32)
+        for descriptor in set(descriptors[:, 0].tolist()):
+            which = np.flatnonzero(descriptors[:, 0] == descriptor)
+            address, words = tile(descriptor, rows, depth, bool(transposed), itemsize)
+            if int(address.max()) + itemsize > machine.shared_bytes:
+                machine.fault("shared access out of bounds", f"wgmma reads byte {address.max()}")
+            issuers = groups[which, None] * 128 + np.arange(128)
+            base = machine.shared.base[issuers[:, 0]]
+            _borrow(machine, base[:, None] + words, issuers)
+            element = base[:, None, None] * (4 // itemsize) + address // itemsize
+            bits = machine.shared.views[itemsize][element]
+            found[which] = truncate_to_tf32(bits) if tf32 else to_f32(bits, kind)
+        return found
+
+    def register_tile(groups: ndarray) -> ndarray:
+        """(warpgroups, 64, depth) float32 of the registers of A."""
+        parts = []
+        for read in read_a:
+            bits = np.broadcast_to(read(), machine.lane_count).reshape(-1, 4, 8, 4)[groups]
+            parts.append(truncate_to_tf32(bits) if tf32 else halves(bits, kind).reshape(len(groups), 4, 8, 8))
+        upper, lower, upper_next, lower_next = parts
+        whole = np.concatenate([np.concatenate([upper, upper_next], 3), np.concatenate([lower, lower_next], 3)], 2)
+        return whole.reshape(len(groups), 64, depth)
+
+    def step() -> None:
+        groups = machine.warpgroups()
+        scaled = np.broadcast_to(accumulate(), machine.lane_count).reshape(-1, 128)[groups]
+        if (scaled != scaled[:1, :1]).any():
+            raise PtxError(f"{instruction}: scale-d differs between threads")
+        adds = bool(scaled[0, 0])
+        machine.matrix.issue(results, sources, adds)
+        left = register_tile(groups) if from_registers else memory_tile(read_a[0](), 64, a_transposed, groups)
+        right = memory_tile(read_b(), columns, b_transposed, groups)
+        sums = np.matmul(left, right.transpose(0, 2, 1)) * signs
+        sums = sums.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2)
+        for j, index in enumerate(results):
+            value = np.ascontiguousarray(sums[:, :, j // 2 % 2, :, j // 4, :, j % 2]).reshape(-1)
+            if adds:
+                value = value + machine.pick(machine.registers[index]).view(np.float32)
+            machine.set_raw(index, canonical(value).view(np.uint32))
+
+    return step, 128
+
+
+def _borrow(machine: "Machine", words: ndarray, issuers: ndarray) -> None:
+    missing = machine.shared.begin_borrow(words, issuers)
+    if missing:
+        machine.fault("missing proxy fence", missing)
+    machine.products.issue(issuers[:, 0] // 128, lambda part: machine.shared.end_borrow(words[part], issuers[part]))
+
+
+def proxy_fence(machine: "Machine", instruction: Instruction) -> Step:
+    return lambda: machine.shared.fence(machine.active)
+
+
+BUILDERS = {
+    "wgmma.fence.sync.aligned": fence,
+    "wgmma.commit_group.sync.aligned": commit,
+    "wgmma.wait_group.sync.aligned": wait,
+    **{
+        f"wgmma.mma_async.sync.aligned.m64n{n}k{32 // size}.f32.{kind}.{kind}": multiply
+        for n in range(8, 264, 8)
+        for kind, size in (("bf16", 2), ("f16", 2), ("tf32", 4))
+    },
+    "fence.proxy.async.shared::cta": proxy_fence,
+    "fence.proxy.async": proxy_fence,
+}

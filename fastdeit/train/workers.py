@@ -1,0 +1,93 @@
+"""The processes of a DataLoader: they leave signals to the run, one that dies is named, and none outlives the run."""
+
+import contextlib
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+from fastdeit.train.signals import held
+
+_alive: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+
+
+class WorkerDiedError(ChildProcessError):
+    """A process that loads data is gone."""
+
+
+def start(make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """What `iter` of a DataLoader gives; its workers, whose worker_init_fn is `ignore_in_worker`, are known to `end_workers`."""
+    with held():
+        iterator = make_iterator()
+    _alive.update(getattr(iterator, "_workers", ()))
+    _defer_child_errors()
+    return iterator
+
+
+def batches_of(iterator: Iterator[Any]) -> Iterator[Any]:
+    """The batches of what `start` gave. Raises WorkerDiedError that names a worker and what ended it."""
+    while True:
+        try:
+            with _waiting():
+                batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            causes = [_end_of(n, worker) for n, worker in enumerate(getattr(iterator, "_workers", ()))]
+            if not any(causes):
+                raise
+            raise WorkerDiedError("; ".join(filter(None, causes))) from error
+        yield batch
+
+
+def end_workers() -> None:
+    """Kills what workers there are. They hold nothing that could be lost, and may be stuck in a read."""
+    for worker in list(_alive):
+        with contextlib.suppress(ValueError):  # closed
+            worker.kill()
+            worker.join()
+    _alive.clear()
+
+
+def _end_of(number: int, worker: BaseProcess) -> str | None:
+    code = worker.exitcode
+    if not code:  # alive, or at its end as it should be
+        return None
+    if code > 0:
+        return f"worker {number} of the loader (process {worker.pid}) ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = ", as the kernel does where memory runs out (fewer workers need less)" if -code == signal.SIGKILL else ""
+    return f"worker {number} of the loader (process {worker.pid}) was killed by {name}{hint}"
+
+
+_listening = False  # whether the main thread waits for a batch, so that an error leaves nothing half done
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    global _listening
+    _listening = threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    finally:
+        _listening = False
+
+
+def _defer_child_errors() -> None:
+    """PyTorch's handler of SIGCHLD raises for a dead worker wherever the main thread is, in the middle of an update as well: let it
+    do so only where a batch is waited for. The next wait finds the worker dead in any case."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    theirs = signal.getsignal(signal.SIGCHLD)
+    if not callable(theirs) or getattr(theirs, "deferred", False):
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if _listening:
+            theirs(number, frame)
+
+    handler.deferred = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, handler)

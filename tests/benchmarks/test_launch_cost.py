@@ -1,0 +1,55 @@
+"""`fastdeit launch-cost`, which measures on the fake CUDA runtime."""
+
+import argparse
+import json
+
+import pytest
+
+from fastdeit.benchmarks import launch_cost
+from fastdeit.benchmarks.host_time import MODES, PASSES, PRECISIONS
+from fastdeit.commands import cli
+from fastdeit.testing import fake_cuda
+from fastdeit.testing.fake_cuda import library
+
+GENEROUS = 5  # times the budget of a quiet machine
+needs_fake_cuda = pytest.mark.skipif(
+    fake_cuda.why_unavailable() is not None, reason=f"no fake CUDA runtime: {fake_cuda.why_unavailable()}"
+)
+
+
+@needs_fake_cuda
+def test_it_measures_calls_and_models_beside_timms(capsys):
+    command = ["launch-cost", "--model", launch_cost.MODELS[0], "--turns", "2", "--driver-us", "2.5"]
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    over = {
+        name: found["calls"][name] for name, us in launch_cost.BUDGETS.items() if found["calls"][name] > GENEROUS * us
+    }
+    assert not over, f"microseconds a call, over {GENEROUS} times the budget: {over}"
+    rows = {(row["precision"], row["passed"], row["mode"]): row for row in found["models"]}
+    assert set(rows) == {(a, b, c) for a in PRECISIONS for b in PASSES for c in MODES}
+    for (_, _, mode), row in rows.items():
+        assert row["timm_us"] > 2.5 * row["timm_launches"] and row["fastdeit_us"] > 2.5 * row["fastdeit_launches"]
+        assert row["fastdeit_launches"] < row["timm_launches"] and (row["fastdeit_launches"] == 1) is (
+            mode == "captured"
+        )
+        assert row["ratio"] == pytest.approx(row["fastdeit_us"] / row["timm_us"], rel=0.5)
+        assert mode == "eager" or row["ratio"] < 0.5
+    args = argparse.Namespace(turns=2, batch_size=1, driver_us=2.5)
+    assert "2.5 us a launch" in (text := launch_cost.model_table(found, args)) and len(text.splitlines()) == 3 + len(
+        rows
+    )
+    lines = launch_cost.call_table(found["calls"]).splitlines()
+    assert [line for line in lines if line.startswith("launch, pointers ") and line.endswith("budget 8")]
+
+
+@pytest.mark.parametrize("option", [["--turns", "0"], ["--batch-size", "-1"], ["--driver-us", "nan"]])
+def test_an_option_out_of_range_is_named(option, capsys):
+    assert cli.main(["launch-cost", *option]) == 2
+    assert f"{option[0]}: expected" in capsys.readouterr().err
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(library, "why_unavailable", lambda: "no C compiler (gcc or clang)")
+    assert cli.main(["launch-cost"]) == 2
+    assert "the fake CUDA runtime is not available: no C compiler" in capsys.readouterr().err
