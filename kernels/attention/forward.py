@@ -231,9 +231,11 @@ def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """The cases of `aot_cases`. sm_90 at D = 64 is held to what keeps three blocks on a multiprocessor."""
+    """The cases of `aot_cases`. sm_90 at D = 64 is held to what keeps twelve warps and more on a multiprocessor."""
     for each in aot_cases(arch):
-        limits = dict(max_registers=128, min_blocks_per_sm=3) if (arch, each.head_dim) == (90, 64) else {}
+        limits = {}
+        if (arch, each.head_dim) == (90, 64) and each.config.descriptors:
+            limits = dict(max_registers=128, min_blocks_per_sm=cdiv(12, each.config.forward.num_warps))
         yield replace(_aot_config(each), **limits)
 
 

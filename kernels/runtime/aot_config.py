@@ -15,7 +15,7 @@ class AotConfig:
         signature: run-time argument name -> Triton type, such as "*bf16" (16-byte aligned), "i32" (not specialised), "fp32" or
             "tensordesc<bf16[1, 64, 64]>". A pointer or descriptor named in neither dictionary is absent: compiled as None.
         constexprs: constexpr name -> value.
-        num_warps, num_stages: compile options.
+        num_warps, num_stages, maxnreg: compile options.
         label: names the configuration among those of its kernel on one architecture.
         matrix: it must contain the architecture's full-rate matrix instructions, or those of this name.
         max_registers, min_blocks_per_sm: limits of its own, beyond those that hold for all.
@@ -30,3 +30,4 @@ class AotConfig:
     matrix: bool | str
     max_registers: int | None = None
     min_blocks_per_sm: int | None = None
+    maxnreg: int | None = None

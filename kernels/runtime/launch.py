@@ -45,7 +45,13 @@ class _Compiled(NamedTuple):
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple, constexprs: tuple, num_warps: int, num_stages: int = 1
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple,
+    constexprs: tuple,
+    num_warps: int,
+    num_stages: int = 1,
+    maxnreg: int | None = None,
 ) -> None:
     """Launches `kernel` over `grid` on the current stream of the device of its first tensor.
 
@@ -54,21 +60,22 @@ def launch(
         grid: one to three positive integers.
         args: every run-time argument in the order of the signature: tensors, host tensor descriptors, int, float or None.
         constexprs: every constexpr value in the order of the signature.
-        num_warps, num_stages: compile options.
+        num_warps, num_stages, maxnreg: compile options; maxnreg limits the registers of a thread, None does not.
     """
     home = _device_index(args)
     if home >= 0 and home != torch.cuda.current_device():
         with torch.cuda.device(home):
-            _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg)
     elif home < 0 and _cpu_launcher is not None:
         _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages)
     else:
-        _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+        _launch(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg)
 
 
 @contextlib.contextmanager
 def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
-    """In it `launcher` is called in the place of `launch` where the tensors are on the CPU."""
+    """In it `launcher` is called in the place of `launch` where the tensors are on the CPU, with all of
+    its arguments but maxnreg, which ptxas alone heeds."""
     global _cpu_launcher
     previous, _cpu_launcher = _cpu_launcher, launcher
     try:
@@ -77,13 +84,13 @@ def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
         _cpu_launcher = previous
 
 
-def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
+def _launch(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg) -> None:
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or not _DIRECT:
-        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg)
         return
     device = driver.active.get_current_device()
     known = _kernels.get(id(kernel)) or _register(kernel)
-    key = [device, num_warps, num_stages, constexprs]
+    key = [device, num_warps, num_stages, maxnreg, constexprs]
     for i in known.typed:
         arg = args[i]
         kind = type(arg)
@@ -94,17 +101,17 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
         elif arg is None or kind is float:
             key.append(kind)
         else:  # whatever else Triton takes
-            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg)
             return
     for i in known.integers:
         if not -_INT32 <= args[i] < _INT32:  # another variant, which Triton keeps by itself
-            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg)
             return
 
     key = tuple(key)
     compiled = known.compiled.get(key)
     if compiled is None:
-        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg)
         if kept is not None:  # None where a hook of Triton's took the compilation over
             known.compiled[key] = _direct_call(kept)
         return
@@ -166,8 +173,8 @@ def _device_index(args: tuple) -> int:
     return -1
 
 
-def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages):
-    return kernel[grid](*args, *constexprs, num_warps=num_warps, num_stages=num_stages)
+def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, maxnreg):
+    return kernel[grid](*args, *constexprs, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
 def _register(kernel: JITFunction) -> _Kernel:
