@@ -36,7 +36,8 @@ def _normal_cdf(x):
 
 @triton.jit
 def _sigmoid(x):
-    return _reciprocal(1.0 + tl.exp2(x * -_LOG2_E))
+    # Divided: one ulp above 1 would leave a derivative's 1 - gate below 0, which a large x multiplies.
+    return 1.0 / (1.0 + tl.exp2(x * -_LOG2_E))
 
 
 @triton.jit

