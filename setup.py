@@ -26,6 +26,8 @@ TRAIN = [
     "scikit-learn>=1.7",
     "tqdm>=4.67",
 ]
+# Decoders of JPEG: without them torchvision or Pillow decodes.
+LOADER = ["simplejpeg>=1.9", "nvidia-nvimgcodec-cu12>=0.9; sys_platform == 'linux'"]
 BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
 TEST = [
     "numpy<2.4",  # Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4
@@ -33,6 +35,7 @@ TEST = [
     "pytest-benchmark>=5.2",
     "pytest-xdist>=3.8",
     "ruff>=0.15",
+    "scikit-image>=0.25",  # photographs
     "setuptools>=65",  # the packaging tests build without isolation
     "wheel>=0.45",
 ]
@@ -61,7 +64,7 @@ setup(
     author="fastdeit authors",
     python_requires=">=3.10",
     install_requires=CORE,
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER},
     packages=packages(),
     package_dir=DIRECTORIES,
     package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},

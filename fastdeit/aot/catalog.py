@@ -31,6 +31,8 @@ from fastdeit.kernels.runtime.architecture import LIMITS, Limits
 
 # modules of fastdeit.kernels that have a `aot_configs(arch)`
 KERNEL_FILES = (
+    "augment.apply",
+    "augment.tables",
     "norm.layer_norm",
     "runtime.column_sums",
     "attention.forward",
@@ -86,6 +88,9 @@ def row_key(row: AotConfig, arch: int) -> str:
     types = argument_types(row)
     facts = (source_key(row.kernel), types, row.num_warps, row.num_stages, arch, triton.__version__)
     facts += () if row.maxnreg is None else (row.maxnreg,)
+    facts += () if row.fp_fusion else ("no fp_fusion",)
+    if row.unaligned:
+        facts += (row.unaligned,)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
@@ -118,6 +123,8 @@ def compile_binary(row: AotConfig, arch: int) -> CompiledKernel:
     attributes = {(i,): aligned for i, name in enumerate(types) if signature[name].startswith("*")}
     source = ASTSource(fn=row.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "maxnreg": row.maxnreg}
+    if not row.fp_fusion:
+        options["enable_fp_fusion"] = False
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
