@@ -87,6 +87,7 @@ def row_key(row: AotConfig, arch: int) -> str:
     """Identifies what `compile_config` would compile: source, types, constants, options, architecture, Triton version."""
     types = argument_types(row)
     facts = (source_key(row.kernel), types, row.num_warps, row.num_stages, arch, triton.__version__)
+    facts += () if row.maxnreg is None else (row.maxnreg,)
     facts += () if row.fp_fusion else ("no fp_fusion",)
     if row.unaligned:
         facts += (row.unaligned,)
@@ -121,7 +122,7 @@ def compile_binary(row: AotConfig, arch: int) -> CompiledKernel:
     aligned = [["tt.divisibility", _ALIGNMENT]]
     attributes = {(i,): aligned for i, name in enumerate(types) if signature[name].startswith("*")}
     source = ASTSource(fn=row.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "maxnreg": row.maxnreg}
     if not row.fp_fusion:
         options["enable_fp_fusion"] = False
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

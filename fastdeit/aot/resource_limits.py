@@ -30,6 +30,11 @@ MATRIX_INSTRUCTIONS = {
     120: r"HMMA",
 }
 
+_RECIPROCAL = (
+    "GELU's approximate reciprocal is opaque to the compiler, which then keeps more of the epilogue alive; a division does not "
+    "spill, but takes a quarter more instructions in every other kernel. Runs only where a measurement names it"
+)
+
 # (kernel, label, architecture): (bytes allowed, why it ships nevertheless)
 ALLOWED_SPILLS: dict[tuple[str, str, int], tuple[int, str]] = {
     ("layer_norm_backward_kernel", "C=8192 autocast", arch): (
@@ -37,6 +42,13 @@ ALLOWED_SPILLS: dict[tuple[str, str, int], tuple[int, str]] = {
         "addresses kept from before the loop over rows until after it, at the 128 registers that 16 warps leave a thread",
     )
     for arch, spilled_bytes in ((80, 16), (89, 24), (90, 16), (100, 16))
+} | {
+    ("attention_dkv_backward_kernel", "D=72 bf16 pointers tail=16", 80): (
+        8,
+        "ptxas stops at 168 registers for three blocks; without asynchronous copies nothing spills, but two blocks fit",
+    ),
+    ("gemm_backward_descriptor_kernel", "128x128 bf16", 90): (8, _RECIPROCAL),
+    ("gemm_backward_descriptor_kernel", "128x256 bf16", 90): (64, _RECIPROCAL),
 }
 
 
@@ -63,7 +75,12 @@ def breaches(row: AotConfig, arch: int, resources: Resources) -> list[str]:
 NARROWEST_SHARE = 0.1  # of a streaming kernel's bytes, the most that 2-byte accesses may move
 
 # (kernel, start of the label, start of the phrase): why this goal is not reached. At most six.
-EXCEPTIONS: dict[tuple[str, str, str], str] = {}
+EXCEPTIONS: dict[tuple[str, str, str], str] = {
+    ("whole_mlp_forward_descriptor_kernel", "128x64 add_layer_norm_mlp bf16", "serialised"): (
+        "with a bf16 stream ptxas moves accumulators within the loop, with two stages and with the products in either order too; "
+        "runs only where a measurement names it"
+    ),
+}
 
 
 def missed_goals(row: AotConfig, arch: int, resources: Resources) -> list[str]:

@@ -168,6 +168,7 @@ def _launch_descriptors(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, c
         (*pieces, own, block, last),
         tiles.num_warps,
         tiles.num_stages,
+        tiles.maxnreg,
     )
 
 
@@ -227,7 +228,9 @@ def _aot_dkv(case: Case) -> AotConfig:
         names = ("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dk_ptr", "dv_ptr")
         types |= dict.fromkeys(names, f"*{case.dtype}") | dict.fromkeys(DKV_INTEGERS, "i32")
         tile = dict(D=case.head_dim, **tile, VECTOR=4 if case.dtype == "fp32" else 8)
-    return AotConfig(kernel, types, tile, tiles.num_warps, tiles.num_stages, case.label, case.matrix)
+    options = (tiles.num_warps, tiles.num_stages, case.label, case.matrix)
+    blocks = None if tiles.maxnreg is None else 3
+    return AotConfig(kernel, types, tile, *options, min_blocks_per_sm=blocks, maxnreg=tiles.maxnreg)
 
 
 def _aot_whole(keys: int) -> AotConfig:

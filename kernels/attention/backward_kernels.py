@@ -88,17 +88,18 @@ def attention_dq_backward_kernel(
 
     dq0, dq1 = zeros_pair(BLOCK_Q, D0, D1)
     full = (N_KV - 1) // BLOCK_KV * BLOCK_KV
+    last_k0, last_k1 = load_tile(k, full, k_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
+    last_v0, last_v1 = load_tile(v, full, v_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
+    dq0, dq1 = dq_step(
+        *(q0, q1, do0, do1, last_k0, last_k1, last_v0, last_v1, lse, delta, dq0, dq1, scale * LOG2E, N_KV - full),
+        *(D1, TAIL, True),
+    )
     for key in tl.range(0, full, BLOCK_KV):
         k0, k1 = load_tile(k, key, k_token_stride, N_KV, BLOCK_KV, D, D0, D1, VECTOR, False)
         v0, v1 = load_tile(v, key, v_token_stride, N_KV, BLOCK_KV, D, D0, D1, VECTOR, False)
         dq0, dq1 = dq_step(
             q0, q1, do0, do1, k0, k1, v0, v1, lse, delta, dq0, dq1, scale * LOG2E, N_KV, D1, BLOCK_KV, False
         )
-    k0, k1 = load_tile(k, full, k_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
-    v0, v1 = load_tile(v, full, v_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
-    dq0, dq1 = dq_step(
-        q0, q1, do0, do1, k0, k1, v0, v1, lse, delta, dq0, dq1, scale * LOG2E, N_KV - full, D1, TAIL, True
-    )
     store_tile(dq, start, dq_token_stride, N_Q, dq0 * scale, dq1 * scale, BLOCK_Q, D, D0, D1, VECTOR)
 
 
@@ -155,6 +156,15 @@ def attention_dkv_backward_kernel(
     dk0, dk1 = zeros_pair(BLOCK_KV, D0, D1)
     dv0, dv1 = zeros_pair(BLOCK_KV, D0, D1)
     full = (N_Q - 1) // BLOCK_Q * BLOCK_Q
+    last_q0, last_q1 = load_tile(q, full, q_token_stride, N_Q, TAIL, D, D0, D1, VECTOR, True)
+    last_do0, last_do1 = load_tile(dout, full, dout_stride, N_Q, TAIL, D, D0, D1, VECTOR, True)
+    last_row = full + tl.arange(0, TAIL)
+    last_lse = tl.load(lse_ptr + row_start + last_row, last_row < N_Q, other=0.0)
+    last_delta = tl.load(delta_ptr + row_start + last_row, last_row < N_Q, other=0.0)
+    dk0, dk1, dv0, dv1 = dkv_step(
+        *(k0, k1, v0, v1, last_q0, last_q1, last_do0, last_do1, last_lse, last_delta, dk0, dk1, dv0, dv1),
+        *(scale * LOG2E, N_Q - full, D1, TAIL, True),
+    )
     for query in tl.range(0, full, BLOCK_Q):
         q0, q1 = load_tile(q, query, q_token_stride, N_Q, BLOCK_Q, D, D0, D1, VECTOR, False)
         do0, do1 = load_tile(dout, query, dout_stride, N_Q, BLOCK_Q, D, D0, D1, VECTOR, False)
@@ -164,14 +174,6 @@ def attention_dkv_backward_kernel(
         dk0, dk1, dv0, dv1 = dkv_step(
             *(k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, dk0, dk1, dv0, dv1, scale * LOG2E, N_Q, D1, BLOCK_Q, False)
         )
-    q0, q1 = load_tile(q, full, q_token_stride, N_Q, TAIL, D, D0, D1, VECTOR, True)
-    do0, do1 = load_tile(dout, full, dout_stride, N_Q, TAIL, D, D0, D1, VECTOR, True)
-    row = full + tl.arange(0, TAIL)
-    lse = tl.load(lse_ptr + row_start + row, row < N_Q, other=0.0)
-    delta = tl.load(delta_ptr + row_start + row, row < N_Q, other=0.0)
-    dk0, dk1, dv0, dv1 = dkv_step(
-        *(k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, dk0, dk1, dv0, dv1, scale * LOG2E, N_Q - full, D1, TAIL, True)
-    )
     dk = head_base(dk_ptr, batch, k_first_head + head, dk_batch_stride, dk_head_stride, VECTOR)
     dv = head_base(dv_ptr, batch, v_first_head + head, dv_batch_stride, dv_head_stride, VECTOR)
     store_tile(dk, start, dk_token_stride, N_KV, dk0 * scale, dk1 * scale, BLOCK_KV, D, D0, D1, VECTOR)
@@ -214,15 +216,18 @@ def attention_dq_backward_descriptor_kernel(
 
     dq0, dq1 = zeros_pair(BLOCK_Q, D0, D1)
     full = (N - 1) // BLOCK_KV * BLOCK_KV
+    last_k0, last_k1 = load_tile_desc(tail0_desc, tail1_desc, batch, H + head, full, TAIL, D0, D1)
+    last_v0, last_v1 = load_tile_desc(tail0_desc, tail1_desc, batch, 2 * H + head, full, TAIL, D0, D1)
+    dq0, dq1 = dq_step(
+        *(q0, q1, do0, do1, last_k0, last_k1, last_v0, last_v1, lse, delta, dq0, dq1, scale * LOG2E, N - full),
+        *(D1, TAIL, True),
+    )
     for key in tl.range(0, full, BLOCK_KV):
         k0, k1 = load_tile_desc(kv0_desc, kv1_desc, batch, H + head, key, BLOCK_KV, D0, D1)
         v0, v1 = load_tile_desc(kv0_desc, kv1_desc, batch, 2 * H + head, key, BLOCK_KV, D0, D1)
         dq0, dq1 = dq_step(
             q0, q1, do0, do1, k0, k1, v0, v1, lse, delta, dq0, dq1, scale * LOG2E, N, D1, BLOCK_KV, False
         )
-    k0, k1 = load_tile_desc(tail0_desc, tail1_desc, batch, H + head, full, TAIL, D0, D1)
-    v0, v1 = load_tile_desc(tail0_desc, tail1_desc, batch, 2 * H + head, full, TAIL, D0, D1)
-    dq0, dq1 = dq_step(q0, q1, do0, do1, k0, k1, v0, v1, lse, delta, dq0, dq1, scale * LOG2E, N - full, D1, TAIL, True)
     store_tile_desc(dq0_desc, dq1_desc, batch, head, start, dq0 * scale, dq1 * scale, BLOCK_Q, D0, D1)
 
 
@@ -257,6 +262,15 @@ def attention_dkv_backward_descriptor_kernel(
     dk0, dk1 = zeros_pair(BLOCK_KV, D0, D1)
     dv0, dv1 = zeros_pair(BLOCK_KV, D0, D1)
     full = (N - 1) // BLOCK_Q * BLOCK_Q
+    last_q0, last_q1 = load_tile_desc(q_tail0_desc, q_tail1_desc, batch, head, full, TAIL, D0, D1)
+    last_do0, last_do1 = load_tile_desc(dout_tail0_desc, dout_tail1_desc, batch, head, full, TAIL, D0, D1)
+    last_row = full + tl.arange(0, TAIL)
+    last_lse = tl.load(lse_ptr + row_start + last_row, last_row < N, other=0.0)
+    last_delta = tl.load(delta_ptr + row_start + last_row, last_row < N, other=0.0)
+    dk0, dk1, dv0, dv1 = dkv_step(
+        *(k0, k1, v0, v1, last_q0, last_q1, last_do0, last_do1, last_lse, last_delta, dk0, dk1, dv0, dv1),
+        *(scale * LOG2E, N - full, D1, TAIL, True),
+    )
     for query in tl.range(0, full, BLOCK_Q):
         q0, q1 = load_tile_desc(q0_desc, q1_desc, batch, head, query, BLOCK_Q, D0, D1)
         do0, do1 = load_tile_desc(dout0_desc, dout1_desc, batch, head, query, BLOCK_Q, D0, D1)
@@ -266,14 +280,6 @@ def attention_dkv_backward_descriptor_kernel(
         dk0, dk1, dv0, dv1 = dkv_step(
             *(k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, dk0, dk1, dv0, dv1, scale * LOG2E, N, D1, BLOCK_Q, False)
         )
-    q0, q1 = load_tile_desc(q_tail0_desc, q_tail1_desc, batch, head, full, TAIL, D0, D1)
-    do0, do1 = load_tile_desc(dout_tail0_desc, dout_tail1_desc, batch, head, full, TAIL, D0, D1)
-    row = full + tl.arange(0, TAIL)
-    lse = tl.load(lse_ptr + row_start + row, row < N, other=0.0)
-    delta = tl.load(delta_ptr + row_start + row, row < N, other=0.0)
-    dk0, dk1, dv0, dv1 = dkv_step(
-        *(k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, dk0, dk1, dv0, dv1, scale * LOG2E, N - full, D1, TAIL, True)
-    )
     store_tile_desc(dkv0_desc, dkv1_desc, batch, H + head, start, dk0 * scale, dk1 * scale, BLOCK_KV, D0, D1)
     store_tile_desc(dkv0_desc, dkv1_desc, batch, 2 * H + head, start, dv0, dv1, BLOCK_KV, D0, D1)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastdeit.kernels.runtime.architecture import has_descriptors
+from fastdeit.kernels.runtime.architecture import has_descriptors, pointer_stages
 
 # Head dimensions that are no power of two are cut in two pieces rather than padded: 80 = 64 + 16 does five eighths of the work of
 # 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 is cut in halves because whole it spills on sm_80; on sm_90 both
@@ -30,6 +30,7 @@ class Tiles:
     block: int  # rows of a step of its loop
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None  # of a thread, where that makes room for another block on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,12 @@ def select_config(
         multiprocessors: of the GPU.
         describable: q, k and v lie packed in one tensor that a descriptor can express.
     """
-    narrow = batch * heads * (-(-queries // 64)) < multiprocessors
+    tiles = -(-queries // 64)
+    narrow = batch * heads * tiles < multiprocessors
+    # Tiles of 128 queries read K and V from L2 half as often: where they compute no row more, and two still fill a multiprocessor.
+    tall = tiles % 2 == 0 and batch * heads * tiles >= 4 * multiprocessors
     descriptors = describable and has_descriptors(arch) and itemsize == 2 and not narrow
-    config = Config(descriptors, *_tiles(head_dim, itemsize, arch, descriptors, narrow))
+    config = Config(descriptors, *_tiles(head_dim, itemsize, arch, descriptors, narrow, tall))
     if descriptors and whole_fits(keys, head_dim) and keys <= WHOLE_BACKWARD_TOKENS.get(arch, 0):
         return Config(descriptors, config.forward, config.dq, config.dkv, whole_tiles(keys))
     return config
@@ -117,18 +121,28 @@ def whole_tiles(keys: int) -> Tiles:
     return Tiles(128 if keys <= 128 else 256, 32, num_warps=8)
 
 
-def _tiles(head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: bool) -> tuple[Tiles, Tiles, Tiles]:
+def _tiles(
+    head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: bool, tall: bool
+) -> tuple[Tiles, Tiles, Tiles]:
     """Forward, dQ, and dK and dV."""
     piece1 = PIECES[head_dim][1]
     if itemsize == 4:
-        return (Tiles(64, 32 if has_descriptors(arch) else 16),) * 3
+        return (Tiles(64, 32 if has_descriptors(arch) else 16, num_stages=pointer_stages(arch, 2)),) * 3
     # A grid that does not fill the machine gets programs of half the size. Larger heads have no registers to lose on it.
     own = 32 if narrow and head_dim <= 64 else 64
     if has_descriptors(arch) and arch >= 100 and own == 64:
         # tcgen05 multiplies 128 rows at a time. Other sizes of these three spill at one head dimension or another.
         return Tiles(128, 64), Tiles(64, 32), Tiles(64, 32)
     if has_descriptors(arch):
-        return Tiles(own, 64), Tiles(own, 64), Tiles(own, 64 if descriptors or piece1 < 64 else 32)
+        # 32 rows are too few for wgmma, so that their copies may be asynchronous.
+        stages = 2 if descriptors or own == 32 else pointer_stages(arch, 2)
+        narrower = 64 if descriptors or piece1 < 64 else 32
+        # At 64 columns dK and dV take 171 registers by themselves: 168 leave room for a third block.
+        fewer = 168 if descriptors and head_dim == 64 else None
+        tiles = Tiles(own, 64, num_stages=stages)
+        if tall and descriptors and head_dim == 64:
+            tiles = Tiles(128, 64, num_warps=8)
+        return tiles, tiles, Tiles(own, narrower, num_stages=stages, maxnreg=fewer)
     if head_dim <= 64:
         return Tiles(own, 32), Tiles(own, 32), Tiles(own, 32)
     if piece1 < 64:
@@ -162,12 +176,26 @@ def aot_cases(arch: int) -> Iterator[Case]:
     if arch == 90:
         yield from (case(arch, 64, "bf16", last, describable=True) for last in (32, 64))
         yield case(arch, 64, "fp16", 16, describable=True)
+        yield case(arch, 64, "bf16", 16, describable=True, tokens=144)
 
 
-def case(arch: int, head_dim: int, dtype: str, last: int, *, describable: bool, samples: int = 1024) -> Case:
-    """A case for so many samples of one head; `last` is the width of the masked tail, where the tile has room for it."""
+def case(
+    arch: int,
+    head_dim: int,
+    dtype: str,
+    last: int,
+    *,
+    describable: bool,
+    samples: int = 1024,
+    tokens: int | None = None,
+) -> Case:
+    """A case for so many samples of one head; `last` is the width of the masked tail, where the tile has room for it.
+
+    Args:
+        tokens: by default three full blocks of 64 and the tail, as the 197 and 198 tokens of DeiT at 224 pixels.
+    """
     itemsize = 4 if dtype == "fp32" else 2
-    tokens = 128 + last
+    tokens = tokens or 192 + last
     config = select_config(samples, 1, tokens, tokens, head_dim, itemsize, arch, 132, describable)
     form = "descriptors" if config.descriptors else "pointers"
     narrow = "" if config.forward.own == 64 else f" {config.forward.own} rows"

@@ -1,7 +1,7 @@
 """Forward attention: kernels over pointers and over tensor descriptors, and their launcher.
 
-A program owns BLOCK_Q queries of one head and walks over the keys: a run-time number of full, unmasked blocks of BLOCK_KV and one
-masked tail of 16, 32 or 64. The 197 tokens of DeiT at 224 pixels thus cost 3 x 64 + 16 = 208 columns, 577 cost 592.
+A program owns BLOCK_Q queries of one head and walks over the keys: one masked tail of 16, 32 or 64, then a run-time number of
+full, unmasked blocks of BLOCK_KV. The 197 tokens of DeiT at 224 pixels thus cost 16 + 3 x 64 = 208 columns, 577 cost 592.
 """
 
 from collections.abc import Iterator
@@ -87,20 +87,19 @@ def attention_forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc0, acc1 = zeros_pair(BLOCK_Q, D0, D1)
     full = (N_KV - 1) // BLOCK_KV * BLOCK_KV
+    last_k0, last_k1 = load_tile(k, full, k_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
+    last_v0, last_v1 = load_tile(v, full, v_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
+    highest, total, acc0, acc1 = softmax_step(
+        *(q0, q1, last_k0, last_k1, last_v0, last_v1, highest, total, acc0, acc1, scale, N_KV - full, D1, TAIL, True)
+    )
     for key in tl.range(0, full, BLOCK_KV):
         k0, k1 = load_tile(k, key, k_token_stride, N_KV, BLOCK_KV, D, D0, D1, VECTOR, False)
         v0, v1 = load_tile(v, key, v_token_stride, N_KV, BLOCK_KV, D, D0, D1, VECTOR, False)
         highest, total, acc0, acc1 = softmax_step(
             q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N_KV, D1, BLOCK_KV, False
         )
-    k0, k1 = load_tile(k, full, k_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
-    v0, v1 = load_tile(v, full, v_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
-    highest, total, acc0, acc1 = softmax_step(
-        q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N_KV - full, D1, TAIL, True
-    )
-
-    acc0 = acc0 / total[:, None]
-    acc1 = acc1 / total[:, None]
+    inverse = (1.0 / total)[:, None]
+    acc0, acc1 = acc0 * inverse, acc1 * inverse
     out = out_ptr + (batch.to(tl.int64) * N_Q * H + head) * D
     store_tile(out, start, H * (D // VECTOR), N_Q, acc0, acc1, BLOCK_Q, D, D0, D1, VECTOR)
     row = start + tl.arange(0, BLOCK_Q)
@@ -134,20 +133,19 @@ def attention_forward_descriptor_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc0, acc1 = zeros_pair(BLOCK_Q, D0, D1)
     full = (N - 1) // BLOCK_KV * BLOCK_KV
+    last_k0, last_k1 = load_tile_desc(tail0_desc, tail1_desc, batch, H + head, full, TAIL, D0, D1)
+    last_v0, last_v1 = load_tile_desc(tail0_desc, tail1_desc, batch, 2 * H + head, full, TAIL, D0, D1)
+    highest, total, acc0, acc1 = softmax_step(
+        *(q0, q1, last_k0, last_k1, last_v0, last_v1, highest, total, acc0, acc1, scale, N - full, D1, TAIL, True)
+    )
     for key in tl.range(0, full, BLOCK_KV):
         k0, k1 = load_tile_desc(kv0_desc, kv1_desc, batch, H + head, key, BLOCK_KV, D0, D1)
         v0, v1 = load_tile_desc(kv0_desc, kv1_desc, batch, 2 * H + head, key, BLOCK_KV, D0, D1)
         highest, total, acc0, acc1 = softmax_step(
             q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N, D1, BLOCK_KV, False
         )
-    k0, k1 = load_tile_desc(tail0_desc, tail1_desc, batch, H + head, full, TAIL, D0, D1)
-    v0, v1 = load_tile_desc(tail0_desc, tail1_desc, batch, 2 * H + head, full, TAIL, D0, D1)
-    highest, total, acc0, acc1 = softmax_step(
-        q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N - full, D1, TAIL, True
-    )
-
-    acc0 = acc0 / total[:, None]
-    acc1 = acc1 / total[:, None]
+    inverse = (1.0 / total)[:, None]
+    acc0, acc1 = acc0 * inverse, acc1 * inverse
     store_tile_desc(out0_desc, out1_desc, batch, head, start, acc0, acc1, BLOCK_Q, D0, D1)
     row = start + tl.arange(0, BLOCK_Q)
     tl.store(lse_ptr + lse_start + row, highest + tl.log2(total), row < N)
@@ -233,9 +231,11 @@ def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """The cases of `aot_cases`. sm_90 at D = 64 is held to what keeps three blocks on a multiprocessor."""
+    """The cases of `aot_cases`. sm_90 at D = 64 is held to what keeps twelve warps and more on a multiprocessor."""
     for each in aot_cases(arch):
-        limits = dict(max_registers=128, min_blocks_per_sm=3) if (arch, each.head_dim) == (90, 64) else {}
+        limits = {}
+        if (arch, each.head_dim) == (90, 64) and each.config.descriptors:
+            limits = dict(max_registers=128, min_blocks_per_sm=cdiv(12, each.config.forward.num_warps))
         yield replace(_aot_config(each), **limits)
 
 

@@ -3,6 +3,9 @@
 A head dimension that is no power of two is cut in two pieces, D0 + D1 >= D, such as 80 = 64 + 16: a tile is a pair of tensors. With
 D1 = 0 the second one is an alias that nothing uses. Inputs are seen as (B, N, heads, D); in a packed qkv, K's heads follow Q's and
 V's follow K's.
+
+Every kernel walks over the masked tail of the rows first and over the full blocks after it: a product behind a loop that may run
+zero times makes ptxas wait for each product before it issues the next (C7515).
 """
 
 import triton
@@ -134,8 +137,6 @@ def product_to_d(p, b0, b1, acc0, acc1, D1: tl.constexpr):
     acc0 = tl.dot(p, b0, acc0, input_precision="tf32")
     if D1 > 0:
         acc1 = tl.dot(p, b1, acc1, input_precision="tf32")
-    else:
-        acc1 = acc0
     return acc0, acc1
 
 

@@ -11,12 +11,12 @@ that one's epilogue runs under the other's product.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from fastdeit.kernels.runtime.architecture import has_descriptors
+from fastdeit.kernels.runtime.architecture import has_descriptors, pointer_stages
 
 BACKENDS = ("cublas", "triton", "tma")
 
@@ -74,7 +74,8 @@ def candidates(arch: int, epilogue: str) -> tuple[Gemm, ...]:
     # The fp32 stream's staging leaves room for one block of 128 x 128; tcgen05's 128 x 128 spills 16 bytes in backward.
     left_out = epilogue == "residual" or (epilogue == "derivative" and arch >= 100)
     tiles = [tile for tile in _DESCRIPTORS if not (left_out and tile is _SQUARE)]
-    return (*(Gemm("tma", tile) for tile in tiles), Gemm("triton", _POINTERS[1]))
+    pointers = replace(_POINTERS[1], num_stages=pointer_stages(arch, _POINTERS[1].num_stages))
+    return (*(Gemm("tma", tile) for tile in tiles), Gemm("triton", pointers))
 
 
 def select_gemm(

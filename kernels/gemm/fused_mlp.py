@@ -27,7 +27,7 @@ from fastdeit.kernels.gemm.forward import fits, vector
 from fastdeit.kernels.gemm.tiles import in_range_of, multiple
 from fastdeit.kernels.mlp.activation_functions import activate
 from fastdeit.kernels.runtime.aot_config import AotConfig
-from fastdeit.kernels.runtime.architecture import architecture, has_descriptors
+from fastdeit.kernels.runtime.architecture import architecture, has_descriptors, pointer_stages
 from fastdeit.kernels.runtime.launch import cdiv, descriptor, launch
 
 CHANNELS = tl.constexpr(192)
@@ -72,7 +72,7 @@ def candidates(arch: int) -> tuple[Config, ...]:
     if has_descriptors(arch):
         # On sm_100 a third stage spills.
         tall = Config("tma", 128, 64, num_warps=8, num_stages=3 if arch < 100 else 2)
-        return tall, Config("triton", 64, 32, num_warps=4, num_stages=3)
+        return tall, Config("triton", 64, 32, num_warps=4, num_stages=pointer_stages(arch, 3))
     return (Config("triton", 128, 32, num_warps=8, num_stages=2),)
 
 

@@ -18,16 +18,28 @@ import triton.language as tl
 
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import architecture, multiprocessors
-from fastdeit.kernels.runtime.column_sums import add_partial_sums
-from fastdeit.kernels.runtime.launch import launch, next_power_of_2
+from fastdeit.kernels.runtime.column_sums import add_partial_sums, sum_pairs
+from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
 
 MAX_CHANNELS = 8192
+_IN_FLIGHT = 32768  # bytes that loads should keep in flight on a multiprocessor: HBM's bandwidth times its latency
 
 
 @dataclass(frozen=True)
 class Config:
     num_warps: int
     backward_programs_per_sm: int  # each writes one row of partial sums
+
+    def backward_stages(self, channels: int, element_bytes: int) -> int:
+        """How deep backward's loop over rows is pipelined: rows ahead come to `_IN_FLIGHT` bytes on a multiprocessor.
+
+        Args:
+            channels: of a row. 1, no pipeline, for rows that leave no registers to it; a few of those are enough in flight.
+            element_bytes: of all streams that the loop reads, for one channel.
+        """
+        if channels > 4096:
+            return 1
+        return min(1 + cdiv(_IN_FLIGHT, self.backward_programs_per_sm * channels * element_bytes), 5)
 
 
 # Architecture -> channels -> what was measured to be the fastest, as `fastdeit tune layer_norm` prints it. Empty: nothing was yet.
@@ -38,12 +50,14 @@ CONFIGS: dict[int, dict[int, Config]] = {}
 def select_config(channels: int, arch: int) -> Config:
     """What CONFIGS has, else 8 values of each stream a thread: the fewest registers and no spill in every dtype (16 at 8192).
 
-    Backward runs 12 warps on a multiprocessor: enough loads in flight to cover memory latency, few enough partial rows.
+    Backward runs as many programs as keep `_IN_FLIGHT` bytes in flight with two bf16 streams read three rows ahead, and no more:
+    each costs a partial row.
     """
     if channels in CONFIGS.get(arch, {}):
         return CONFIGS[arch][channels]
     num_warps = min(max(next_power_of_2(channels) // 256, 1), 16)
-    return Config(num_warps=num_warps, backward_programs_per_sm=max(12 // num_warps, 1))
+    programs = max(round(_IN_FLIGHT / (3 * 4 * channels)), 1)
+    return Config(num_warps=num_warps, backward_programs_per_sm=programs)
 
 
 @triton.jit
@@ -149,6 +163,7 @@ def layer_norm_backward_kernel(
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
     VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,  # of the loop's pipeline; 1 for rows too wide to keep weight and gamma in registers
 ):
     """A program owns every num_programs-th row, and one row of each table of partial sums."""
     col = tl.arange(0, CHANNELS)
@@ -156,7 +171,12 @@ def layer_norm_backward_kernel(
     dweight = tl.zeros([CHANNELS], tl.float32)
     dbias = tl.zeros([CHANNELS], tl.float32)
     dgamma = tl.zeros([CHANNELS], tl.float32)
-    for index in tl.range(tl.program_id(0), M, tl.num_programs(0)):
+    if STAGES > 1:
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + col, inside, other=0.0).to(tl.float32)
+        if gamma_ptr is not None:
+            gamma = tl.load(gamma_ptr + col, inside, other=0.0).to(tl.float32)
+    for index in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         row = tl.full([], 0, tl.int32) + index  # a tensor under the interpreter too
         dense = row.to(tl.int64) * C + col
         dy_row = _row_offset(row, TOKENS, dy_sample_stride, dy_token_stride, VECTOR)
@@ -171,10 +191,14 @@ def layer_norm_backward_kernel(
         if dweight_partial_ptr is not None:
             dweight += dy * x_hat
         if weight_ptr is not None:
-            dy *= tl.load(weight_ptr + col, inside, other=0.0).to(tl.float32)
-        along_x_hat = tl.sum(dy * x_hat, axis=0) / C
-        along_one = tl.sum(dy, axis=0) / C
-        dx = (dy - x_hat * along_x_hat - along_one) * rstd
+            if STAGES == 1:
+                weight = tl.load(weight_ptr + col, inside, other=0.0).to(tl.float32)
+            dy *= weight
+        if STAGES == 1:  # with both sums at once the widest rows would spill more
+            along_x_hat, along_one = tl.sum(dy * x_hat, axis=0), tl.sum(dy, axis=0)
+        else:
+            along_x_hat, along_one = sum_pairs(dy * x_hat, dy, axis=0)
+        dx = (dy - x_hat * (along_x_hat / C) - along_one / C) * rstd
         if dx_new_ptr is not None:
             dx_new_row = _row_offset(row, TOKENS, dx_new_sample_stride, dx_new_token_stride, VECTOR)
             dx += tl.load(dx_new_ptr + dx_new_row + col, inside, other=0.0).to(tl.float32)
@@ -188,7 +212,9 @@ def layer_norm_backward_kernel(
             dgamma += tl.where(inside, dx * branch, 0.0)
         if dbranch_ptr is not None:
             if gamma_ptr is not None:
-                dx *= tl.load(gamma_ptr + col, inside, other=0.0).to(tl.float32)
+                if STAGES == 1:
+                    gamma = tl.load(gamma_ptr + col, inside, other=0.0).to(tl.float32)
+                dx *= gamma
             tl.store(dbranch_ptr + dense, dx.to(dbranch_ptr.dtype.element_ty), inside)
 
     partial = tl.program_id(0) * C + col
@@ -306,6 +332,7 @@ def layer_norm_backward(
     dx_new = None if dx_new is None else _as_tokens(dx_new)
     branch = None if branch is None or dgamma_dtype is None else _as_tokens(branch)
     strided = [t if t is not None else x for t in (dy, dx_new, x, branch)]
+    element_bytes = sum(t.element_size() for t in (dy, dx_new, x, branch) if t is not None)
     launch(
         layer_norm_backward_kernel,
         (programs,),
@@ -315,7 +342,10 @@ def layer_norm_backward(
             *(rows, x.shape[1]),
             *(stride for t in strided for stride in t.stride()[:2]),
         ),
-        (channels, next_power_of_2(channels), _vector(channels, dy, dx_new, x, branch)),
+        (
+            *(channels, next_power_of_2(channels), _vector(channels, dy, dx_new, x, branch)),
+            config.backward_stages(channels, element_bytes),
+        ),
         config.num_warps,
     )
     if wanted:
@@ -344,4 +374,8 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
             backward |= dict(M="i32", TOKENS="i32") | dict.fromkeys(backward_strides, "i32")
             label = f"C={channels} {label}"
             yield AotConfig(layer_norm_forward_kernel, forward, tile, config.num_warps, 1, label, matrix=False)
-            yield AotConfig(layer_norm_backward_kernel, backward, tile, config.num_warps, 1, label, matrix=False)
+            element_bytes = 2 + 4 + 4 + 2 if residual else 2 + 2
+            tile_backward = tile | dict(STAGES=config.backward_stages(channels, element_bytes))
+            yield AotConfig(
+                layer_norm_backward_kernel, backward, tile_backward, config.num_warps, 1, label, matrix=False
+            )

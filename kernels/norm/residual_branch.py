@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastdeit.kernels.gemm.tiles import multiple
 from fastdeit.kernels.runtime.aot_config import AotConfig
-from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips
+from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips, sum_pairs
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
 
 
@@ -88,7 +88,7 @@ def scale_add_backward_kernel(
     col = column[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = strip * rows_per_strip
-    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), ROWS):  # no NaN: row numbers
+    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), ROWS, num_stages=4):  # no NaN: row numbers
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < M) & (col < N)
         at = row.to(tl.int64) * N + col
@@ -124,9 +124,9 @@ def folded_layer_norm_backward_kernel(
     inside = (row < M) & (col < C)
     dx = tl.load(dx_hat_ptr + row * C + col, inside, other=0.0).to(tl.float32)
     x_hat = tl.load(x_hat_ptr + row * C + col, inside, other=0.0).to(tl.float32)
-    along_x_hat = tl.sum(dx * x_hat, axis=1, keep_dims=True) / C
-    along_one = tl.sum(dx, axis=1, keep_dims=True) / C
-    dx = (dx - x_hat * along_x_hat - along_one) * tl.load(rstd_ptr + row, row < M, other=0.0)
+    rstd = tl.load(rstd_ptr + row, row < M, other=0.0)
+    along_x_hat, along_one = sum_pairs(dx * x_hat, dx, axis=1, keep_dims=True)
+    dx = (dx - x_hat * (along_x_hat / C) - along_one / C) * rstd
     if dx_new_ptr is not None:
         dx += tl.load(dx_new_ptr + row * C + col, inside, other=0.0).to(tl.float32)
     if dx_ptr is not None:

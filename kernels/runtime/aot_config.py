@@ -15,7 +15,7 @@ class AotConfig:
         signature: run-time argument name -> Triton type, such as "*bf16" (16-byte aligned), "i32" (not specialised), "fp32" or
             "tensordesc<bf16[1, 64, 64]>". A pointer or descriptor named in neither dictionary is absent: compiled as None.
         constexprs: constexpr name -> value.
-        num_warps, num_stages: compile options.
+        num_warps, num_stages, maxnreg: compile options.
         label: names the configuration among those of its kernel on one architecture.
         matrix: it must contain the architecture's full-rate matrix instructions, or those of this name.
         fp_fusion: as the launcher has it.
@@ -32,5 +32,6 @@ class AotConfig:
     matrix: bool | str
     max_registers: int | None = None
     min_blocks_per_sm: int | None = None
+    maxnreg: int | None = None
     fp_fusion: bool = True
     unaligned: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import triton
 
 # Stand in for the device of CPU tensors, which only the interpreter, launch tests and the PTX machine use.
 NOMINAL = 90
@@ -39,6 +40,16 @@ def has_descriptors(arch: int) -> bool:
     """Where tensor descriptors are hardware and products read shared memory. Elsewhere they become int64 pointer arithmetic, and
     spill."""
     return 90 <= arch < 120
+
+
+# Triton up to 3.7.0 leaves out `fence.proxy.async` between an asynchronous copy to shared memory and the wgmma that reads it: by
+# PTX's memory model wgmma may read what was there before.
+_COPIES_ARE_FENCED = tuple(map(int, triton.__version__.split("+")[0].split(".")[:3])) >= (3, 7, 1)
+
+
+def pointer_stages(arch: int, num_stages: int) -> int:
+    """The stages of a loop that feeds wgmma from loads over pointers: 1, no asynchronous copies, where those are not fenced."""
+    return num_stages if arch != 90 or _COPIES_ARE_FENCED else 1
 
 
 @lru_cache

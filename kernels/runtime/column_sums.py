@@ -17,6 +17,17 @@ _TILE = (256, 16)  # partial rows and columns that a program of the second step 
 _NUM_WARPS = 8
 
 
+@triton.jit
+def _add_pairs(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
+@triton.jit
+def sum_pairs(a, b, axis: tl.constexpr, keep_dims: tl.constexpr = False):
+    """The sums of a and of b along an axis, in one reduction: half the barriers of two."""
+    return tl.reduce((a, b), axis, _add_pairs, keep_dims=keep_dims)
+
+
 @triton.jit(do_not_specialize=["PROGRAMS", "C"])
 def partial_sums_backward_kernel(
     partial_ptr,  # (tables, PROGRAMS, C) fp32
@@ -27,8 +38,10 @@ def partial_sums_backward_kernel(
     C,
     BLOCK_PROGRAMS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides C: lets loads be 16 bytes wide
 ):
     """A program owns BLOCK_C columns of one table (program id 1) and adds its rows in a fixed order."""
+    C = C // VECTOR * VECTOR
     table = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_PROGRAMS, BLOCK_C], tl.float32)
@@ -63,11 +76,12 @@ def add_partial_sums(partial: torch.Tensor, *totals: torch.Tensor) -> None:
     strips, channels = partial.shape[-2:]
     absent = (None,) * (3 - len(totals))
     grid = (cdiv(channels, _TILE[1]), len(totals))
-    launch(partial_sums_backward_kernel, grid, (partial, *totals, *absent, strips, channels), _TILE, _NUM_WARPS)
+    args = (partial, *totals, *absent, strips, channels)
+    launch(partial_sums_backward_kernel, grid, args, (*_TILE, min(channels & -channels, 4)), _NUM_WARPS)
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
     """The one configuration."""
     types = dict(partial_ptr="*fp32", out0_ptr="*fp32", out1_ptr="*fp32", out2_ptr="*fp32", PROGRAMS="i32", C="i32")
-    tile = dict(zip(("BLOCK_PROGRAMS", "BLOCK_C"), _TILE, strict=True))
+    tile = dict(zip(("BLOCK_PROGRAMS", "BLOCK_C"), _TILE, strict=True), VECTOR=4)
     yield AotConfig(partial_sums_backward_kernel, types, tile, _NUM_WARPS, 1, "fp32", matrix=False)

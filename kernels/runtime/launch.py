@@ -64,6 +64,7 @@ def launch(
     num_warps: int,
     num_stages: int = 1,
     fp_fusion: bool = True,
+    maxnreg: int | None = None,
 ) -> None:
     """Launches `kernel` over `grid` on the current stream of the device of its first tensor.
 
@@ -74,6 +75,7 @@ def launch(
         constexprs: every constexpr value in the order of the signature.
         num_warps, num_stages: compile options.
         fp_fusion: let the compiler make one rounding of a multiplication and an addition; always the same for a kernel.
+        maxnreg: the most registers that a thread may take, None for no limit.
 
     Raises:
         KernelRefused: the kernel cannot be compiled, loaded or launched on the device.
@@ -81,11 +83,11 @@ def launch(
     home = _device_index(args)
     if home >= 0 and home != torch.cuda.current_device():
         with torch.cuda.device(home):
-            _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+            _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
     elif home < 0 and _cpu_launcher is not None:
         _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
     else:
-        _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+        _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
 
 
 class CompiledOnly:
@@ -115,7 +117,8 @@ def _runs() -> bool:
 
 @contextlib.contextmanager
 def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
-    """In it `launcher` is called in the place of `launch` where the tensors are on the CPU."""
+    """In it `launcher` is called in the place of `launch` where the tensors are on the CPU, with all of
+    its arguments but maxnreg, which ptxas alone heeds."""
     global _cpu_launcher
     previous, _cpu_launcher = _cpu_launcher, launcher
     try:
@@ -124,13 +127,13 @@ def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
         _cpu_launcher = previous
 
 
-def _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion) -> None:
+def _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg) -> None:
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or not _DIRECT:
-        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
         return
     device = driver.active.get_current_device()
     known = _kernels.get(id(kernel)) or _register(kernel)
-    key = [device, num_warps, num_stages, constexprs]
+    key = [device, num_warps, num_stages, maxnreg, constexprs]
     for i in known.typed:
         arg = args[i]
         kind = type(arg)
@@ -141,17 +144,17 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion) ->
         elif arg is None or kind is float:
             key.append(kind)
         else:  # whatever else Triton takes
-            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
             return
     for i in known.integers:
         if not -_INT32 <= args[i] < _INT32:  # another variant, which Triton keeps by itself
-            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
             return
 
     key = tuple(key)
     compiled = known.compiled.get(key)
     if compiled is None:
-        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
         if kept is not None:  # None where a hook of Triton's took the compilation over
             known.compiled[key] = _direct_call(kept)
         return
@@ -228,8 +231,8 @@ def _device_index(args: tuple) -> int:
     return -1
 
 
-def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion):
-    options = dict(num_warps=num_warps, num_stages=num_stages)
+def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg):
+    options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     if not fp_fusion:
         options["enable_fp_fusion"] = False
     try:

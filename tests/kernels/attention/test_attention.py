@@ -9,6 +9,7 @@ from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.attention import forward as attention
 from fastdeit.kernels.attention.config import PIECES, select_config, tail, whole_tiles
 from fastdeit.kernels.attention.views import vector_units
+from fastdeit.kernels.runtime import architecture
 from fastdeit.kernels.runtime.architecture import LIMITS
 from fastdeit.ops.attention_op import HEAD_DIMS
 from fastdeit.testing import interpreter_active
@@ -81,8 +82,35 @@ def test_pieces_cover_every_head_dim_at_the_least_width():
 def test_large_grids_on_hopper_take_descriptors_and_small_ones_smaller_tiles():
     large = select_config(256, 12, 197, 197, 64, 2, 90, 132, True)
     small = select_config(1, 3, 197, 197, 64, 2, 90, 132, True)
-    assert large.descriptors and large.forward.own == 64
+    assert large.descriptors and large.forward.own == large.dq.own == 128 and large.dkv.own == 64
     assert not small.descriptors and small.forward.own == 32
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, head_dim, tall",
+    [
+        (256, 198, 64, True),
+        (256, 578, 64, True),
+        (256, 257, 64, False),
+        (16, 198, 64, True),
+        (8, 198, 64, False),
+        (256, 198, 80, False),
+    ],
+)
+def test_tiles_of_128_queries_where_they_add_no_rows_and_fill_the_machine(batch, tokens, head_dim, tall):
+    config = select_config(batch, 12, tokens, tokens, head_dim, 2, 90, 132, True)
+    assert config.descriptors and config.forward.own == config.dq.own == (128 if tall else 64)
+
+
+@pytest.mark.parametrize("fenced", [False, True])
+def test_loads_over_pointers_are_copied_asynchronously_only_where_a_fence_follows(fenced, monkeypatch):
+    monkeypatch.setattr(architecture, "_COPIES_ARE_FENCED", fenced)
+    for itemsize in (2, 4):
+        config = select_config.__wrapped__(256, 12, 197, 197, 64, itemsize, 90, 132, False)
+        assert {t.num_stages for t in (config.forward, config.dq, config.dkv)} == {2 if fenced else 1}
+    assert select_config.__wrapped__(256, 12, 197, 197, 64, 2, 80, 108, False).forward.num_stages == 2
+    assert select_config.__wrapped__(1, 3, 197, 197, 64, 2, 90, 132, False).forward.num_stages == 2  # mma.sync
+    assert select_config.__wrapped__(256, 12, 197, 197, 64, 2, 90, 132, True).forward.num_stages == 2  # bulk copies
 
 
 def test_backward_runs_as_two_kernels_until_the_table_says_otherwise(monkeypatch):
@@ -122,9 +150,9 @@ def launches(monkeypatch):
     """Every (kernel, grid, arguments, constants) that the launchers launch, on tensors without memory."""
     recorded = []
 
-    def record(kernel, grid, args, constexprs, num_warps, num_stages=1):
+    def record(kernel, grid, args, constexprs, num_warps, num_stages=1, maxnreg=None):
         assert len(args) + len(constexprs) == len(kernel.arg_names)
-        recorded.append((kernel, grid, args, (constexprs, num_warps, num_stages)))
+        recorded.append((kernel, grid, args, (constexprs, num_warps, num_stages, maxnreg)))
 
     monkeypatch.setattr(attention, "launch", record)
     monkeypatch.setattr(attention_backward, "launch", record)
@@ -149,7 +177,8 @@ def run_both(batch, tokens, heads, head_dim, packed=True):
 @pytest.mark.parametrize("packed", [True, False])
 def test_any_number_of_heads_fits_the_grid(launches, packed):
     run_both(70_000, 198, 3, 64, packed)
-    assert [grid for _, grid, _, _ in launches] == [(4 * 70_000 * 3,)] * 3
+    tiles = (2, 2, 4) if packed else (4, 4, 4)  # of 128 or 64 rows
+    assert [grid for _, grid, _, _ in launches] == [(count * 70_000 * 3,) for count in tiles]
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
@@ -160,7 +189,7 @@ def test_what_deit_launches_is_what_the_gate_compiles(launches, monkeypatch, arc
     monkeypatch.setattr(attention, "architecture", lambda _: arch)
     run_both(batch, tokens, 3, 64, packed)
     compiled = {
-        (row.kernel.__name__, tuple(row.constexprs.values()), row.num_warps, row.num_stages)
+        (row.kernel.__name__, tuple(row.constexprs.values()), row.num_warps, row.num_stages, row.maxnreg)
         for file in (attention, attention_backward)
         for row in file.aot_configs(arch)
         if "bf16" in row.label

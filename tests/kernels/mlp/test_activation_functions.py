@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from fastdeit import testing
+from fastdeit.kernels.mlp import activation_functions
 from fastdeit.kernels.mlp.activation import activation_backward, activation_forward
 from fastdeit.ops.mlp_op import ACTIVATIONS
 
@@ -54,6 +57,43 @@ def test_every_derivative_is_within_one_ulp(activation, dtype):
     slope, value, _ = activation_backward(torch.ones_like(x), x, activation)
     assert is_within_one_ulp(slope, derivative(x, activation))
     assert torch.equal(value, activation_forward(x, activation))  # recomputed in backward, the same bits
+
+
+ULP = tl.constexpr(2.0**-23)
+
+
+@triton.jit
+def reciprocal_one_ulp_up(x):
+    return (1.0 / x) * (1.0 + ULP)
+
+
+@triton.jit
+def reciprocal_one_ulp_down(x):
+    return (1.0 / x) * (1.0 - ULP)
+
+
+@triton.jit
+def reciprocal_far_off(x):
+    return (1.0 / x) * (1.0 + 65536.0 * ULP)
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="a compiled kernel has the instruction itself")
+@pytest.mark.parametrize("reciprocal", [reciprocal_one_ulp_up, reciprocal_one_ulp_down])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rule_holds_with_the_approximate_reciprocal_of_a_gpu(dtype, reciprocal, monkeypatch):
+    """`rcp.approx` errs by at most 1 ulp; the interpreter's division does not."""
+    monkeypatch.setattr(activation_functions, "_reciprocal", reciprocal)
+    x = every_finite(dtype).reshape(4, -1)
+    assert is_within_one_ulp(activation_forward(x, "gelu"), F.gelu(x.double()))
+    slope, _, _ = activation_backward(torch.ones_like(x), x, "gelu", needs_h=False)
+    assert is_within_one_ulp(slope, derivative(x, "gelu"))
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="a compiled kernel has the instruction itself")
+def test_the_kernels_take_the_reciprocal_that_is_tested(monkeypatch):
+    monkeypatch.setattr(activation_functions, "_reciprocal", reciprocal_far_off)
+    x = every_finite(torch.float16)
+    assert not is_within_one_ulp(activation_forward(x, "gelu"), F.gelu(x.double()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -114,6 +114,15 @@ def test_a_repeated_launch_is_direct():
     assert public.call_count == 0
 
 
+def test_a_limit_of_registers_makes_a_variant_that_was_compiled_with_it():
+    x, y = buffer("x"), buffer("y")
+    compiled = path._register(arguments_kernel).compiled
+    for maxnreg in (None, 32):
+        launch(arguments_kernel, (3,), (x, 198, 0.5, None, 7, y), (32, False), 2, 1, maxnreg)
+    limits = [each.kernel.metadata.maxnreg for key, each in compiled.items() if (32, False) in key]
+    assert limits == [None, 32]
+
+
 def test_what_the_code_depends_on_makes_a_variant_of_its_own():
     x, y, shifted = buffer("x"), buffer("y"), zeros(257)[1:]
     assert shifted.data_ptr() % 16
