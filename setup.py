@@ -27,6 +27,12 @@ TRAIN = [
     "tqdm>=4.67",
 ]
 BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
+# Libraries whose models are accelerated too (docs/hosts.md), for the tests of that; none is needed to import fastdeit.
+HOSTS = [
+    "torchvision>=0.26",
+    "transformers>=5.24",
+    "vit-pytorch>=1.26",
+]
 TEST = [
     "numpy<2.4",  # Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4
     "pytest>=9.0",
@@ -61,7 +67,7 @@ setup(
     author="fastdeit authors",
     python_requires=">=3.10",
     install_requires=CORE,
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "hosts": HOSTS},
     packages=packages(),
     package_dir=DIRECTORIES,
     package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},

@@ -46,21 +46,25 @@ _LAYER_SCALES: set[type[nn.Module]] = {timm.layers.LayerScale}
 PASSIVE_HOOKS: set[CodeType] = set()
 _tracing_state = torch._C._get_tracing_state
 
-for _kind in (nn.LayerNorm, *_PROJECTIONS, nn.Dropout, nn.GELU, *_ACTIVATIONS):
+for _kind in (nn.LayerNorm, nn.Linear, nn.Dropout, nn.GELU, *_ACTIVATIONS):
     register_methods(_kind, "forward")
 for _kind in (timm.layers.LayerNorm, timm.layers.LayerScale, timm.layers.DropPath):
     register_methods(_kind, "forward")
 
 
+for _kind in (NonDynamicallyQuantizableLinear, nn.MultiheadAttention):
+    register_methods(_kind, "forward", host=True)
+
+
 def register_activation(kind: type[nn.Module], name: str | Callable[[nn.Module], str | None]) -> None:
     """Makes a host's activation known by the op's name for it, or by what gives that name for a module of its class."""
-    register_methods(kind, "forward")
+    register_methods(kind, "forward", host=True)
     _ACTIVATIONS[kind] = name
 
 
 def register_layer_scale(kind: type[nn.Module]) -> None:
     """Makes known a host's LayerScale, which multiplies by a parameter and does nothing else."""
-    register_methods(kind, "forward")
+    register_methods(kind, "forward", host=True)
     _LAYER_SCALES.add(kind)
 
 

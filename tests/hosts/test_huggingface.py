@@ -11,6 +11,8 @@ import fastdeit
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
 from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     DeiTConfig,
@@ -138,6 +140,15 @@ def test_a_mask_runs_transformers_code(hosts, make, kernels_stood_in):
     assert kernels_stood_in["add_layer_norm_attention"] == 0
 
 
+def test_a_causal_text_model_runs_transformers_code(hosts, kernels_stood_in):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_attention_heads=1, intermediate_size=48, num_hidden_layers=2, vocab_size=9)
+    stock = hosts.shaken(CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=8)))
+    model, words = fastdeit.accelerate(copy.deepcopy(stock)), torch.tensor([[0, 3, 5, 8]])
+    torch.testing.assert_close(model(words).last_hidden_state, stock(words).last_hidden_state)
+    assert kernels_stood_in["add_layer_norm_attention"] == 0 and len(hosts.blocks_of(model)) == 2
+
+
 def test_what_trainer_adds_to_the_call_keeps_it_fused(hosts, make, kernels_stood_in):
     model = fastdeit.accelerate(make())
     model(X, labels=torch.tensor([0, 1]), num_items_in_batch=torch.tensor(2), return_dict=True).loss.backward()
@@ -224,6 +235,17 @@ def test_what_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reaso
     assert not hosts.why_not(model)
     CHANGES[reason](model.vit.layers[0])
     assert hosts.why_not(model) == {reason}
+
+
+@pytest.mark.parametrize("part", ["", ".attention", ".mlp", ".mlp.activation_fn"])
+def test_a_replaced_forward_of_transformers_classes_is_noticed(hosts, make, kernels_stood_in, monkeypatch, part):
+    model = fastdeit.accelerate(make(layers=1))
+    assert not hosts.why_not(model)
+    kind = type(model.get_submodule("vit.layers.0" + part))
+    kind = getattr(kind, "source", kind)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    assert len(hosts.why_not(model)) == 1
 
 
 def test_a_bias_that_is_missing_counts_as_zero(hosts, make, kernels_stood_in):

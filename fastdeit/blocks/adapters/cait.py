@@ -8,7 +8,7 @@ from fastdeit.blocks.fused_module import is_fused
 from fastdeit.blocks.snapshot import register_methods
 from fastdeit.blocks.spec import Affine, Block, Branch
 
-register_methods(cait.LayerScaleBlock, "forward")
+register_methods(cait.LayerScaleBlock, "forward", host=True)
 
 
 def describe_block(module: cait.LayerScaleBlock) -> Block:

@@ -49,7 +49,7 @@ class _Parts:
         self.attention = getattr(file, layer.attention)
         self.mlp = getattr(file, layer.mlp)
         for kind in (self.source, self.attention, self.mlp):
-            register_methods(kind, "forward")
+            register_methods(kind, "forward", host=True)
         if layer.names.layer_scales is not None:
             register_layer_scale(getattr(file, layer.attention.replace("Attention", "LayerScale")))
 

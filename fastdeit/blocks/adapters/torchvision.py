@@ -8,8 +8,8 @@ from fastdeit.blocks.checklist import activation_name, why_not_inactive_dropout
 from fastdeit.blocks.snapshot import register_methods
 from fastdeit.blocks.spec import NOTHING, Affine, Attention, Block, Branch, Mlp
 
-register_methods(vision_transformer.EncoderBlock, "forward")
-register_methods(MLPBlock, "forward")
+register_methods(vision_transformer.EncoderBlock, "forward", host=True)
+register_methods(MLPBlock, "forward", host=True)
 
 
 def describe_block(module: vision_transformer.EncoderBlock) -> Block:

@@ -19,7 +19,7 @@ class _Kinds(NamedTuple):
 
 _KINDS = {file.Transformer: _Kinds(file.Attention, file.FeedForward) for file in (vit, simple_vit)}
 for _kind in (nn.Softmax, *_KINDS, *(part for kinds in _KINDS.values() for part in kinds)):
-    register_methods(_kind, "forward")
+    register_methods(_kind, "forward", host=True)
 
 
 def describe_transformer(module: vit.Transformer | simple_vit.Transformer) -> Block:
