@@ -10,12 +10,13 @@ STAMP := $(VENV)/.fastdeit-installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-pillow lint kernels bench clean
+.PHONY: help install train test test-compiled test-pillow lint kernels bench clean
 
 help:
 	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
 	@echo "make train     install, then train a small distilled DeiT on real digits (about 5 minutes on 2 cores)"
 	@echo "make test      install, then run all tests"
+	@echo "make test-compiled  install, then execute the compiled code of every shipped kernel on the CPU"
 	@echo "make test-pillow  install, then run the tests of images and augmentation on the newest Pillow"
 	@echo "make lint      install, then ruff check and ruff format --check"
 	@echo "make kernels   install, then compile every kernel configuration and report on it"
@@ -31,7 +32,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "$(PYTHON) cannot create virtual environments (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[train,test,bench,hosts]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[train,loader,test,bench,hosts]'
 	@touch $@
 
 train: $(STAMP)
@@ -39,6 +40,12 @@ train: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(ARGS)
+
+# sm_89 and sm_100 differ from sm_80 and sm_90 in few instructions: there one schedule is enough.
+test-compiled: $(STAMP)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m fastdeit.testing.ptx --arch sm_80 --arch sm_90 --thorough $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m fastdeit.testing.ptx --arch sm_89 --arch sm_100 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/testing/ptx/test_on_a_model.py --on ptx:sm_90
 
 # Beside the environment, whose Pillow stays that of constraints.txt.
 test-pillow: $(STAMP)

@@ -26,6 +26,8 @@ TRAIN = [
     "scikit-learn>=1.7",
     "tqdm>=4.67",
 ]
+# Decoders of JPEG: without them torchvision or Pillow decodes.
+LOADER = ["simplejpeg>=1.9", "nvidia-nvimgcodec-cu12>=0.9; sys_platform == 'linux'"]
 BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
 # Libraries whose models are accelerated too (docs/hosts.md), for the tests of that; none is needed to import fastdeit.
 HOSTS = [
@@ -39,6 +41,7 @@ TEST = [
     "pytest-benchmark>=5.2",
     "pytest-xdist>=3.8",
     "ruff>=0.15",
+    "scikit-image>=0.25",  # photographs
     "setuptools>=65",  # the packaging tests build without isolation
     "wheel>=0.45",
 ]
@@ -67,7 +70,7 @@ setup(
     author="fastdeit authors",
     python_requires=">=3.10",
     install_requires=CORE,
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "hosts": HOSTS},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER, "hosts": HOSTS},
     packages=packages(),
     package_dir=DIRECTORIES,
     package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},

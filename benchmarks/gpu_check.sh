@@ -213,6 +213,9 @@ summarize() {
 
 # In order: can it run, is it right, what does it do, how fast is it, is it clean. Expected on an H200, first guesses: 20, 30, 40, 60,
 # 20, 40, 60, 200, 180, 120, 120 and 120 seconds; tune takes what it is given.
+# First what can hang a GPU, each alone: one attention with descriptors, then its backward from autograd's thread.
+stage descriptor_forward 60 "$python" -m fastdeit.benchmarks.first_descriptors forward
+stage descriptor_backward 60 "$python" -m fastdeit.benchmarks.first_descriptors backward
 stage install 60 bash -c install
 stage kernels 120 bash -c kernels
 stage small_kernels 120 "$python" -m fastdeit.benchmarks.small_kernels

@@ -56,6 +56,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
     images, patches, positions = randn(2, 3, 19, 34), randn(channels, 3, 8, 8), randn(1, 10, channels)
     prefix = randn(1, 1, channels), randn(1, 1, channels)
     yield "patch_embedding", lambda: ops.patch_embedding(images, patches, bias, positions, *prefix)
+    pixels, operation = (
+        images.detach().to(torch.uint8),
+        torch.full((2, 2, 8), 2.0, dtype=torch.float64, device=x.device),
+    )
+    yield "augment", lambda: ops.augment(pixels, operation)
     narrow = randn(2, tokens, whole_mlp.CHANNELS.value), randn(128, 192), None, randn(192, 128), None
     for config in whole_mlp.candidates(architecture(x)):
         with whole_mlp.use_whole_mlp(config), torch.no_grad():

@@ -8,10 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastdeit.refusals import why_refused
+
 BACKENDS = ("auto", "triton", "reference")
 _MINIMUM_CAPABILITY = (8, 0)
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-_KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
+KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 # A plain global: a ContextVar would break full-graph compilation. Backward follows the choice that forward made.
 _backend = "auto"
@@ -67,13 +70,14 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda or _supposes_gpu
 
 
-def why_reference(x: Tensor, *, products: bool = False) -> str | None:
+def why_reference(x: Tensor, *, products: bool = False, kernels: tuple[str, ...] = ()) -> str | None:
     """None when the kernels run on tensors like x, else why the reference does.
 
     Args:
         x: the op's main input; its device and dtype decide.
         products: the op multiplies matrices, in `product_dtype(x)`. In IEEE fp32 those have no matrix instructions, so on a GPU
             they are left to the libraries unless `torch.backends.cuda.matmul` allows TF32.
+        kernels: subjects (folders of kernels) that the op uses: one of them may have been refused on this machine.
 
     Raises:
         RuntimeError: the backend "triton" is asked for and cannot run on x.
@@ -82,8 +86,17 @@ def why_reference(x: Tensor, *, products: bool = False) -> str | None:
         return "the backend is set to reference"
     if in_functional_transform():
         return "inside a torch.func transform"
-    reason = _why_kernels_cannot_run(x, products)
-    if reason is not None and _backend == "triton":
+    reason = _why_kernels_cannot_run(x, products) or why_refused(*kernels)
+    return reason if reason is None else refuse(reason)
+
+
+def refuse(reason: str) -> str:
+    """reason, for which an op's kernels cannot run.
+
+    Raises:
+        RuntimeError: the backend is "triton", which allows no reference.
+    """
+    if _backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot run here: {reason}. Use backend 'auto' or 'reference'.")
     return reason
 
@@ -96,7 +109,7 @@ def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
         dtype = product_dtype(x)
     if dtype not in _LOW_PRECISION:
         if dtype is not torch.float32:
-            return f"{_name(dtype)} input"
+            return f"{dtype_name(dtype)} input"
         if products and not _tf32_allowed():
             return "float32 matrix products run on the libraries unless TF32 is allowed"
     return _why_not_this_gpu(x.get_device()) if x.is_cuda else None
@@ -117,7 +130,7 @@ def in_functional_transform() -> bool:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product of x runs in: under autocast the low precision that PyTorch's own products take."""
     kind = "cuda" if x.is_cuda else x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype in _KERNEL_DTYPES:
+    if torch.is_autocast_enabled(kind) and x.dtype in KERNEL_DTYPES:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
@@ -155,8 +168,8 @@ def _why_not_interpreted(x: Tensor) -> str | None:
         return f"tensors on {x.device.type}"
     if not interpreter_active():
         return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
-    if x.dtype not in _KERNEL_DTYPES:
-        return f"{_name(x.dtype)} input"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"{dtype_name(x.dtype)} input"
     return None
 
 
@@ -168,11 +181,12 @@ def interpreter_active() -> bool:
 def registered_path(*tensors: Tensor | None) -> bool:
     """Whether a call must go through the op registered with torch.library rather than straight to the launchers.
 
-    True while Dynamo traces, under any dispatch mode (FakeTensorMode, make_fx, FlopCounterMode) and for tensor subclasses.
+    True while Dynamo traces, under any dispatch mode (FakeTensorMode, make_fx, FlopCounterMode), for tensor subclasses, and for
+    tensors with the negative bit (the imaginary part of a conjugate), which the dispatcher resolves on the way.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+    return any(t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg()) for t in tensors)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -180,5 +194,6 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As users write it: "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -55,7 +55,7 @@ class DistillationCrossEntropy(nn.Module):
             target: (B,) class indices or (B, C) soft targets; None with base "none".
             teacher: (B, C) logits or (B,) class indices; None with kind "none".
         """
-        logits, dist_logits = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
+        logits, dist_logits = _pair(outputs, alone_gives_both=True)
         return distillation_cross_entropy(
             None if self.base == "none" else logits,
             None if self.kind == "none" else dist_logits,
@@ -148,9 +148,10 @@ class DistillationLoss(nn.Module):
             labels: what the base criterion takes: (B,) class indices or (B, C) soft targets.
 
         Raises:
-            ValueError: outputs is a single tensor and distillation is on.
+            TypeError: outputs is neither a tensor nor a pair of tensors.
+            ValueError: outputs is a single tensor and distillation is on, or has not two parts.
         """
-        outputs, dist_outputs = (outputs, None) if isinstance(outputs, Tensor) else outputs
+        outputs, dist_outputs = _pair(outputs)
         distils = self.distillation_type != "none"
         if distils and dist_outputs is None:
             raise ValueError(
@@ -179,6 +180,21 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"distillation_type={self.distillation_type!r}, alpha={self.alpha}, tau={self.tau}"
+
+
+def _pair(outputs: Any, alone_gives_both: bool = False) -> tuple[Tensor, Tensor | None]:
+    """outputs' two tensors; of a single one, it and None, or it twice."""
+    if isinstance(outputs, Tensor):
+        return outputs, outputs if alone_gives_both else None
+    expected = "expected a (B, C) tensor or a pair of them, of the class token and of the distillation token"
+    if not isinstance(outputs, tuple | list):
+        raise TypeError(f"outputs: {expected}, got {type(outputs).__name__}")
+    if len(outputs) != 2:
+        raise ValueError(f"outputs: {expected}, got {len(outputs)} outputs")
+    for output, allowed in zip(outputs, (Tensor, Tensor | None), strict=True):
+        if not isinstance(output, allowed):
+            raise TypeError(f"outputs: {expected}, got a pair with {type(output).__name__}")
+    return outputs[0], outputs[1]
 
 
 def _fusible_base(criterion: nn.Module, outputs: Tensor, labels: Tensor) -> dict[str, Any] | None:

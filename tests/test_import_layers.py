@@ -19,8 +19,8 @@ TREES = {
 # From the bottom up: a file imports from its own layer and from those below it. A name stands for all that it contains.
 LAYERS = (
     ("fastdeit.kernels",),
-    ("fastdeit.backends", "fastdeit.cost.formulas", "fastdeit.cost.models", "fastdeit.aot"),
-    ("fastdeit.ops",),
+    ("fastdeit.backends", "fastdeit.refusals", "fastdeit.cost.formulas", "fastdeit.cost.models"),
+    ("fastdeit.ops", "fastdeit.aot"),
     ("fastdeit.blocks",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.swap", "fastdeit.explanation", "fastdeit.cost.view", "fastdeit.cost", "fastdeit.testing"),

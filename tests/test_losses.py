@@ -379,3 +379,27 @@ def test_serves_as_the_criterion_of_timms_classification_task():
         for criterion in criteria
     )
     torch.testing.assert_close(ours, timms)
+
+
+@pytest.mark.parametrize(
+    "outputs, error, message",
+    [
+        (3, ValueError, "got 3 outputs"),
+        (1, ValueError, "got 1 outputs"),
+        (0, ValueError, "got 0 outputs"),
+        ({"logits": 1}, TypeError, "got dict"),
+        (None, TypeError, "got NoneType"),
+        ("mixed", TypeError, "got a pair with int"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["none", "hard"])
+def test_outputs_that_are_no_pair_are_named(outputs, error, message, kind):
+    logits = student_outputs()[0].detach()
+    if isinstance(outputs, int):
+        outputs = (logits,) * outputs
+    outputs = (logits, 5) if outputs == "mixed" else outputs
+    expected = rf"outputs: expected a \(B, C\) tensor or a pair of them, .*, {message}"
+    with pytest.raises(error, match=expected):
+        DistillationLoss(nn.CrossEntropyLoss(), lambda x: logits, kind, 0.5, 1.0)(None, outputs, index_labels())
+    with pytest.raises(error, match=expected):
+        DistillationCrossEntropy(kind)(outputs, index_labels(), logits)

@@ -230,17 +230,27 @@ def test_the_commands_that_the_readme_names_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", readme, re.MULTILINE))
     assert {"train", "test"} <= named <= targets
-    named = set(re.findall(r"(?:^ {4}|`)fastdeit ([a-z-]+)", readme, re.MULTILINE))
-    assert {"train", "eval"} <= named <= set(cli.COMMANDS)
+    pages = readme + (ROOT / "docs/commands.md").read_text()
+    named = set(re.findall(r"(?:^ {4}|`)fastdeit ([a-z-]+)", pages, re.MULTILINE))
+    assert named == set(cli.COMMANDS)
 
 
-def test_the_readme_says_which_ops_have_a_kernel():
+def test_the_readme_fits_and_its_links_lead_somewhere():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_docs_say_which_ops_have_a_kernel():
     """A file for one direction alone, or for the weights of an op's products, counts for its op; some ops share a file."""
     shared = {"add_layer_norm": "layer_norm", "linear": "gemm", "layer_norm_mlp": "residual_branch"}
     shared |= dict.fromkeys(("add_layer_norm_attention", "add_layer_norm_mlp"), "residual_branch")
-    rows = re.findall(r"^\| `(\w+)` \|[^|]+\| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|[^|]+\| ([^|]+) \|", (ROOT / "docs/ops.md").read_text(), re.MULTILINE)
     said = {shared.get(op, op) for op, kernel in rows if not kernel.startswith("none")}
     part_of = {"attention.forward": "attention", "attention.backward": "attention", "mlp.activation": "mlp"}
     part_of |= {"gemm.forward": "gemm", "gemm.backward": "gemm", "gemm.folded_weights": "gemm", "gemm.fused_mlp": "mlp"}
     part_of["runtime.column_sums"] = "layer_norm"
+    part_of |= dict.fromkeys(("augment.apply", "augment.tables"), "augment")
     assert said == {part_of.get(name, name.partition(".")[2]) for name in KERNEL_FILES}

@@ -1,4 +1,4 @@
-"""`fastdeit bench readme`: writes the README's performance section from the committed results, and says what there is none of."""
+"""`fastdeit bench readme`: writes the README's section of results, and the ceilings in docs/performance.md."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ from fastdeit.benchmarks.report import static_report as evidence
 from fastdeit.benchmarks.report.pictures import TBPS, TFLOPS
 from fastdeit.benchmarks.report.roofline_table import rooflines, table
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "results"
 WIDTH = 124  # of prose
 COMMAND = "fastdeit bench readme"
 BEGIN, END = f"<!-- performance: written by `{COMMAND}` -->", "<!-- end of performance -->"
@@ -19,17 +19,26 @@ BEGIN, END = f"<!-- performance: written by `{COMMAND}` -->", "<!-- end of perfo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="default: README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the section is not what it would be")
+    parser.add_argument(
+        "--performance",
+        type=Path,
+        default=Path("docs/performance.md"),
+        metavar="FILE",
+        help="default: docs/performance.md",
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a section is not what it would be")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises ValueError if the file has no such section."""
-    text = args.readme.read_text(encoding="utf-8")
-    fresh = replaced(text, section(RESULTS))
-    if args.check:
-        return int(fresh != text)
-    args.readme.write_text(fresh, encoding="utf-8")
-    return 0
+    """Raises ValueError if one of the files has no such section."""
+    stale = False
+    for file, body in ((args.readme, section(RESULTS)), (args.performance, ceilings())):
+        text = file.read_text(encoding="utf-8")
+        fresh = replaced(text, body)
+        stale |= fresh != text
+        if not args.check:
+            file.write_text(fresh, encoding="utf-8")
+    return int(stale and args.check)
 
 
 def replaced(text: str, body: str) -> str:
@@ -41,14 +50,14 @@ def replaced(text: str, body: str) -> str:
 
 
 def section(results: Path) -> str:
-    """The section's text: each folder of results, or that there is none, and what is known without a GPU."""
+    """The README's section: each folder of results, or that there is none, and what is counted without a GPU."""
     folders = sorted(path for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
-    return "\n\n".join([*([measured(folder) for folder in folders] or [UNMEASURED]), without_gpu()])
+    return "\n\n".join([*([measured(folder) for folder in folders] or [UNMEASURED]), counted()])
 
 
 UNMEASURED = textwrap.fill(
-    "**Nothing has been measured on a GPU yet**, and no figure below is a measurement. `fastdeit bench quick` measures on "
-    "yours, side by side with what you would use otherwise.",
+    "**No kernel has been run or timed on a GPU yet.** `fastdeit bench quick` measures on yours, side by side with PyTorch eager, "
+    "torch.compile and every SDPA backend.",
     WIDTH,
 )
 
@@ -83,27 +92,29 @@ def measured(folder: Path) -> str:
     return "\n\n".join([*lines, table(rows)] if rows else [*lines, "No case has both fastdeit and another candidate."])
 
 
-def without_gpu() -> str:
-    """Roofline ceilings, and the counts on record."""
-    rows = [row for row in rooflines(256, TFLOPS * 1e12, TBPS * 1e12, ("amp",)) if row["pixels"] == 224]
-    record = evidence.recorded()
+def counted() -> str:
+    """What a block launches, saves and moves, from the record."""
     counts = [
         {"a block of DeiT-B, training": form, **{k.replace("_", " "): v for k, v in c.items()}}
-        for form, c in record.items()
+        for form, c in evidence.recorded().items()
     ]
+    heading = (
+        "Counted without a GPU (`fastdeit bench evidence`): launches of a block, casts included; bytes per token and channel that "
+        "it saves for backward and, by arithmetic, moves:"
+    )
+    return "\n\n".join([textwrap.fill(heading, WIDTH), table(counts)])
+
+
+def ceilings() -> str:
+    """What models could reach, by roofline arithmetic."""
+    rows = [row for row in rooflines(256, TFLOPS * 1e12, TBPS * 1e12, ("amp",)) if row["pixels"] == 224]
+    heading = (
+        f"Estimated ceilings, by roofline arithmetic for a GPU of {TFLOPS:.0f} TFLOP/s and {TBPS} TB/s (autocast, batches of 256): "
+        "images per second of timm, of an ideal torch.compile with the same GEMMs, of fastdeit as it ships, and with every fusion."
+    )
+    text = textwrap.fill(heading, WIDTH, break_on_hyphens=False)
     return "\n\n".join(
-        [
-            textwrap.fill(
-                f"What to expect at most, by roofline arithmetic for a GPU of {TFLOPS:.0f} TFLOP/s and {TBPS} TB/s (autocast, "
-                "batches of 256): images a second of timm as it is, of an ideal torch.compile with the same matrix products, of "
-                "fastdeit as it ships, and with everything fused that could be ([docs/performance.md](docs/performance.md)).",
-                WIDTH,
-                break_on_hyphens=False,
-            ),
-            table([{k: v for k, v in row.items() if k not in ("pixels", "precision")} for row in rows]),
-            "What a block launches, casts included, and the bytes it keeps and, at one image, moves per token and channel:",
-            table(counts),
-        ]
+        [text, table([{k: v for k, v in row.items() if k not in ("pixels", "precision")} for row in rows])]
     )
 
 

@@ -25,6 +25,7 @@ SUITES = (
     "layer_norm",
     "distillation",
     "embedding",
+    "augment",
 )  # in a round, this order
 _LEAST_SECONDS = 8  # for which a case is begun
 _LINE = pytest.StashKey[str]()

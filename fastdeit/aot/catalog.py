@@ -31,6 +31,8 @@ from fastdeit.kernels.runtime.architecture import LIMITS, Limits
 
 # modules of fastdeit.kernels that have a `aot_configs(arch)`
 KERNEL_FILES = (
+    "augment.apply",
+    "augment.tables",
     "norm.layer_norm",
     "runtime.column_sums",
     "attention.forward",
@@ -85,6 +87,9 @@ def row_key(row: AotConfig, arch: int) -> str:
     """Identifies what `compile_config` would compile: source, types, constants, options, architecture, Triton version."""
     types = argument_types(row)
     facts = (source_key(row.kernel), types, row.num_warps, row.num_stages, arch, triton.__version__)
+    facts += () if row.fp_fusion else ("no fp_fusion",)
+    if row.unaligned:
+        facts += (row.unaligned,)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
@@ -117,6 +122,8 @@ def compile_binary(row: AotConfig, arch: int) -> CompiledKernel:
     attributes = {(i,): aligned for i, name in enumerate(types) if signature[name].startswith("*")}
     source = ASTSource(fn=row.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    if not row.fp_fusion:
+        options["enable_fp_fusion"] = False
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import triton
 
-from fastdeit.aot import catalog, resource_limits, workloads
+from fastdeit.aot import catalog, reachable, resource_limits, workloads
 from fastdeit.aot.catalog import ARCHITECTURES, KERNEL_FILES, Resources
 from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.kernels.runtime.aot_config import AotConfig
 
 RESOURCES_FILE = Path(__file__).with_name("resources.json")
 UPDATE_COMMAND = "fastdeit kernels --update"
+SAMPLE = 16  # configurations an architecture that calls reach beyond the listed ones
 _MOST_WORKERS = 16  # each takes a gigabyte or so
 _POOL_FROM = 8  # fewer configurations compile sooner than worker processes start
 
@@ -107,8 +108,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--committed", action="store_true", help="compile only what has changed since resources.json")
     parser.add_argument("--update", action="store_true", help="the same, and write resources.json anew")
     parser.add_argument(
+        "--sample",
+        type=int,
+        default=SAMPLE,
+        metavar="N",
+        help=f"compile besides, for each architecture, N configurations that calls drawn at random reach (default {SAMPLE}; "
+        "not with --only, --committed or --update)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample")
+    parser.add_argument(
         "--streams", action="store_true", help="compile also what is on record without its instruction stream"
     )
+
+
+def _sampled_faults(archs: Iterable[int], count: int, seed: int) -> Iterator[str]:
+    """Compiles a sample of what calls can reach beyond the listed configurations; what no GPU could run, as sentences."""
+    for arch in archs:
+        rows = reachable.sample(arch, count, seed)
+        for done, row in enumerate(rows, 1):
+            name = row.kernel.__name__
+            print(
+                f"[{done}/{len(rows)}] {name} sm_{arch}, reached by a call (seed {seed})", file=sys.stderr, flush=True
+            )
+            yield from (f"{name} ({row.label}) on sm_{arch}: {fault}" for fault in reachable.faults(row, arch))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,7 +164,12 @@ def run(args: argparse.Namespace) -> int:
         print("{} ({}) on {}: ".format(*entry.name) + fault, file=sys.stderr)
     if args.update:
         _update(rows, {entry.name for entry in chosen})
-    return 1 if faults else 0
+    sampled = ()
+    if args.sample and not args.committed and not args.update and args.only is None:
+        archs = reachable.ARCHITECTURES if args.arch is None else _architectures(args.arch)
+        sampled = list(_sampled_faults(archs, args.sample, args.seed))
+        print(*sampled, sep="\n", end="\n" if sampled else "", file=sys.stderr)
+    return 1 if faults or sampled else 0
 
 
 def _architectures(arch: str | None) -> tuple[int, ...]:

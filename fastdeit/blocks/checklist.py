@@ -52,8 +52,8 @@ for _kind in (timm.layers.LayerNorm, timm.layers.LayerScale, timm.layers.DropPat
     register_methods(_kind, "forward")
 
 
-for _kind in (NonDynamicallyQuantizableLinear, nn.MultiheadAttention):
-    register_methods(_kind, "forward", host=True)
+register_methods(NonDynamicallyQuantizableLinear, "forward", host=True)
+register_methods(nn.MultiheadAttention, "forward", host=True)
 
 
 def register_activation(kind: type[nn.Module], name: str | Callable[[nn.Module], str | None]) -> None:

@@ -35,6 +35,7 @@ COMMANDS = {
     "kernels": Command("fastdeit.aot.report", "what the compiler made of every kernel, without a GPU"),
     "bench": Command("fastdeit.commands.bench", "time the fused ops beside PyTorch's own"),
     "tune": Command("fastdeit.commands.tune", "find the fastest configuration of each kernel on the GPU at hand"),
+    "env": Command("fastdeit.commands.env", "versions, GPU and driver, for a bug report"),
     "launch-cost": Command(
         "fastdeit.benchmarks.launch_cost", "host time per kernel launch and per model beside timm's, without a GPU"
     ),
@@ -48,20 +49,36 @@ def _did_you_mean(unknown: Sequence[str], parser: argparse.ArgumentParser) -> st
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
+def _empty_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The options of parser that were given as an empty text."""
+    return [
+        (action.option_strings or [action.metavar])[0]
+        for action in parser._actions
+        if isinstance(value := getattr(args, action.dest, None), str) and not value.strip()
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Expected errors are printed without a traceback and give 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="fastdeit", description=fastdeit.__doc__)
     parser.add_argument("--version", action="version", version=f"fastdeit {fastdeit.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    handed_on: list[str] | None = None  # to another program, as they are
     chosen = next((a for a in argv if not a.startswith("-")), None)
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.help, description=command.help)
         if name == chosen:
             module = importlib.import_module(command.module)
             module.add_arguments(subparser)
+            if hasattr(module, "split_arguments"):
+                argv, handed_on = module.split_arguments(argv)
             subparser.set_defaults(run=module.run)
     args, unknown = parser.parse_known_args(argv)
+    if handed_on is not None:
+        args.arguments = handed_on
+    for option in _empty_options(commands.choices[args.command], args):
+        parser.error(f"{option}: got an empty text; is a variable not set?")
     if unknown:
         parser.error(
             f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(unknown, commands.choices[args.command])}"

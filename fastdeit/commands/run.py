@@ -7,7 +7,7 @@ import importlib.util
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,6 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module's name, as of python -m")
     parser.add_argument("script", metavar="SCRIPT", help="a training or evaluation script, such as timm's train.py")
     parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="what the script is to get")
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, up to SCRIPT, and the script's as they are: argparse would take `--` for its own."""
+    at = list(argv).index("run") + 1
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 1
+    return list(argv[: at + 1]), list(argv[at + 1 :])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
 def accelerated_create_model() -> Iterator[None]:
     """For its length every model that `timm.create_model` makes is accelerated, whichever module of timm it is imported from.
 
-    A model created with `scriptable=True` is left timm's, since torch.jit.script needs that. What has imported the function from
-    timm before keeps the original.
+    A model created with `scriptable=True`, or inside `timm.layers.set_scriptable(True)`, is left timm's, since
+    torch.jit.script needs that. What has imported the function from timm before keeps the original.
     """
     import timm.models
+    from timm.layers import is_scriptable
 
     original = timm.models._factory.create_model
 
@@ -56,7 +65,7 @@ def accelerated_create_model() -> Iterator[None]:
     def create_model(*args, **kwargs) -> nn.Module:
         model = original(*args, **kwargs)
         name = args[0] if args else kwargs.get("model_name", "")
-        if kwargs.get("scriptable"):
+        if kwargs.get("scriptable") or is_scriptable():
             _say(f"{name} stays timm's, since it is to be scripted")
             return model
         accelerate(model)

@@ -120,9 +120,9 @@ def _train_together(config: Config, folder: Path, resume: bool, world: "World") 
     from fastdeit.train.run import train
     from fastdeit.train.signals import Stopped
 
-    def ended(message: object, code: int) -> int:
+    def ended(message: object, code: int, known_to_all: bool = False) -> int:
         """Says it once: in the main process, or in another one that cannot reach it."""
-        reached = world.peers is None or (world.peers.tell(str(message)) and world.peers.main_knows)
+        reached = known_to_all or world.peers is None or (world.peers.tell(str(message)) and world.peers.main_knows)
         if world.main or not reached:
             rank = "" if world.main else f"rank {world.rank}: "
             print(f"fastdeit train: {rank}{message}", file=sys.stderr, flush=True)
@@ -134,8 +134,10 @@ def _train_together(config: Config, folder: Path, resume: bool, world: "World") 
             print(f"run folder: {folder}", flush=True)
         result = train(config, folder, resume, world)
     except Stopped as stopped:
-        return ended(stopped, stopped.exit_code)
-    except (RunFailedError, NonFiniteLossError) as error:
+        return ended(stopped, stopped.exit_code, known_to_all=True)
+    except NonFiniteLossError as error:
+        return ended(error, 1, known_to_all=True)
+    except RunFailedError as error:
         return ended(error, 1)
     except KeyboardInterrupt:
         return ended("interrupted", 130)

@@ -198,3 +198,31 @@ def _labels_bytes(batch, classes, kind, base, soft_target, teacher_labels, targe
     target = 0 if base == "none" else batch * (classes if soft_target else 1) * target_bytes
     teacher = 0 if kind == "none" else batch * (1 if teacher_labels else classes) * teacher_bytes
     return target + teacher
+
+
+# ---- augmentation by a plan
+
+_CUBIC = 14  # additions and multiplications of a cubic through four values
+_AFFINE = 14  # of a pixel's place in the image that it is taken from
+
+
+def augment(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    *,
+    layers: int = 2,
+    tabled: int = 0,
+    bicubic: int = 0,
+    out_bytes: int = 4,
+) -> Cost:
+    """Layers of operations on (batch, channels, height, width) uint8 images, the last of which writes out_bytes a value.
+
+    Args:
+        tabled: operations, over all images and layers, that read their image once more for a histogram or a mean.
+        bicubic: operations that resample, whose floating-point operations are float64's; those of others are not counted.
+    """
+    pixels, passes = height * width, max(layers, 1)
+    traffic = batch * channels * pixels * (2 * passes - 1 + out_bytes) + tabled * channels * pixels
+    return Cost(bicubic * pixels * (_AFFINE + 5 * _CUBIC * channels), traffic, 2 * passes)

@@ -3,6 +3,7 @@
 from fastdeit.ops.add_layer_norm_attention_op import add_layer_norm_attention, add_layer_norm_attention_reference
 from fastdeit.ops.add_layer_norm_mlp_op import add_layer_norm_mlp, add_layer_norm_mlp_reference
 from fastdeit.ops.attention_op import attention, attention_qkv, attention_qkv_reference, attention_reference
+from fastdeit.ops.augment_op import augment, augment_reference
 from fastdeit.ops.distillation_cross_entropy_op import (
     distillation_cross_entropy,
     distillation_cross_entropy_reference,
@@ -24,6 +25,8 @@ __all__ = [
     "attention_qkv",
     "attention_qkv_reference",
     "attention_reference",
+    "augment",
+    "augment_reference",
     "distillation_cross_entropy",
     "distillation_cross_entropy_reference",
     "layer_norm",

@@ -7,10 +7,18 @@ from torch import Tensor
 
 
 def check_float(name: str, tensor: Any, optional: bool = False) -> None:
-    """A floating-point tensor."""
+    """A floating-point tensor with strides: not sparse, nested or of MKL-DNN."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         allowed = "a floating-point tensor or None" if optional else "a floating-point tensor"
         raise TypeError(f"{name}: expected {allowed}, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    check_strided(name, tensor)
+
+
+def check_strided(name: str, tensor: Tensor) -> None:
+    """A tensor whose elements lie at strides in one block of memory."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got a {layout} one")
 
 
 def check_beside(name: str, tensor: Any, x: Tensor, x_name: str = "x", optional: bool = False) -> None:

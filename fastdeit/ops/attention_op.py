@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,14 @@ from fastdeit import backends
 from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.runtime.architecture import architecture
 from fastdeit.ops.arguments import check_beside, check_float
-from fastdeit.ops.first_derivative import first_derivative_only
+from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)  # of timm's vision transformers
 _LARGEST_TF32_HEAD_DIM = 64  # in twice the bytes, the backward of larger heads spills registers
 
 
+@or_reference
 def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
     """softmax(scale * Q K^T) V per head (Vaswani et al. 2017, eq. 1), from the qkv projection's output to proj's input.
 
@@ -39,16 +42,12 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
     head_dim = qkv.shape[-1] // (3 * num_heads)
     if why_reference(low, head_dim, scale) or why_handed_over(low, head_dim, qkv.shape[1], qkv.shape[0] * num_heads):
         return attention_reference(qkv, num_heads, scale=scale)
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if backends.registered_path(low):
-        if not torch.compiler.is_compiling():
-            _count_flops()
-        return attention_forward(low, num_heads, scale)[0]
-    if backends.wants_gradient(low):
-        return _Attention.apply(low, num_heads, scale)
-    return _launch_forward(low, num_heads, scale)[0]
+    _count_flops(low)
+    (out,) = attention_unchecked(low, num_heads, head_dim**-0.5 if scale is None else float(scale))
+    return out
 
 
+@or_reference
 def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """`attention` on separate queries, keys and values, for models that normalise or rotate them in between.
 
@@ -68,15 +67,10 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     low = _as_autocast(q, k, v)
     if k.shape[1] == 0 or why_reference(low[0], q.shape[-1], scale) is not None:
         return attention_qkv_reference(q, k, v, scale=scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     low = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in low)
-    if backends.registered_path(*low):
-        if not torch.compiler.is_compiling():
-            _count_flops()
-        return attention_qkv_forward(*low, scale)[0]
-    if backends.wants_gradient(*low):
-        return _AttentionQKV.apply(*low, scale)
-    return _launch_qkv_forward(*low, scale)[0]
+    _count_flops(*low)
+    (out,) = attention_qkv_unchecked(*low, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    return out
 
 
 def attention_reference(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
@@ -98,14 +92,17 @@ def why_reference(x: Tensor, head_dim: int, scale: float | None = None) -> str |
         x: any tensor of the inputs' device and of their dtype, under autocast of autocast's.
         head_dim: D.
         scale: as given to the op.
+
+    Raises:
+        RuntimeError: the backend "triton" is asked for and the kernels cannot run.
     """
     if head_dim not in HEAD_DIMS:
-        return f"head dimension {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+        return backends.refuse(f"head dimension {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}")
     if scale is not None and scale <= 0:
-        return f"scale {scale} is not positive"
+        return backends.refuse(f"scale {scale} is not positive")
     if head_dim > _LARGEST_TF32_HEAD_DIM and backends.on_gpu(x) and backends.product_dtype(x) == torch.float32:
-        return f"head dimension {head_dim} in TF32 is over the kernel's {_LARGEST_TF32_HEAD_DIM}"
-    return backends.why_reference(x, products=True)
+        return backends.refuse(f"head dimension {head_dim} in TF32 is over the kernel's {_LARGEST_TF32_HEAD_DIM}")
+    return backends.why_reference(x, products=True, kernels=("attention",))
 
 
 def why_handed_over(x: Tensor, head_dim: int, tokens: int, batch_heads: int) -> str | None:
@@ -180,147 +177,114 @@ def _check_scale(scale) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
-# ---- the launches, shared by both paths; the kernels are imported here so that importing fastdeit does not import Triton
+# ---- attention. Kernels are imported inside the functions, so that importing fastdeit does not import Triton
 
 
-def _launch_forward(qkv, num_heads, scale):
+class Saved(NamedTuple):
+    """For backward: input, output and log-sum-exp."""
+
+    qkv: Tensor  # (B, N, 3 * H * D)
+    out: Tensor  # (B, N, H * D)
+    lse: Tensor  # (B, H, N) fp32
+
+
+def _forward(qkv: Tensor, num_heads: int, scale: float, *, saves):
     from fastdeit.kernels.attention.forward import attention_forward
 
-    return attention_forward(qkv, num_heads, scale)
+    out, lse = attention_forward(qkv, num_heads, scale)
+    return (out,), (lse,)
 
 
-def _launch_backward(dout, qkv, out, lse, num_heads, scale):
+def _save(inputs, outputs, made, needs):
+    return Saved(inputs[0], *outputs, *made)
+
+
+def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.attention.backward import attention_backward
 
-    return attention_backward(dout, qkv, out, lse, num_heads, scale)
+    return (attention_backward(*grads, *saved, *options),)
 
 
-def _launch_qkv_forward(q, k, v, scale):
+def _fake(qkv, num_heads, scale):
+    batch, tokens, width = qkv.shape
+    lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
+    return (qkv.new_empty((batch, tokens, width // 3)),), (lse,)
+
+
+attention_unchecked = Op(
+    "attention",
+    outputs=("out",),
+    made=("lse",),
+    saved=Saved,
+    forward=_forward,
+    save=_save,
+    backward=_backward,
+    fake=_fake,
+)
+
+
+# ---- attention_qkv
+
+
+class SeparateSaved(NamedTuple):
+    """For backward: inputs, output and log-sum-exp."""
+
+    q: Tensor  # (B, N, H, D)
+    k: Tensor  # (B, M, H, D)
+    v: Tensor  # (B, M, H, D)
+    out: Tensor  # (B, N, H, D)
+    lse: Tensor  # (B, H, N) fp32
+
+
+def _separate_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, saves):
     from fastdeit.kernels.attention.forward import attention_qkv_forward
 
-    return attention_qkv_forward(q, k, v, scale)
+    out, lse = attention_qkv_forward(q, k, v, scale)
+    return (out,), (lse,)
 
 
-def _launch_qkv_backward(dout, q, k, v, out, lse, scale, *, keys_wanted=True):
+def _separate_save(inputs, outputs, made, needs):
+    return SeparateSaved(*inputs[:3], *outputs, *made)
+
+
+def _separate_backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.attention.backward import attention_qkv_backward
 
-    return attention_qkv_backward(dout, q, k, v, out, lse, scale, keys_wanted=keys_wanted)
+    keys_wanted = grad_dtypes[1] is not None or grad_dtypes[2] is not None
+    found = attention_qkv_backward(*grads, *saved, *options, keys_wanted=keys_wanted)
+    return tuple(None if dtype is None else grad for grad, dtype in zip(found, grad_dtypes, strict=True))
 
 
-# ---- eager: autograd straight onto the launchers
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, num_heads, scale):
-        out, lse = _launch_forward(qkv, num_heads, scale)
-        ctx.save_for_backward(qkv, out, lse)
-        ctx.num_heads, ctx.scale = num_heads, scale
-        return out
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dout):
-        return _launch_backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
-
-
-class _AttentionQKV(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, scale):
-        out, lse = _launch_qkv_forward(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dout):
-        keys_wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        return *_launch_qkv_backward(dout, *ctx.saved_tensors, ctx.scale, keys_wanted=keys_wanted), None
-
-
-# ---- compiled and exported: the registered ops
-
-
-@torch.library.custom_op("fastdeit::attention_forward", mutates_args=())
-def attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    return _launch_forward(qkv, num_heads, scale)
-
-
-@attention_forward.register_fake
-def _(qkv, num_heads, scale):
-    batch, tokens, width = qkv.shape
-    out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
-    return out, torch.empty((batch, num_heads, tokens), dtype=torch.float32, device=qkv.device)
-
-
-@torch.library.custom_op("fastdeit::attention_backward", mutates_args=())
-def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
-    return _launch_backward(dout, qkv, out, lse, num_heads, scale)
-
-
-@attention_backward.register_fake
-def _(dout, qkv, out, lse, num_heads, scale):
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-
-
-@torch.library.custom_op("fastdeit::attention_qkv_forward", mutates_args=())
-def attention_qkv_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _launch_qkv_forward(q, k, v, scale)
-
-
-@attention_qkv_forward.register_fake
-def _(q, k, v, scale):
+def _separate_fake(q, k, v, scale):
     batch, queries, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    return (q.new_empty(q.shape),), (q.new_empty((batch, heads, queries), dtype=torch.float32),)
 
 
-@torch.library.custom_op("fastdeit::attention_qkv_backward", mutates_args=())
-def attention_qkv_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_qkv_backward(dout, q, k, v, out, lse, scale)
+def _separate_fake_backward(saved, grad_dtypes):
+    inputs = zip(saved[:3], grad_dtypes, strict=True)
+    return tuple(None if dtype is None else torch.empty_like(t) for t, dtype in inputs)
 
 
-@attention_qkv_backward.register_fake
-def _(dout, q, k, v, out, lse, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _keep_for_attention(ctx, inputs, output):
-    qkv, ctx.num_heads, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(qkv, out, lse)
-    ctx.mark_non_differentiable(lse)
-
-
-def _registered_attention_backward(ctx, dout, _):
-    return attention_backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
-
-
-def _keep_for_attention_qkv(ctx, inputs, output):
-    q, k, v, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse)
-    ctx.mark_non_differentiable(lse)
-
-
-def _registered_attention_qkv_backward(ctx, dout, _):
-    return *attention_qkv_backward(dout, *ctx.saved_tensors, ctx.scale), None
-
-
-attention_forward.register_autograd(_registered_attention_backward, setup_context=_keep_for_attention)
-attention_qkv_forward.register_autograd(_registered_attention_qkv_backward, setup_context=_keep_for_attention_qkv)
+attention_qkv_unchecked = Op(
+    "attention_qkv",
+    outputs=("out",),
+    made=("lse",),
+    saved=SeparateSaved,
+    forward=_separate_forward,
+    save=_separate_save,
+    backward=_separate_backward,
+    fake=_separate_fake,
+    fake_backward=_separate_fake_backward,
+)
 
 
 # ---- PyTorch's FLOP counter. Importing it imports Triton, so it learns of the formulas where it is already in use.
 
 
-def _count_flops() -> None:
+def _count_flops(*tensors: Tensor) -> None:
     """Gives an active FlopCounterMode the formulas below: it has copied the registry when it was made."""
     counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is None:
+    if counter is None or torch.compiler.is_compiling() or not backends.registered_path(*tensors):
         return
     for operator, formula in _FLOPS.items():
         if operator not in counter.flop_registry:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops.arguments import check_strided
 
 KINDS = ("none", "hard", "soft")
 BASES = ("cross_entropy", "binary_cross_entropy", "none")
@@ -64,6 +65,8 @@ def check_tensors(logits, dist_logits, target, teacher, options: Options) -> Non
             raise ValueError(f"{name}: expected None with {option} 'none', got {_described(given[name])}")
         if value != "none" and not isinstance(given[name], Tensor):
             raise TypeError(f"{name}: expected a tensor with {option} {value!r}, got {_described(given[name])}")
+        if given[name] is not None:
+            check_strided(name, given[name])
     head_name, head = ("dist_logits", dist_logits) if logits is None else ("logits", logits)
     for name, x in (("logits", logits), ("dist_logits", dist_logits)):
         if x is None:

@@ -7,6 +7,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 from fastdeit import backends
 from fastdeit.cost import formulas as costs
 from fastdeit.ops.distillation_arguments import Options, check_options, check_range, check_tensors
-from fastdeit.ops.first_derivative import first_derivative_only
+from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
+@or_reference
 def distillation_cross_entropy(
     logits: Tensor | None,
     dist_logits: Tensor | None,
@@ -82,7 +83,10 @@ def distillation_cross_entropy(
         check_range(head, target, teacher)
     if reason is not None:
         return distillation_cross_entropy_reference(
-            *(logits, dist_logits, target, teacher),
+            logits,
+            dist_logits,
+            target,
+            teacher,
             kind=kind,
             alpha=alpha,
             tau=tau,
@@ -94,12 +98,8 @@ def distillation_cross_entropy(
     out_dtype = _out_dtype(logits, dist_logits, target, teacher, options)
     if dist_logits is logits:
         dist_logits = None  # to the launchers: the distillation term reads logits
-    tensors = (logits, dist_logits, target, teacher)
-    if backends.registered_path(*tensors):
-        return distillation_cross_entropy_forward(*tensors, *options, out_dtype)[0]
-    if backends.wants_gradient(logits, dist_logits):
-        return _DistillationCrossEntropy.apply(*tensors, options, out_dtype)
-    return _launch_forward(*tensors, *options, out_dtype, keep=False)[0]
+    (loss,) = distillation_cross_entropy_unchecked(logits, dist_logits, target, teacher, *options, out_dtype)
+    return loss
 
 
 def distillation_cross_entropy_reference(
@@ -140,7 +140,8 @@ def distillation_cross_entropy_reference(
 def why_reference(*tensors: Tensor | None) -> str | None:
     """None when `distillation_cross_entropy` runs its kernels on these tensors, else why it runs the reference."""
     values = [x for x in tensors if x is not None and x.is_floating_point()]
-    return backends.why_reference(next((x for x in values if x.dtype not in _KERNEL_DTYPES), values[0]))
+    deciding = next((x for x in values if x.dtype not in backends.KERNEL_DTYPES), values[0])
+    return backends.why_reference(deciding, kernels=("loss",))
 
 
 def _out_dtype(logits, dist_logits, target, teacher, options: Options) -> torch.dtype:
@@ -222,50 +223,21 @@ def _autocast(t):
     return t.float() if torch.is_autocast_enabled(t.device.type) else t
 
 
-# ---- the launches, shared by both paths; the kernels are imported here so that importing fastdeit does not import them
+# ---- the op. Kernels are imported inside the functions, so that importing fastdeit does not import them
 
 
-def _launch_forward(*args, **kwargs):
-    from fastdeit.kernels.loss.distillation_cross_entropy import distillation_cross_entropy_forward
+class Saved(NamedTuple):
+    """For backward. Of a hard teacher it needs the label alone."""
 
-    return distillation_cross_entropy_forward(*args, **kwargs)
-
-
-def _launch_backward(*args, **kwargs):
-    from fastdeit.kernels.loss.distillation_cross_entropy import distillation_cross_entropy_backward
-
-    return distillation_cross_entropy_backward(*args, **kwargs)
-
-
-# ---- eager: autograd straight onto the launchers
+    logits: Tensor | None  # (B, C)
+    dist_logits: Tensor | None  # (B, C)
+    target: Tensor | None
+    teacher: Tensor | None  # (B, C), for soft distillation
+    statistics: Tensor  # (B, STATISTICS) fp32
+    labels: Tensor | None  # (B,) int32, for hard distillation
 
 
-class _DistillationCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, dist_logits, target, teacher, options, out_dtype):
-        loss, statistics, labels = _launch_forward(logits, dist_logits, target, teacher, *options, out_dtype)
-        # Of a hard teacher backward needs the label alone.
-        ctx.save_for_backward(
-            *(logits, dist_logits, target, teacher if options.kind == "soft" else None, statistics, labels)
-        )
-        ctx.options = options
-        return loss
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dloss):
-        need_logits, need_dist, *_ = ctx.needs_input_grad
-        gradients = _launch_backward(
-            dloss, *ctx.saved_tensors, *ctx.options, need_logits=need_logits, need_dist=need_dist
-        )
-        return *gradients, None, None, None, None
-
-
-# ---- compiled and exported: the registered ops. An op's outputs may not be None, hence the empty tensors.
-
-
-@torch.library.custom_op("fastdeit::distillation_cross_entropy_forward", mutates_args=())
-def distillation_cross_entropy_forward(
+def _forward(
     logits: Tensor | None,
     dist_logits: Tensor | None,
     target: Tensor | None,
@@ -278,76 +250,50 @@ def distillation_cross_entropy_forward(
     soft_divisor: str,
     reduction: str,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    saves,
+):
+    from fastdeit.kernels.loss.distillation_cross_entropy import distillation_cross_entropy_forward
+
     options = (kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
-    loss, statistics, labels = _launch_forward(logits, dist_logits, target, teacher, *options, out_dtype)
-    return loss, statistics, statistics.new_empty(0, dtype=torch.int32) if labels is None else labels
+    tensors = (logits, dist_logits, target, teacher)
+    loss, statistics, labels = distillation_cross_entropy_forward(*tensors, *options, out_dtype, keep=saves)
+    return (loss,), (statistics, labels)
 
 
-@distillation_cross_entropy_forward.register_fake
-def _(logits, dist_logits, target, teacher, kind, base, alpha, tau, smoothing, soft_divisor, reduction, out_dtype):
+def _save(inputs, outputs, made, needs):
+    logits, dist_logits, target, teacher, kind, *_ = inputs
+    return Saved(logits, dist_logits, target, teacher if kind == "soft" else None, *made)
+
+
+def _backward(grads, saved, options, grad_dtypes):
+    from fastdeit.kernels.loss.distillation_cross_entropy import distillation_cross_entropy_backward
+
+    needs = dict(need_logits=grad_dtypes[0] is not None, need_dist=grad_dtypes[1] is not None)
+    return *distillation_cross_entropy_backward(*grads, *saved, *options[:-1], **needs), None, None
+
+
+def _fake(logits, dist_logits, target, teacher, kind, *options):
     from fastdeit.kernels.loss.distillation_cross_entropy_kernels import STATISTICS
 
+    *_, reduction, out_dtype = options
     head = dist_logits if logits is None else logits
     batch = head.shape[0]
+    labels = head.new_empty(batch, dtype=torch.int32) if kind == "hard" else None
     loss = head.new_empty((batch,) if reduction == "none" else (), dtype=out_dtype)
-    labels = head.new_empty(batch if kind == "hard" else 0, dtype=torch.int32)
-    return loss, head.new_empty((batch, STATISTICS.value), dtype=torch.float32), labels
+    return (loss,), (head.new_empty((batch, STATISTICS.value), dtype=torch.float32), labels)
 
 
-@torch.library.custom_op("fastdeit::distillation_cross_entropy_backward", mutates_args=())
-def distillation_cross_entropy_backward(
-    dloss: Tensor,
-    logits: Tensor | None,
-    dist_logits: Tensor | None,
-    target: Tensor | None,
-    teacher: Tensor | None,
-    statistics: Tensor,
-    labels: Tensor,
-    kind: str,
-    base: str,
-    alpha: float,
-    tau: float,
-    label_smoothing: float,
-    soft_divisor: str,
-    reduction: str,
-    need_logits: bool,
-    need_dist: bool,
-) -> tuple[Tensor, Tensor]:
-    options = (kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
-    gradients = _launch_backward(
-        *(dloss, logits, dist_logits, target, teacher, statistics, labels, *options),
-        need_logits=need_logits,
-        need_dist=need_dist,
-    )
-    return tuple(statistics.new_empty(0) if gradient is None else gradient for gradient in gradients)
-
-
-@distillation_cross_entropy_backward.register_fake
-def _(dloss, logits, dist_logits, target, teacher, statistics, labels, *options):
-    *_, need_logits, need_dist = options
-    return tuple(
-        x.new_empty(x.shape) if x is not None and need else statistics.new_empty(0)
-        for x, need in ((logits, need_logits), (dist_logits, need_dist))
-    )
-
-
-def _keep(ctx, inputs, output):
-    logits, dist_logits, target, teacher, *options, _ = inputs
-    _, statistics, labels = output
-    ctx.options = Options(*options)
-    kept_teacher = teacher if ctx.options.kind == "soft" else None
-    ctx.save_for_backward(logits, dist_logits, target, kept_teacher, statistics, labels)
-    ctx.mark_non_differentiable(statistics, labels)
-
-
-def _registered_backward(ctx, dloss, *_):
-    needs = ctx.needs_input_grad[:2]
-    gradients = distillation_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, *needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 10
-
-
-distillation_cross_entropy_forward.register_autograd(_registered_backward, setup_context=_keep)
+distillation_cross_entropy_unchecked = Op(
+    "distillation_cross_entropy",
+    outputs=("loss",),
+    made=("statistics", "labels"),
+    saved=Saved,
+    forward=_forward,
+    save=_save,
+    backward=_backward,
+    fake=_fake,
+)
 
 
 # ---- what PyTorch's FlopCounterMode counts
@@ -361,15 +307,14 @@ def _forward_flops(logits, dist_logits, target, teacher, kind, base, *args, **kw
         base=base,
         soft_target=target is not None and len(target) == 2,
         teacher_labels=teacher is not None and len(teacher) == 1,
-        reduction=args[-2],
+        reduction=args[4],
     ).flops
 
 
 @register_flop_formula(torch.ops.fastdeit.distillation_cross_entropy_backward)
-def _backward_flops(
-    dloss, logits, dist_logits, target, teacher, statistics, labels, kind, base, *args, **kwargs
-) -> int:
-    *_, need_logits, need_dist = args
+def _backward_flops(dloss, logits, dist_logits, target, teacher, statistics, labels, *arguments, **kwargs) -> int:
+    dtypes, (kind, base, *_) = arguments[:4], arguments[8:]  # between them, the shapes of the tensors
+    need_logits, need_dist = (dtype is not None for dtype in dtypes[:2])
     one_head = dist_logits is None
     return costs.distillation_cross_entropy_backward(
         *(dist_logits if logits is None else logits),

@@ -1,17 +1,21 @@
 """LayerNorm, alone and with the residual addition before it."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_float, check_vector
-from fastdeit.ops.first_derivative import first_derivative_only
+from fastdeit.ops.matmul import contiguous
+from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 MAX_CHANNELS = 8192  # the longest row that the kernels hold in registers
 
 
+@or_reference
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -34,14 +38,11 @@ def layer_norm(
     _check_out_dtype(out_dtype)
     if why_reference(x) is not None:
         return layer_norm_reference(x, weight, bias, eps, out_dtype=out_dtype)
-    out_dtype = out_dtype or _default_out_dtype(x)
-    if backends.registered_path(x, weight, bias):
-        return layer_norm_forward(x, weight, bias, eps, out_dtype)[0]
-    if backends.wants_gradient(x, weight, bias):
-        return _LayerNorm.apply(x, weight, bias, eps, out_dtype)
-    return _launch_forward(x, weight, bias, eps, out_dtype, keep_statistics=False)[1]
+    (y,) = layer_norm_unchecked(x, weight, bias, eps, out_dtype or default_out_dtype(x, x.dtype))
+    return y
 
 
+@or_reference
 def add_layer_norm(
     x: Tensor,
     branch: Tensor,
@@ -75,17 +76,12 @@ def add_layer_norm(
     _check_out_dtype(out_dtype)
     check_branch(x, branch, drop_path_scale)
     check_vector("gamma", gamma, x.shape[-1], x)
-    if why_reference(x) is not None or not _kernel_dtype(branch):
-        return add_layer_norm_reference(
-            x, branch, weight, bias, eps, gamma=gamma, drop_path_scale=drop_path_scale, out_dtype=out_dtype
-        )
-    out_dtype = out_dtype or _default_out_dtype(torch.promote_types(x.dtype, branch.dtype), x)
-    args = (x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype)
-    if backends.registered_path(x, branch, weight, bias, gamma, drop_path_scale):
-        return add_layer_norm_forward(*args)[:2]
-    if backends.wants_gradient(x, branch, weight, bias, gamma):
-        return _AddLayerNorm.apply(*args)
-    return _launch_add_forward(*args, keep_statistics=False)[:2]
+    if why_reference(x, branch) is not None:
+        options = dict(gamma=gamma, drop_path_scale=drop_path_scale, out_dtype=out_dtype)
+        return add_layer_norm_reference(x, branch, weight, bias, eps, **options)
+    out_dtype = out_dtype or default_out_dtype(x, torch.promote_types(x.dtype, branch.dtype))
+    y, x_new = add_layer_norm_unchecked(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype)
+    return x_new, y
 
 
 def layer_norm_reference(
@@ -118,23 +114,25 @@ def add_layer_norm_reference(
     return x_new, layer_norm_reference(x_new, weight, bias, eps, out_dtype=out_dtype)
 
 
-def why_reference(x: Tensor) -> str | None:
-    """None when `layer_norm` and `add_layer_norm` run their kernels on x, else why they run the reference."""
+def why_reference(x: Tensor, branch: Tensor | None = None) -> str | None:
+    """None when `layer_norm` and `add_layer_norm` run their kernels on x, else why they run the reference.
+
+    Raises:
+        RuntimeError: the backend "triton" is asked for and the kernels cannot run.
+    """
     channels = x.shape[-1]
     if channels > MAX_CHANNELS:
-        return f"{channels} channels are more than the kernel's {MAX_CHANNELS}"
+        return backends.refuse(f"{channels} channels are more than the kernel's {MAX_CHANNELS}")
     if channels == 0:
         return "no channels"
-    return backends.why_reference(x)
+    if branch is not None and branch.dtype not in backends.KERNEL_DTYPES:
+        return backends.refuse(f"{backends.dtype_name(branch.dtype)} branch")
+    return backends.why_reference(x, kernels=("norm",))
 
 
-def _kernel_dtype(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _default_out_dtype(x: Tensor | torch.dtype, device_of: Tensor | None = None) -> torch.dtype:
-    dtype, tensor = (x.dtype, x) if device_of is None else (x, device_of)
-    return torch.float32 if tensor.is_cuda and torch.is_autocast_enabled("cuda") else dtype
+def default_out_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the result for rows of this dtype on x's device: float32 under CUDA autocast, as PyTorch gives."""
+    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else dtype
 
 
 # ---- argument checks
@@ -166,121 +164,75 @@ def _check_out_dtype(out_dtype) -> None:
         raise TypeError(f"out_dtype: expected a floating-point dtype or None, got {out_dtype}")
 
 
-# ---- the launches, shared by both paths; the kernels are imported here so that importing fastdeit does not import Triton
+# ---- layer_norm. Kernels are imported inside the functions, so that importing fastdeit does not import Triton
 
 
-def _launch_forward(x, weight, bias, eps, out_dtype, **kwargs):
+class Saved(NamedTuple):
+    """For backward: what was normalised, its statistics, and the weight."""
+
+    normalised: Tensor  # (..., C)
+    mean: Tensor  # (M,) fp32
+    rstd: Tensor  # (M,) fp32
+    weight: Tensor | None
+
+
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype, *, saves):
     from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 
-    return layer_norm_forward(x, _dense(weight), _dense(bias), eps, out_dtype, **kwargs)
+    weight, bias = contiguous(weight), contiguous(bias)
+    _, y, mean, rstd = layer_norm_forward(x, weight, bias, eps, out_dtype, keep_statistics=saves)
+    return (y,), (mean, rstd)
 
 
-def _launch_add_forward(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype, **kwargs):
-    kwargs |= dict(branch=branch, gamma=_dense(gamma), drop_path_scale=_dense(drop_path_scale))
-    return _launch_forward(x, weight, bias, eps, out_dtype, **kwargs)
+def _save(inputs, outputs, made, needs):
+    x, weight, *_ = inputs
+    return Saved(x, *made, weight)
 
 
-def _launch_backward(*args, **kwargs):
+def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.norm.layer_norm import layer_norm_backward
 
-    return layer_norm_backward(*args, **kwargs)
+    (dy,), (x, mean, rstd, weight) = grads, saved
+    names = ("dx_dtype", "dweight_dtype", "dbias_dtype")
+    dtypes = dict(zip(names, grad_dtypes, strict=True))
+    dx, _, dweight, dbias, _ = layer_norm_backward(dy, x, mean, rstd, contiguous(weight), **dtypes)
+    return dx, dweight, dbias
 
 
-def _dense(parameter):
-    return parameter if parameter is None else parameter.contiguous()
-
-
-def _wanted(tensor: Tensor | None, needed: bool) -> torch.dtype | None:
-    """The dtype of a tensor's gradient where one is needed, as the launcher takes it."""
-    return tensor.dtype if needed and tensor is not None else None
-
-
-# ---- eager: autograd straight onto the launchers
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, out_dtype):
-        _, y, mean, rstd = _launch_forward(x, weight, bias, eps, out_dtype)
-        ctx.save_for_backward(x, mean, rstd, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dy):
-        x, mean, rstd, weight = ctx.saved_tensors
-        dx, _, dweight, dbias, _ = _launch_backward(
-            *(dy, x, mean, rstd, _dense(weight)),
-            dx_dtype=_wanted(x, ctx.needs_input_grad[0]),
-            dweight_dtype=_wanted(weight, ctx.needs_input_grad[1]),
-            dbias_dtype=ctx.bias_dtype if ctx.needs_input_grad[2] else None,
-        )
-        return dx, dweight, dbias, None, None
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype):
-        x_new, y, mean, rstd = _launch_add_forward(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype)
-        keep_branch = gamma is not None and ctx.needs_input_grad[4]
-        ctx.save_for_backward(x_new, mean, rstd, weight, gamma, drop_path_scale, branch if keep_branch else None)
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = (x.dtype, branch.dtype, *(None if p is None else p.dtype for p in (weight, bias, gamma)))
-        ctx.out_dtype = out_dtype
-        return x_new, y
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dx_new, dy):
-        x_new, mean, rstd, weight, gamma, drop_path_scale, branch = ctx.saved_tensors
-        wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
-        if dy is None:
-            dy = torch.zeros_like(x_new, dtype=ctx.out_dtype)
-        gradients = _add_backward(dx_new, dy, x_new, mean, rstd, weight, gamma, drop_path_scale, branch, wanted)
-        return *gradients, None, None, None
-
-
-def _add_backward(dx_new, dy, x_new, mean, rstd, weight, gamma, drop_path_scale, branch, wanted):
-    """Gradients of x, branch, weight, bias and gamma. Unscaled and of one dtype, those of x and branch are one tensor."""
-    dx_dtype, dbranch_dtype, *parameter_dtypes = wanted
-    shared = dx_dtype == dbranch_dtype and gamma is None and drop_path_scale is None
-    dx, dbranch, *parameters = _launch_backward(
-        *(dy, x_new, mean, rstd, _dense(weight)),
-        dx_new=dx_new,
-        branch=branch,
-        gamma=_dense(gamma),
-        drop_path_scale=_dense(drop_path_scale),
-        dx_dtype=dx_dtype,
-        dbranch_dtype=None if shared else dbranch_dtype,
-        **dict(zip(("dweight_dtype", "dbias_dtype", "dgamma_dtype"), parameter_dtypes, strict=True)),
-    )
-    return dx, dx if shared else dbranch, *parameters
-
-
-# ---- compiled and exported: the registered ops. An op's outputs may be neither None nor each other, hence the empty tensors.
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if tensor is None else tensor
-
-
-@torch.library.custom_op("fastdeit::layer_norm_forward", mutates_args=())
-def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_forward(x, weight, bias, eps, out_dtype)[1:]
-
-
-@layer_norm_forward.register_fake
-def _(x, weight, bias, eps, out_dtype):
+def _fake(x, weight, bias, eps, out_dtype):
     rows = x.numel() // x.shape[-1]
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    statistics = tuple(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return (x.new_empty(x.shape, dtype=out_dtype),), statistics
 
 
-@torch.library.custom_op("fastdeit::add_layer_norm_forward", mutates_args=())
-def add_layer_norm_forward(
+layer_norm_unchecked = Op(
+    "layer_norm",
+    outputs=("y",),
+    made=("mean", "rstd"),
+    saved=Saved,
+    forward=_forward,
+    save=_save,
+    backward=_backward,
+    fake=_fake,
+)
+
+
+# ---- add_layer_norm
+
+
+class AddSaved(NamedTuple):
+    """For backward: `Saved`, what scales the branch, and the branch where gamma's gradient is needed."""
+
+    normalised: Tensor  # (..., C), x_new
+    mean: Tensor  # (M,) fp32
+    rstd: Tensor  # (M,) fp32
+    weight: Tensor | None
+    gamma: Tensor | None
+    drop_path_scale: Tensor | None
+    branch: Tensor | None
+
+
+def _add_forward(
     x: Tensor,
     branch: Tensor,
     weight: Tensor | None,
@@ -289,96 +241,48 @@ def add_layer_norm_forward(
     drop_path_scale: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _launch_add_forward(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype)
+    *,
+    saves,
+):
+    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 
-
-@add_layer_norm_forward.register_fake
-def _(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype):
-    x_new = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
-    return x_new, *torch.ops.fastdeit.layer_norm_forward(x, weight, bias, eps, out_dtype)
-
-
-@torch.library.custom_op("fastdeit::layer_norm_backward", mutates_args=())
-def layer_norm_backward(
-    dy: Tensor,
-    dx_new: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    gamma: Tensor | None,
-    drop_path_scale: Tensor | None,
-    branch: Tensor | None,
-    dx_dtype: torch.dtype | None,
-    dbranch_dtype: torch.dtype | None,
-    dweight_dtype: torch.dtype | None,
-    dbias_dtype: torch.dtype | None,
-    dgamma_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _launch_backward(
-        *(dy, x, mean, rstd, _dense(weight)),
-        dx_new=dx_new,
-        branch=branch,
-        gamma=_dense(gamma),
-        drop_path_scale=_dense(drop_path_scale),
-        dx_dtype=dx_dtype,
-        dbranch_dtype=dbranch_dtype,
-        dweight_dtype=dweight_dtype,
-        dbias_dtype=dbias_dtype,
-        dgamma_dtype=dgamma_dtype,
+    scales = dict(gamma=contiguous(gamma), drop_path_scale=contiguous(drop_path_scale))
+    weight, bias = contiguous(weight), contiguous(bias)
+    x_new, y, mean, rstd = layer_norm_forward(
+        x, weight, bias, eps, out_dtype, branch=branch, **scales, keep_statistics=saves
     )
-    return tuple(_or_empty(gradient, mean) for gradient in gradients)
+    return (y, x_new), (mean, rstd)
 
 
-@layer_norm_backward.register_fake
-def _(dy, dx_new, x, mean, rstd, weight, gamma, drop_path_scale, branch, *dtypes):
-    sizes = (x.shape, x.shape, *(x.shape[-1:],) * 3)
-    return tuple(
-        mean.new_empty(0) if dtype is None else torch.empty(size, dtype=dtype, device=x.device)
-        for size, dtype in zip(sizes, dtypes, strict=True)
-    )
+def _add_save(inputs, outputs, made, needs):
+    _, branch, weight, _, gamma, drop_path_scale, *_ = inputs
+    return AddSaved(outputs[1], *made, weight, gamma, drop_path_scale, branch if needs[4] else None)
 
 
-def _keep_for_layer_norm(ctx, inputs, output):
-    x, weight, bias, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, mean, rstd, weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(mean, rstd)
+def _add_backward(grads, saved, options, grad_dtypes):
+    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
+
+    (dy, dx_new), (x_new, mean, rstd, weight, gamma, drop_path_scale, branch) = grads, saved
+    names = ("dx_dtype", "dbranch_dtype", "dweight_dtype", "dbias_dtype", "dgamma_dtype")
+    dtypes = dict(zip(names, grad_dtypes[:5], strict=True))
+    scales = dict(gamma=contiguous(gamma), drop_path_scale=contiguous(drop_path_scale))
+    given = (dy, x_new, mean, rstd, contiguous(weight))
+    return *layer_norm_backward(*given, dx_new=dx_new, branch=branch, **scales, **dtypes), None
 
 
-def _registered_layer_norm_backward(ctx, dy, *_):
-    x, mean, rstd, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-    wanted = (
-        *(_wanted(x, need_x), None, _wanted(weight, need_weight)),
-        *(ctx.bias_dtype if need_bias else None, None),
-    )
-    gradients = layer_norm_backward(dy, None, x, mean, rstd, weight, None, None, None, *wanted)
-    dx, _, dweight, dbias, _ = _present(gradients, wanted)
-    return dx, dweight, dbias, None, None
+def _add_fake(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype):
+    (y,), statistics = _fake(x, weight, bias, eps, out_dtype)
+    return (y, x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))), statistics
 
 
-def _keep_for_add_layer_norm(ctx, inputs, output):
-    x, branch, weight, bias, gamma, drop_path_scale, _, _ = inputs
-    x_new, _, mean, rstd = output
-    keep_branch = gamma is not None and ctx.needs_input_grad[4]
-    ctx.save_for_backward(x_new, mean, rstd, weight, gamma, drop_path_scale, branch if keep_branch else None)
-    ctx.dtypes = (x.dtype, branch.dtype, *(None if p is None else p.dtype for p in (weight, bias, gamma)))
-    ctx.mark_non_differentiable(mean, rstd)
-
-
-def _registered_add_layer_norm_backward(ctx, dx_new, dy, *_):
-    x_new, mean, rstd, weight, gamma, drop_path_scale, branch = ctx.saved_tensors
-    wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
-    gradients = layer_norm_backward(dy, dx_new, x_new, mean, rstd, weight, gamma, drop_path_scale, branch, *wanted)
-    return *_present(gradients, wanted), None, None, None
-
-
-def _present(gradients, wanted):
-    return (g if dtype is not None else None for g, dtype in zip(gradients, wanted, strict=True))
-
-
-layer_norm_forward.register_autograd(_registered_layer_norm_backward, setup_context=_keep_for_layer_norm)
-add_layer_norm_forward.register_autograd(_registered_add_layer_norm_backward, setup_context=_keep_for_add_layer_norm)
+add_layer_norm_unchecked = Op(
+    "add_layer_norm",
+    outputs=("y", "x_new"),
+    made=("mean", "rstd"),
+    saved=AddSaved,
+    forward=_add_forward,
+    save=_add_save,
+    backward=_add_backward,
+    fake=_add_fake,
+    added=("gamma", "drop_path_scale"),
+)

@@ -1,6 +1,6 @@
 """A linear layer and what follows it in a transformer block, by the fastest backend that is known."""
 
-import contextlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,21 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_residual, check_vector
-from fastdeit.ops.first_derivative import first_derivative_only
-from fastdeit.ops.layer_norm_op import _dense
-from fastdeit.ops.mlp_op import ACTIVATIONS, _weight_gradient, lacks_elements
+from fastdeit.ops.matmul import (
+    as_dtype,
+    contiguous,
+    lacks_elements,
+    parameter_gradients,
+    promoted,
+    weight_gradient,
+    without_autocast,
+)
+from fastdeit.ops.mlp_op import ACTIVATIONS
+from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
-_GRADIENTS = ("x", "weight", "bias", "gamma")
 
-
+@or_reference
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -49,12 +57,7 @@ def linear(
     if why_reference(x) is not None or lacks_elements(weight):
         return linear_reference(x, weight, bias, **options, save_preactivation=save_preactivation)
     tensors = (x, weight, bias, gamma, drop_path_scale, residual)
-    keeps = backends.wants_gradient(*tensors)
-    rest = (activation, backends.product_dtype(x), save_preactivation or (keeps and activation is not None))
-    if backends.registered_path(*tensors):
-        out, z = linear_forward(*tensors, *rest)
-    else:
-        out, z = _LinearFunction.apply(*tensors, *rest) if keeps else _forward(*tensors, *rest)
+    out, z = linear_unchecked(*tensors, activation, backends.product_dtype(x), save_preactivation)
     return (out, z.view(out.shape)) if save_preactivation else out
 
 
@@ -82,7 +85,7 @@ def linear_reference(
 
 def why_reference(x: Tensor) -> str | None:
     """None when `linear` runs its kernels on x, else why it runs the reference."""
-    return backends.why_reference(x)
+    return backends.why_reference(x, kernels=("mlp", "gemm"))
 
 
 def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> None:
@@ -103,152 +106,21 @@ def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> Non
     check_drop_path_scale(x, drop_path_scale)
 
 
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """In it products run in the dtypes they are given, the fp32 ones of parameters too."""
-    # A fifth of what torch.autocast(..., enabled=False) costs.
-    return torch._C._DisableAutocast() if torch.is_autocast_enabled(x.device.type) else contextlib.nullcontext()
+# ---- the op
 
 
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor.to(dtype), without the call where that does nothing."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+class Saved(NamedTuple):
+    """For backward: x where a gradient reads it and the pre-activation, in the matmul dtype, and the parameters."""
+
+    x: Tensor | None  # (..., C)
+    z: Tensor | None  # (M, O), with an activation
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    drop_path_scale: Tensor | None
 
 
-def promoted(products: torch.dtype, *others: Tensor | None) -> torch.dtype:
-    """The dtype of a product's result after arithmetic with the tensors there are."""
-    for tensor in others:
-        products = products if tensor is None else torch.promote_types(products, tensor.dtype)
-    return products
-
-
-# ---- the work, shared by both paths
-
-
-def _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save) -> tuple[Tensor, Tensor]:
-    """(..., O) and the pre-activation (M, O), or in its place an empty tensor where neither backward nor the caller reads it."""
-    from fastdeit.kernels.gemm.linear import linear_forward as forward
-
-    with without_autocast(x):
-        out, z = forward(
-            x.reshape(-1, x.shape[-1]).to(products),
-            weight,
-            bias,
-            activation=activation,
-            gamma=_dense(gamma),
-            drop_path_scale=_dense(drop_path_scale),
-            residual=None if residual is None else residual.reshape(-1, weight.shape[0]).contiguous(),
-            out_dtype=promoted(products, gamma, residual),
-            needs_z=save,
-        )
-    if z is None:
-        z = out.new_empty(0, dtype=products)
-    elif out is z:
-        z = z.clone()
-    return out.view(*x.shape[:-1], out.shape[-1]), z
-
-
-def _backward(
-    dy, x, z, weight, bias, gamma, drop_path_scale, activation, products, dtypes
-) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of _GRADIENTS: each in its dtype of `dtypes`, None where that is None."""
-    from fastdeit.kernels.gemm.folded_weights import fold_forward
-    from fastdeit.kernels.mlp.activation import activation_backward
-    from fastdeit.kernels.norm.residual_branch import scale_add_backward
-
-    to = dict(zip(_GRADIENTS, dtypes, strict=True))
-    needs = {name for name, dtype in to.items() if dtype is not None}
-    found: dict[str, Tensor] = {}
-    shape = (*dy.shape[:-1], weight.shape[1])
-    rows = None if x is None else x.reshape(-1, shape[-1]).to(products)
-    dy = dy.reshape(-1, weight.shape[0]).contiguous()
-    with without_autocast(dy):
-        sums = None
-        if activation is None:
-            sums = to["bias"] if gamma is None else torch.float32 if needs & {"bias", "gamma"} else None
-        g, g_sum = scale_add_backward(dy, _dense(drop_path_scale), products, sums)
-        if activation is not None:
-            dh = g if gamma is None else fold_forward(g, None, products, column_scale=gamma)[0]
-            options = dict(needs_h="gamma" in needs, dbias_dtype=to["bias"])
-            dz, h, found["bias"] = activation_backward(dh, z, activation, **options)
-            if "gamma" in needs:
-                found["gamma"] = (g.float() * h.float()).sum(0)
-            if "weight" in needs:
-                found["weight"] = _weight_gradient(dz, rows, to["weight"])
-            if "x" in needs:
-                found["x"] = torch.mm(dz, as_dtype(weight, products))
-        else:
-            if "x" in needs:
-                found["x"] = torch.mm(g, fold_forward(weight, None, products, row_scale=gamma)[0])
-            given = (g, g_sum, rows, weight, bias, gamma)
-            wanted = [to[name] for name in ("weight", "bias", "gamma")]
-            found["weight"], found["bias"], found["gamma"] = parameter_gradients(*given, *wanted)
-        if "x" in needs:
-            found["x"] = found["x"].view(shape)
-    return tuple(as_dtype(found[name], to[name]) if name in needs else None for name in _GRADIENTS)
-
-
-def parameter_gradients(
-    g: Tensor,
-    g_sum: Tensor | None,
-    rows: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-    gamma_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of weight, bias and gamma in out = gamma * (rows weight^T + bias), for those whose dtype is given.
-
-    Gamma's comes from the weight's, so that out need not be kept. Without gamma the weight's is rounded to its dtype, from the
-    product's sums; the bias's is g_sum, and otherwise they are in fp32.
-
-    Args:
-        g: (M, O), contiguous, the gradient of out.
-        g_sum: its column sums (O,), where the gradient of the bias or of gamma is wanted: in fp32 with gamma.
-        rows: (M, K), where those of the weight or gamma are.
-    """
-    from fastdeit.kernels.gemm.folded_weights import fold_rows_backward
-
-    needs_weight, needs_bias, needs_gamma = (dtype is not None for dtype in (weight_dtype, bias_dtype, gamma_dtype))
-    if gamma is None:
-        return _weight_gradient(g, rows, weight_dtype) if needs_weight else None, g_sum, None
-    product = _weight_gradient(g, rows, torch.float32) if needs_weight or needs_gamma else None
-    needs = dict(needs_weight=needs_weight, needs_bias=needs_bias, needs_scale=needs_gamma)
-    return fold_rows_backward(product, g_sum, weight, bias, gamma, **needs)
-
-
-# ---- eager
-
-
-class _LinearFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, gamma, drop_path_scale, residual, activation, products, save):
-        dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias, gamma))
-        keep_x = ctx.needs_input_grad[1] or (activation is None and ctx.needs_input_grad[3])
-        x = x.to(products)  # kept in the dtype of the product
-        out, z = _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save)
-        kept = z if activation is not None else None
-        ctx.save_for_backward(x if keep_x else None, kept, weight, bias, gamma, drop_path_scale)
-        ctx.mark_non_differentiable(z)
-        ctx.options, ctx.dtypes = (activation, products), dtypes
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        return out, z
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dy, _):
-        wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
-        gradients = _backward(dy, *ctx.saved_tensors, *ctx.options, wanted)
-        dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
-        return *gradients, None, dresidual, None, None, None
-
-
-# ---- compiled and exported: the registered ops
-
-
-@torch.library.custom_op("fastdeit::linear_forward", mutates_args=())
-def linear_forward(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -256,60 +128,97 @@ def linear_forward(
     drop_path_scale: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
-    products: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save)
+    matmul_dtype: torch.dtype,
+    save_preactivation: bool,
+    *,
+    saves,
+):
+    from fastdeit.kernels.gemm.linear import linear_forward
+
+    low = x.to(matmul_dtype)
+    needs_z = save_preactivation or (saves and activation is not None)
+    with without_autocast(x):
+        out, z = linear_forward(
+            low.reshape(-1, x.shape[-1]),
+            weight,
+            bias,
+            activation=activation,
+            gamma=contiguous(gamma),
+            drop_path_scale=contiguous(drop_path_scale),
+            residual=None if residual is None else residual.reshape(-1, weight.shape[0]).contiguous(),
+            out_dtype=promoted(matmul_dtype, gamma, residual),
+            needs_z=needs_z,
+        )
+    z = z.clone() if out is z else z
+    shown, hidden = (z, None) if save_preactivation else (None, z)
+    return (out.view(*x.shape[:-1], out.shape[-1]), shown), (None if low is x else low, hidden)
 
 
-@linear_forward.register_fake
-def _(x, weight, bias, gamma, drop_path_scale, residual, activation, products, save):
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=promoted(products, gamma, residual))
-    rows = x.numel() // x.shape[-1]
-    return out, x.new_empty((rows, weight.shape[0]) if save else 0, dtype=products)
+def _save(inputs, outputs, made, needs):
+    x, weight, bias, gamma, drop_path_scale, _, activation, *_ = inputs
+    low, z = made
+    z = outputs[1] if z is None else z
+    needs_x = needs[1] or (activation is None and needs[3])
+    x = (x if low is None else low) if needs_x else None
+    return Saved(x, None if activation is None else z, weight, bias, gamma, drop_path_scale)
 
 
-@torch.library.custom_op("fastdeit::linear_backward", mutates_args=())
-def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    drop_path_scale: Tensor | None,
-    activation: str | None,
-    products: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor]:
-    wanted = [
-        t.dtype if need and t is not None else None for t, need in zip((x, weight, bias, gamma), needs, strict=True)
-    ]
-    gradients = _backward(dy, x, z, weight, bias, gamma, drop_path_scale, activation, products, wanted)
-    return [dy.new_empty(0) if g is None else g for g in gradients]
+def _backward(grads, saved, options, grad_dtypes):
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
+    from fastdeit.kernels.mlp.activation import activation_backward
+    from fastdeit.kernels.norm.residual_branch import scale_add_backward
+
+    (dy, _), (x, z, weight, bias, gamma, drop_path_scale), (activation, matmul_dtype, _) = grads, saved, options
+    dx_dtype, dweight_dtype, dbias_dtype, dgamma_dtype, *_ = grad_dtypes
+    shape = (*dy.shape[:-1], weight.shape[1])
+    rows = None if x is None else x.reshape(-1, shape[-1])
+    dy = dy.reshape(-1, weight.shape[0]).contiguous()
+    dx = dweight = dbias = dgamma = None
+    with without_autocast(dy):
+        sum_dtype = None
+        if activation is None:
+            needs_sum = dbias_dtype is not None or dgamma_dtype is not None
+            sum_dtype = dbias_dtype if gamma is None else torch.float32 if needs_sum else None
+        g, g_sum = scale_add_backward(dy, contiguous(drop_path_scale), matmul_dtype, sum_dtype)
+        if activation is not None:
+            dh = g if gamma is None else fold_forward(g, None, matmul_dtype, column_scale=gamma)[0]
+            wanted = dict(needs_h=dgamma_dtype is not None, dbias_dtype=dbias_dtype)
+            dz, h, dbias = activation_backward(dh, z, activation, **wanted)
+            if dgamma_dtype is not None:
+                dgamma = (g.float() * h.float()).sum(0)
+            if dweight_dtype is not None:
+                dweight = weight_gradient(dz, rows, dweight_dtype)
+            if dx_dtype is not None:
+                dx = torch.mm(dz, as_dtype(weight, matmul_dtype)).view(shape)
+        else:
+            if dx_dtype is not None:
+                dx = torch.mm(g, fold_forward(weight, None, matmul_dtype, row_scale=gamma)[0]).view(shape)
+            wanted = (dweight_dtype, dbias_dtype, dgamma_dtype)
+            dweight, dbias, dgamma = parameter_gradients(g, g_sum, rows, weight, bias, gamma, *wanted)
+    found = zip((dx, dweight, dbias, dgamma), grad_dtypes, strict=False)
+    return *(None if dtype is None else as_dtype(grad, dtype) for grad, dtype in found), None, None
 
 
-@linear_backward.register_fake
-def _(dy, x, z, weight, bias, gamma, drop_path_scale, activation, products, needs):
-    given = zip((x, weight, bias, gamma), needs, strict=True)
-    return [dy.new_empty(t.shape, dtype=t.dtype) if need and t is not None else dy.new_empty(0) for t, need in given]
+def _fake(x, weight, bias, gamma, drop_path_scale, residual, activation, matmul_dtype, save_preactivation):
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=promoted(matmul_dtype, gamma, residual))
+    z = low = None
+    if save_preactivation or activation is not None:
+        z = x.new_empty((x.numel() // x.shape[-1], weight.shape[0]), dtype=matmul_dtype)
+    if x.dtype != matmul_dtype:
+        low = torch.empty_like(x, dtype=matmul_dtype)
+    shown, hidden = (z, None) if save_preactivation else (None, z)
+    return (out, shown), (low, hidden)
 
 
-def _keep(ctx, inputs, output):
-    x, weight, bias, gamma, drop_path_scale, residual, activation, products, _ = inputs
-    z = output[1]
-    ctx.mark_non_differentiable(z)
-    ctx.save_for_backward(x, z if activation is not None else None, weight, bias, gamma, drop_path_scale)
-    ctx.options = (activation, products)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _registered_backward(ctx, dy, _):
-    needs = list(ctx.needs_input_grad[:4])
-    gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.options, needs)
-    present = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
-    return *present, None, dresidual, None, None, None
-
-
-linear_forward.register_autograd(_registered_backward, setup_context=_keep)
+linear_unchecked = Op(
+    "linear",
+    outputs=("out", "z"),
+    made=("low", "z"),
+    saved=Saved,
+    forward=_forward,
+    save=_save,
+    backward=_backward,
+    fake=_fake,
+    passed_on="residual",
+    constant=("z",),
+)

@@ -1,18 +1,21 @@
 """A vision transformer's embedding: patches of images to tokens, with positions and prefix tokens."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.arguments import check_beside
-from fastdeit.ops.first_derivative import first_derivative_only
-from fastdeit.ops.linear_op import promoted, without_autocast
-from fastdeit.ops.mlp_op import _weight_gradient
+from fastdeit.ops.matmul import contiguous, promoted, weight_gradient, without_autocast
+from fastdeit.ops.registration import Op
+from fastdeit.refusals import or_reference
 
 _INPUTS = ("images", "weight", "bias", "positions", "class_token", "more_tokens")
 
 
+@or_reference
 def patch_embedding(
     images: Tensor,
     weight: Tensor,
@@ -45,13 +48,8 @@ def patch_embedding(
     tensors = (images, weight, bias, positions, class_token, more_tokens)
     if why_reference(images) is not None:
         return patch_embedding_reference(*tensors)
-    products = backends.product_dtype(images)
-    keeps = backends.wants_gradient(weight)
-    if backends.registered_path(*tensors):
-        return patch_embedding_forward(*tensors, products, keeps)[0]
-    if backends.wants_gradient(*tensors):
-        return _PatchEmbedding.apply(*tensors, products)
-    return _forward(*tensors, products)[0]
+    (tokens,) = patch_embedding_unchecked(*tensors, backends.product_dtype(images))
+    return tokens
 
 
 def patch_embedding_reference(
@@ -75,7 +73,7 @@ def why_reference(images: Tensor) -> str | None:
     """None when `patch_embedding` runs its kernel on images, else why it runs the reference, a convolution."""
     if backends.on_gpu(images) and backends.product_dtype(images) == torch.float32:
         return "float32 convolutions and matrix products take TF32 by switches of their own"
-    return backends.why_reference(images)
+    return backends.why_reference(images, kernels=("embedding",))
 
 
 def _check(images, weight, bias, positions, class_token, more_tokens) -> None:
@@ -119,151 +117,96 @@ def _as_patches(images: Tensor, weight: Tensor) -> Tensor:
     return images.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
 
 
-# ---- the work, shared by both paths
+# ---- the op
 
 
-def _forward(images, weight, bias, positions, class_token, more_tokens, products) -> tuple[Tensor, Tensor]:
-    """Tokens (B, tokens, C) and the patches (B * patches, K * P * Q) in the dtype of the product."""
-    from fastdeit.kernels.embedding.patch_embedding import patch_embedding_forward as assemble
+class Saved(NamedTuple):
+    """For backward: the patches where weight's gradient reads them, the images where theirs is needed, and the parameters."""
 
-    pixels = _as_patches(images, weight)
-    patches = torch.empty(pixels.shape, dtype=products, device=images.device).copy_(pixels)
-    patches = patches.view(pixels.shape[:3].numel(), pixels.shape[3:].numel())
-    with without_autocast(images):
-        product = torch.mm(patches, weight.reshape(len(weight), -1).to(products).t())
-    product = product.view(len(images), pixels.shape[1] * pixels.shape[2], len(weight))
-    added = (t if t is None else t.contiguous() for t in (bias, positions, class_token, more_tokens))
-    return assemble(product, *added, promoted(products, positions, class_token, more_tokens)), patches
+    patches: Tensor | None  # (B * patches, K * P * Q), in the matmul dtype
+    images: Tensor | None  # for its shape
+    weight: Tensor
+    positions: Tensor | None
+    class_token: Tensor | None
+    more_tokens: Tensor | None
 
 
-def _backward(dtokens, patches, weight, images_shape, counts, products, dtypes) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of _INPUTS: each in its dtype of `dtypes`, None where that is None.
-
-    Args:
-        images_shape: read only for the images' gradient.
-        counts: `_counts`.
-    """
-    from fastdeit.kernels.embedding.patch_embedding import patch_embedding_backward as split
-
-    to = dict(zip(_INPUTS, dtypes, strict=True))
-    found: dict[str, Tensor] = {}
-    of_class, of_prefix, of_positions = counts
-    needs_product = to["images"] is not None or to["weight"] is not None
-    needs_sum = any(to[name] is not None for name in _INPUTS[2:])
-    dproduct, total = split(dtokens.contiguous(), of_prefix, products if needs_product else None, needs_sum=needs_sum)
-    with without_autocast(dtokens):
-        if to["weight"] is not None:
-            found["weight"] = _weight_gradient(dproduct, patches, to["weight"]).view(weight.shape)
-        if to["images"] is not None:
-            found["images"] = torch.zeros(images_shape, dtype=to["images"], device=dtokens.device)
-            dpixels = _as_patches(found["images"], weight)
-            dpixels.copy_(torch.mm(dproduct, weight.reshape(len(weight), -1).to(products)).view(dpixels.shape))
-    if to["bias"] is not None:
-        found["bias"] = total[of_prefix:].sum(0).to(to["bias"])
-    # Copies: gradients that shared memory would be scaled or clipped twice.
-    # The first dimension comes last, so that its stride is the parameter's, to which DDP compares it.
-    for name, rows in (("class_token", slice(0, of_class)), ("more_tokens", slice(of_class, of_prefix))):
-        if to[name] is not None:
-            found[name] = total[rows].to(to[name], copy=True)[None]
-    if to["positions"] is not None:
-        found["positions"] = total[len(total) - of_positions :].to(to["positions"])[None]
-    return tuple(found.get(name) for name in _INPUTS)
-
-
-def _counts(positions, class_token, more_tokens) -> tuple[int, int, int]:
-    """The number of class tokens, 0 or 1, of all prefix tokens, and of positions."""
-    of_class, of_prefix = _prefix_tokens(class_token, None), _prefix_tokens(class_token, more_tokens)
-    return of_class, of_prefix, 0 if positions is None else positions.shape[1]
-
-
-# ---- eager
-
-
-class _PatchEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, images, weight, bias, positions, class_token, more_tokens, products):
-        tensors = (images, weight, bias, positions, class_token, more_tokens)
-        tokens, patches = _forward(*tensors, products)
-        ctx.save_for_backward(patches if ctx.needs_input_grad[1] else None, weight)
-        ctx.options = images.shape, _counts(positions, class_token, more_tokens), products
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in tensors)
-        return tokens
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dtokens):
-        wanted = [dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
-        return *_backward(dtokens, *ctx.saved_tensors, *ctx.options, wanted), None
-
-
-# ---- compiled and exported: the registered ops
-
-
-@torch.library.custom_op("fastdeit::patch_embedding_forward", mutates_args=())
-def patch_embedding_forward(
+def _forward(
     images: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     positions: Tensor | None,
     class_token: Tensor | None,
     more_tokens: Tensor | None,
-    products: torch.dtype,
-    keeps: bool,
-) -> tuple[Tensor, Tensor]:
-    tokens, patches = _forward(images, weight, bias, positions, class_token, more_tokens, products)
-    return tokens, patches if keeps else patches.new_empty(0)
+    matmul_dtype: torch.dtype,
+    *,
+    saves,
+):
+    from fastdeit.kernels.embedding.patch_embedding import patch_embedding_forward
 
-
-@patch_embedding_forward.register_fake
-def _(images, weight, bias, positions, class_token, more_tokens, products, keeps):
     pixels = _as_patches(images, weight)
-    B, rows, columns = pixels.shape[:3]
+    patches = torch.empty(pixels.shape, dtype=matmul_dtype, device=images.device).copy_(pixels)
+    patches = patches.view(pixels.shape[:3].numel(), pixels.shape[3:].numel())
+    with without_autocast(images):
+        product = torch.mm(patches, weight.reshape(len(weight), -1).to(matmul_dtype).t())
+    product = product.view(len(images), pixels.shape[1] * pixels.shape[2], len(weight))
+    added = map(contiguous, (bias, positions, class_token, more_tokens))
+    dtype = promoted(matmul_dtype, positions, class_token, more_tokens)
+    return (patch_embedding_forward(product, *added, dtype),), (patches,)
+
+
+def _save(inputs, outputs, made, needs):
+    images, weight, _, *added = inputs[:6]
+    (patches,) = made
+    return Saved(patches if needs[1] else None, images if needs[0] else None, weight, *added)
+
+
+def _backward(grads, saved, options, grad_dtypes):
+    from fastdeit.kernels.embedding.patch_embedding import patch_embedding_backward
+
+    (dtokens,), (patches, images, weight, positions, class_token, more_tokens) = grads, saved
+    (matmul_dtype,), dtypes = options, dict(zip(_INPUTS, grad_dtypes, strict=True))
+    found: dict[str, Tensor] = {}
+    of_class, of_prefix = _prefix_tokens(class_token, None), _prefix_tokens(class_token, more_tokens)
+    product_dtype = None if dtypes["images"] is None and dtypes["weight"] is None else matmul_dtype
+    needs_sum = any(dtypes[name] is not None for name in _INPUTS[2:])
+    dproduct, total = patch_embedding_backward(dtokens.contiguous(), of_prefix, product_dtype, needs_sum=needs_sum)
+    with without_autocast(dtokens):
+        if dtypes["weight"] is not None:
+            found["weight"] = weight_gradient(dproduct, patches, dtypes["weight"]).view(weight.shape)
+        if dtypes["images"] is not None:
+            found["images"] = torch.zeros(images.shape, dtype=dtypes["images"], device=dtokens.device)
+            dpixels = _as_patches(found["images"], weight)
+            dpixels.copy_(torch.mm(dproduct, weight.reshape(len(weight), -1).to(matmul_dtype)).view(dpixels.shape))
+    if dtypes["bias"] is not None:
+        found["bias"] = total[of_prefix:].sum(0).to(dtypes["bias"])
+    # Copies: gradients that shared memory would be scaled or clipped twice.
+    # The first dimension comes last, so that its stride is the parameter's, to which DDP compares it.
+    for name, rows in (("class_token", slice(0, of_class)), ("more_tokens", slice(of_class, of_prefix))):
+        if dtypes[name] is not None:
+            found[name] = total[rows].to(dtypes[name], copy=True)[None]
+    if dtypes["positions"] is not None:
+        found["positions"] = total[len(total) - positions.shape[1] :].to(dtypes["positions"])[None]
+    return tuple(found.get(name) for name in _INPUTS)
+
+
+def _fake(images, weight, bias, positions, class_token, more_tokens, matmul_dtype):
+    pixels = _as_patches(images, weight)
+    batch, rows, columns = pixels.shape[:3]
     channels = weight.shape[0]
-    count = rows * columns + _prefix_tokens(class_token, more_tokens)
-    dtype = promoted(products, positions, class_token, more_tokens)
-    kept = (B * rows * columns, weight.numel() // channels) if keeps else 0
-    return images.new_empty((B, count, channels), dtype=dtype), images.new_empty(kept, dtype=products)
+    tokens = (batch, rows * columns + _prefix_tokens(class_token, more_tokens), channels)
+    patches = images.new_empty((batch * rows * columns, weight.numel() // channels), dtype=matmul_dtype)
+    dtype = promoted(matmul_dtype, positions, class_token, more_tokens)
+    return (images.new_empty(tokens, dtype=dtype),), (patches,)
 
 
-@torch.library.custom_op("fastdeit::patch_embedding_backward", mutates_args=())
-def patch_embedding_backward(
-    dtokens: Tensor,
-    patches: Tensor,
-    images: Tensor | None,  # where its gradient is wanted
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor | None,
-    class_token: Tensor | None,
-    more_tokens: Tensor | None,
-    products: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor]:
-    given = zip((images, weight, bias, positions, class_token, more_tokens), needs, strict=True)
-    wanted = [t.dtype if need and t is not None else None for t, need in given]
-    shape, counts = None if images is None else images.shape, _counts(positions, class_token, more_tokens)
-    gradients = _backward(dtokens, patches, weight, shape, counts, products, wanted)
-    return [dtokens.new_empty(0) if g is None else g for g in gradients]
-
-
-@patch_embedding_backward.register_fake
-def _(dtokens, patches, images, weight, bias, positions, class_token, more_tokens, products, needs):
-    given = zip((images, weight, bias, positions, class_token, more_tokens), needs, strict=True)
-    return [
-        dtokens.new_empty(t.shape, dtype=t.dtype) if need and t is not None else dtokens.new_empty(0)
-        for t, need in given
-    ]
-
-
-def _keep(ctx, inputs, output):
-    images, *tensors, ctx.products, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], images if ctx.needs_input_grad[0] else None, *tensors)
-
-
-def _registered_backward(ctx, dtokens, _):
-    needs = list(ctx.needs_input_grad[:6])
-    gradients = patch_embedding_backward(dtokens, *ctx.saved_tensors, ctx.products, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
-
-
-patch_embedding_forward.register_autograd(_registered_backward, setup_context=_keep)
+patch_embedding_unchecked = Op(
+    "patch_embedding",
+    outputs=("tokens",),
+    made=("patches",),
+    saved=Saved,
+    forward=_forward,
+    save=_save,
+    backward=_backward,
+    fake=_fake,
+)

@@ -78,7 +78,7 @@ def assert_as_accurate_as_eager(
     frozen: Sequence[int] = (),
     backend: str = "triton",
     **kwargs: Any,
-) -> None:
+) -> dict[str, tuple["Error", "Error"]]:
     """Holds an op's outputs and every gradient to the numerics contract.
 
     The oracle is the reference in float64. Maximum and root-mean-square error of the op may be at most twice those of PyTorch's
@@ -92,6 +92,9 @@ def assert_as_accurate_as_eager(
         eager: PyTorch's own ops to compare with, by default the reference in the arguments' dtypes.
         largest_intermediate: magnitude of the op's largest intermediate result; by default the largest input, output or gradient.
         frozen: indices of arguments that do not require a gradient.
+
+    Returns:
+        Maximum and RMS error of every output and gradient that has elements.
     """
 
     def evaluate(function, cast, context):
@@ -127,27 +130,30 @@ def assert_as_accurate_as_eager(
     if largest_intermediate is None:
         tensors = [a for a in (*args, *kwargs.values()) if _is_float(a)]
         largest_intermediate = max([_largest(t) for t in (*tensors, *oracle.values()) if t is not None], default=0.0)
-    for name, expected in oracle.items():
-        assert_close_to_oracle(name, got.get(name), expected, baseline[name], largest_intermediate)
+    found = {
+        name: assert_close_to_oracle(name, got.get(name), expected, baseline[name], largest_intermediate)
+        for name, expected in oracle.items()
+    }
+    return {name: errors for name, errors in found.items() if errors is not None}
 
 
 def assert_close_to_oracle(
     name: str, got: Tensor | None, oracle: Tensor | None, eager: Tensor | None, largest_intermediate: float = 0.0
-) -> None:
-    """The rule of `assert_as_accurate_as_eager` for one tensor."""
+) -> tuple["Error", "Error"] | None:
+    """The rule of `assert_as_accurate_as_eager` for one tensor; returns its errors, None for one without elements."""
     if oracle is None:
         assert got is None or not got.any(), f"{name}: expected none, got one"
-        return
+        return None
     assert got is not None, f"{name}: expected a tensor, got none"
     assert got.shape == oracle.shape, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(got.shape)}"
     assert got.dtype == eager.dtype, f"{name}: expected {eager.dtype} as PyTorch gives, got {got.dtype}"
     if oracle.numel() == 0:
-        return
+        return None
     for test in (torch.isnan, torch.isposinf, torch.isneginf):
         # What the dtype cannot hold is Inf in PyTorch's result too: that one decides.
         assert torch.equal(test(got), test(eager)), f"{name}: {test.__name__} differs from PyTorch's"
     ulps = _FP32_ULPS * torch.finfo(torch.float32).eps * largest_intermediate if got.dtype == torch.float32 else 0.0
-    _assert_within_allowance(name, _errors(got, oracle, eager), ulps)
+    return _assert_within_allowance(name, _errors(got, oracle, eager), ulps)
 
 
 def assert_model_close_to_oracle(
@@ -219,9 +225,11 @@ class Error(NamedTuple):
         )
 
 
-def _assert_within_allowance(name: str, errors: list[Tensor], ulps: float) -> None:
-    for kind, error in zip(("maximum", "RMS"), _measured(errors, ulps), strict=True):
+def _assert_within_allowance(name: str, errors: list[Tensor], ulps: float) -> tuple[Error, Error]:
+    measured = _measured(errors, ulps)
+    for kind, error in zip(("maximum", "RMS"), measured, strict=True):
         error.check(f"{name}: {kind}")
+    return measured
 
 
 def _measured(errors: list[Tensor], ulps: float) -> tuple[Error, Error]:

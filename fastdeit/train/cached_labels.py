@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fastdeit.train.augmentation import BatchAugmentation
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import ArrayDataset, Data
+from fastdeit.train.decoders import decoder_version, with_decoder
 from fastdeit.train.device import autocast
 from fastdeit.train.files import WriteError, remove_temporaries, why, write_atomically
 from fastdeit.train.loading import TrainLoader
@@ -39,11 +40,12 @@ MISSING = -1
 STORE_EVERY = 60  # seconds
 FILES_READ = 1000
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")  # that augment
+BEFORE = {"decoder": "pillow", "resize": "pillow"}  # of a file that does not say
 FIELDS_OF_LABELS = (
-    "seed", "batch_size", "repeated_aug", "img_size", "in_chans", "mean", "std", "interpolation", "simple_random_crop", "scale",
-    "ratio", "hflip", "vflip", "three_augment", "aa", "color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob",
-    "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
-    "mixup_off_epoch", "precision", "teacher_model", "teacher_kwargs",
+    "seed", "batch_size", "repeated_aug", "img_size", "in_chans", "mean", "std", "interpolation", "resize",
+    "simple_random_crop", "scale", "ratio", "hflip", "vflip", "three_augment", "aa", "color_jitter", "color_jitter_prob",
+    "grayscale_prob", "gaussian_blur_prob", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
+    "mixup_switch_prob", "mixup_mode", "mixup_off_epoch", "precision", "teacher_model", "teacher_kwargs",
 )  # fmt: skip
 
 
@@ -59,9 +61,11 @@ def label_header(config: Config, data: Data, device: torch.device, ranks: int, t
         )
     if len(data.classes) > np.iinfo(np.int16).max:
         raise ValueError(f"data: labels are int16, {config.data} has {len(data.classes)} classes")
+    decoder = with_decoder(config).decoder
     batches = EpochBatches(len(data.train), config.batch_size, config.seed, repeats=config.repeated_aug)
     return {
         **{name: getattr(config, name) for name in FIELDS_OF_LABELS},
+        "decoder": decoder,
         "ranks": ranks,
         "sampler": "keyed",
         "device": device.type,  # random numbers of a CPU and of a GPU differ
@@ -69,7 +73,7 @@ def label_header(config: Config, data: Data, device: torch.device, ranks: int, t
         "dataset": fingerprint(data.train),
         "classes": len(data.classes),
         "positions": len(batches) * config.batch_size,
-        "libraries": {name: version(name).partition("+")[0] for name in LIBRARIES},
+        "libraries": {name: version(name).partition("+")[0] for name in LIBRARIES} | decoder_version(decoder),
     }
 
 
@@ -129,8 +133,16 @@ class LabelFile:
                 raise ValueError(f"teacher_cache: {path}: not a file of fastdeit cache-teacher")
             try:
                 self.header = json.loads(file.read(length))
-            except ValueError:
+            except (ValueError, OverflowError, MemoryError, RecursionError):
                 raise ValueError(f"teacher_cache: {path}: its header cannot be read") from None
+        for name in ("epochs", "positions", "classes", "teacher_weights"):
+            value = self.header.get(name) if isinstance(self.header, dict) else None
+            kind = str if name == "teacher_weights" else int
+            if type(value) is not kind or (kind is int and not 0 < value < 2**40):
+                raise ValueError(
+                    f"teacher_cache: {path}: its header has {value!r} as {name}, expected "
+                    + ("a hash" if kind is str else "an integer of at least 1")
+                )
         shape = (self.header["epochs"], self.header["positions"])
         self.start = len(MAGIC) + 8 + length
         self.end = self.start + 2 * shape[0] * shape[1]
@@ -194,9 +206,20 @@ class LabelFile:
             )
         return stored.hex()
 
+    def check_range(self) -> None:
+        """Raises ValueError that names the first label which is no class."""
+        for epoch, row in enumerate(self.labels):
+            outside = np.flatnonzero((row < 0) | (row >= self.header["classes"]))
+            if len(outside):
+                raise ValueError(
+                    f"teacher_cache: {self.path}: epoch {epoch}, position {outside[0]}: class {row[outside[0]]}, expected 0 to "
+                    f"{self.header['classes'] - 1}"
+                )
+
 
 def check_header(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError naming the fields in which a file's labels are of another run."""
+    found = {**BEFORE, **found}
     differing = [
         f"{name} ({found.get(name)!r} there, {value!r} now)"
         for name, value in expected.items()
@@ -238,6 +261,7 @@ class CachedTeacher(nn.Module):
         weights = teacher_hash(config, len(data.classes)) if config.teacher_checkpoint is not None else known
         check_header(self.file.header, label_header(config, data, device, ranks, weights), path)
         self.file.check_whole()
+        self.file.check_range()
         if self.file.header["epochs"] < config.epochs:
             raise ValueError(
                 f"teacher_cache: {path}: has {self.file.header['epochs']} epochs, epochs is {config.epochs}"

@@ -40,6 +40,15 @@ STATE_KEYS = {
 }
 
 
+STATE_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("config", "data", "model", "optimizer", "best"), (dict,)),
+    **dict.fromkeys(("classes", "history"), (list,)),
+    **dict.fromkeys(("epoch", "step"), (int,)),
+    "loss_sum": (float, int),
+    **dict.fromkeys(("ema", "scaler"), (dict, type(None))),
+}
+
+
 def save_weights(
     path: Path, weights: Mapping[str, Tensor], config: Config, classes: tuple[str, ...], **facts: Any
 ) -> None:
@@ -142,6 +151,10 @@ def load_state(path: Path) -> dict[str, Any]:
         )
     if not isinstance(state, dict) or not set(state) >= STATE_KEYS:
         raise ValueError(f"{path}: expected the training state of a run with {', '.join(sorted(STATE_KEYS))}")
+    for name, kinds in STATE_TYPES.items():
+        if not isinstance(state[name], kinds) or isinstance(state[name], bool):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {name}: expected {expected}, got {type(state[name]).__name__}")
     return state
 
 
@@ -176,7 +189,7 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
 
     The number of epochs may grow, and the data may be elsewhere: what they hold is compared by itself.
     """
-    saved = config_from(state["config"])
+    saved = config_from({"decoder": "pillow", **state["config"]})  # what decoded before there was a choice
     differing = [
         f"{name} ({getattr(saved, name)!r} there, {getattr(config, name)!r} now)"
         for name in FIELDS

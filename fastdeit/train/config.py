@@ -2,15 +2,14 @@
 
 import dataclasses
 import difflib
-import math
 import typing
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-DISTILLATION_TYPES = ("none", "soft", "hard")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+from fastdeit.train.config_checks import check_config
+from fastdeit.train.yaml_reading import read_yaml
 
 
 def _help(text: str, default: Any) -> Any:
@@ -52,9 +51,22 @@ class Config:
     std: list[float] = field(
         default_factory=lambda: [0.229, 0.224, 0.225], metadata=dict(help="each channel is divided by it")
     )
-    interpolation: str = _help("resampling of images", "bicubic")
+    interpolation: str = _help(
+        "resampling of images: nearest, bilinear, bicubic, or random (bilinear in evaluation)", "bicubic"
+    )
     crop_pct: float = _help("share of the resized image that evaluation's crop keeps", 0.875)
     crop_mode: str = _help("how evaluation crops: center, squash (no aspect ratio kept) or border (padded)", "center")
+    decoder: str = _help(
+        "decodes JPEG files: nvimgcodec, simplejpeg, torchvision or pillow; auto takes the first that is installed",
+        "auto",
+    )
+    resize: str = _help(
+        "resizes training images: pillow, as timm does, or torch, faster and a little different", "pillow"
+    )
+    augment_on: str = _help(
+        "where auto-augmentation and flips run: cpu, device, or auto for a GPU if there is one; images do not depend on it",
+        "auto",
+    )
     workers: int = _help("processes that load data; results do not depend on it", 0)
     prefetch: int = _help("batches that each of them loads ahead", 2)
 
@@ -176,6 +188,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = typing.get_type_hints(Config)
 FREE_FIELDS = (
     "output",
+    "augment_on",
     "workers",
     "prefetch",
     "max_bad_images",
@@ -203,22 +216,20 @@ def load_config(source: str = "digits", overrides: dict[str, Any] | None = None)
         ValueError: no such configuration, an unknown field, a value of the wrong type or out of range, or fields that contradict
             each other.
     """
-    import yaml
-
     values = _read(source, Path(), ())
     given = {}
     for name, value in (overrides or {}).items():
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{name}: got an empty text; is a variable not set? (null says that there is none)")
         try:
-            given[name] = yaml.safe_load(value) if _is_yaml(name, value) else value
-        except yaml.YAMLError:
-            raise ValueError(f"{name}: {value!r} is not YAML") from None
+            given[name] = read_yaml(value) if _is_yaml(name, value) else value
+        except ValueError as error:
+            raise ValueError(f"{name}: {value!r} is not YAML: {error}") from None
     return config_from({**values, **given})
 
 
 def _read(source: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]:
     """The fields that source and its bases set. folder is where relative names start, above are those that led here."""
-    import yaml
-
     path = folder / source
     if source in shipped_configs():
         path = files("fastdeit.train").joinpath("configs", f"{source}.yaml")
@@ -229,9 +240,10 @@ def _read(source: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]:
     if str(path) in above:
         raise ValueError(f"base: {' -> '.join([*above, str(path)])} is a circle")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {source} is not YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config: {source} is not YAML: {error}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"config: {source} holds a {type(values).__name__}, expected `field: value` lines")
     base = values.pop("base", None)
@@ -248,7 +260,7 @@ def config_from(values: dict[str, Any]) -> Config:
         hint = f"; did you mean {', '.join(close)}?" if close else f"; fields are {', '.join(FIELDS)}"
         raise ValueError(f"config: unknown field {', '.join(map(str, unknown))}{hint}")
     config = Config(**{name: _coerce(name, value) for name, value in values.items()})
-    check(config)
+    check_config(config)
     return config
 
 
@@ -289,7 +301,9 @@ def _coerce(name: str, value: Any) -> Any:
         if kind is str and not isinstance(value, dict | list | bool | None):
             return str(value)
         if kind == list[float]:
-            return [float(v) for v in (value if isinstance(value, list | tuple) else [value])]
+            values = value if isinstance(value, list | tuple) else [value]
+            if not any(isinstance(v, bool) for v in values):
+                return [float(v) for v in values]
         if kind == dict[str, Any] and isinstance(value, dict):
             return dict(value)
         if kind is bool and isinstance(value, bool):
@@ -297,138 +311,3 @@ def _coerce(name: str, value: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{name}: expected {_EXPECTED[kind if kind in _EXPECTED else str]}, got {value!r}")
-
-
-def check(config: Config) -> None:
-    """Raises ValueError for a field out of range, and for fields that contradict each other."""
-    c = config
-    at_least_1 = (
-        "epochs", "batch_size", "img_size", "threads", "repeated_aug", "recount", "num_classes", "prefetch",
-        "grad_accum_steps", "keep_best",
-    )  # fmt: skip
-    not_negative = (
-        "seed", "workers", "mixup", "cutmix", "teacher_epochs", "lr_base_size", "weight_decay", "warmup_epochs", "warmup_lr",
-        "min_lr", "color_jitter", "max_bad_images", "mixup_off_epoch", "checkpoint_minutes", "checkpoint_steps",
-    )  # fmt: skip
-    positive = (
-        "lr",
-        "teacher_lr",
-        "opt_eps",
-        "distillation_tau",
-        "clip_grad",
-        "crop_pct",
-        "layer_decay",
-        "max_image_megapixels",
-    )
-    shares = (
-        "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "distillation_alpha", "model_ema_decay",
-        "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "drop", "bce_target_thresh",
-    )  # fmt: skip
-    for names, holds, allowed in (
-        (at_least_1, lambda v: v >= 1, "at least 1"),
-        (not_negative, lambda v: v >= 0, "at least 0"),
-        (positive, lambda v: v > 0, "more than 0"),
-        (shares, lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ):
-        for name in names:
-            value = getattr(c, name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"{name}: expected a value {allowed}, got {value}")
-    for name, allowed in (
-        ("distillation_type", DISTILLATION_TYPES),
-        ("precision", PRECISIONS),
-        ("remode", ("const", "rand", "pixel")),
-        ("clip_mode", ("norm", "value", "agc")),
-        ("memory", ("usual", "lean")),
-        ("interpolation", ("nearest", "bilinear", "bicubic", "random")),
-        ("crop_mode", ("center", "squash", "border")),
-        ("mixup_mode", ("batch", "pair", "elem")),
-        ("in_chans", (1, 3)),
-    ):
-        if getattr(c, name) not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(c, name)!r}")
-    for name, length in (
-        ("mean", c.in_chans),
-        ("std", c.in_chans),
-        ("scale", 2),
-        ("ratio", 2),
-        ("opt_betas", 2),
-        ("cutmix_minmax", 2),
-    ):
-        if getattr(c, name) is not None and len(getattr(c, name)) != length:
-            raise ValueError(f"{name}: expected {length} value(s), got {getattr(c, name)}")
-
-    for name in ("scale", "ratio"):
-        low, high = getattr(c, name)
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"{name}: expected [low, high] with 0 < low <= high, got {[low, high]}")
-    if not all(0 < value < math.inf for value in c.std):
-        raise ValueError(f"std: expected values more than 0, got {c.std}")
-    if not all(0 <= beta < 1 for beta in c.opt_betas):
-        raise ValueError(f"opt_betas: expected values from 0 to less than 1, got {c.opt_betas}")
-
-    _check_contradictions(c)
-    clash = {"num_classes", "img_size", "in_chans", "drop_path_rate", "pretrained"} & set(c.model_kwargs)
-    if clash:
-        raise ValueError(f"model_kwargs: {', '.join(sorted(clash))} is set by a field or by the data")
-
-
-def _check_contradictions(c: Config) -> None:
-    def refuse(field: str, holds: bool, reason: str) -> None:
-        if holds:
-            raise ValueError(f"{field}: {reason}")
-
-    distils = c.distillation_type != "none"
-    refuse(
-        "batch_size",
-        c.mixes and c.batch_size % 2 == 1,
-        f"mixup pairs the images of a batch, so expected an even number, got {c.batch_size}",
-    )
-    refuse(
-        "warmup_epochs",
-        c.epochs <= c.warmup_epochs,
-        f"expected less than epochs ({c.epochs}), such as 0 for none, got {c.warmup_epochs}",
-    )
-    refuse("mixup_off_epoch", c.mixup_off_epoch > 0 and not c.mixes, "nothing is mixed, so that nothing can end")
-    refuse(
-        "three_augment", c.three_augment and c.aa is not None, f"takes the place of aa, which is {c.aa}; set aa to null"
-    )
-    refuse(
-        "bce_target_thresh",
-        c.bce_target_thresh is not None and not c.bce_loss,
-        "binary targets are those of bce_loss, which is off",
-    )
-    refuse(
-        "smoothing",
-        c.bce_target_thresh is not None and c.bce_target_thresh < c.smoothing / 2,
-        f"with bce_target_thresh {c.bce_target_thresh} every smoothed target may become 1; expected 0, got {c.smoothing}",
-    )
-    refuse(
-        "finetune", c.finetune is not None and c.pretrained, "contradicts pretrained; both say where weights come from"
-    )
-    refuse("finetune_new_head", c.finetune_new_head and c.finetune is None, "belongs to finetune, which is not given")
-    refuse(
-        "teacher_model",
-        distils and not c.teacher_model,
-        f"distillation_type {c.distillation_type} needs a teacher, got none",
-    )
-    refuse(
-        "teacher_checkpoint",
-        c.teacher_epochs > 0 and c.teacher_checkpoint is not None,
-        "contradicts teacher_epochs, by which the teacher is trained here",
-    )
-    refuse(
-        "teacher_cache",
-        c.teacher_cache is not None and c.distillation_type != "hard",
-        f"holds the teacher's classes, of which distillation_type {c.distillation_type} makes no use; expected hard",
-    )
-    refuse(
-        "teacher_cache",
-        c.teacher_cache is not None and c.teacher_epochs > 0,
-        "contradicts teacher_epochs: a teacher trained here has no labels yet",
-    )
-    refuse(
-        "distil_class_token",
-        c.distil_class_token and not distils,
-        "has no effect without distillation; set distillation_type to soft or hard",
-    )

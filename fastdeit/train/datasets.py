@@ -1,6 +1,8 @@
 """The images: scikit-learn's digits, a folder or a set of timm's, checked before training, with timm's transforms."""
 
+import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,8 +15,10 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from fastdeit.train.config import Config
-from fastdeit.train.image_files import MAX_MEGAPIXELS, UnreadableImageError, eight_bits, open_image
+from fastdeit.train.decoders import Decoder, create_decoder, resolved_decoder
+from fastdeit.train.image_files import MAX_MEGAPIXELS, UnreadableImageError
 from fastdeit.train.image_folders import FolderImages, read_split, read_splits
+from fastdeit.train.image_sources import DecodedImage, ImageSource, image_source
 from fastdeit.train.sampling import derive_seed
 from fastdeit.train.transform_errors import TransformFailure, described
 from fastdeit.train.transforms import eval_transform, train_transform
@@ -44,7 +48,7 @@ def load_data(config: Config) -> Data:
     """Training and validation images with the transforms that config asks for.
 
     Raises:
-        ImportError: the library that a set of timm's needs is not installed.
+        ImportError: the library that a set of timm's or the decoder needs is not installed.
         ValueError: the folder lacks train/ or val/, a class is empty or is in one of the two only; timm cannot make its set, or
             nobody says how many classes it has.
     """
@@ -53,10 +57,11 @@ def load_data(config: Config) -> Data:
         return _digits(mode, config)
     if config.data.partition("/")[0].lower() in TIMM_SETS and not Path(config.data).is_dir():
         return _timm_data(mode, config)
+    decoder = create_decoder(resolved_decoder(config.decoder))
     train, val = read_splits(Path(config.data))
     return Data(
-        Images(train, mode, train_transform(config), config.max_image_megapixels),
-        Images(val, mode, eval_transform(config), config.max_image_megapixels),
+        Images(train, mode, train_transform(config), config.max_image_megapixels, decoder),
+        Images(val, mode, eval_transform(config), config.max_image_megapixels, decoder),
         train.classes,
     )
 
@@ -69,7 +74,8 @@ def load_validation(config: Config) -> tuple[Dataset, tuple[str, ...]]:
         return data.val, data.classes
     val = read_split(root / "val")
     mode = "L" if config.in_chans == 1 else "RGB"
-    return Images(val, mode, eval_transform(config), config.max_image_megapixels), val.classes
+    decoder = create_decoder(resolved_decoder(config.decoder))
+    return Images(val, mode, eval_transform(config), config.max_image_megapixels, decoder), val.classes
 
 
 class Images(Dataset):
@@ -81,6 +87,7 @@ class Images(Dataset):
         mode: PIL's, of the decoded image.
         transform: of a PIL image.
         max_megapixels: a larger image counts as unreadable.
+        decoder: of JPEG files; Pillow by default.
     """
 
     def __init__(
@@ -89,28 +96,53 @@ class Images(Dataset):
         mode: str,
         transform: Callable[[Image.Image], Any],
         max_megapixels: float = MAX_MEGAPIXELS,
+        decoder: Decoder | None = None,
     ) -> None:
         self.source = source
         self.max_megapixels = max_megapixels
         self.folder = source if isinstance(source, FolderImages) else None
         self.mode = mode
         self.transform = transform
+        self.decoder = decoder
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Raises UnreadableImageError or TransformError, which name the image."""
         image, label = self.decoded(index)
-        try:
+        with self.naming_errors(index):
             return self.transform(image), label
-        except TransformFailure as failure:
-            raise failure.on(self.filename(index)) from failure
 
     def decoded(self, index: int) -> tuple[Image.Image, int]:
         """The image before its transforms. Raises UnreadableImageError that names it."""
+        with self.naming_errors(index):
+            source, label = self.source_of(index)
+            return source.image(), label
+
+    def source_of(self, index: int) -> tuple[ImageSource, int]:
+        """The image before it is decoded. Raises what comes of a file that cannot be read: see `naming_errors`."""
+        file, label = self.read(index)
+        return self.opened(file), label
+
+    def read(self, index: int) -> tuple[bytes | Image.Image, int]:
+        """The file's content, or the image of a set that decodes itself."""
+        file, label = getattr(self.source, "reader", self.source)[index]
+        if isinstance(file, str | os.PathLike):
+            with open(file, "rb", buffering=0) as stream:
+                file = stream.read()
+        elif not isinstance(file, Image.Image):
+            with file:
+                file = file.read()
+        return file, int(label)
+
+    def opened(self, file: bytes | Image.Image) -> ImageSource:
+        return image_source(file, self.mode, self.decoder, self.max_megapixels)
+
+    @contextlib.contextmanager
+    def naming_errors(self, index: int) -> Iterator[None]:
+        """Makes of an error one that names the image: TransformError of a transform's, UnreadableImageError of any other."""
         try:
-            file, label = getattr(self.source, "reader", self.source)[index]
-            if isinstance(file, Image.Image):
-                return eight_bits(file).convert(self.mode), int(label)
-            return open_image(file, self.mode, self.max_megapixels), int(label)
+            yield
+        except TransformFailure as failure:
+            raise failure.on(self.filename(index)) from failure
         except Exception as error:  # what PIL raises depends on the format and on where the file is damaged
             raise UnreadableImageError(
                 f"{self.filename(index)}: cannot be read as an image: {described(error)}"
@@ -171,10 +203,29 @@ class ArrayDataset(Dataset):
     ) -> None:
         self.images = [Image.fromarray(image).convert(mode) for image in images]
         self.classes = classes.tolist()
+        self.mode = mode
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(self.images[index]), self.classes[index]
+
+    def source_of(self, index: int) -> tuple[ImageSource, int]:
+        image, label = self.read(index)
+        return self.opened(image), label
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.classes[index]
+
+    def opened(self, image: Image.Image) -> ImageSource:
+        return DecodedImage(image)
+
+    @contextlib.contextmanager
+    def naming_errors(self, index: int) -> Iterator[None]:
+        """Makes of a transform's error a TransformError that names the image."""
+        try:
+            yield
+        except TransformFailure as failure:
+            raise failure.on(f"image {index}") from failure
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -210,9 +261,10 @@ def _timm_data(mode: str, config: Config) -> Data:
         val.reader.dist_rank, val.reader.dist_num_replicas = 0, 1
         streams = Stream(train.reader, train_transform(config)), Stream(val.reader, eval_transform(config))
         return Data(*streams, _timm_classes(train, config))
+    decoder = create_decoder(resolved_decoder(config.decoder))
     return Data(
-        Images(train, mode, train_transform(config), config.max_image_megapixels),
-        Images(val, mode, eval_transform(config), config.max_image_megapixels),
+        Images(train, mode, train_transform(config), config.max_image_megapixels, decoder),
+        Images(val, mode, eval_transform(config), config.max_image_megapixels, decoder),
         _timm_classes(train, config),
     )
 

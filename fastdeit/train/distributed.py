@@ -103,6 +103,7 @@ def joined(world: World, device_type: str) -> Iterator[World]:
 
     Raises:
         ValueError: the launcher does not say where the main process listens.
+        ConnectionError: the processes do not reach each other.
     """
     if world.size == 1 or dist.is_initialized():
         yield world
@@ -113,15 +114,21 @@ def joined(world: World, device_type: str) -> Iterator[World]:
         torch.cuda.set_device(device)
     address = os.environ.get("MASTER_ADDR") or _slurm_address()
     port = os.environ.get("MASTER_PORT") or "29500"
-    dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo",
-        init_method=f"tcp://{address}:{port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
-        rank=world.rank,
-        world_size=world.size,
-        device_id=device,
-    )
     global _peers
-    _peers = peers.start(world.rank, world.size, address, int(port))
+    try:
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            init_method=f"tcp://{address}:{port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
+            rank=world.rank,
+            world_size=world.size,
+            device_id=device,
+        )
+        _peers = peers.start(world.rank, world.size, address, int(port))
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {world.rank} of {world.size} has not reached the others at {address}:{port}, where all are to meet: "
+            f"{(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        ) from error
     try:
         yield world
     finally:

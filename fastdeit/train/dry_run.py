@@ -6,6 +6,7 @@ import yaml
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import load_data
 from fastdeit.train.device import select_device
+from fastdeit.train.device_stage import describe_loader
 from fastdeit.train.distributed import SINGLE, World
 from fastdeit.train.engine import share_of_batch
 from fastdeit.train.estimate import describe_needs
@@ -29,6 +30,7 @@ def describe(config: Config, world: World = SINGLE) -> str:
     schedule = Schedule(config, optimizer, max(updates, 1))
     lines = [yaml.safe_dump(config.as_dict(), sort_keys=False)]
     lines.append(f"device: {select_device(config, world)}" + (f", {world.size} processes" if world.size > 1 else ""))
+    lines.append(describe_loader(config, data.train, select_device(config, world)))
     lines.append(_graphs(config, model, world))
     lines.append(
         f"data: {len(data.train)} training and {len(data.val)} validation images of {len(data.classes)} classes; "

@@ -78,7 +78,9 @@ class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, samples: list[Any]) -> Any:
+    def __call__(self, samples: Any) -> Any:
+        if isinstance(samples, _Raised):  # of a data set of whole batches
+            return samples
         raised = next((sample for sample in samples if isinstance(sample, _Raised)), None)
         try:
             return raised or self.collate(samples)

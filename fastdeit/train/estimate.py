@@ -1,6 +1,5 @@
 """What a run needs before it is started: memory and GPU-hours, by arithmetic from the shapes of model and batch."""
 
-import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdeit.cost.models import Shape, parts, seconds
 from fastdeit.cost.view import shape_of
 from fastdeit.train.config import Config
+from fastdeit.train.models import create_timm_model
 from fastdeit.train.optimization import create_optimizer
 
 # What a large GPU reaches in matrix products of these sizes and in a copy: the rates of docs/performance.md.
@@ -56,9 +56,10 @@ def gpu_hours(config: Config, model: nn.Module, updates: int) -> float | None:
 
 def teacher_gpu_hours(config: Config, num_classes: int, updates: int) -> float:
     """Its forward passes at the full rate of matrix products, which a convnet does not reach."""
-    kwargs = dict(config.teacher_kwargs, num_classes=num_classes, in_chans=config.in_chans)
     with torch.device("meta"):
-        teacher = timm.create_model(config.teacher_model, **kwargs).eval()
+        teacher = create_timm_model(
+            "teacher_model", config.teacher_model, num_classes, config.in_chans, config.teacher_kwargs
+        ).eval()
         image = torch.empty(1, config.in_chans, config.img_size, config.img_size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             teacher(image)

@@ -28,6 +28,7 @@ from fastdeit.train.monitor import NonFiniteLossError, NonFiniteWeightsError
 from fastdeit.train.sampling import eval_loader
 from fastdeit.train.signals import Stopped, StopRequest
 from fastdeit.train.tracking import Tracker
+from fastdeit.train.transform_errors import described
 
 RATES = ("images_per_second", "data_wait", "mfu")  # of an epoch's training; None where not known
 CURVES_EVERY, SHOWN_EVERY = 30, 2  # seconds: the picture, and the rates in the progress bar
@@ -318,7 +319,10 @@ class Fit:
         checkpoints.check_same_run(state, self.config, path)
         checkpoints.check_same_tensors(state["model"], self.trainer.model.state_dict(), path)
         self.world.on_main(lambda: self._check_same_data(state, path))
-        self.trainer.load_state_dict(state)
+        try:
+            self.trainer.load_state_dict(state)
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: its state does not fit this run: {described(error)}") from error
         self.history, self.best, self.saved_step = state["history"], state["best"], state["step"]
         self.damaged = problem is not None
         if problem is not None and self.world.main:

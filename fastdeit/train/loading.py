@@ -1,7 +1,8 @@
-"""Training batches on their way from the data set to the device: workers, pinned memory, copies ahead of the step."""
+"""Training batches on their way from the data set to the device: workers, slots of shared memory, copies ahead of the step."""
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,14 @@ from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
+from fastdeit.train.batched_images import BatchedImages
 from fastdeit.train.config import Config
+from fastdeit.train.copying import HostBatch, copied, copied_ahead
+from fastdeit.train.device_stage import DeviceStage, why_augmented_on_cpu, why_not_batched
 from fastdeit.train.error_passing import ErrorPassingLoader
 from fastdeit.train.image_files import UnreadableImageError
+from fastdeit.train.image_pipeline import ImagePipeline
+from fastdeit.train.ring import Ring
 from fastdeit.train.sampling import EpochBatches, KeyedDataset, Sample, derive_seed, seed_sample
 from fastdeit.train.transform_errors import TransformError
 
@@ -21,15 +27,15 @@ Batch = tuple[Tensor, Tensor]
 class TrainLoader:
     """Batches of (images (B, C, H, W), classes (B,)) on device, in the order of `batches`, whose epoch is set before each pass.
 
-    Images are as the transforms leave them, uint8 that `BatchAugmentation` normalises, so that a quarter of the bytes is copied.
-    On a GPU the next batch is copied from pinned memory, on a stream of its own, while a step computes. The same batches come for
-    any number of workers.
+    Images are uint8 that `BatchAugmentation` normalises, or float32 that are normalised: on a GPU flips, augmentation and
+    normalisation are passes of `fastdeit.ops.augment` over the batch. The values do not depend on that. On a GPU the next batch is
+    copied from page-locked memory, on a stream of its own, while a step computes. The same batches come for any number of workers.
 
     Images that cannot be read are named on stderr, once each, and replaced; more than max_bad_images of them stop the run.
 
     Args:
-        dataset: of (image, class), map-style; or a stream, whose batches are in its reader's order and which can start at the
-            beginning of an epoch only.
+        dataset: `Images` or `ArrayDataset`; another of (image, class), map-style; or a stream, whose batches are in its reader's
+            order and which can start at the beginning of an epoch only.
         batches: of this rank.
 
     Raises:
@@ -45,19 +51,32 @@ class TrainLoader:
         self.max_bad_images = config.max_bad_images
         self.unreadable: dict[str, None] = {}
         self.streams = isinstance(dataset, IterableDataset)
+        self.ring: Ring | None = None
         options: dict[str, Any] = dict(
-            num_workers=config.workers,
-            pin_memory=device.type == "cuda",
-            prefetch_factor=config.prefetch if config.workers else None,
-            collate_fn=collate,
+            num_workers=config.workers, prefetch_factor=config.prefetch if config.workers else None
         )
         if self.streams:
             source = KeyedStream(dataset, batches)
             self.worker_seeds = torch.Generator()  # from which PyTorch draws those that readers shuffle by
             options |= dict(batch_size=batches.batch_size, drop_last=True, generator=self.worker_seeds)
+        elif why_not_batched(dataset) is None:
+            planned = why_augmented_on_cpu(config, dataset, device) is None
+            size = (config.img_size, config.img_size)
+            pipeline = ImagePipeline(dataset.transform, size, dataset.mode, config.resize, planned)
+            shape = (*size, pipeline.channels)
+            pinned = device.type == "cuda"
+            self.ring = Ring(batches.batch_size, shape, pipeline.layers, config.workers, config.prefetch, pinned)
+            self.finish = DeviceStage(config, pipeline.planner, device)
+            source = BatchedImages(dataset, pipeline, self.ring, batches.seed, config.max_bad_images)
+            # A key of the sampler is a batch's list of keys.
+            options |= dict(
+                sampler=batches, batch_size=None, persistent_workers=config.workers > 0, collate_fn=as_it_is
+            )
         else:
             source = KeyedDataset(dataset, batches.seed, config.max_bad_images)
             options |= dict(batch_sampler=batches, persistent_workers=config.workers > 0)  # keys come with each batch
+        if self.ring is None:
+            options |= dict(pin_memory=device.type == "cuda", collate_fn=collate)
         self.loader = ErrorPassingLoader(source, **options)
 
     def __len__(self) -> int:
@@ -72,27 +91,34 @@ class TrainLoader:
         if self.streams:
             b = self.batches
             self.worker_seeds.manual_seed(derive_seed("stream workers", b.seed, b.epoch, b.rank))
-        ahead = _copied_ahead if self.device.type == "cuda" else _copied
+        ahead = copied_ahead if self.device.type == "cuda" else copied
         given = 0
-        for batch in ahead(self._host_batches(), self.device):
-            yield batch
+        for tensors in ahead(self._host_batches(), self.device):
+            yield tensors if self.ring is None else self.finish(*tensors)
             given += 1
         if given < len(self):
             raise ValueError(
                 f"data: the stream ended after {given} of {len(self)} batches of epoch {self.batches.epoch}"
             )
 
-    def _host_batches(self) -> Iterator[Batch]:
+    def _host_batches(self) -> Iterator[HostBatch]:
         iterator = iter(self.loader)
         for _ in range(len(self)):
             try:
-                images, classes, unreadable = next(iterator)
+                made = next(iterator)
             except StopIteration:
                 return
+            if self.ring is None:
+                images, classes, unreadable = made
+                batch = HostBatch((images, classes))
+            else:
+                unreadable = made.unreadable
+                check = functools.partial(self.ring.check, made)
+                batch = HostBatch(self.ring.read(made).tensors(), check)
             self._report(unreadable)
-            yield images, classes
+            yield batch
 
-    def _report(self, unreadable: list[str]) -> None:
+    def _report(self, unreadable: Sequence[str]) -> None:
         for message in unreadable:
             if message not in self.unreadable:
                 self.unreadable[message] = None
@@ -135,23 +161,5 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     return images, classes, [message for sample in samples for message in sample.unreadable]
 
 
-def _copied(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    for images, classes in batches:
-        yield images.to(device), classes.to(device)
-
-
-def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """One batch ahead: while a batch is computed with, the next one's copy from pinned memory runs on another stream."""
-    stream = torch.cuda.Stream(device)
-    waiting: Batch | None = None
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            copied = tuple(t.to(device, non_blocking=True) for t in batch)
-        if waiting is not None:
-            yield waiting
-        torch.cuda.current_stream(device).wait_stream(stream)
-        for tensor in copied:  # its memory must not be given to another copy while the step still reads it
-            tensor.record_stream(torch.cuda.current_stream(device))
-        waiting = copied
-    if waiting is not None:
-        yield waiting
+def as_it_is(made: Any) -> Any:
+    return made

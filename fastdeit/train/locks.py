@@ -7,6 +7,7 @@ written.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -69,7 +70,9 @@ class Lock:
     def _claim(self) -> None:
         own = self.path.with_name(temporary_name(self.path.name))
         try:
-            own.write_text(json.dumps({"token": self.token, "since": time.strftime("%F %T"), **identity()}) + "\n")
+            own.write_text(
+                json.dumps({"token": self.token, "since": time.strftime("%Y-%m-%d %H:%M:%S"), **identity()}) + "\n"
+            )
             while not _linked(own, self.path):
                 holder = read_holder(self.path)
                 if alive(holder, self.path):
@@ -85,15 +88,16 @@ class Lock:
                 own.unlink()
 
     def _remove(self, holder: dict[str, Any]) -> None:
-        """Removes the lock of a holder that is gone; puts it back if another process was faster and it is its own."""
-        aside = self.path.with_name(temporary_name(self.path.name + ".stale"))
+        """Removes the lock of a holder that is gone, unless another process was faster, whose own lock may be there by now."""
         try:
-            self.path.rename(aside)
+            with self.path.open("r+b") as file:
+                with contextlib.suppress(OSError):  # where the file system cannot, the comparison alone has to do
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                still_there = os.fstat(file.fileno()).st_ino == self.path.stat().st_ino
+                if still_there and read_holder(self.path).get("token") == holder.get("token"):
+                    self.path.unlink()
         except FileNotFoundError:
             return
-        if read_holder(aside).get("token") != holder.get("token"):
-            _linked(aside, self.path)
-        aside.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdeit.train.cached_labels import CachedTeacher
 from fastdeit.train.config import Config
+from fastdeit.train.data_stages import DataStages, measure_stages
 from fastdeit.train.datasets import Data, load_data
 from fastdeit.train.device import reproducible, select_device
 from fastdeit.train.engine import Trainer
@@ -30,6 +31,7 @@ class DataRates:
     step: float  # training on a batch that is there already, with the teacher
     device: str
     workers: int
+    stages: DataStages | None = None  # None where workers do not make whole batches
 
     @property
     def bottleneck(self) -> str:
@@ -47,6 +49,8 @@ class DataRates:
             lines.append(f"{self.device} is the bottleneck: the loader is {self.loader / self.step:.2f} times as fast.")
         if self.device == "cpu":
             lines.append("On a CPU both take the same cores, so that together they are slower than either.")
+        if self.stages is not None:
+            lines += ["", self.stages.report(self.step)]
         return "\n".join(lines)
 
 
@@ -56,9 +60,10 @@ def measure_data(config: Config, seconds: float = 20.0) -> DataRates:
         device, data = select_device(config), load_data(config)
         model = create_student(config, len(data.classes), device)
         trainer = Trainer(config, model, _teacher(config, data, device), data.train, len(data.classes))
+        stages = measure_stages(trainer.loader, config)
         loader, batch = _loader_rate(trainer, seconds)
         step = _step_rate(trainer, batch, seconds)
-        return DataRates(loader, step, device.type, config.workers)
+        return DataRates(loader, step, device.type, config.workers, stages)
 
 
 def _teacher(config: Config, data: Data, device: torch.device) -> nn.Module | None:

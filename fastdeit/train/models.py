@@ -16,6 +16,7 @@ from fastdeit.train.checkpoints import load_weights
 from fastdeit.train.config import Config
 from fastdeit.train.finetuning import load_for_finetuning
 from fastdeit.train.sampling import derive_seed
+from fastdeit.train.transform_errors import described
 
 
 def create_student(
@@ -47,7 +48,7 @@ def create_student(
         kwargs["pretrained"] = True
     if _takes_img_size(config.model):
         kwargs["img_size"] = config.img_size
-    model = _create(field, config.model, num_classes, config.in_chans, kwargs)
+    model = create_timm_model(field, config.model, num_classes, config.in_chans, kwargs)
     if config.drop_path_uniform:
         set_uniform_drop_path(model, config.drop_path)
     if config.distil_class_token and has_distillation_head(model):
@@ -92,7 +93,7 @@ def create_teacher(
         ValueError: as `create_student`, or the weights are truncated, another model's or of other classes.
     """
     kwargs = dict(config.teacher_kwargs, pretrained=config.teacher_checkpoint is None)
-    model = _create("teacher_model", config.teacher_model, num_classes, config.in_chans, kwargs)
+    model = create_timm_model("teacher_model", config.teacher_model, num_classes, config.in_chans, kwargs)
     if config.teacher_checkpoint is not None:
         try:
             load_weights(model, Path(config.teacher_checkpoint), classes)
@@ -103,7 +104,9 @@ def create_teacher(
 
 def untrained_teacher(config: Config, num_classes: int, device: torch.device) -> nn.Module:
     """A teacher whose answers are worth nothing and take as long. Raises ValueError as `create_teacher`."""
-    model = _create("teacher_model", config.teacher_model, num_classes, config.in_chans, config.teacher_kwargs)
+    model = create_timm_model(
+        "teacher_model", config.teacher_model, num_classes, config.in_chans, config.teacher_kwargs
+    )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -153,18 +156,21 @@ def head_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _create(field: str, name: str, num_classes: int, in_chans: int, kwargs: dict[str, Any]) -> nn.Module:
+def create_timm_model(field: str, name: str, num_classes: int, in_chans: int, kwargs: dict[str, Any]) -> nn.Module:
+    """timm's model. Raises ValueError that names field or its kwargs where timm has no such model or cannot make it so."""
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
         close = close or difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"{field}: timm has no model {name!r}" + (f"; close: {', '.join(close)}" if close else ""))
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"{field}: timm.create_model({name!r}, **{kwargs}) failed: {error!r}") from error
-    except (OSError, RuntimeError) as error:  # no such weights, no network
-        if not kwargs.get("pretrained"):
-            raise
+    except Exception as error:  # which one depends on what timm or PyTorch did with an argument
+        no_weights = kwargs.get("pretrained") and isinstance(error, OSError | RuntimeError)  # none there, or no network
+        if not no_weights:
+            arguments = "teacher_kwargs" if field == "teacher_model" else f"{field}_kwargs"
+            raise ValueError(
+                f"{field} and {arguments}: timm.create_model({name!r}, **{kwargs}) failed: {described(error)}"
+            ) from error
         instead = "teacher_checkpoint" if field == "teacher_model" else "finetune"
         raise ValueError(
             f"{field}: timm's weights of {name!r} cannot be had ({error}); {instead} takes a file of weights"

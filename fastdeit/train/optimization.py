@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fastdeit.train.config import Config
+from fastdeit.train.transform_errors import described
 
 
 class ParameterGroup(NamedTuple):
@@ -32,7 +33,7 @@ def create_optimizer(config: Config, model: nn.Module, device: torch.device | No
     if config.opt in ("adam", "adamw") and (device or next(model.parameters()).device).type == "cuda":
         kwargs["fused"] = True  # one kernel for all parameters, which can be told on the device to leave them alone
     try:
-        return timm.optim.create_optimizer_v2(
+        optimizer = timm.optim.create_optimizer_v2(
             model,
             opt=config.opt,
             lr=config.scaled_lr,
@@ -40,8 +41,11 @@ def create_optimizer(config: Config, model: nn.Module, device: torch.device | No
             layer_decay=config.layer_decay,
             **kwargs,
         )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"opt: timm cannot make {config.opt!r} with {kwargs}: {error}") from error
+    except Exception as error:  # which one depends on the optimizer
+        raise ValueError(f"opt: timm cannot make {config.opt!r} with {kwargs}: {described(error)}") from error
+    if getattr(optimizer, "is_second_order", False) or config.opt.endswith("lbfgs"):
+        raise ValueError(f"opt: {config.opt} needs more of a step than gradients; expected an optimizer that does not")
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ParameterGroup]:

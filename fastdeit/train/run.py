@@ -11,6 +11,7 @@ from fastdeit.train.cached_labels import CachedTeacher
 from fastdeit.train.config import Config
 from fastdeit.train.data_identity import identity
 from fastdeit.train.datasets import Data, load_data
+from fastdeit.train.decoders import with_decoder
 from fastdeit.train.device import reproducible, select_device
 from fastdeit.train.distributed import SINGLE, World
 from fastdeit.train.evaluation import evaluate
@@ -46,6 +47,7 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
         stop = ending.enter_context(StopRequest().listening())
         ending.callback(workers.end_workers)
         check_packages(config)
+        config = with_decoder(config)
         device = select_device(config, world)
         data = load_data(config)
         lock = world.on_main(lambda: ending.enter_context(claimed(folder)))

@@ -5,9 +5,9 @@ step: erasing, mixup, dropout, drop path.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, Subset
 from fastdeit.train.error_passing import ErrorPassingLoader
 from fastdeit.train.image_files import UnreadableImageError
 from fastdeit.train.transform_errors import TransformError, described
+
+Made = TypeVar("Made")
 
 
 class Key(NamedTuple):
@@ -59,11 +61,40 @@ class Sample(NamedTuple):
     unreadable: tuple[str, ...]  # what could not be read in its place
 
 
+def keyed(make: Callable[[int], Made], key: Key, seed: int, length: int, max_bad: int = 0) -> tuple[Made, list[str]]:
+    """What make gives for the key's index, all random numbers seeded by the key; and what was wrong with unreadable images.
+
+    In place of an image that cannot be read comes the next one that can, with the same key.
+
+    Args:
+        length: of the data set.
+        max_bad: most images that are passed over.
+
+    Raises:
+        UnreadableImageError: more than max_bad images in a row.
+        TransformError: make raised anything else.
+    """
+    unreadable: list[str] = []
+    while True:
+        seed_sample(seed, key.epoch, key.position)
+        index = (key.index + len(unreadable)) % length
+        try:
+            return make(index), unreadable
+        except UnreadableImageError as error:
+            unreadable.append(str(error))
+            if len(unreadable) > min(max_bad, length - 1):
+                raise
+        except Exception as error:
+            raise TransformError(
+                f"{error if isinstance(error, TransformError) else f'data: image {index}: {described(error)}'} "
+                f"(seed {seed}, epoch {key.epoch}, position {key.position}, image {index} of {length})"
+            ) from error
+
+
 class KeyedDataset(Dataset):
     """A map-style data set of (image, class) whose random transforms depend on `Key` and seed alone.
 
-    In place of an image that cannot be read comes the next one that can, with the same key, and what was wrong beside it: at most
-    max_bad images are passed over, then UnreadableImageError is raised. Any other error becomes a TransformError.
+    Unreadable images and errors are those of `keyed`.
     """
 
     def __init__(self, dataset: Dataset, seed: int, max_bad: int = 0) -> None:
@@ -72,22 +103,8 @@ class KeyedDataset(Dataset):
         self.max_bad = max_bad
 
     def __getitem__(self, key: Key) -> Sample:
-        unreadable: list[str] = []
-        while True:
-            seed_sample(self.seed, key.epoch, key.position)
-            try:
-                image, label = self.dataset[(key.index + len(unreadable)) % len(self.dataset)]
-                return Sample(image, label, tuple(unreadable))
-            except UnreadableImageError as error:
-                unreadable.append(str(error))
-                if len(unreadable) > min(self.max_bad, len(self.dataset) - 1):
-                    raise
-            except Exception as error:
-                index = (key.index + len(unreadable)) % len(self.dataset)
-                raise TransformError(
-                    f"{error if isinstance(error, TransformError) else f'data: image {index}: {described(error)}'} "
-                    f"(seed {self.seed}, epoch {key.epoch}, position {key.position}, image {index} of {len(self.dataset)})"
-                ) from error
+        (image, label), unreadable = keyed(self.dataset.__getitem__, key, self.seed, len(self.dataset), self.max_bad)
+        return Sample(image, label, tuple(unreadable))
 
     def __len__(self) -> int:
         return len(self.dataset)

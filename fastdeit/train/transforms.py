@@ -62,7 +62,7 @@ def eval_transform(config: Config) -> NamedTransforms:
     """To a normalised float32 tensor."""
     steps = timm.data.create_transform(
         (config.in_chans, config.img_size, config.img_size),
-        interpolation=config.interpolation,
+        interpolation="bilinear" if config.interpolation == "random" else config.interpolation,
         mean=tuple(config.mean),
         std=tuple(config.std),
         crop_pct=config.crop_pct,

@@ -18,7 +18,9 @@ class AotConfig:
         num_warps, num_stages: compile options.
         label: names the configuration among those of its kernel on one architecture.
         matrix: it must contain the architecture's full-rate matrix instructions, or those of this name.
+        fp_fusion: as the launcher has it.
         max_registers, min_blocks_per_sm: limits of its own, beyond those that hold for all.
+        unaligned: pointers that are not 16-byte aligned.
     """
 
     kernel: JITFunction
@@ -30,3 +32,5 @@ class AotConfig:
     matrix: bool | str
     max_registers: int | None = None
     min_blocks_per_sm: int | None = None
+    fp_fusion: bool = True
+    unaligned: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ bits; those that do not are left to Triton.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +19,25 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdeit.kernels.runtime.refusal import refusal
+
 # The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
 _TESTED_VERSIONS = ("3.6.", "3.9.")
 _DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
+
+
+def launches_directly() -> bool:
+    """Whether launches take the direct call, which needs a version of Triton that was tested."""
+    return _DIRECT
+
+
 _INT32 = 2**31
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 # Takes launches of CPU tensors, called as `launch` is; None leaves them to Triton, whose interpreter runs them.
 _cpu_launcher: Callable[..., None] | None = None
+
+_thread = threading.local()  # compiled_only: a CompiledOnly; has_context: device indices
 
 # kernel's id -> the kernel, positions of the arguments whose type matters, and what was compiled so far
 _kernels: dict[int, "_Kernel"] = {}
@@ -45,7 +57,13 @@ class _Compiled(NamedTuple):
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple, constexprs: tuple, num_warps: int, num_stages: int = 1
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple,
+    constexprs: tuple,
+    num_warps: int,
+    num_stages: int = 1,
+    fp_fusion: bool = True,
 ) -> None:
     """Launches `kernel` over `grid` on the current stream of the device of its first tensor.
 
@@ -55,15 +73,44 @@ def launch(
         args: every run-time argument in the order of the signature: tensors, host tensor descriptors, int, float or None.
         constexprs: every constexpr value in the order of the signature.
         num_warps, num_stages: compile options.
+        fp_fusion: let the compiler make one rounding of a multiplication and an addition; always the same for a kernel.
+
+    Raises:
+        KernelRefused: the kernel cannot be compiled, loaded or launched on the device.
     """
     home = _device_index(args)
     if home >= 0 and home != torch.cuda.current_device():
         with torch.cuda.device(home):
-            _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
     elif home < 0 and _cpu_launcher is not None:
-        _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages)
+        _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
     else:
-        _launch(kernel, grid, args, constexprs, num_warps, num_stages)
+        _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+
+
+class CompiledOnly:
+    """What is launched between `begin` and `end` in a thread is compiled and loaded, and not run: results are left as they are.
+
+    After `close` no thread is held any more, also where an error kept one from its `end`.
+    """
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def begin(self) -> None:
+        _thread.compiled_only = self
+
+    def end(self) -> None:
+        _thread.compiled_only = None
+
+    def close(self) -> None:
+        self.open = False
+
+
+def _runs() -> bool:
+    """Whether this thread's launches are to run."""
+    held = getattr(_thread, "compiled_only", None)
+    return held is None or not held.open
 
 
 @contextlib.contextmanager
@@ -77,9 +124,9 @@ def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
         _cpu_launcher = previous
 
 
-def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
+def _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion) -> None:
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or not _DIRECT:
-        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+        _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
         return
     device = driver.active.get_current_device()
     known = _kernels.get(id(kernel)) or _register(kernel)
@@ -94,19 +141,21 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages) -> None:
         elif arg is None or kind is float:
             key.append(kind)
         else:  # whatever else Triton takes
-            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
             return
     for i in known.integers:
         if not -_INT32 <= args[i] < _INT32:  # another variant, which Triton keeps by itself
-            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+            _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
             return
 
     key = tuple(key)
     compiled = known.compiled.get(key)
     if compiled is None:
-        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages)
+        kept = _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
         if kept is not None:  # None where a hook of Triton's took the compilation over
             known.compiled[key] = _direct_call(kept)
+        return
+    if not _runs():
         return
     stream = driver.active.get_current_stream(device)
     enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
@@ -136,6 +185,7 @@ def descriptor(
         block_shape: of one load or store.
         shape, strides: to see the tensor by, together; its own by default.
     """
+    _bind_context(tensor)
     if shape is None:
         shape, strides = tensor.shape, tensor.stride()
     if not _DIRECT:
@@ -144,6 +194,18 @@ def descriptor(
     made.base, made.shape, made.strides = tensor, shape, strides
     made.block_shape, made.padding = block_shape, "zero"
     return made
+
+
+def _bind_context(tensor: torch.Tensor) -> None:
+    """Makes the device's context current in this thread, once: an autograd thread's first launch may be one with descriptors, which
+    are encoded before Triton looks for a context."""
+    device = tensor.get_device()
+    bound = getattr(_thread, "has_context", None)
+    if bound is None:
+        bound = _thread.has_context = {-1}  # the CPU
+    if device not in bound:
+        torch.cuda.mem_get_info(device)
+        bound.add(device)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -166,8 +228,21 @@ def _device_index(args: tuple) -> int:
     return -1
 
 
-def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages):
-    return kernel[grid](*args, *constexprs, num_warps=num_warps, num_stages=num_stages)
+def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion):
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    if not fp_fusion:
+        options["enable_fp_fusion"] = False
+    try:
+        if _runs():
+            return kernel[grid](*args, *constexprs, **options)
+        compiled = kernel.warmup(*args, *constexprs, grid=grid, **options)
+        if compiled is not None:  # None where a hook of Triton's took the compilation over
+            compiled.run  # noqa: B018, which loads it
+        return None
+    except Exception as error:
+        if type(kernel) is JITFunction and (refused := refusal(kernel, error)):
+            raise refused from error
+        raise
 
 
 def _register(kernel: JITFunction) -> _Kernel:

@@ -13,7 +13,7 @@ from unittest import mock
 import triton
 import triton.language as tl
 
-from fastdeit.aot import catalog, report, resource_limits
+from fastdeit.aot import catalog, reachable, report, resource_limits
 from fastdeit.aot.catalog import Resources, compile_binary, compile_config, row_key, source_key
 from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.kernels.runtime.aot_config import AotConfig
@@ -113,7 +113,25 @@ def check_run_time_integers_are_not_specialised():
     assert not specialised, specialised
 
 
+def check_what_calls_reach_compiles():
+    """Two configurations an architecture that the catalog does not list; the full sweep compiles more."""
+    for arch in (80, 120):
+        rows = reachable.sample(arch, 2, seed=int(triton.__version__.replace(".", "")))
+        assert len(rows) == 2 and all(not reachable.faults(row, arch) for row in rows)
+
+
 # ---- the gate can fail
+
+
+def check_too_much_shared_memory_of_what_a_call_reaches_is_refused():
+    large = product("*fp32", size=128, precision="tf32", num_warps=8)
+    assert "of shared memory, a block has" in reachable.faults(large, 89)[0] and not reachable.faults(large, 90)
+    assert "does not compile" in reachable.faults(product(size=48), 90)[0]
+
+
+def check_an_unaligned_pointer_is_another_configuration():
+    plain, unaligned = product(), product(unaligned=("a_ptr",))
+    assert row_key(plain, 90) != row_key(unaligned, 90)
 
 
 def check_a_spill_is_found_and_refused():
@@ -154,7 +172,9 @@ def check_too_much_shared_memory_is_refused():
 
 def report_of(*rows: AotConfig, update: Path | None = None, **flags) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `fastdeit kernels` where these rows are all that ships, on one architecture."""
-    options = dict(arch=None, only=None, json=False, committed=False, streams=False, update=bool(update))
+    options = dict(
+        arch=None, only=None, json=False, committed=False, streams=False, update=bool(update), sample=0, seed=0
+    )
     args = argparse.Namespace(**options | flags)
     out, err = io.StringIO(), io.StringIO()
     with (

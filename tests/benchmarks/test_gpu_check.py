@@ -12,15 +12,35 @@ import torch
 
 from fastdeit.aot import catalog
 from fastdeit.aot.catalog import ARCHITECTURES
-from fastdeit.benchmarks import profile_step, repeat_step, small_kernels, timing
+from fastdeit.benchmarks import first_descriptors, profile_step, repeat_step, small_kernels, timing
 from fastdeit.benchmarks.report import block_counts
 from fastdeit.commands import cli
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
-STAGES = ["install", "kernels", "small_kernels", "verify", "repeat", "profile", "train", "bench", "parity", "gpu_tests"]
+STAGES = [
+    "descriptor_forward",
+    "descriptor_backward",
+    "install",
+    "kernels",
+    "small_kernels",
+    "verify",
+    "repeat",
+    "profile",
+]
+STAGES += ["train", "bench", "parity", "gpu_tests"]
 STAGES += ["memcheck", "racecheck", "tune"]
 # What these run has tests of its own.
-ELSEWHERE = ["kernels", "small_kernels", "verify", "train", "bench", "parity", "gpu_tests"]
+ELSEWHERE = [
+    "descriptor_forward",
+    "descriptor_backward",
+    "kernels",
+    "small_kernels",
+    "verify",
+    "train",
+    "bench",
+    "parity",
+    "gpu_tests",
+]
 
 
 def check(folder, *arguments, python=sys.executable):
@@ -140,6 +160,18 @@ def test_what_cannot_be_is_said(tmp_path, arguments, message):
         pytest.skip("there is a GPU")
     found = check(tmp_path, *arguments)
     assert found.returncode == 2 and message in found.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU")
+@pytest.mark.parametrize("part", first_descriptors.PARTS)
+def test_the_first_descriptors_are_right_and_a_wrong_result_is_noticed(part, monkeypatch, capsys):
+    torch.manual_seed(0)
+    assert first_descriptors.main(part) == 0
+    plain = first_descriptors.descriptor_attention
+    wrong = lambda qkv: ((name, lambda call=call: call() * 1.5) for name, call in plain(qkv))  # noqa: E731
+    monkeypatch.setattr(first_descriptors, "descriptor_attention", wrong)
+    assert first_descriptors.main(part) == 1
+    assert capsys.readouterr().out.count(f"{part}: largest difference") == 2
 
 
 def test_every_kernel_is_among_the_small_ones():

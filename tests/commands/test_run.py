@@ -172,6 +172,27 @@ torch.jit.script(model)
     assert "deit_tiny_patch16_224 stays timm's, since it is to be scripted" in capsys.readouterr().err
 
 
+def test_a_model_made_inside_set_scriptable_stays_timms(script, capsys):
+    source = f"""
+import timm, torch
+from timm.layers import set_scriptable
+with set_scriptable(True):
+    model = timm.create_model("deit_tiny_patch16_224", {SIZES})
+torch.jit.script(model)
+"""
+    assert main(["run", script(source)]) == 0
+    assert "deit_tiny_patch16_224 stays timm's, since it is to be scripted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given", [["--", "--x"], ["a", "--", "--x", "--", "y"], ["--help", "--version"], ["", "--x", ""], ["-m", "run"], []]
+)
+def test_the_script_gets_what_comes_after_it_as_it_is(script, capsys, given):
+    path = script("import sys; print(sys.argv[1:])")
+    assert main(["run", path, *given]) == 0
+    assert capsys.readouterr().out.strip() == str(given)
+
+
 def test_a_module_runs_as_python_m_runs_it(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "package").mkdir()
     script("import sys; print(__name__, __spec__.name, sys.argv[1:], sys.path[0])", "package/tool.py")

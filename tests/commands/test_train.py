@@ -229,3 +229,38 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch, capsys):
     assert capsys.readouterr().err == "fastdeit train: training needs scikit-learn: pip install 'fastdeit[train]'\n"
     assert cli.main(["eval", "--checkpoint", "x"]) == 2
     assert "pip install 'fastdeit[train]'" in capsys.readouterr().err
+
+
+def test_auto_takes_the_run_whose_state_is_newest(tmp_path, monkeypatch):
+    """Whatever its number, and whether or not those before it are there; of one that has not saved yet, its lock counts."""
+    import os
+
+    from fastdeit.commands.train import latest_folder, new_folder
+
+    monkeypatch.chdir(tmp_path)
+    config = load_config()
+    runs = tmp_path / "runs"
+    for name, file, written in (
+        ("digits", "last.state.pt", 30),
+        ("digits-3", "last.state.pt", 20),
+        ("digits-4", "teacher/previous.state.pt", 40),
+        ("digits-5", "args.yaml", 90),  # of a run that ended before it saved anything
+        ("digits-x", "last.state.pt", 90),  # another configuration's
+        ("other", "last.state.pt", 90),
+    ):
+        path = runs / name / file
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (written, written))
+    assert latest_folder(config).name == "digits-4" and new_folder(config).name == "digits-2"
+    (runs / "digits-4/last.state.pt").touch()
+    os.utime(runs / "digits-4/last.state.pt", (10, 10))
+    assert latest_folder(config).name == "digits-4"
+    os.utime(runs / "digits/last.state.pt", (50, 50))
+    assert latest_folder(config).name == "digits"
+    os.utime(runs / "digits-3/last.state.pt", (50, 50))
+    assert latest_folder(config).name == "digits-3"  # the higher number of two
+    (runs / "digits-2").mkdir()
+    (runs / "digits-2/run.lock").touch()
+    assert latest_folder(config).name == "digits-2" and new_folder(config).name == "digits-5"
+    assert latest_folder(config.replace(output="elsewhere")).name == "elsewhere"

@@ -65,3 +65,11 @@ def test_a_soft_teacher_is_read_forward_and_backward():
     backward = costs.distillation_cross_entropy_backward(B, C, **options)
     assert forward.bytes == (2 + 2 + 4 + 2) * B * C + 8 * B
     assert backward.bytes == (2 + 2 + 4 + 2 + 2 + 2) * B * C
+
+
+def test_two_layers_of_augmentation_move_seven_bytes_a_value():
+    """uint8 in, out, in again; float32 out. An equalized image is read once more."""
+    values = 1024 * 3 * 224 * 224
+    assert costs.augment(1024, 3, 224, 224) == costs.Cost(0, 7 * values, 4)
+    assert costs.augment(1024, 3, 224, 224, tabled=1024).bytes == 8 * values
+    assert costs.augment(1, 1, 2, 2, layers=0, bicubic=1, out_bytes=1) == costs.Cost(4 * 84, 4 * 2, 2)

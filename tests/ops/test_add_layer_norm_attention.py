@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.add_layer_norm_attention_op import add_layer_norm_attention_forward
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()
@@ -148,8 +147,9 @@ def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, auto
 @pytest.mark.parametrize("products", [DTYPES[0], torch.bfloat16])
 def test_registered_op_passes_opcheck(products):
     x, branch, *parameters = (t.requires_grad_() for t in tensors((2, 3), 1, dtype=torch.float32))
-    torch.library.opcheck(add_layer_norm_attention_forward, (x, branch, *parameters, None, 1e-6, 1, products))
-    torch.library.opcheck(add_layer_norm_attention_forward, (x, None, *parameters, None, 1e-6, 1, products))
+    op, rest = torch.ops.fastdeit.add_layer_norm_attention_forward, (*parameters, None, 1e-6, 1, products, True)
+    torch.library.opcheck(op, (x, branch, *rest))
+    torch.library.opcheck(op, (x, None, *rest))
 
 
 @pytest.mark.parametrize("unused", [0, 1])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.add_layer_norm_mlp_op import add_layer_norm_mlp_forward
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()
@@ -158,8 +157,8 @@ def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, auto
 def test_registered_op_passes_opcheck(products):
     x, branch, *parameters = (t.requires_grad_() for t in tensors((3,), 8, 16))
     inputs = (*parameters, None, 1e-6, "gelu", products)
-    torch.library.opcheck(add_layer_norm_mlp_forward, (x, branch, *inputs, False, True))
-    torch.library.opcheck(add_layer_norm_mlp_forward, (x, None, *inputs, True, True))
+    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, (x, branch, *inputs, False, True))
+    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, (x, None, *inputs, True, True))
 
 
 @pytest.mark.parametrize("unused", [0, 1])

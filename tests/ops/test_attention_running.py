@@ -4,16 +4,11 @@ import pytest
 import torch
 
 from fastdeit import backends, ops
-from fastdeit.ops.attention_op import (
-    attention_backward,
-    attention_forward,
-    attention_qkv_backward,
-    attention_qkv_forward,
-    why_reference,
-)
+from fastdeit.ops.attention_op import why_reference
 from fastdeit.testing import kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()
+registered = torch.ops.fastdeit
 # On a GPU float32 goes to PyTorch's own attention; the float32 kernels are for the interpreter and for TF32.
 DTYPES = kernel_dtypes(products=True)
 
@@ -61,18 +56,20 @@ def test_compiles_to_one_graph_forward_and_backward_with_dynamic_batch():
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_registered_ops_pass_opcheck(needs_gradient):
     qkv = randn(2, 3, 3 * 2 * 32).requires_grad_(needs_gradient)
-    torch.library.opcheck(attention_forward, (qkv, 2, 0.2))
+    torch.library.opcheck(registered.attention_forward, (qkv, 2, 0.2, needs_gradient))
     q, k, v = (randn(2, 2, 3, 32).transpose(1, 2).requires_grad_(needs_gradient) for _ in range(3))
-    torch.library.opcheck(attention_qkv_forward, (q, k, v, 0.2))
+    torch.library.opcheck(registered.attention_qkv_forward, (q, k, v, 0.2, needs_gradient))
 
 
 def test_registered_backward_ops_pass_opcheck():
     qkv, dout = randn(2, 3, 3 * 2 * 32), randn(2, 3, 64)
-    out, lse = attention_forward(qkv, 2, 0.2)
-    torch.library.opcheck(attention_backward, (dout, qkv, out, lse, 2, 0.2))
+    out, lse = registered.attention_forward(qkv, 2, 0.2, True)
+    wanted = (qkv.dtype, qkv.shape)
+    torch.library.opcheck(registered.attention_backward, (dout, qkv, out, lse, *wanted, 2, 0.2))
     q, k, v = (randn(2, 2, 3, 32).transpose(1, 2) for _ in range(3))
-    out, lse = attention_qkv_forward(q, k, v, 0.2)
-    torch.library.opcheck(attention_qkv_backward, (dout.view(2, 3, 2, 32), q, k, v, out, lse, 0.2))
+    out, lse = registered.attention_qkv_forward(q, k, v, 0.2, True)
+    wanted = (*(t.dtype for t in (q, k, v)), *(t.shape for t in (q, k, v)))
+    torch.library.opcheck(registered.attention_qkv_backward, (dout.view(2, 3, 2, 32), q, k, v, out, lse, *wanted, 0.2))
 
 
 def test_a_second_derivative_is_refused_clearly():
@@ -169,10 +166,10 @@ def test_reference_is_softmax_attention():
 )
 def test_what_the_kernels_do_not_cover_runs_the_reference(head_dim, scale, reason):
     qkv = randn(2, 5, 3 * head_dim)
-    with backends.use_backend("triton"):
-        assert reason in why_reference(qkv, head_dim, scale)
-        out = ops.attention(qkv, 1, scale=scale)
-    assert torch.equal(out, ops.attention_reference(qkv, 1, scale=scale))
+    assert reason in why_reference(qkv, head_dim, scale)
+    assert torch.equal(ops.attention(qkv, 1, scale=scale), ops.attention_reference(qkv, 1, scale=scale))
+    with backends.use_backend("triton"), pytest.raises(RuntimeError, match=f"'triton' cannot run here: {reason}"):
+        ops.attention(qkv, 1, scale=scale)
 
 
 def test_no_keys_run_the_reference():

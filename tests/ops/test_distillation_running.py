@@ -13,11 +13,7 @@ from fastdeit.cost import formulas as costs
 from fastdeit.ops import distillation_cross_entropy as op
 from fastdeit.ops import distillation_cross_entropy_reference as reference
 from fastdeit.ops.distillation_arguments import KINDS
-from fastdeit.ops.distillation_cross_entropy_op import (
-    distillation_cross_entropy_backward,
-    distillation_cross_entropy_forward,
-    why_reference,
-)
+from fastdeit.ops.distillation_cross_entropy_op import why_reference
 from fastdeit.testing import interpreter_active, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()
@@ -227,11 +223,15 @@ def test_registered_ops_pass_opcheck(present, kind, one_head):
     z, d, y, t = present(kind, "cross_entropy", z.requires_grad_(), d.requires_grad_(), indices(2, 8), t)
     d = None if one_head else d
     options = (kind, "cross_entropy", 0.5, 2.0, 0.0, "numel", "mean")
-    torch.library.opcheck(distillation_cross_entropy_forward, (z, d, y, t, *options, torch.float32))
-    loss, statistics, labels = distillation_cross_entropy_forward(z, d, y, t, *options, torch.float32)
+    registered, options = torch.ops.fastdeit, (*options, torch.float32)
+    torch.library.opcheck(registered.distillation_cross_entropy_forward, (z, d, y, t, *options, True))
+    loss, statistics, labels = registered.distillation_cross_entropy_forward(z, d, y, t, *options, True)
+    labels = labels if kind == "hard" else None
     heads = [x if x is None else x.detach() for x in (z, d)]
-    arguments = (torch.ones_like(loss.detach()), *heads, y, t, statistics, labels, *options, True, d is not None)
-    torch.library.opcheck(distillation_cross_entropy_backward, arguments)
+    wanted = [*(None if x is None else x.dtype for x in heads), None, None]
+    wanted += [[] if x is None else x.shape for x in (*heads, y, t)]
+    arguments = (torch.ones_like(loss.detach()), *heads, y, t, statistics, labels, *wanted, *options)
+    torch.library.opcheck(registered.distillation_cross_entropy_backward, arguments)
 
 
 @needs_kernels

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.layer_norm_op import MAX_CHANNELS, add_layer_norm_forward, layer_norm_forward, why_reference
+from fastdeit.ops.layer_norm_op import MAX_CHANNELS, why_reference
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DTYPES = kernel_dtypes()
@@ -249,8 +249,10 @@ def test_registered_ops_pass_opcheck(needs_gradient):
         t.requires_grad_(needs_gradient) for t in (randn(2, 3, 8), randn(2, 3, 8), *parameters(8, count=3))
     )
     scale = torch.tensor([0.0, 2.0], device=DEVICE)
-    torch.library.opcheck(layer_norm_forward, (x, weight, bias, 1e-6, torch.float32))
-    torch.library.opcheck(add_layer_norm_forward, (x, branch, weight, bias, gamma, scale, 1e-6, torch.float32))
+    given = (x, weight, bias, 1e-6, torch.float32, needs_gradient)
+    torch.library.opcheck(torch.ops.fastdeit.layer_norm_forward, given)
+    given = (x, branch, weight, bias, gamma, scale, 1e-6, torch.float32, needs_gradient)
+    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_forward, given)
 
 
 def test_reference_gradients():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.linear_op import linear_forward
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()
@@ -153,10 +152,10 @@ def test_all_paths_and_repeats_give_the_same_bits(activation, autocast, monkeypa
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("save", [False, True])
 def test_registered_op_passes_opcheck(save, activation):
-    backward = save or activation is None  # which reads the pre-activation
-    x, weight, bias, gamma, residual = (t.requires_grad_(backward) for t in tensors((3,), 8, 16))
-    torch.library.opcheck(linear_forward, (x, weight, bias, gamma, None, residual, activation, torch.bfloat16, save))
-    torch.library.opcheck(linear_forward, (x, weight, None, None, None, None, activation, torch.float32, save))
+    x, weight, bias, gamma, residual = (t.requires_grad_() for t in tensors((3,), 8, 16))
+    op = torch.ops.fastdeit.linear_forward
+    torch.library.opcheck(op, (x, weight, bias, gamma, None, residual, activation, torch.bfloat16, save, True))
+    torch.library.opcheck(op, (x, weight, None, None, None, None, activation, torch.float32, save, save))
 
 
 def test_large_activations_overflow_as_in_the_reference():

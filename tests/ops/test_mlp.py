@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.mlp_op import ACTIVATIONS, mlp_forward
+from fastdeit.ops.mlp_op import ACTIVATIONS
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()
@@ -172,7 +172,7 @@ def test_compiles_to_one_graph_forward_and_backward():
 @pytest.mark.parametrize(("bias", "keeps"), [(False, True), (True, True), (True, False)])
 def test_registered_op_passes_opcheck(bias, keeps):
     given = [t if t is None else t.requires_grad_(keeps) for t in tensors((3,), 8, 16, 8, bias=bias)]
-    torch.library.opcheck(mlp_forward, (*given, "gelu", torch.float32, keeps))
+    torch.library.opcheck(torch.ops.fastdeit.mlp_forward, (*given, "gelu", torch.float32, keeps))
 
 
 def test_a_second_derivative_is_refused_clearly():

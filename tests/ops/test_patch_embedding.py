@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
-from fastdeit.ops.patch_embedding_op import patch_embedding_forward
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
 DEVICE = kernel_device()
@@ -123,10 +122,9 @@ def tensors_of_seed(dtype):
 @pytest.mark.parametrize("trained", [range(6), [1, 2], [0], [3]], ids=str)
 def test_registered_op_passes_opcheck(trained):
     given = [t.requires_grad_(i in trained) for i, t in enumerate(tensors(batch=2, placed="patches"))]
-    torch.library.opcheck(patch_embedding_forward, (*given, torch.float32, 1 in trained))
-    torch.library.opcheck(
-        patch_embedding_forward, (*given[:2], None, None, None, given[5], torch.bfloat16, 1 in trained)
-    )
+    op = torch.ops.fastdeit.patch_embedding_forward
+    torch.library.opcheck(op, (*given, torch.float32, 1 in trained))
+    torch.library.opcheck(op, (*given[:2], None, None, None, given[5], torch.bfloat16, 1 in trained))
 
 
 def test_no_two_gradients_share_memory():

@@ -1,6 +1,6 @@
 """A process of several: `torchrun ... distributed_run.py JOBS.json`, a list of [FOLDER, CONFIG, WHAT] done one after another.
 
-WHAT is train; or diverge or stop, where one process has a loss that is not finite or is asked to stop.
+WHAT is train; or diverge, gradient or stop, where one process has a loss or a gradient that is not finite, or is asked to stop.
 """
 
 import json
@@ -27,6 +27,9 @@ def do(folder: Path, config: dict, what: str, world: World) -> str:
         if trainer.step == 4 and trainer.world.rank == 1 and trainer.config.model.startswith("deit"):
             if what == "diverge":
                 images = images.float() * float("nan")
+            if what == "gradient":
+                parameter = next(trainer.model.parameters())
+                parameter.register_hook(lambda gradient: gradient * float("inf"))
             if what == "stop":
                 os.kill(os.getpid(), signal.SIGTERM)
         return train_step(trainer, epoch, images, classes)

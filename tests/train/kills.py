@@ -242,6 +242,10 @@ class Setup:
         arguments = ["train", "--config", str(self.config), "--output", str(folder), "--resume", "auto"]
         processes = started(self.size, arguments, errors, prepare)
         if way not in (*CALLS, "none", "error in rank 1"):
+            if self.size > 1:  # before they are connected, one that is lost is the launcher's to tell of
+                until = time.monotonic() + PATIENCE
+                while "run folder" not in errors.read_text() and time.monotonic() < until:
+                    time.sleep(0.01)
             time.sleep(moment * self.seconds)
             self.strike(processes, way)
         return Outcome(ended(processes), errors.read_text())

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fastdeit.train.cached_labels import (
     CachedTeacher,
     LabelFile,
     cache_labels,
+    check_header,
     fingerprint,
     label_header,
     partial_file,
@@ -205,6 +207,7 @@ def test_ranks_divide_the_batch(taught, tmp_path):
 
 
 OTHER = dict(
+    resize="torch",
     seed=9, batch_size=48, repeated_aug=3, img_size=24, mean=[0.1], std=[0.1], interpolation="bilinear", simple_random_crop=True,
     scale=[0.1, 1.0], ratio=[0.5, 2.0], hflip=0.1, vflip=0.1, three_augment=True, aa=None, color_jitter=0.2, color_jitter_prob=0.5,
     grayscale_prob=0.1, gaussian_blur_prob=0.1, reprob=0.1, remode="pixel", recount=2, mixup=0.1, cutmix=0.1,
@@ -219,6 +222,20 @@ def test_labels_of_another_augmentation_are_refused_by_field(taught, field):
     other = config.replace(teacher_cache=str(labels), **{field: OTHER[field]})
     with pytest.raises(ValueError, match=rf"labels of another run: .*{field} \("):
         CachedTeacher(other, data, CPU)
+
+
+def test_labels_of_another_decoder_are_refused(taught):
+    config, data, _, labels = taught
+    here = LabelFile(labels).header["decoder"]
+    other = next(name for name in ("torchvision", "pillow") if name != here)
+    with pytest.raises(ValueError, match=rf"labels of another run: .*decoder \('{here}' there, '{other}' now\)"):
+        CachedTeacher(config.replace(teacher_cache=str(labels), decoder=other), data, CPU)
+
+
+def test_labels_of_a_file_without_a_decoder_are_pillows():
+    check_header({"seed": 0}, {"seed": 0, "decoder": "pillow", "resize": "pillow"}, Path("old.labels"))
+    with pytest.raises(ValueError, match=r"decoder \('pillow' there, 'simplejpeg' now\)"):
+        check_header({"seed": 0}, {"seed": 0, "decoder": "simplejpeg"}, Path("old.labels"))
 
 
 def test_labels_for_other_ranks_are_refused(taught):
@@ -324,3 +341,41 @@ def test_the_command_refuses_what_labels_cannot_serve(changes, message, tmp_path
     monkeypatch.chdir(tmp_path)
     assert cli.main(["cache-teacher", *changes]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ([], "its header has None as epochs"),
+        (
+            dict(epochs="2", positions=4, classes=3, teacher_weights="x"),
+            "its header has '2' as epochs, expected an integer",
+        ),
+        (dict(epochs=2, positions=-4, classes=3, teacher_weights="x"), "its header has -4 as positions"),
+        (dict(epochs=2, positions=4, classes=True, teacher_weights="x"), "its header has True as classes"),
+        (
+            dict(epochs=2, positions=4, classes=3, teacher_weights=7),
+            "its header has 7 as teacher_weights, expected a hash",
+        ),
+        (dict(epochs=2, positions=4, classes=3, teacher_weights="x"), "cut off at"),
+    ],
+)
+def test_a_header_of_wrong_types_or_sizes_is_named(tmp_path, header, message):
+    import json
+
+    text = json.dumps(header).encode()
+    (tmp_path / "x.labels").write_bytes(b"FDLABEL1" + len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(ValueError, match=rf"teacher_cache: .*x\.labels: {message}"):
+        LabelFile(tmp_path / "x.labels")
+
+
+@pytest.mark.parametrize("label", [-1, 3, 32767])
+def test_a_label_that_is_no_class_is_named(tmp_path, label):
+    import numpy as np
+
+    header = dict(positions=4, classes=3, teacher_weights="x")
+    file = LabelFile.create(tmp_path / "x.labels", header, 2)
+    file.store(0, np.array([0, 1, 2, 0], np.int16))
+    file.store(1, np.array([0, 2, label, 0], np.int16))
+    with pytest.raises(ValueError, match=rf"epoch 1, position 2: class {label}, expected 0 to 2"):
+        file.check_range()

@@ -26,9 +26,28 @@ def weights(tmp_path):
 
 def make_state(**changes):
     state = dict.fromkeys(checkpoints.STATE_KEYS) | dict(
-        config=Config().as_dict(), epoch=2, history=[dict(epoch=0, loss=0.1)], model=nn.Linear(4, 2).state_dict()
-    )
+        config=Config().as_dict(), epoch=2, history=[dict(epoch=0, loss=0.1)], model=nn.Linear(4, 2).state_dict(),
+        classes=["a"], data={}, step=4, loss_sum=0.5, optimizer={}, best={},
+    )  # fmt: skip
     return state | changes
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("config", "text", "config: expected dict, got str"),
+        ("classes", {"a": 0}, "classes: expected list, got dict"),
+        ("step", "7", "step: expected int, got str"),
+        ("epoch", True, "epoch: expected int, got bool"),
+        ("loss_sum", None, "loss_sum: expected float or int, got NoneType"),
+        ("ema", [], "ema: expected dict or NoneType, got list"),
+        ("history", None, "history: expected list, got NoneType"),
+    ],
+)
+def test_a_state_with_a_field_of_another_type_names_it(tmp_path, field, value, message):
+    checkpoints.save_state(tmp_path / "last.state.pt", make_state(**{field: value}))
+    with pytest.raises(ValueError, match=rf"last\.state\.pt: {message}"):
+        checkpoints.load_state(tmp_path / "last.state.pt")
 
 
 def test_weights_carry_what_evaluation_needs(weights):

@@ -106,7 +106,7 @@ def test_an_unknown_configuration_is_refused_with_the_list():
         ("memory", "least", "memory: expected one of usual, lean, got 'least'"),
         ("epochs", float("inf"), "epochs: expected an integer, got inf"),
         ("scale", [0.9, 0.5], r"scale: expected \[low, high\] with 0 < low <= high"),
-        ("std", [0.2, 0, 0.2], "std: expected values more than 0"),
+        ("std", [0.2, 0, 0.2], "std: expected values from 1e-6 to 1000"),
         ("opt_betas", [0.9, 1], "opt_betas: expected values from 0 to less than 1"),
         ("repeated_aug", 0, "repeated_aug: expected a value at least 1"),
         ("mixup_mode", "image", "mixup_mode: expected one of batch, pair, elem"),

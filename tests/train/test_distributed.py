@@ -60,6 +60,7 @@ def two_processes(config, labels, tmp_path_factory):
         "cached": (labels[0].replace(teacher_cache=str(labels[1])), "train"),
         "stop": (config, "stop"),
         "diverge": (config, "diverge"),
+        "gradient": (config, "gradient"),
     }
     for name in jobs:
         (root / name).mkdir()
@@ -101,6 +102,15 @@ def test_a_bad_loss_in_one_process_stops_both_with_clean_weights(two_processes):
     assert all("on rank 1 at step 4 (epoch 1); the last finite one was" in outcome for outcome in outcomes(folder))
     state = load_state(folder / BAD_STATE)
     assert state["step"] == 4 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_a_bad_gradient_in_one_process_stops_both_with_clean_weights(two_processes):
+    folder = two_processes["gradient"]
+    said = "but its gradient is not finite on rank 0, 1 at step 4 (epoch 1); the last finite one was"
+    assert all(said in outcome for outcome in outcomes(folder))  # as both have exchanged gradients
+    for name, step in ((BAD_STATE, 4), (STATE, 3)):
+        state = load_state(folder / name)
+        assert state["step"] == step and all(t.isfinite().all() for t in state["model"].values())
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(config, two_processes, tmp_path):
@@ -184,3 +194,32 @@ def test_nccl_is_told_its_device(monkeypatch):
         assert seen["current"] == seen["device_id"] == torch.device("cuda:1") and seen["backend"] == "nccl"
     with distributed.joined(World(rank=5, size=8, local_rank=1), "cpu"):
         assert seen["device_id"] is None and seen["backend"] == "gloo"
+
+
+def test_processes_that_do_not_meet_are_an_error_in_one_line(monkeypatch):
+    def refused(*args, **kwargs):
+        raise RuntimeError("The client socket has timed out\nException raised from ...")
+
+    monkeypatch.setattr(dist, "init_process_group", refused)
+    for name, value in {"MASTER_ADDR": "there", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    message = (
+        "^rank 1 of 2 has not reached the others at there:1, where all are to meet: The client socket has timed out$"
+    )
+    with pytest.raises(ConnectionError, match=message), distributed.joined(World(rank=1, size=2), "cpu"):
+        pass
+
+
+def test_an_error_of_the_main_process_is_raised_in_all(monkeypatch):
+    shared = []
+
+    def agreed(world, value):
+        if world.main:
+            shared.append(value)
+        return shared[-1]
+
+    monkeypatch.setattr(World, "agreed", agreed)
+    for world in (World(0, 2), World(1, 2)):
+        with pytest.raises(ValueError, match="output: odd"):
+            world.on_main(lambda: (_ for _ in ()).throw(ValueError("output: odd")))
+    assert World(0, 2).on_main(lambda: 3) == 3 and World(1, 2).on_main(lambda: 3) is None

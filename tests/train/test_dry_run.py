@@ -27,3 +27,10 @@ def test_it_says_whether_steps_can_be_recorded(make_small_config, changes, world
 def test_a_batch_that_the_processes_cannot_share_is_refused(small_config):
     with pytest.raises(ValueError, match="batch_size: 32 images cannot be shared evenly by 5 processes"):
         describe(small_config, World(0, 5))
+
+
+def test_what_loads_the_images(make_small_config):
+    text = describe(make_small_config(decoder="pillow", aa="augmix-m3", augment_on="device"))
+    assert "loader: decoder pillow; resize pillow; flips and augmentation on the CPU: aa: AugMix mixes images" in text
+    text = describe(make_small_config(decoder="torchvision", augment_on="device", resize="torch"))
+    assert "loader: decoder torchvision; resize torch; flips and augmentation on the device\n" in text

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastdeit.commands import cli
-from fastdeit.train import loading
+from fastdeit.train import copying
 from fastdeit.train.datasets import Stream, load_data, train_transform
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.sampling import EpochBatches, UnreadableImageError
@@ -72,6 +72,16 @@ def test_a_copy_to_a_gpu_is_issued_before_the_step_it_runs_beside(monkeypatch):
         def wait_stream(self, other):
             log.append("wait")
 
+        def record_event(self):
+            return Event()
+
+    class Event:
+        def query(self):
+            return False
+
+        def synchronize(self):
+            log.append("copied")
+
     step_stream = Stream()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -81,13 +91,15 @@ def test_a_copy_to_a_gpu_is_issued_before_the_step_it_runs_beside(monkeypatch):
     def host():
         for number in range(3):
             log.append(f"load {number}")
-            yield torch.full((2,), number), torch.full((2,), number)
+            tensors = torch.full((2,), number), torch.full((2,), number)
+            yield copying.HostBatch(tensors, lambda number=number: log.append(f"free {number}"))
 
-    for images, classes in loading._copied_ahead(host(), CPU):
+    for images, classes in copying.copied_ahead(host(), CPU):
         log.append(f"step {images[0]}")
         assert torch.equal(images, classes)
     assert [entry for entry in log if entry != "record"] == [
-        "load 0", "wait", "load 1", "step 0", "wait", "load 2", "step 1", "wait", "step 2",
+        "load 0", "wait", "load 1", "copied", "free 0", "step 0", "wait", "load 2", "copied", "free 1", "step 1", "wait", "step 2",
+        "copied", "free 2",
     ]  # fmt: skip
     assert log.count("record") == 6
 

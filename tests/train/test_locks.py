@@ -25,6 +25,10 @@ def test_a_folder_is_claimed_once_and_given_back(tmp_path):
             LockedError, match=rf"output: {tmp_path} is in use by process {os.getpid()} on .* remove .*run\.lock"
         ):
             Lock(tmp_path / LOCK, f"output: {tmp_path}")
+        with pytest.raises(LockedError, match=rf"^output: {tmp_path} is in use"), claimed(tmp_path):
+            pass
+        with pytest.raises(LockedError, match=r"^labels: x is in use"), claimed(tmp_path, LOCK, "labels: x"):
+            pass
         lock.check()
         assert [p.name for p in tmp_path.iterdir()] == [LOCK]
     assert not list(tmp_path.iterdir())
@@ -88,6 +92,7 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(tmp_path):
 
 def test_processes_are_told_apart(monkeypatch):
     started = identity()["started"]
+    assert identity()["namespace"] == os.readlink("/proc/self/ns/pid") and len(identity()["boot"]) == 36
     assert process_lives(os.getpid(), started) and process_lives(os.getpid(), None)
     assert not process_lives(os.getpid(), started + 1) and not process_lives(2**22 + 1, None)
     assert process_lives(1, None)
@@ -148,7 +153,7 @@ def test_a_claim_that_was_lost_is_noticed_and_left_alone(tmp_path, monkeypatch):
 def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path, monkeypatch):
     """Threads of one process, each with a name of its own for what it writes."""
     monkeypatch.setattr(locks, "temporary_name", lambda name: f"{name}.{threading.get_ident()}.tmp")
-    for _ in range(20):
+    for _ in range(50):
         stored(tmp_path / LOCK, started=1)
         got, refused, ready = [], [], threading.Barrier(4)
 
@@ -170,7 +175,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
 
 
-def test_one_that_was_taken_in_the_meantime_is_put_back(tmp_path):
+def test_one_that_was_taken_in_the_meantime_is_left_alone(tmp_path):
     """Another process has removed the stale lock and claimed the folder, before this one removes what it takes for stale."""
     lock = Lock(tmp_path / LOCK, "it")
     Lock._remove(lock, {"token": "stale"})

@@ -101,4 +101,7 @@ def test_a_step_waits_once_for_the_loss_of_the_step_before(make_trainer, recorde
         assert "monitor.py" in found[0].where[0] and found[0].where[0].endswith("in check")
         assert not any(counts[kind] for kind in ("copy_to_device_pageable", "copy_from_device_pageable", "allocation"))
         assert counts["copy_from_device"] == 1
-        assert (counts["graph_launch"], counts["triton_launch"]) == (1, 0) if recorded else counts["triton_launch"] > 50
+        if recorded:  # the graph, and the augmentation of the next batch: two kernels for its one layer
+            assert (counts["graph_launch"], counts["triton_launch"]) == (1, 2)
+        else:
+            assert counts["triton_launch"] > 50

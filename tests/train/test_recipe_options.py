@@ -15,7 +15,7 @@ from fastdeit.train.datasets import load_data
 from fastdeit.train.distributed import SINGLE
 from fastdeit.train.engine import Trainer
 from fastdeit.train.models import create_student
-from fastdeit.train.monitor import LossMonitor, NonFiniteLossError
+from fastdeit.train.monitor import LossMonitor, NonFiniteLossError, all_finite
 from fastdeit.train.optimization import Schedule
 
 CPU = torch.device("cpu")
@@ -227,6 +227,54 @@ def test_a_verdict_that_one_process_asks_for_stays_for_all():
     with pytest.raises(NonFiniteLossError, match="the loss is inf at step 1") as raised:
         monitor.check()
     assert raised.value.step == 1 and monitor.mean(1) == 2.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # how it is asked there, of tensors here
+def test_one_value_that_is_not_finite_is_found_in_any_place(device, bad):
+    tensors = [torch.randn(3), torch.full((4, 5), 3e38), torch.zeros(1)]
+    assert all_finite(tensors[::2], torch.device(device)) == 1 and all_finite([], torch.device("cpu")) == 1
+    assert device == "cuda" or all_finite(tensors, torch.device(device)) == 1  # though their sum is not
+    for tensor in tensors[::2]:
+        for place in range(len(tensor)):
+            changed = tensor.clone()
+            changed[place] = bad
+            assert all_finite([torch.ones(2), changed], torch.device(device)) == 0
+    assert all_finite([torch.tensor([math.inf, -math.inf])], torch.device(device)) == 0
+
+
+def test_a_bad_gradient_holds_the_update_back_as_a_bad_loss_does():
+    monitor = LossMonitor(torch.device("cpu"), SINGLE, deferred=True)
+    monitor.note(monitor.judge(torch.tensor(2.0), [torch.ones(2)]), 0, 0)
+    assert monitor.clean() and monitor.bad == 0
+    monitor.note(monitor.judge(torch.tensor(4.0), [torch.ones(2), torch.tensor([math.inf])]), 1, 0)
+    assert not monitor.clean() and monitor.bad == 1 and monitor.mean(1) == 2.0
+    message = "^the loss is 4, but its gradient is not finite at step 1 .*; the last finite one was 2. The update was not made$"
+    with pytest.raises(NonFiniteLossError, match=message):
+        monitor.check()
+
+
+def test_what_was_noted_of_a_step_that_is_taken_back_is_dropped():
+    monitor = LossMonitor(torch.device("cpu"), SINGLE, deferred=True)
+    for step, left in ((1, True), (2, False), (3, False)):
+        monitor.note(monitor.judge(torch.tensor(2.0)), step, 0)
+        monitor.forget(2)
+        assert (monitor.noted is not None) is left
+
+
+def test_fp16_stops_where_no_scale_helps(small_config):
+    """An overflow alone is no fault: the scaler leaves the update out and scales less."""
+    config = small_config.replace(model="deit_tiny_patch16_224", distillation_type="none", precision="fp16")
+    trainer = engine.Trainer(config, create_student(config, 3, torch.device("cpu")), None, load_data(config).train, 3)
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2 * engine.SMALLEST_SCALE)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(
+        NonFiniteLossError, match=r"not finite in fp16 however small the loss is scaled \(by 3\.05e-05\) at step 1"
+    ) as raised:
+        trainer.train_epoch(0, mock.Mock())
+    assert raised.value.step == trainer.step == 1 and trainer.take_back(1)
+    assert all(torch.equal(trainer.model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_a_late_verdict_saves_the_state_of_the_step_before(small_config, tmp_path, monkeypatch):

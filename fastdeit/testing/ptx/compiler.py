@@ -32,6 +32,7 @@ class Variant(NamedTuple):
     unaligned: frozenset[str]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True
 
 
 class Compiled(NamedTuple):
@@ -72,7 +73,9 @@ def compile_to_ptx(variant: Variant, arch: int) -> tuple[str, int, list[dict]]:
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
-    options = backend.parse_options({"num_warps": variant.num_warps, "num_stages": variant.num_stages})
+    options = backend.parse_options(
+        {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fp_fusion}
+    )
     facts = json.dumps([source.hash(), options.hash(), arch, triton.__version__])
     cache = get_cache_manager(hashlib.sha256(facts.encode()).hexdigest())
     if path := cache.get_file("ptx.json"):

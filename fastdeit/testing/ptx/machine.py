@@ -206,8 +206,10 @@ class Machine(Threads):
 
     def _finish(self) -> None:
         self.current = None
+        if self.bulk_copies.unfinished():
+            self.fault("unfinished", "a tensor store may still read shared memory when its block ends")
         if self.copies.unfinished() or self.products.unfinished():
-            self.notes.setdefault("copies still in flight at exit", self.program.name)
+            self.notes.setdefault("asynchronous copies or products under way when the block ends", self.program.name)
         self.mbarriers.check_idle()
 
     def late(self) -> bool:

@@ -67,6 +67,7 @@ class Mbarriers:
             barrier.owner[blocks] = lanes[part]
             barrier.born[blocks] = machine.shared.floors[lanes[part]]
             barrier.waited[blocks] = -1
+        machine.shared.recent[words] = 15
         machine.shared.written[words] = 0  # nobody reads or writes it as memory
         machine.shared.borrowed[words] += 1
         machine.shared.write_stamp[words] = machine.shared.stamps[lanes, None]

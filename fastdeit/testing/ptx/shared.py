@@ -59,6 +59,9 @@ class SharedMemory:
         self.filling = np.zeros(total, np.int16)  # asynchronous copies under way into the word
         self.borrowed = np.zeros(total, np.int16)  # asynchronous reads under way of the word
         self.write_stamp = np.full(total, _NEVER)
+        self.recent = np.zeros(
+            total, np.uint8
+        )  # bytes written since the block's last barrier, where write_stamp is of then
         self.read_stamp = np.full(total, _NEVER)
         self.read_by_lanes = np.full(total, _NEVER)  # the floor at which several threads of the warp had read the word
         self.read_by_warps = np.full(total, _NEVER)
@@ -129,7 +132,7 @@ class SharedMemory:
         if (held != mask).any():
             self._why_unwritten(words[(held != mask)])
         stamps, floors = self.stamps[lanes, None], self.floors[lanes, None]
-        last = self.write_stamp[words]
+        last = np.where(self.recent[words] & mask, self.write_stamp[words], _NEVER)
         if (last >= floors).any():
             self._require_order(last, stamps, floors, "read after write")
         if self.acquired.any() or self.copied.any():
@@ -150,18 +153,24 @@ class SharedMemory:
 
     def write(self, lanes: ndarray, words: ndarray, mask: ndarray | int, unchanged: Callable[[], ndarray]) -> None:
         """Checks and records generic writes. Layouts with copies of a value let several warps store the same: no race."""
-        self.require_free(lanes, words, unchanged)
+        self.require_free(lanes, words, mask, unchanged)
         self.clock += 1
         if isinstance(mask, int):
-            self.written[words] = mask
-        else:
-            np.bitwise_or.at(self.written, words, mask)  # several threads may fill one word
+            self.written[words] = self.recent[words] = mask
+        else:  # several threads may fill one word
+            self.recent[words[self.write_stamp[words] < self.floors[lanes, None]]] = 0
+            np.bitwise_or.at(self.recent, words, mask)
+            np.bitwise_or.at(self.written, words, mask)
         self.write_stamp[words] = self.stamps[lanes, None]
         self.write_clock[words] = self.clock
         self.copied[words] = 0
 
     def require_free(
-        self, lanes: ndarray, words: ndarray, unchanged: Callable[[], ndarray] = lambda: np.array([[False]])
+        self,
+        lanes: ndarray,
+        words: ndarray,
+        mask: ndarray | int = 15,
+        unchanged: Callable[[], ndarray] = lambda: np.array([[False]]),
     ) -> None:
         """Checks that words may be written now, by stores or by a copy that these lanes issue."""
         if self.filling[words].any():
@@ -169,7 +178,7 @@ class SharedMemory:
         if self.borrowed[words].any():
             self.fault("shared race", "writes shared memory that wgmma or a tensor store may still read")
         stamps, floors = self.stamps[lanes, None], self.floors[lanes, None]
-        last = self.write_stamp[words]
+        last = np.where(self.recent[words] & mask, self.write_stamp[words], _NEVER)
         if (last >= floors).any():
             self._require_order(np.where(unchanged(), _NEVER, last), stamps, floors, "write after write")
         last = self.read_stamp[words]
@@ -208,7 +217,7 @@ class SharedMemory:
         """It takes effect. `copy` numbers a tensor copy, whose writes belong to no thread; else they are the lanes' own."""
         self.words[words] = values
         self.filling[words] -= 1
-        self.written[words] = 15
+        self.written[words] = self.recent[words] = 15
         self.copied[words] = copy
         self.clock += 1
         if copy:

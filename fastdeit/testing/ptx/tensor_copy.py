@@ -113,7 +113,7 @@ def copy(machine: "Machine", instruction: Instruction) -> Step:
             len(lanes), -1
         )
         if machine.observer:
-            machine.observer.tensor_copy(instruction, size * len(lanes), int(length.sum()))
+            machine.observer.tensor_copy(instruction, int(length.sum()))
         if loads:
             values = _read_global(machine, lanes, address, length, found.itemsize)
             machine.shared.begin_fill(lanes, words)

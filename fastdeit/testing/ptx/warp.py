@@ -171,7 +171,7 @@ def load_matrix(machine: "Machine", instruction: Instruction) -> Step:
         if machine.observer:
             for k in range(len(writes)):
                 asked = (lane // 8 == k).nonzero()[0]
-                machine.observer.access(instruction, lanes[asked], rows[asked], 16, phases=1)
+                machine.observer.access(instruction, lanes[asked], rows[asked], 16)
         for k, write in enumerate(writes):
             of = position - lane + 8 * k
             if not transposed:
@@ -205,7 +205,7 @@ def store_matrix(machine: "Machine", instruction: Instruction) -> Step:
         if machine.observer:
             for k in range(len(reads)):
                 asked = (lane // 8 == k).nonzero()[0]
-                machine.observer.access(instruction, lanes[asked], rows[asked], 16, phases=1)
+                machine.observer.access(instruction, lanes[asked], rows[asked], 16)
         for k, read in enumerate(reads):
             value, of = machine.pick(read()), position - lane + 8 * k
             if not transposed:

@@ -109,15 +109,18 @@ def test_the_readme_has_the_section_that_would_be_written(capsys):
 
 
 def test_the_section_is_written_and_a_stale_one_noticed(tmp_path):
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    assert cli.main(["bench", "readme", "--check", "--readme", str(file)]) == 1
-    assert cli.main(["bench", "readme", "--readme", str(file)]) == 0
+    file, page = tmp_path / "README.md", tmp_path / "performance.md"
+    for path in (file, page):
+        path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    where = ["--readme", str(file), "--performance", str(page)]
+    assert cli.main(["bench", "readme", "--check", *where]) == 1
+    assert cli.main(["bench", "readme", *where]) == 0
+    assert "DeiT-B" in page.read_text() and "old" not in page.read_text()
     text = file.read_text()
     assert (
         text.startswith("before\n") and text.endswith("\nafter\n") and readme.UNMEASURED in text and "old" not in text
     )
-    assert cli.main(["bench", "readme", "--check", "--readme", str(file)]) == 0
+    assert cli.main(["bench", "readme", "--check", *where]) == 0
 
 
 def test_a_readme_without_the_section_is_refused(tmp_path, capsys):

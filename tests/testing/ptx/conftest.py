@@ -63,10 +63,12 @@ def execute() -> Callable[..., list[np.ndarray]]:
         schedule: Schedule = IN_STEP,
         tolerated: frozenset[str] = frozenset(),
         maps: Sequence[tuple[torch.Tensor, tuple[int, ...], int]] = (),
+        observer: object = None,
     ) -> list[np.ndarray]:
         inputs = inputs or {}
         program = program_of(body, list(inputs), outputs, threads, maps=len(maps))
         machine = Machine(program, shared, schedule, tolerated)
+        machine.observer = observer
         memory = GlobalMemory(machine.fault)
         tensors = []
         for register, value in inputs.items():

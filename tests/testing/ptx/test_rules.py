@@ -72,6 +72,10 @@ BROKEN = {
         "st.shared.b32 [%r30], %r2;",
         "write after read",
     ),
+    "write after write of a half": (
+        "mov.b32 %r30, 2;\nst.shared.b16 [%r30], %rs1;\nst.shared.b16 [%r30], %rs1;",
+        "two threads store different values|write after write",
+    ),
     "write after write": (
         "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\nxor.b32 %r31, %r30, 128;\nst.shared.b32 [%r31], %r1;",
         "write after write",
@@ -111,6 +115,11 @@ KEPT = {
         "%r31];\nst", "%r31];\nbar.sync 0;\nst"
     ),
     "write after write": BROKEN["write after write"][0].replace("xor", "bar.sync 0;\nxor"),
+    "halves of a word by two warps": (
+        "and.b32 %r30, %tid, 31;\nshr.u32 %r31, %tid, 5;\nshl.b32 %r30, %r30, 2;\nshl.b32 %r31, %r31, 1;\n"
+        "add.s32 %r30, %r30, %r31;\nst.shared.b16 [%r30], %rs1;\nbar.sync 0;\nand.b32 %r31, %r30, 124;\n"
+        "ld.shared.b32 %r2, [%r31];"
+    ),
     "own word": "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\nld.shared.b32 %r2, [%r30];\nst.shared.b32 [%r30], %r2;",
     "the same value twice": "mov.b32 %r30, 0;\nmov.b32 %r2, 5;\nst.shared.b32 [%r30], %r2;\nst.shared.b32 [%r30], %r2;",
     "a branch that joins before the barrier": (

@@ -149,6 +149,12 @@ def test_a_store_needs_fence_barrier_and_wait(execute, change, message, schedule
         run_store(execute, store(**change), schedule)
 
 
+def test_a_block_does_not_end_before_its_stores_have_read(execute):
+    body = store(wait="")
+    with pytest.raises(Fault, match="may still read shared memory when its block ends"):
+        run_store(execute, body[: body.index("commit_group;") + len("commit_group;")])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

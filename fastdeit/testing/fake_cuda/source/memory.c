@@ -35,29 +35,32 @@ int within_allocation(const void *address, size_t size) {
   }
   return within;
 }
-static void *map_range(size_t size, int device) {
-  size = size ? (size + 4095) & ~4095ull : 4096;
-  void *start = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                     (device == PINNED ? MAP_SHARED : MAP_PRIVATE) | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (start == MAP_FAILED) return NULL;
+static void add_range(char *start, size_t size, int device) {
   LOCKED {
     if (range_count == range_capacity) {
       range_capacity = range_capacity ? 2 * range_capacity : 256;
       ranges = realloc(ranges, range_capacity * sizeof *ranges);
     }
     long i = range_count++;
-    for (; i && ranges[i - 1].start > (char *)start; i--) ranges[i] = ranges[i - 1];
+    for (; i && ranges[i - 1].start > start; i--) ranges[i] = ranges[i - 1];
     ranges[i] = (Range){start, size, device};
     if (device >= 0) used[device] += size;
   }
+}
+static void *map_range(size_t size, int device) {
+  size = size ? (size + 4095) & ~4095ull : 4096;
+  void *start = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                     (device == PINNED ? MAP_SHARED : MAP_PRIVATE) | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (start == MAP_FAILED) return NULL;
+  add_range(start, size, device);
   return start;
 }
-static int unmap_range(void *start) {
+static int remove_range(void *start, int unmap) {
   int found = 0;
   LOCKED {
     Range *range = find_range(start);
     if (range && range->start == start) {
-      munmap(range->start, range->size);
+      if (unmap) munmap(range->start, range->size);
       if (range->device >= 0) used[range->device] -= range->size;
       memmove(range, range + 1, (ranges + --range_count - range) * sizeof *range);
       found = 1;
@@ -78,7 +81,7 @@ cudaError_t cudaFree(void *address) {
   attach();
   if (!address) return cudaSuccess;
   UNSAFE("cudaFree");
-  if (!unmap_range(address)) return refuse(cudaErrorInvalidValue, "cudaFree of %p, which was not allocated", address);
+  if (!remove_range(address, 1)) return refuse(cudaErrorInvalidValue, "cudaFree of %p, which was not allocated", address);
   NOTE(RELEASE, "cudaFree");
   return cudaSuccess;
 }
@@ -89,7 +92,20 @@ cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) {
   NOTE(HOST_ALLOCATION, "cudaHostAlloc", .bytes = size);
   return cudaSuccess;
 }
-cudaError_t cudaFreeHost(void *address) { return unmap_range(address), cudaSuccess; }
+cudaError_t cudaFreeHost(void *address) { return remove_range(address, 1), cudaSuccess; }
+cudaError_t cudaHostRegister(void *address, size_t size, unsigned flags) {
+  attach();
+  UNSAFE("cudaHostRegister");
+  if (device_of(address) != UNKNOWN) return refuse(cudaErrorHostMemoryAlreadyRegistered, "cudaHostRegister of %p, which is", address);
+  add_range(address, size, PINNED);
+  NOTE(HOST_ALLOCATION, "cudaHostRegister", .bytes = size);
+  return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void *address) {
+  if (!remove_range(address, 0))
+    return refuse(cudaErrorHostMemoryNotRegistered, "cudaHostUnregister of %p, which is not registered", address);
+  return cudaSuccess;
+}
 cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned flags) { return *device = host, cudaSuccess; }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
   attach();

@@ -1,0 +1,262 @@
+"""Head and tail of a residual branch of a pre-norm block: what comes before and after the layers of its own.
+
+    x_new = x + drop_path_scale * previous branch,   z = layer_norm(x_new) W^T + b,   h = layers(z),   out = gamma * (h P^T + p)
+
+Where W is an fp32 master that the product sees rounded anyway, LayerNorm's weight w and bias v are folded into it:
+
+    layer_norm(x) W^T + b = x_hat (W w)^T + (b + W v),   x_hat = (x - mean) * rstd
+
+so that x_hat, in the matmul dtype, is the product's input, the weight gradient's operand and all that LayerNorm's
+backward needs. With G = dz^T x_hat the parameters' gradients take no sums over rows of their own:
+
+    dW = G * w + db (outer) v,   dw = column sums of W * G,   dv = W^T db
+
+LayerScale's gamma is folded into P and p likewise. Its gradient comes from g^T h, so the branch's output need not be saved.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdeit.ops.arguments import check_vector
+from fastdeit.ops.layer_norm_op import check_branch, check_normalised
+from fastdeit.ops.matmul import as_dtype, contiguous, parameter_gradients, weight_gradient
+
+Dtypes = dict[str, torch.dtype | None]  # of the gradients that are wanted, by name; None for one that is not
+
+# The gradients of a branch op in the order of its tensors. Weight and bias are of the layer after the norm.
+HEAD_GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias")
+GRADIENTS = (*HEAD_GRADIENTS, "tail_weight", "tail_bias", "gamma", "drop_path_scale")
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's parameters."""
+
+    weight: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,)
+    eps: float
+
+
+class BranchHead(NamedTuple):
+    """What backward needs of a branch's head. Of x, mean and x_hat it is x_hat alone in the folded form, else the other two."""
+
+    x: Tensor | None  # (..., C), what was normalised
+    mean: Tensor | None  # (M,) fp32
+    x_hat: Tensor | None  # (M, C)
+    rstd: Tensor | None  # (M,) fp32, None if nothing is saved
+
+
+def folds(matmul_dtype: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether LayerNorm's parameters are folded into weight: where the product's is a rounded copy of an fp32 master anyway."""
+    masters = [t for t in (norm_weight, norm_bias, weight) if t is not None]
+    return matmul_dtype != torch.float32 and all(t.dtype == torch.float32 for t in masters)
+
+
+def check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps) -> None:
+    """Raises for what of a branch op's arguments comes before its own layers'."""
+    check_normalised(x, norm_weight, norm_bias, eps, "norm_")
+    if branch is not None:
+        check_branch(x, branch, drop_path_scale)
+    elif drop_path_scale is not None:
+        raise ValueError("drop_path_scale: expected None without a branch to scale, got a tensor")
+
+
+def check_tail(x, gamma, tail_weight) -> None:
+    """Raises for what comes after its own layers', the last of which has been found right."""
+    check_vector("gamma", gamma, tail_weight.shape[0], x)
+
+
+def head_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm: Norm,
+    weight: Tensor,
+    matmul_dtype: torch.dtype,
+    saves: bool = True,
+) -> tuple[Tensor | None, Tensor, BranchHead]:
+    """x_new (..., C), None without a branch; the rows (M, C) that weight is to multiply, in that dtype; and what to save.
+
+    Without `saves` that is only what `head_matmul` asks of it.
+    """
+    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
+
+    folded = folds(matmul_dtype, norm.weight, norm.bias, weight)
+    affine = (None, None) if folded else (contiguous(norm.weight), contiguous(norm.bias))
+    options = dict(branch=branch, drop_path_scale=contiguous(drop_path_scale), keep_statistics=saves)
+    x_new, normed, mean, rstd = layer_norm_forward(x, *affine, norm.eps, matmul_dtype, **options)
+    normed = normed.view(-1, x.shape[-1])
+    normalised = x if x_new is None else x_new
+    head = BranchHead(None, None, normed, rstd) if folded else BranchHead(normalised, mean, None, rstd)
+    return x_new, normed, head
+
+
+def head_matmul(
+    head: BranchHead,
+    rows: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    needs_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """activation(z) (M, O), z itself without one, of the rows that `head_forward` or `normalised_rows` gives; z too if needed."""
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
+
+    if head.x_hat is not None:
+        weight, bias = fold_forward(weight, bias, rows.dtype, column_scale=norm.weight, column_shift=norm.bias)
+    return linear_forward(rows, weight, bias, activation=activation, needs_z=needs_z)
+
+
+def normalised_rows(head: BranchHead, norm: Norm, matmul_dtype: torch.dtype) -> Tensor:
+    """The product's input (M, C): saved in the folded form, else computed again."""
+    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
+
+    if head.x_hat is not None:
+        return head.x_hat
+    affine = (contiguous(norm.weight), contiguous(norm.bias))
+    normed = layer_norm_forward(head.x, *affine, norm.eps, matmul_dtype, keep_statistics=False)[1]
+    return normed.view(-1, normed.shape[-1])
+
+
+def head_sums(head: BranchHead, dtypes: Dtypes) -> torch.dtype | None:
+    """The dtype in which `head_backward` wants the column sums of dz, if it wants them."""
+    if head.x_hat is None:
+        return dtypes["bias"]
+    return torch.float32 if any(dtypes[name] is not None for name in ("bias", "norm_bias", "weight")) else None
+
+
+def tail_sums(gamma: Tensor | None, dtypes: Dtypes) -> torch.dtype | None:
+    """The dtype in which `tail_parameter_gradients` wants the column sums of g, if it wants them."""
+    if gamma is None:
+        return dtypes["tail_bias"]
+    return torch.float32 if any(dtypes[name] is not None for name in ("tail_bias", "gamma")) else None
+
+
+def head_backward(
+    dz: Tensor,
+    dz_sum: Tensor | None,
+    dx_new: Tensor | None,
+    head: BranchHead,
+    drop_path_scale: Tensor | None,
+    norm: Norm,
+    weight: Tensor,
+    shape: tuple[int, ...],
+    dtypes: Dtypes,
+) -> dict[str, Tensor | None]:
+    """Gradients by the names of `dtypes`: x, branch, norm_weight, norm_bias, weight, bias.
+
+    Args:
+        dz: (M, O), contiguous, in the matmul dtype.
+        dz_sum: its column sums (O,), as `head_sums` says.
+        dx_new: of x's shape, what else the residual stream's gradient is, or None.
+        shape: x's.
+    """
+    from fastdeit.kernels.gemm.folded_weights import fold_columns_backward, fold_forward
+    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
+    from fastdeit.kernels.norm.residual_branch import folded_layer_norm_backward
+
+    wants = lambda *names: any(dtypes[name] is not None for name in names)  # noqa: E731
+    matmul_dtype = dz.dtype
+    found: dict[str, Tensor | None] = {"bias": dz_sum}
+    if head.x_hat is not None:
+        product = weight_gradient(dz, head.x_hat, torch.float32) if wants("norm_weight", "weight") else None
+        needs = dict(needs_weight=wants("weight"), needs_scale=wants("norm_weight"), needs_shift=wants("norm_bias"))
+        gradients = fold_columns_backward(product, dz_sum, weight, norm.weight, norm.bias, **needs)
+        found |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
+        if wants("x", "branch"):
+            dx_hat = torch.mm(dz, fold_forward(weight, None, matmul_dtype, column_scale=norm.weight)[0])
+            rows = None if dx_new is None else dx_new.reshape(dx_hat.shape).contiguous()
+            options = dict(drop_path_scale=contiguous(drop_path_scale), dbranch_dtype=dtypes["branch"])
+            given = (dx_hat, head.x_hat, head.rstd, rows)
+            dx, dbranch = folded_layer_norm_backward(*given, dtypes["x"], **options)
+            found["x"], found["branch"] = (None if t is None else t.view(shape) for t in (dx, dbranch))
+        return found
+    if wants("weight"):
+        found["weight"] = weight_gradient(dz, normalised_rows(head, norm, matmul_dtype), dtypes["weight"])
+    if wants("x", "branch", "norm_weight", "norm_bias"):
+        found["x"], found["branch"], found["norm_weight"], found["norm_bias"], _ = layer_norm_backward(
+            torch.mm(dz, as_dtype(weight, matmul_dtype)).view(shape),
+            head.x,
+            head.mean,
+            head.rstd,
+            contiguous(norm.weight),
+            dx_new=dx_new,
+            drop_path_scale=contiguous(drop_path_scale),
+            dx_dtype=dtypes["x"],
+            dbranch_dtype=dtypes["branch"],
+            dweight_dtype=dtypes["norm_weight"],
+            dbias_dtype=dtypes["norm_bias"],
+        )
+    return found
+
+
+def tail_forward(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
+    """gamma * (h P^T + p) for h (M, H), in h's dtype."""
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
+
+    return linear_forward(h, *fold_forward(weight, bias, h.dtype, row_scale=gamma))[0]
+
+
+def tail_weight(weight: Tensor, gamma: Tensor | None, matmul_dtype: torch.dtype) -> Tensor:
+    """gamma * P, as forward multiplies h by and backward the gradient."""
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
+
+    return fold_forward(weight, None, matmul_dtype, row_scale=gamma)[0]
+
+
+def tail_parameter_gradients(
+    g: Tensor,
+    g_sum: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    dtypes: Dtypes,
+) -> dict[str, Tensor | None]:
+    """Gradients by the names of `dtypes`: tail_weight, tail_bias, gamma.
+
+    Args:
+        g: (M, O), contiguous.
+        g_sum: its column sums (O,), as `tail_sums` says.
+        h: (M, H), where those of the weight or gamma are.
+    """
+    names = ("tail_weight", "tail_bias", "gamma")
+    gradients = parameter_gradients(g, g_sum, h, weight, bias, gamma, *(dtypes[name] for name in names))
+    return dict(zip(names, gradients, strict=True))
+
+
+def in_order(found: dict[str, Tensor | None], dtypes: Dtypes) -> list[Tensor | None]:
+    """The gradients that are wanted in the order of `dtypes`, each in its dtype; None for the others."""
+    return [None if dtype is None else as_dtype(found[name], dtype) for name, dtype in dtypes.items()]
+
+
+def saved_head(
+    x: Tensor, x_new: Tensor | None, mean: Tensor | None, x_hat: Tensor | None, rstd: Tensor
+) -> tuple[Tensor | None, ...]:
+    """A `BranchHead`'s fields, of what its op was given and made."""
+    normalised = x if x_new is None else x_new
+    return normalised if x_hat is None else None, mean, x_hat, rstd
+
+
+def fake_head(
+    x: Tensor,
+    branch: Tensor | None,
+    matmul_dtype: torch.dtype,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """x_new, mean, x_hat and rstd as `head_forward` makes them, without data."""
+    rows = x.numel() // x.shape[-1]
+    x_new = mean = x_hat = None
+    if branch is not None:
+        x_new = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    if folds(matmul_dtype, norm_weight, norm_bias, weight):
+        x_hat = x.new_empty((rows, x.shape[-1]), dtype=matmul_dtype)
+    else:
+        mean = x.new_empty(rows, dtype=torch.float32)
+    return x_new, mean, x_hat, x.new_empty(rows, dtype=torch.float32)

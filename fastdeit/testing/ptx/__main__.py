@@ -1,0 +1,102 @@
+"""`python -m fastdeit.testing.ptx`: executes what ships, row by row, on the CPU."""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from fastdeit.testing.ptx.cases import cases
+from fastdeit.testing.ptx.compiler import why_untested
+from fastdeit.testing.ptx.harness import ARCHITECTURES
+from fastdeit.testing.ptx.mutations import run as run_mutants
+from fastdeit.testing.ptx.mutations import table as mutation_table
+from fastdeit.testing.ptx.rows import Ran, not_launched, report, rows_of, run_named, uses_tcgen05
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastdeit.testing.ptx", description=__doc__)
+    parser.add_argument("--arch", action="append", help="sm_80, sm_89, sm_90 or sm_100; may be repeated (default: all)")
+    parser.add_argument("--thin", action="store_true", help="leave out widths and dtypes of kernels that stay in")
+    parser.add_argument("--thorough", action="store_true", help="also shuffled, to equal bits, and perturbed")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th case, from the I-th")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument(
+        "--mutants", type=int, metavar="N", help="instead, plant up to N faults of each kind in each kernel"
+    )
+    parser.add_argument("--csv", type=Path, help="write a line for each shipped row to this file")
+    options = parser.parse_args(arguments)
+    if reason := why_untested():
+        print(f"skipped: {reason}")
+        return 0
+    names = {f"sm_{arch}": arch for arch in ARCHITECTURES}
+    for name in options.arch or ():
+        if name not in names:
+            parser.error(f"--arch: expected one of {', '.join(names)}, got {name!r}")
+    part, parts = map(int, options.part.split("/"))
+    failed, lines, outcomes = False, [], Counter()
+    for arch in [names[name] for name in options.arch or names]:
+        chosen = [c.name for c in cases(arch) if options.only in c.name and (c.thin or not options.thin)][
+            part - 1 :: parts
+        ]
+        if options.mutants:
+            outcomes += sum(
+                (run_mutants(c, arch, options.mutants, seed=0) for c in cases(arch) if c.name in chosen), Counter()
+            )
+            continue
+        jobs = [(arch, name, options.thorough) for name in chosen]
+        context = multiprocessing.get_context("spawn")
+        if options.jobs > 1:
+            with context.Pool(options.jobs) as pool:
+                rans = list(pool.imap(run_named, jobs))
+        else:
+            rans = [run_named(job) for job in jobs]
+        report(rans, arch)
+        failed |= any(ran.failure and not uses_tcgen05(ran.failure) for ran in rans)
+        if not options.only and not options.thin and parts == 1:
+            missing = not_launched(rans, arch)
+            failed |= bool(missing) and not any(uses_tcgen05(ran.failure) for ran in rans)
+            print(f"sm_{arch}: {len(rows_of(arch))} rows, not launched: {', '.join(missing) or 'none'}")
+        lines += _lines(rans, arch)
+    if options.mutants:
+        print("\n".join(mutation_table(outcomes)))
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            csv.writer(file).writerows([_HEADER, *sorted(lines)])
+    return int(failed)
+
+
+_HEADER = (
+    *("arch", "kernel", "config", "warp instructions", "RMS error", "PyTorch's", "share of the limit"),
+    *("sectors / ideal", "wavefronts / ideal", "state"),
+)
+
+
+def _lines(rans: list[Ran], arch: int) -> list[tuple]:
+    """A line for each shipped row that was launched."""
+    found = {}
+    for ran in rans:
+        for key, counts in ran.rows.items():
+            if key not in found:
+                fused, eager, share = (f"{number:.3g}" for number in ran.worst)
+                note = ran.notes.get(key[0], "")
+                state = "passed" if not ran.failure else ran.failure.splitlines()[0]
+                found[key] = (
+                    f"sm_{arch}",
+                    *key,
+                    sum(counts.instructions.values()),
+                    fused,
+                    eager,
+                    share,
+                    f"{counts.sector_ratio:.2f}",
+                    f"{counts.wavefront_ratio:.2f}",
+                    f"{state}; {note}" if note else state,
+                )
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,360 @@
+"""Calls of the ops that between them launch every configuration that ships for an architecture, each held to the numerics contract.
+
+A case fixes what the tables would choose from sizes that a CPU cannot run (attention's tiles, a GEMM's backend), and calls the op
+through its public function in the dtypes of its rows.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fastdeit import ops
+from fastdeit.kernels.attention import config as attention_config
+from fastdeit.kernels.attention import forward as attention
+from fastdeit.kernels.gemm.config import EPILOGUES, candidates, use_gemm
+from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
+from fastdeit.kernels.gemm.fused_mlp import use_whole_mlp
+from fastdeit.kernels.runtime.architecture import has_descriptors
+from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager
+
+Errors = Mapping[str, tuple[Error, Error]]  # of outputs and gradients: maximum, RMS
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WIDTHS = (192, 384, 768, 1024, 1280, 8192)
+TOKENS = 134  # two blocks of 64, or four of 32, and a tail of 6
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable[[], Errors]
+
+    @property
+    def thin(self) -> bool:
+        """Whether it belongs to the set that leaves out widths, head dimensions, tails and dtypes of kernels that it has."""
+        return not any(re.search(pattern, self.name) for pattern in _LEFT_OUT)
+
+
+_LEFT_OUT = (r"layer_norm(_mlp)? C=(192|768|1024|1280|8192)", r"D=(32|48|72|88|96|104|128)", r"tail=(32|64)", r"fp16|float16",
+             r"mlp (gelu_tanh|quick)", r"distillation C=1000 (float32|\w+ \w+ none|bfloat16 cross_entropy soft)")  # fmt: skip
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Every case for an architecture; to be run under `harness.executing(arch)`, with a seed set."""
+    for group in (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding):
+        for name, function in group(arch):
+            yield Case(name, function)
+
+
+def randn(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    return (torch.randn(*shape) * scale + shift).to(dtype)
+
+
+def under_autocast(function: Callable, enabled: bool = True) -> Callable:
+    """The function under bfloat16 autocast, but for the float64 oracle."""
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        exact = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+        with torch.autocast("cpu", BF16, enabled=enabled and not exact):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _scales(samples: int) -> Tensor:
+    """Drop-path factors: dropped and kept samples."""
+    return torch.tensor([0.0, 1 / 0.9] * samples)[:samples]
+
+
+# ---- normalisation, and the branches around it
+
+
+def _layer_norms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    for channels in WIDTHS:
+        if channels != WIDTHS[-1]:
+            yield f"layer_norm C={channels} bf16", functools.partial(_layer_norm, channels)
+        yield f"add_layer_norm C={channels} autocast", functools.partial(_add_layer_norm, channels)
+        yield f"add_layer_norm_mlp C={channels} autocast", functools.partial(_add_layer_norm_mlp, channels)
+    yield "layer_norm_mlp autocast", _layer_norm_mlp
+    yield "linear, residual branch, bf16", functools.partial(_residual_linear, BF16)
+    yield "linear, residual branch, autocast", functools.partial(_residual_linear, FP32)
+
+
+def _layer_norm(channels: int) -> Errors:
+    x, weight, bias = randn(2, 9, channels), randn(channels, scale=0.3, shift=1), randn(channels, scale=0.2)
+    return assert_as_accurate_as_eager(ops.layer_norm, ops.layer_norm_reference, x, weight, bias, 1e-6)
+
+
+def _add_layer_norm(channels: int) -> Errors:
+    x, branch = randn(4, 5, channels, dtype=FP32), randn(4, 5, channels)
+    weight, bias = randn(channels, dtype=FP32, scale=0.3, shift=1), randn(channels, dtype=FP32, scale=0.2)
+    gamma = randn(channels, dtype=FP32, scale=0.2, shift=0.7)
+    pair = (
+        under_autocast(
+            lambda *args, f=f: f(*args[:4], 1e-6, gamma=args[4], drop_path_scale=args[5], out_dtype=_low(args[1]))
+        )
+        for f in (ops.add_layer_norm, ops.add_layer_norm_reference)
+    )
+    return assert_as_accurate_as_eager(*pair, x, branch, weight, bias, gamma, _scales(4), frozen=(5,))
+
+
+def _low(branch: Tensor) -> torch.dtype:
+    """What the norm is written in: the products' dtype, or the oracle's."""
+    return torch.float64 if branch.dtype == torch.float64 else BF16
+
+
+def _mlp_weights(dtype: torch.dtype, channels: int, hidden: int) -> list[Tensor]:
+    return [
+        randn(hidden, channels, dtype=dtype, scale=channels**-0.5),
+        randn(hidden, dtype=dtype, scale=0.1),
+        randn(channels, hidden, dtype=dtype, scale=hidden**-0.5),
+        randn(channels, dtype=dtype, scale=0.1),
+    ]
+
+
+def _norm_weights(dtype: torch.dtype, channels: int) -> list[Tensor]:
+    return [randn(channels, dtype=dtype, scale=0.3, shift=1), randn(channels, dtype=dtype, scale=0.2)]
+
+
+def _add_layer_norm_mlp(channels: int) -> Errors:
+    """LayerNorm and LayerScale folded into the weights, behind a branch with a drop-path factor."""
+    x, branch = randn(4, 3, channels, dtype=FP32, scale=2, shift=1), randn(4, 3, channels)
+    weights = [*_norm_weights(FP32, channels), *_mlp_weights(FP32, channels, 256 if channels == 192 else 32)]
+    gamma = randn(channels, dtype=FP32, scale=0.2, shift=0.7)
+    pair = (
+        under_autocast(lambda x, branch, g, b, w1, b1, w2, b2, gamma, scale, f=f: f(
+            x, branch, g, b, 1e-6, w1, b1, w2, b2, gamma=gamma, drop_path_scale=scale
+        ))
+        for f in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
+    )  # fmt: skip
+    return assert_as_accurate_as_eager(*pair, x, branch, *weights, gamma, _scales(4), frozen=(9,))
+
+
+def _layer_norm_mlp() -> Errors:
+    """A whole branch: LayerNorm folded into the weights, LayerScale, drop path and residual behind."""
+    x = randn(4, 3, 192, dtype=FP32, scale=2, shift=1)
+    weights = [*_norm_weights(FP32, 192), *_mlp_weights(FP32, 192, 256), randn(192, dtype=FP32, scale=0.2, shift=0.7)]
+    pair = (
+        under_autocast(lambda x, g, b, w1, b1, w2, b2, gamma, scale, f=f: f(
+            x, g, b, 1e-6, w1, b1, w2, b2, gamma=gamma, drop_path_scale=scale, residual=x
+        ))
+        for f in (ops.layer_norm_mlp, ops.layer_norm_mlp_reference)
+    )  # fmt: skip
+    return assert_as_accurate_as_eager(*pair, x, *weights, _scales(4), frozen=(8,))
+
+
+def _linear(function: Callable, autocast: bool, activation: str | None = None, residual: bool = True) -> Callable:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, stream: Tensor, scale: Tensor) -> Tensor:
+        rest = dict(gamma=gamma, residual=stream, drop_path_scale=scale) if residual else {}
+        return function(x, weight, bias, activation=activation, **rest)
+
+    return under_autocast(call, autocast)
+
+
+def _linear_inputs(dtype: torch.dtype, channels: int = 64, out: int = 272) -> list[Tensor]:
+    return [
+        randn(6, 33, channels, dtype=dtype),
+        randn(out, channels, dtype=dtype, scale=channels**-0.5),
+        randn(out, dtype=dtype, scale=0.1),
+        randn(out, dtype=FP32 if dtype == FP32 else dtype, scale=0.2, shift=0.7),
+        randn(6, 33, out, dtype=dtype),
+        _scales(6),
+    ]
+
+
+def _residual_linear(dtype: torch.dtype) -> Errors:
+    pair = (_linear(f, dtype == FP32) for f in (ops.linear, ops.linear_reference))
+    return assert_as_accurate_as_eager(*pair, *_linear_inputs(dtype), frozen=(5,))
+
+
+# ---- attention
+
+
+def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    for case in attention_config.aot_cases(arch):
+        yield f"attention {case.label}", functools.partial(_attend, case)
+    if has_descriptors(arch):
+        home = next(c for c in attention_config.aot_cases(arch) if c.config.descriptors and c.head_dim == 64)
+        for keys in (128, 256):
+            whole = attention_config.whole_tiles(keys)
+            yield f"attention, one program, {keys} keys", functools.partial(_attend, home, whole, keys - 3)
+
+
+def _attend(case: attention_config.Case, whole: attention_config.Tiles | None = None, tokens: int = 0) -> Errors:
+    tokens = tokens or {16: TOKENS, 32: 128 + 20, 64: 192 - 3}[case.tail]
+    config = case.config
+    config = attention_config.Config(config.descriptors, config.forward, config.dq, config.dkv, whole)
+    dtype = {"bf16": BF16, "fp16": FP16, "fp32": FP32}[case.dtype]
+    heads = 2 if case.config.forward.own == 64 and case.head_dim == 64 else 1
+    qkv = randn(1, tokens, 3 * heads * case.head_dim, dtype=dtype)
+    eager = in_tf32_products if dtype == FP32 else None
+    with mock.patch.object(attention, "select_config", lambda *_: config), _tf32(dtype == FP32):
+        return assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, heads, eager=eager)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else matmul.fp32_precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class _Tf32Product(torch.autograd.Function):
+    """a @ b with operands cut to TF32, in forward and backward: what the matrix units make of float32 registers."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _to_tf32(a) @ _to_tf32(b)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return _to_tf32(g) @ _to_tf32(b).transpose(-2, -1), _to_tf32(a).transpose(-2, -1) @ _to_tf32(g)
+
+
+def _to_tf32(x: Tensor) -> Tensor:
+    """Cut to 10 bits of fraction."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def in_tf32_products(qkv: Tensor, heads: int) -> Tensor:
+    """Attention by matrix products in TF32: what an fp32 kernel is compared with where TF32 is allowed."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    p = _Tf32Product.apply(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)).softmax(-1)
+    return _Tf32Product.apply(p, v).transpose(1, 2).flatten(2)
+
+
+# ---- losses
+
+
+def _losses(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    for classes, dtype, base, kind, soft_target, labels in (
+        (1000, BF16, "cross_entropy", "hard", True, False),
+        (1000, BF16, "cross_entropy", "hard", False, True),
+        (1000, BF16, "cross_entropy", "soft", True, False),
+        (1000, BF16, "binary_cross_entropy", "hard", True, False),
+        (1000, BF16, "cross_entropy", "none", True, False),
+        (1000, FP32, "cross_entropy", "hard", True, False),
+        (21841, BF16, "cross_entropy", "soft", True, False),
+    ):
+        name = f"distillation C={classes} {str(dtype)[6:]} {base} {kind} {'soft target' if soft_target else 'labels'}"
+        yield name, functools.partial(_distil, classes, dtype, base, kind, soft_target, labels)
+
+
+def _distil(classes: int, dtype: torch.dtype, base: str, kind: str, soft_target: bool, labels: bool) -> Errors:
+    batch = 6
+    logits, dist = (randn(batch, classes, dtype=dtype, scale=3) for _ in range(2))
+    target = torch.randint(classes, (batch,))
+    if soft_target:
+        target = torch.full((batch, classes), 0.1 / classes).scatter_(1, target[:, None], 0.9)
+    teacher = (
+        torch.randint(classes, (batch,), dtype=torch.int16) if labels else randn(batch, classes, dtype=dtype, scale=3)
+    )
+    options = dict(
+        kind=kind, base=base, alpha=0.4, tau=3.0 if kind == "soft" else 1.0, label_smoothing=0.1 * (not soft_target)
+    )
+    given = (logits, None if kind == "none" else dist, target, None if kind == "none" else teacher)
+    pair = (
+        under_autocast(functools.partial(f, **options), dtype == BF16)
+        for f in (ops.distillation_cross_entropy, ops.distillation_cross_entropy_reference)
+    )
+    return assert_as_accurate_as_eager(*pair, *given, frozen=(2, 3))
+
+
+# ---- products with epilogues
+
+
+def _gemms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    for epilogue in EPILOGUES:
+        for gemm in candidates(arch, epilogue):
+            name = f"linear {epilogue} {gemm.backend} {gemm.tile.rows}x{gemm.tile.columns}"
+            yield f"{name} bf16", functools.partial(_gemm, gemm, epilogue, BF16)
+    first = candidates(arch, "activation")[0]
+    if arch in (80, 90):
+        yield "linear activation fp16", functools.partial(_gemm, first, "activation", FP16)
+
+
+def _gemm(gemm, epilogue: str, dtype: torch.dtype) -> Errors:
+    activation, residual = EPILOGUES[epilogue], epilogue == "residual"
+    given = _linear_inputs(FP32 if residual else dtype)
+    frozen = (0, 1, 2, 3, 4, 5) if epilogue == "activation" else (5,)
+    with use_gemm(gemm.backend, gemm.tile):
+        if epilogue == "derivative":
+            x, w1, b1, *_ = given
+            w2, b2 = randn(48, 272, dtype=dtype, scale=272**-0.5), randn(48, dtype=dtype, scale=0.1)
+            return assert_as_accurate_as_eager(ops.mlp, ops.mlp_reference, x, w1, b1, w2, b2)
+        pair = (_linear(f, residual, activation, residual) for f in (ops.linear, ops.linear_reference))
+        return assert_as_accurate_as_eager(*pair, *given, frozen=frozen)
+
+
+def _mlps(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    for activation, dtype in (("gelu", BF16), ("gelu_tanh", BF16), ("quick_gelu", BF16), ("gelu", FP16)):
+        yield f"mlp {activation} {str(dtype)[6:]}", functools.partial(_mlp, activation, dtype)
+
+
+def _mlp(activation: str, dtype: torch.dtype) -> Errors:
+    x = randn(3, 21, 48, dtype=dtype)
+    w1, b1 = randn(272, 48, dtype=dtype, scale=48**-0.5), randn(272, dtype=dtype, scale=0.1)
+    w2, b2 = randn(48, 272, dtype=dtype, scale=272**-0.5), randn(48, dtype=dtype, scale=0.1)
+    return assert_as_accurate_as_eager(ops.mlp, ops.mlp_reference, x, w1, b1, w2, b2, activation=activation)
+
+
+def _fused_mlps(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    for config in fused_mlp_candidates(arch):
+        tile = f"{config.backend} {config.rows}x{config.hidden}"
+        yield f"fused mlp {tile} bf16", functools.partial(_fused_mlp, config)
+        for dtype in (FP32, BF16):
+            name = f"fused add_layer_norm_mlp {tile} {'autocast' if dtype == FP32 else 'bf16'}"
+            yield name, functools.partial(_fused_add_layer_norm_mlp, config, dtype)
+
+
+def _fused_mlp(config) -> Errors:
+    x, weights = randn(2, 83, 192), _mlp_weights(BF16, 192, 320)
+    with use_whole_mlp(config):
+        return assert_as_accurate_as_eager(ops.mlp, ops.mlp_reference, x, *weights, frozen=range(5))
+
+
+def _fused_add_layer_norm_mlp(config, dtype: torch.dtype) -> Errors:
+    norm = _norm_weights(dtype, 192)
+    gamma, x, branch = randn(192, dtype=dtype, scale=0.2, shift=0.7), randn(2, 83, 192, dtype=dtype), randn(2, 83, 192)
+    pair = (
+        under_autocast(
+            lambda x, branch, g, b, w1, b1, w2, b2, gamma, f=f: f(x, branch, g, b, 1e-6, w1, b1, w2, b2, gamma=gamma),
+            dtype == FP32,
+        )
+        for f in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
+    )
+    with use_whole_mlp(config):
+        return assert_as_accurate_as_eager(
+            *pair, x, branch, *norm, *_mlp_weights(dtype, 192, 320), gamma, frozen=range(9)
+        )
+
+
+# ---- patch embedding
+
+
+def _embedding(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    yield "patch_embedding autocast", _embed
+
+
+def _embed() -> Errors:
+    channels, patch, grid = 192, 8, 6
+    given = [
+        randn(3, 3, patch * grid, patch * grid, dtype=FP32),
+        randn(channels, 3, patch, patch, dtype=FP32, scale=0.07),
+        randn(channels, dtype=FP32, scale=0.1),
+        randn(1, grid * grid, channels, dtype=FP32, scale=0.1),
+        randn(1, 1, channels, dtype=FP32),
+        randn(1, 1, channels, dtype=FP32),
+    ]
+    pair = (under_autocast(f) for f in (ops.patch_embedding, ops.patch_embedding_reference))
+    return assert_as_accurate_as_eager(*pair, *given)

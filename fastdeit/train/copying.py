@@ -1,0 +1,63 @@
+"""Batches on their way to the device, at most one of them behind in the memory that they come in."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def _nothing() -> None:
+    pass
+
+
+class HostBatch(NamedTuple):
+    """Tensors in memory that may be used again once they have been copied; `copied` is called then, and checks that it was not
+    before."""
+
+    tensors: tuple[Tensor, ...]
+    copied: Callable[[], None] = _nothing
+
+
+def copied(batches: Iterator[HostBatch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Each batch's tensors on device, in memory of their own."""
+    for batch in batches:
+        tensors = tuple(t.to(device, copy=True) for t in batch.tensors)
+        batch.copied()
+        yield tensors
+
+
+def copied_ahead(batches: Iterator[HostBatch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """One batch ahead: while a batch is computed with, the next one's copy runs on another stream.
+
+    The copy before the latest is waited for when another batch is asked for, and the latest when nobody asks any more: its memory
+    is the loader's again.
+    """
+    stream = torch.cuda.Stream(device)
+    waiting: tuple[Tensor, ...] | None = None
+    latest: tuple[HostBatch, torch.cuda.Event] | None = None
+    try:
+        for batch in batches:
+            before, latest = latest, None
+            if before is not None:
+                _await(*before)
+            with torch.cuda.stream(stream):
+                tensors = tuple(t.to(device, non_blocking=True) for t in batch.tensors)
+                latest = batch, stream.record_event()
+            if waiting is not None:
+                yield waiting
+            torch.cuda.current_stream(device).wait_stream(stream)
+            for tensor in tensors:  # its memory must not be given to another copy while the step still reads it
+                tensor.record_stream(torch.cuda.current_stream(device))
+            waiting = tensors
+        if waiting is not None:
+            yield waiting
+    finally:
+        if latest is not None:
+            _await(*latest)
+
+
+def _await(batch: HostBatch, event: "torch.cuda.Event") -> None:
+    if not event.query():
+        event.synchronize()
+    batch.copied()

@@ -1,0 +1,150 @@
+"""Which library decodes JPEG files. All are libjpeg-turbo with accurate DCT and smooth upsampling, so that pixels are the same.
+
+They get files of the common kind only (see jpeg_header.py): everything else, and what they refuse, is Pillow's.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fastdeit.train.config import Config
+from fastdeit.train.config_checks import DECODERS
+from fastdeit.train.jpeg_header import JpegHeader
+
+_MODULES = {"nvimgcodec": "nvidia.nvimgcodec", "simplejpeg": "simplejpeg", "torchvision": "torchvision"}
+_DISTRIBUTIONS = {"nvimgcodec": "nvidia-nvimgcodec-cu12", "simplejpeg": "simplejpeg", "torchvision": "torchvision"}
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+class Decoder(Protocol):
+    """Decodes a common JPEG to RGB."""
+
+    def decode(self, data: bytes, header: JpegHeader, box: Box) -> np.ndarray:
+        """The part (box.height, box.width, 3) uint8. Raises anything, or gives another shape, where the library fails."""
+
+
+def is_installed(name: str) -> bool:
+    if name == "pillow":
+        return True
+    try:
+        return find_spec(_MODULES[name]) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def resolved_decoder(name: str) -> str:
+    """The decoder that `decoder: name` means here.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if name == "auto":
+        return next(decoder for decoder in DECODERS if is_installed(decoder))
+    if not is_installed(name):
+        package = _DISTRIBUTIONS[name]
+        raise ImportError(f"decoder: {name} is not installed: pip install {package}, or set decoder to auto")
+    return name
+
+
+def with_decoder(config: Config) -> Config:
+    """config with the decoder that it means here, since pixels may depend on it; as it is where no files are decoded."""
+    return config if config.data == "digits" else config.replace(decoder=resolved_decoder(config.decoder))
+
+
+def decoder_version(name: str) -> dict[str, str]:
+    """Distribution and version of a resolved decoder, beyond those that every run has."""
+    if name not in ("nvimgcodec", "simplejpeg"):
+        return {}
+    return {_DISTRIBUTIONS[name]: version(_DISTRIBUTIONS[name])}
+
+
+def create_decoder(name: str) -> Decoder | None:
+    """The decoder of this resolved name; None for Pillow."""
+    return {
+        "nvimgcodec": _NvImageCodec,
+        "simplejpeg": _SimpleJpeg,
+        "torchvision": _Torchvision,
+        "pillow": lambda: None,
+    }[name]()
+
+
+class _SimpleJpeg:
+    def decode(self, data: bytes, header: JpegHeader, box: Box) -> np.ndarray:
+        import simplejpeg
+
+        return _part(simplejpeg.decode_jpeg(data), box)
+
+
+class _Torchvision:
+    def decode(self, data: bytes, header: JpegHeader, box: Box) -> np.ndarray:
+        import torch
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return _part(decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy(), box)
+
+
+class _NvImageCodec:
+    """NVIDIA's, on the CPU. Decodes the part alone, in one thread: workers are processes."""
+
+    def __init__(self) -> None:
+        self._made: tuple[int, Any, Any, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_made": None}  # a process makes its own
+
+    def decode(self, data: bytes, header: JpegHeader, box: Box) -> np.ndarray:
+        library, decoder, options = self._library()
+        stream = library.CodeStream(data)
+        if box != (0, 0, header.width, header.height):
+            region = library.Region(box.top, box.left, box.top + box.height, box.left + box.width)
+            stream = stream.get_sub_code_stream(region=region)
+        return np.asarray(decoder.decode(stream, params=options))
+
+    def _library(self) -> tuple[Any, Any, Any]:
+        if self._made is None or self._made[0] != os.getpid():
+            with _without_stderr():  # where it complains of GPU libraries that it does without
+                from nvidia import nvimgcodec
+
+                decoder = nvimgcodec.Decoder(
+                    device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+                    max_num_cpu_threads=1,
+                    backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+                    options=":fancy_upsampling=1",
+                )
+            options = nvimgcodec.DecodeParams(apply_exif_orientation=False)
+            self._made = os.getpid(), nvimgcodec, decoder, options
+        return self._made[1:]
+
+
+def _part(image: np.ndarray, box: Box) -> np.ndarray:
+    return image[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discards what libraries write to the process's stderr."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,174 @@
+"""From one encoded image to a training image: crop, resize, flip, and augmentation, done or planned.
+
+All random numbers are those of the transforms that `train_transform` made, drawn in their order, so that the images are timm's
+whichever way they are made.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.nn import functional as F
+from torchvision import transforms
+from torchvision.transforms.functional import InterpolationMode
+
+from fastdeit.train.decoders import Box
+from fastdeit.train.image_sources import ImageSource
+from fastdeit.train.plans import Planner, Recorder, why_not_planned
+from fastdeit.train.transform_errors import NamedTransforms, TransformFailure
+
+LEFT_RIGHT, TOP_BOTTOM = 1, 2  # flips as `fastdeit.ops.augment` has them
+_RESAMPLING = {
+    InterpolationMode.NEAREST: Image.Resampling.NEAREST,
+    InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
+    InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
+}
+_TRANSPOSE = {LEFT_RIGHT: Image.Transpose.FLIP_LEFT_RIGHT, TOP_BOTTOM: Image.Transpose.FLIP_TOP_BOTTOM}
+
+
+class ImagePipeline:
+    """Makes training images.
+
+    Args:
+        transform: of `train_transform`: a crop, flips, augmentation, and the conversion to a tensor.
+        size: height and width of the result.
+        mode: PIL's.
+        resize: "pillow", exactly as timm's, or "torch", PyTorch's antialiased kernel on uint8.
+        planned: leave flips and augmentation to `fastdeit.ops.augment`.
+
+    Raises:
+        ValueError: the transforms cannot be planned.
+    """
+
+    def __init__(
+        self, transform: NamedTransforms, size: tuple[int, int], mode: str, resize: str, planned: bool
+    ) -> None:
+        self.height, self.width = size
+        self.channels = 1 if mode == "L" else 3
+        self.resize = resize
+        self.crop_option, self.crop = transform.steps[0]
+        self.flips, steps = split_flips(transform)
+        self.augmentation = steps
+        self.planner = None
+        if planned:
+            reason = why_not_planned(steps)
+            if reason is not None:
+                raise ValueError(reason)
+            self.planner = Planner(steps)
+
+    @property
+    def layers(self) -> int:
+        """Rows of a plan."""
+        return 0 if self.planner is None else self.planner.layers
+
+    def __call__(self, source: ImageSource, out: np.ndarray, rows: np.ndarray) -> int:
+        """Writes the image into out and its plan into rows, and returns the flips that are left to do.
+
+        Args:
+            out: (height, width, channels) uint8.
+            rows: (layers, 8) float64.
+
+        Raises:
+            TransformFailure: a transform failed. Whatever PIL raises: the image cannot be decoded.
+        """
+        image, flips = self.augmented(self.resized(*self.part(source)), rows)
+        self.write(image, out)
+        return flips
+
+    def part(self, source: ImageSource) -> tuple[Image.Image | np.ndarray, InterpolationMode | None]:
+        """The random crop, decoded, and how it is to be resized; the whole image where the crop is not one of a size to draw."""
+        crop = self.crop
+        if not isinstance(crop, RandomResizedCropAndInterpolation):
+            return source.image(), None
+        with _named(self.crop_option):
+            top, left, height, width = crop.get_params(_Extent(source.width, source.height), crop.scale, crop.ratio)
+            box = Box(left, top, width, height)
+            mode = crop.interpolation
+            mode = random.choice(mode) if isinstance(mode, tuple | list) else mode
+        return (source.array if self.resize == "torch" else source.image)(box), mode
+
+    def resized(
+        self, part: Image.Image | np.ndarray, interpolation: InterpolationMode | None
+    ) -> Image.Image | np.ndarray:
+        """The crop in the result's size: an image, or (height, width, channels) uint8."""
+        with _named(self.crop_option):
+            if interpolation is None:
+                return self.crop(part)
+            if self.resize == "torch":
+                return resized_by_torch(part, (self.height, self.width), interpolation.value)
+            return part.resize((self.width, self.height), _RESAMPLING[interpolation])
+
+    def augmented(self, image: Image.Image | np.ndarray, rows: np.ndarray) -> tuple[Image.Image | np.ndarray, int]:
+        """The image after what is not planned, and the flips that are left to do; writes the plan into rows."""
+        flips = 0
+        for option, step in self.flips:
+            with _named(option):
+                if torch.rand(1) < step.p:
+                    flips |= LEFT_RIGHT if isinstance(step, transforms.RandomHorizontalFlip) else TOP_BOTTOM
+        if self.planner is None:
+            image = flipped(as_image(image), flips)
+            for option, step in self.augmentation:
+                with _named(option):
+                    image = step(image)
+            return image, 0
+        recorder = Recorder((self.width, self.height), lambda: flipped(as_image(image), flips))
+        for option, step in self.planner.steps:
+            with _named(option):
+                step(recorder)
+        self.planner.write(recorder, rows)
+        return (image, flips) if recorder.image is None else (recorder.image, 0)
+
+    def write(self, image: Image.Image | np.ndarray, out: np.ndarray) -> None:
+        with _named("img_size"):
+            out[:] = np.asarray(image).reshape(out.shape)
+
+
+def split_flips(transform: NamedTransforms) -> tuple[list, list]:
+    """The flips of a training transform, and the augmentation after them, without the conversion to a tensor at its end."""
+    flips = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+    steps = list(transform.steps[1:-1])
+    return [s for s in steps if isinstance(s[1], flips)], [s for s in steps if not isinstance(s[1], flips)]
+
+
+def resized_by_torch(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+    """(H, W, C) uint8 in another size, by PyTorch's antialiased kernel: within a few levels of Pillow's, in a third of its time."""
+    tensor = torch.from_numpy(np.require(pixels, requirements="CW"))[None].permute(0, 3, 1, 2)
+    found = F.interpolate(tensor, size, mode=mode, antialias=True)
+    return found[0].permute(1, 2, 0).numpy()
+
+
+def as_image(pixels: Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(pixels, Image.Image):
+        return pixels
+    return Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]))
+
+
+def flipped(image: Image.Image, flips: int) -> Image.Image:
+    for flip, method in _TRANSPOSE.items():
+        image = image.transpose(method) if flips & flip else image
+    return image
+
+
+class _Extent(Image.Image):
+    """An image of which nothing but the size is known: what a crop is drawn from."""
+
+    def __init__(self, width: int, height: int) -> None:
+        super().__init__()
+        self.extent = width, height
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.extent
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Makes of an error in a transform one that names the transform's option."""
+    try:
+        yield
+    except Exception as error:
+        raise TransformFailure(option) from error
