@@ -163,7 +163,9 @@ def test_large_activations_overflow_as_in_the_reference():
     with backends.use_backend("triton"):
         out = ops.linear(x * 1e4, weight * 10, bias, activation="gelu")
     z = torch.nn.functional.linear(x * 1e4, weight * 10, bias).float()
-    expected = (z * (1 + torch.erf(z * 0.5**0.5)) / 2).half()  # PyTorch's vectors on some CPUs make NaN of an infinite z
+    expected = (
+        z * (1 + torch.erf(z * 0.5**0.5)) / 2
+    ).half()  # PyTorch's vectors on some CPUs make NaN of an infinite z
     assert not expected.isfinite().all()
     assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
 
