@@ -32,7 +32,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "$(PYTHON) cannot create virtual environments (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[train,loader,test,bench]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[train,loader,test,bench,hosts]'
 	@touch $@
 
 train: $(STAMP)

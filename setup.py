@@ -29,6 +29,12 @@ TRAIN = [
 # Decoders of JPEG: without them torchvision or Pillow decodes.
 LOADER = ["simplejpeg>=1.9", "nvidia-nvimgcodec-cu12>=0.9; sys_platform == 'linux'"]
 BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
+# Libraries whose models are accelerated too (docs/hosts.md), for the tests of that; none is needed to import fastdeit.
+HOSTS = [
+    "torchvision>=0.26",
+    "transformers>=5.24",
+    "vit-pytorch>=1.26",
+]
 TEST = [
     "numpy<2.4",  # Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4
     "pytest>=9.0",
@@ -64,7 +70,7 @@ setup(
     author="fastdeit authors",
     python_requires=">=3.10",
     install_requires=CORE,
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER, "hosts": HOSTS},
     packages=packages(),
     package_dir=DIRECTORIES,
     package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},

@@ -95,7 +95,7 @@ class Report:
             row.matched and row.kind not in _NORMS for row in self.rows
         ):
             return ""
-        return "\nonly LayerNorms were matched: no transformer block of a class that fastdeit knows was found"
+        return "\nonly LayerNorms were matched: no transformer block of a class in docs/hosts.md was found"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {sum(row.fused for row in self.rows)} of {len(self.rows)} modules fused>"
@@ -112,11 +112,12 @@ class Report:
 def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) -> Report:
     """The report of `fastdeit.explain` on what `named_modules()` gave, with costs for a batch_size that is not None."""
     from fastdeit.blocks.checklist import EXCLUDED
-    from fastdeit.nn import FUSED_CLASSES, Attention, Block, Mlp  # imports timm, which `import fastdeit` need not
+    from fastdeit.nn.hosts import fused_classes, why_no_class  # imports timm, which `import fastdeit` need not
 
-    sources = {twin: source for source, twin in FUSED_CLASSES.items()}
-    known = (*sources, *FUSED_CLASSES)
-    whole = tuple(sources[twin] for twin in (Attention, Block, Mlp))  # their other parts are what they compute
+    fused = fused_classes()
+    sources = {twin: source for source, twin in fused.items()}
+    known = (*sources, *fused)
+    covering = tuple(source for twin, source in sources.items() if twin.covers_parts)
     fallback = next((p for module in named.values() for p in module.parameters()), torch.empty(0))
     rows = []
     explained: tuple[str, ...] = ()
@@ -129,7 +130,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             rows.append(Row(name, sources[twin].__name__, reason is None, reason or ""))
             if hasattr(module, "why_not_embedded"):
                 embeddings[f"{name}.patch_embed.proj" if name else "patch_embed.proj"] = module
-        elif cls in FUSED_CLASSES:
+        elif cls in fused:
             rows.append(
                 Row(name, cls.__name__, False, "excluded" if EXCLUDED in module.__dict__ else "not accelerated")
             )
@@ -142,8 +143,8 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             reason = "excluded" if EXCLUDED in module.__dict__ else _why_not_embedded(embeddings[name])
             rows.append(Row(name, cls.__name__, reason is None, reason or ""))
         elif module._parameters and not name.startswith(explained):
-            rows.append(Row(name, cls.__name__, False, f"no fused class for {cls.__name__}"))
-        if isinstance(module, whole):
+            rows.append(Row(name, cls.__name__, False, why_no_class(cls)))
+        if isinstance(module, covering):
             explained += (name + "." if name else "",)
     if batch_size is None:
         return Report(rows)

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
@@ -13,14 +14,19 @@ from fastdeit.blocks.snapshot import KEY as RECORD
 from fastdeit.explanation import Report, explain_modules
 
 MEMORY = ("usual", "lean")
+_ONLY_NORMS = (
+    "accelerate: of this {}, only LayerNorms are fused. It has no transformer block of the classes looked for, which are listed "
+    "in docs/hosts.md by library and version; a block of a derived class, or of a library imported under another name, is not "
+    "one of them"
+)
 
 
 def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "usual") -> nn.Module:
-    """Gives every module that has a fused twin (`fastdeit.nn.FUSED_CLASSES`) that class, in place.
+    """Gives every module that has a fused twin that class, in place: timm's, and those of docs/hosts.md.
 
-    Parameters, buffers, hooks, names and the modules themselves stay what they are; only `forward` changes, and it runs timm's own
+    Parameters, buffers, hooks, names and the modules themselves stay what they are; only `forward` changes, and it runs the host's
     code wherever the kernels do not cover the call. Calling it again is harmless, and brings modules made since into line. Compiled
-    code is dropped (`torch.compiler.reset`): it would go on running the other class.
+    code is dropped (`torch.compiler.reset`): it would go on running the other class. Warns where nothing but LayerNorms is fused.
 
     Args:
         model: any module; may itself be one to swap.
@@ -51,6 +57,9 @@ def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "
     _swap((module, source if name in excluded else fused) for name, module in named.items())
     _set_memory(named.values(), memory)
     _mark_excluded(named, excluded)
+    swapped = {type(module) for module in named.values()} & source.keys()
+    if swapped and not excluded and type(model) not in swapped and all(issubclass(c, nn.LayerNorm) for c in swapped):
+        warnings.warn(_ONLY_NORMS.format(type(model).__name__), stacklevel=2)
     return model
 
 
@@ -119,9 +128,9 @@ def _gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    from fastdeit.nn import FUSED_CLASSES  # imports timm, which `import fastdeit` need not
+    from fastdeit.nn.hosts import fused_classes  # imports timm, which `import fastdeit` need not
 
-    return FUSED_CLASSES
+    return fused_classes()
 
 
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -208,12 +217,12 @@ def _mark_excluded(named: dict[str, nn.Module], excluded: set[str]) -> None:
 
 def _set_memory(modules: Iterable[nn.Module], memory: str) -> None:
     """Leaves nothing on a block that keeps the usual."""
-    from fastdeit.nn import Block
+    from fastdeit.blocks.fused_module import is_fused
 
     changed = False
     for module in modules:
-        if type(module) is Block and module.memory != memory:
-            if memory == Block.memory:
+        if is_fused(module) and module.memory not in (None, memory):
+            if memory == type(module).memory:
                 del module.memory
             else:
                 module.memory = memory

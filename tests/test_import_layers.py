@@ -37,6 +37,16 @@ WITH_EXTRAS = (
     "fastdeit.commands",
     "fastdeit.testing.fake_cuda.pytest_plugin",
 )  # what the extras `train`, `bench` and `test` are for
+# Imported only where the library has been: an adapter and its drop-in classes each.
+HOSTS = {
+    f"fastdeit.{folder}.{name}": library
+    for name, library in (
+        ("torchvision", "torchvision"),
+        ("huggingface", "transformers"),
+        ("vit_pytorch", "vit_pytorch"),
+    )
+    for folder in ("blocks.adapters", "nn")
+}
 NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 
@@ -103,8 +113,19 @@ def test_kernels_use_torch_and_triton_only():
 
 def test_the_core_needs_no_library_of_the_extras():
     files = {m: p for m, p in python_files().items() if not m.startswith(WITH_EXTRAS)}
-    beyond = {m: outside_libraries(p.read_text(), m) - CORE_LIBRARIES for m, p in files.items()}
+    beyond = {m: outside_libraries(p.read_text(), m) - CORE_LIBRARIES - {HOSTS.get(m)} for m, p in files.items()}
     assert {m: names for m, names in beyond.items() if names} == {}
+
+
+def test_no_host_is_imported_because_fastdeit_knows_it():
+    code = (
+        "import sys, torch, fastdeit\n"
+        "import timm.layers\n"
+        "fastdeit.explain(fastdeit.accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2))))\n"
+        "print([m for m in ('transformers', 'vit_pytorch') if m in sys.modules or 'fastdeit.nn.' + m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]" and result.returncode == 0, result.stderr
 
 
 MODULES = {
@@ -162,7 +183,7 @@ def test_an_outside_library_is_found():
 def test_everything_but_the_kernels_imports_without_triton():
     """timm brings Triton into the process by itself where there is one, so here there is none."""
     kernels = layer_of("fastdeit.kernels")
-    modules = [m for m in python_files() if layer_of(m) > kernels and not m.startswith(NEED_TRITON)]
+    modules = [m for m in python_files() if layer_of(m) > kernels and not m.startswith(NEED_TRITON) and m not in HOSTS]
     code = f"import sys, importlib\nsys.modules['triton'] = None\nfor m in {modules}: importlib.import_module(m)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

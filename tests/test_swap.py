@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import pytest
 import timm
@@ -277,3 +278,17 @@ def test_a_wrapper_around_the_models_forward_leaves_the_residual_carried_through
     assert kernels_stood_in["add_layer_norm_attention"] == 2  # the last block runs for the prefix alone
     model.forward = lambda x: x
     assert fastdeit.explain(model).rows[0].reason == "it has a forward of its own"
+
+
+def test_a_model_of_which_only_norms_are_fused_gets_a_warning():
+    def model():
+        return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+    with pytest.warns(UserWarning, match=r"of this Sequential, only LayerNorms are fused.*docs/hosts\.md"):
+        fastdeit.accelerate(model())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastdeit.accelerate(nn.LayerNorm(8))
+        fastdeit.accelerate(nn.Linear(8, 8))
+        fastdeit.accelerate(timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1))
+        fastdeit.accelerate(model(), exclude=["0"])

@@ -5,7 +5,8 @@ be skipped: a hook, a replaced forward, a LoRA layer, a quantized weight. Rules 
 they read of modules is compared before every call (`snapshot`); rules on the call itself are asked every time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import NamedTuple
 
 import timm.layers
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastdeit.blocks import spec
 from fastdeit.blocks.fused_module import is_fused
@@ -37,12 +39,33 @@ _ACTIVATIONS = {
     nn.SiLU: "silu",
     nn.ReLU: "relu",
 }
+# Classes that hold the weight of a plain projection. Attention's of PyTorch holds the packed one of q, k and v itself.
+_PROJECTIONS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention)
+_LAYER_SCALES: set[type[nn.Module]] = {timm.layers.LayerScale}
+# Code of hooks that do nothing unless their library collects outputs. Its drop-ins ask at each call whether it does.
+PASSIVE_HOOKS: set[CodeType] = set()
 _tracing_state = torch._C._get_tracing_state
 
 for _kind in (nn.LayerNorm, nn.Linear, nn.Dropout, nn.GELU, *_ACTIVATIONS):
     register_methods(_kind, "forward")
 for _kind in (timm.layers.LayerNorm, timm.layers.LayerScale, timm.layers.DropPath):
     register_methods(_kind, "forward")
+
+
+register_methods(NonDynamicallyQuantizableLinear, "forward", host=True)
+register_methods(nn.MultiheadAttention, "forward", host=True)
+
+
+def register_activation(kind: type[nn.Module], name: str | Callable[[nn.Module], str | None]) -> None:
+    """Makes a host's activation known by the op's name for it, or by what gives that name for a module of its class."""
+    register_methods(kind, "forward", host=True)
+    _ACTIVATIONS[kind] = name
+
+
+def register_layer_scale(kind: type[nn.Module]) -> None:
+    """Makes known a host's LayerScale, which multiplies by a parameter and does nothing else."""
+    register_methods(kind, "forward", host=True)
+    _LAYER_SCALES.add(kind)
 
 
 # ---- the call
@@ -101,6 +124,18 @@ def why_not_block_call(verdict: "BlockVerdict", x: Tensor) -> str | None:
     return why_not_norm_call(x) or _why_not_gammas(verdict.gammas, x)
 
 
+def why_not_whole_call(block: spec.Block, verdict: "BlockVerdict", x: Tensor) -> str | None:
+    """Why a block whose parts are not called alone runs the host's code for x (B, N, C)."""
+    reason = why_not_plain_call(x) or why_global_hook() or verdict.block or why_not_block_call(verdict, x)
+    asked = set()
+    for branch in block.branches if reason is None else ():
+        body = branch.body
+        if isinstance(body, spec.Attention) and (body.head_dim, body.num_heads) not in asked:
+            asked.add((body.head_dim, body.num_heads))
+            reason = reason or why_not_attention_call(body, x)
+    return reason
+
+
 def why_not_trunk_call(verdict: "TrunkVerdict", tokens: Tensor) -> str | None:
     """Why the blocks run one by one for these tokens, in a model whose modules are in order."""
     reason = why_not_norm_call(tokens)
@@ -109,11 +144,11 @@ def why_not_trunk_call(verdict: "TrunkVerdict", tokens: Tensor) -> str | None:
     return _why_not_gammas(verdict.gammas, tokens)
 
 
-def _why_not_gammas(gammas: Iterable[dict[str, Tensor]], x: Tensor) -> str | None:
+def _why_not_gammas(gammas: "Iterable[Gamma]", x: Tensor) -> str | None:
     """LayerScale in another dtype than the residual stream would change the stream's."""
-    for parameters in gammas:
-        if parameters["gamma"].dtype is not x.dtype:
-            return f"a LayerScale is in {parameters['gamma'].dtype}, the input in {x.dtype}"
+    for parameters, name in gammas:
+        if parameters[name].dtype is not x.dtype:
+            return f"a LayerScale is in {parameters[name].dtype}, the input in {x.dtype}"
     return None
 
 
@@ -132,7 +167,7 @@ def why_not_bypassed(modules: Iterable[nn.Module]) -> str | None:
             return f"its {type(module).__name__} is excluded"
         if (
             state["_forward_pre_hooks"]
-            or state["_forward_hooks"]
+            or any(getattr(hook, "__code__", None) not in PASSIVE_HOOKS for hook in state["_forward_hooks"].values())
             or state["_backward_pre_hooks"]
             or state["_backward_hooks"]
         ):
@@ -165,13 +200,15 @@ def why_not_weight(weight: Tensor) -> str | None:
 def why_not_linear(layer: spec.Affine) -> str | None:
     """None if it is PyTorch's Linear with plain weights: no LoRA, no parametrization, no quantized or sharded tensor."""
     kind = type(layer.module)
-    if kind is not nn.Linear:  # the quantized one has the same name
+    if kind not in _PROJECTIONS:  # the quantized one has the same name
         return f"a projection is a {kind.__name__ if kind.__name__ != 'Linear' else f'{kind.__module__}.Linear'}"
     return why_replaced(kind) or why_not_weights(layer)
 
 
-def why_not_inactive_dropout(dropout: nn.Module) -> str | None:
+def why_not_inactive_dropout(dropout: nn.Module | float) -> str | None:
     kind = type(dropout)
+    if kind is float or kind is int:
+        return "dropout is active" if dropout != 0.0 else None
     if kind is nn.Dropout:
         return why_replaced(kind) or ("dropout is active" if dropout.p != 0.0 and dropout.training else None)
     return None if kind is nn.Identity else f"a dropout is a {kind.__name__}"
@@ -182,7 +219,10 @@ def activation_name(activation: nn.Module) -> str | None:
     kind = type(activation)
     if kind.forward is not OWN_METHODS.get((kind, "forward")):
         return None
-    return _GELUS.get(activation.approximate) if kind is nn.GELU else _ACTIVATIONS.get(kind)
+    if kind is nn.GELU:
+        return _GELUS.get(activation.approximate)
+    name = _ACTIVATIONS.get(kind)
+    return name if name is None or isinstance(name, str) else name(activation)
 
 
 def why_not_norm(norm: spec.Affine, source: type[nn.LayerNorm]) -> str | None:
@@ -199,11 +239,11 @@ def why_not_norm(norm: spec.Affine, source: type[nn.LayerNorm]) -> str | None:
 
 def why_not_attention(body: spec.Attention) -> str | None:
     """Why attention runs the host's code, whatever it is called with."""
+    projections = (body.qkv, body.proj) if isinstance(body.qkv, spec.Affine) else (*body.qkv, body.proj)
     return (
         body.beyond
-        or why_not_bypassed((body.qkv.module, *body.between, body.proj.module))
-        or why_not_linear(body.qkv)
-        or why_not_linear(body.proj)
+        or why_not_bypassed((*(layer.module for layer in projections), *body.between))
+        or next(filter(None, map(why_not_linear, projections)), None)
         or why_not_inactive_dropout(body.dropout)
     )
 
@@ -224,6 +264,9 @@ def why_not_mlp(body: spec.Mlp) -> str | None:
 # ---- blocks
 
 
+Gamma = tuple[dict[str, Tensor], str]  # a module's parameters, and the name of LayerScale's among them
+
+
 class BlockVerdict(NamedTuple):
     """What the modules of a block allow.
 
@@ -240,20 +283,24 @@ class BlockVerdict(NamedTuple):
     deferred: str | None
     parts: tuple[str | None, ...]
     pruned: str | None
-    gammas: tuple[dict[str, Tensor], ...]
-    last_gamma: tuple[dict[str, Tensor], ...]
+    gammas: tuple[Gamma, ...]
+    last_gamma: tuple[Gamma, ...]
 
 
 def judge_block(block: spec.Block) -> BlockVerdict:
     """What its modules allow."""
+    if block.beyond is not None:
+        return BlockVerdict(block.beyond, block.beyond, (block.beyond,) * len(block.branches), block.beyond, (), ())
     *inner, last = block.branches
     reason = why_replaced(block.source)
     for branch in block.branches:
         reason = reason or _why_not_norm_of(branch)
     for branch in inner:
-        reason = reason or _why_not_tail(branch)
-    deferred = why_not_bypassed((block.module,)) or reason or _why_not_tail(last)
+        reason = reason or _why_not_tail(branch, block.module)
     parts = tuple(_why_called(branch) for branch in block.branches)
+    if block.whole:
+        reason = reason or next(filter(None, parts), None)
+    deferred = why_not_bypassed((block.module,)) or reason or _why_not_tail(last, block.module)
     return BlockVerdict(reason, deferred, parts, _why_not_pruned(block, parts), _gammas(inner), _gammas([last]))
 
 
@@ -264,17 +311,17 @@ def _why_not_norm_of(branch: spec.Branch) -> str | None:
     return why_not_bypassed((module,)) or why_not_norm(branch.norm, module.source)
 
 
-def _why_not_tail(branch: spec.Branch) -> str | None:
+def _why_not_tail(branch: spec.Branch, block: nn.Module) -> str | None:
     """Why LayerScale and stochastic depth may not be made part of the residual addition."""
-    scale, drop_path = branch.layer_scale, branch.drop_path
-    reason = why_not_bypassed((scale, drop_path))
+    scale, drop_path, own = branch.layer_scale, branch.drop_path, branch.layer_scale is block
+    reason = why_not_bypassed((drop_path,) if own else (scale, drop_path))
     if reason is None and type(scale) is not nn.Identity:
-        if type(scale) is not timm.layers.LayerScale or scale.inplace:
-            works = " that works in place" if getattr(scale, "inplace", False) else ""
-            return f"ls1 is a {type(scale).__name__}{works}"
-        gamma = scale._parameters.get("gamma")
+        kind, in_place = type(scale), getattr(scale, "inplace", False)
+        if not own and (kind not in _LAYER_SCALES or in_place):
+            return f"ls1 is a {kind.__name__}{' that works in place' if in_place else ''}"
+        gamma = scale._parameters.get(branch.gamma)
         weight = f"a weight is a {type(gamma).__name__}" if gamma is None else why_not_weight(gamma)
-        reason = why_replaced(timm.layers.LayerScale) or weight
+        reason = (None if own else why_replaced(kind)) or weight
     if reason is None and type(drop_path) is not nn.Identity:
         if type(drop_path) is not timm.layers.DropPath:
             return f"drop_path1 is a {type(drop_path).__name__}"
@@ -282,16 +329,17 @@ def _why_not_tail(branch: spec.Branch) -> str | None:
     return reason
 
 
-def _gammas(branches: Iterable[spec.Branch]) -> tuple[dict[str, Tensor], ...]:
-    tables = [branch.layer_scale._parameters for branch in branches]
-    return tuple(table for table in tables if table.get("gamma") is not None)
+def _gammas(branches: Iterable[spec.Branch]) -> tuple[Gamma, ...]:
+    slots = [(branch.layer_scale._parameters, branch.gamma) for branch in branches]
+    return tuple((table, name) for table, name in slots if table.get(name) is not None)
 
 
 def _why_called(branch: spec.Branch) -> str | None:
     body = branch.body
     if body is None:
         return f"a {type(branch.module).__name__} is called"
-    reason = why_not_bypassed((branch.module,)) or why_replaced(branch.module.source)
+    kind = getattr(branch.module, "source", type(branch.module))  # a host's own part has no class of ours
+    reason = why_not_bypassed((branch.module,)) or why_replaced(kind)
     return reason or (why_not_attention(body) if isinstance(body, spec.Attention) else why_not_mlp(body))
 
 
@@ -328,7 +376,7 @@ class TrunkVerdict(NamedTuple):
     norm: str | None
     block: str | None
     blocks: tuple[BlockVerdict, ...]
-    gammas: tuple[dict[str, Tensor], ...]
+    gammas: tuple[Gamma, ...]
 
 
 def judge_trunk(trunk: spec.Trunk) -> TrunkVerdict:

@@ -79,13 +79,12 @@ def run_block(
         call_arguments: keyword arguments of a module that takes the block's mask, where it is called.
     """
     last = block.branches[-1]
-    lean = block.memory == "lean"
     for branch, reason in zip(block.branches, verdict.parts, strict=True):
         body = branch.body
         fused = reason is None and (attention_fused or not isinstance(body, spec.Attention))
         folds_tail = defer or branch is not last
         if fused and keep is None and pending.gamma is None and _one_node(branch, pending.x, folds_tail):
-            pending = _run_joint(branch, pending, lean, folds_tail)
+            pending = _run_joint(block, branch, pending, folds_tail)
             continue
         # Only a fused body's matmul reads the normalised tokens: it takes them in the dtype that it multiplies in.
         x, tokens = add_layer_norm(pending, branch.norm, autocast_dtype(pending.x) if fused else None)
@@ -98,12 +97,12 @@ def run_block(
         else:
             x, out, keep = x[:, :keep], _run_attention_prefix(body, tokens, keep), None
         if not folds_tail:
-            pending = PendingResidual(x, branch.drop_path(branch.layer_scale(out)))
+            pending = PendingResidual(x, _tail(branch, block.module, out))
         elif (type(out) is Tensor or exported(out)) and out.shape == x.shape:
-            gamma = branch.layer_scale._parameters.get("gamma")
+            gamma = read_gamma(branch)
             pending = PendingResidual(x, out, gamma, drop_path_scale(branch.drop_path, out, gamma))
         else:  # what a module of another library gives, which PyTorch's addition takes
-            pending = PendingResidual(x + branch.drop_path(branch.layer_scale(out)))
+            pending = PendingResidual(x + _tail(branch, block.module, out))
     return pending
 
 
@@ -114,28 +113,34 @@ def _one_node(branch: spec.Branch, x: Tensor, folds_tail: bool) -> bool:
     """
     if HANDED_OVER and isinstance(branch.body, spec.Attention):
         return False
-    gamma = branch.layer_scale._parameters.get("gamma") if folds_tail else None
+    gamma = read_gamma(branch) if folds_tail else None
     return gamma is None or product_dtype(x) is not torch.float16
 
 
-def _run_joint(branch: spec.Branch, pending: PendingResidual, lean: bool, folds_tail: bool) -> PendingResidual:
+def _run_joint(block: spec.Block, branch: spec.Branch, pending: PendingResidual, folds_tail: bool) -> PendingResidual:
     """The pending addition, LayerNorm, the body and LayerScale in one autograd node."""
     norm, body = branch.norm, branch.body
     affine, eps = norm.module._parameters, norm.module.eps
-    gamma = branch.layer_scale._parameters.get("gamma") if folds_tail else None
+    gamma = read_gamma(branch) if folds_tail else None
     given = (pending.x, pending.branch, affine[norm.weight], affine[norm.bias], eps)
     scale = pending.drop_path_scale
     if isinstance(body, spec.Attention):
-        weights = (*_read(body.qkv), *_read(body.proj), body.num_heads)
+        weights = (*_packed(body.qkv), *_read(body.proj), body.num_heads)
         x, out = ops.add_layer_norm_attention(*given, *weights, gamma=gamma, drop_path_scale=scale)
     else:
         weights = (*_read(body.fc1), *_read(body.fc2))
-        options = {"gamma": gamma, "drop_path_scale": scale, "activation": body.activation, "lean": lean}
-        x, out = ops.add_layer_norm_mlp(*given, *weights, **options)
+        options = {"activation": body.activation, "lean": block.memory == "lean"}
+        x, out = ops.add_layer_norm_mlp(*given, *weights, gamma=gamma, drop_path_scale=scale, **options)
     out = dropped_out(body.out_dropout, out)
     if not folds_tail:
-        return PendingResidual(x, branch.drop_path(branch.layer_scale(out)))
+        return PendingResidual(x, _tail(branch, block.module, out))
     return PendingResidual(x, out, None, drop_path_scale(branch.drop_path, out, gamma))
+
+
+def _tail(branch: spec.Branch, block: nn.Module, out: Tensor) -> Tensor:
+    """LayerScale and stochastic depth as the host computes them: by their modules, or by the block with its own parameter."""
+    scale = branch.layer_scale
+    return branch.drop_path(scale._parameters[branch.gamma] * out if scale is block else scale(out))
 
 
 def add_layer_norm(
@@ -156,7 +161,7 @@ def run_layer_norm(norm: spec.Affine, x: Tensor) -> Tensor:
 
 def run_attention(body: spec.Attention, x: Tensor) -> Tensor:
     """(B, N, C) -> (B, N, C_out)."""
-    out = ops.attention(F.linear(x, *_read(body.qkv)), body.num_heads)
+    out = ops.attention(F.linear(x, *_packed(body.qkv)), body.num_heads)
     return dropped_out(body.out_dropout, F.linear(out, *_read(body.proj)))
 
 
@@ -171,7 +176,7 @@ def _run_attention_prefix(body: spec.Attention, x: Tensor, keep: int) -> Tensor:
 
     (B, N, C) -> (B, keep, C_out). Dropout after proj must be inactive.
     """
-    weight, bias = _read(body.qkv)
+    weight, bias = _packed(body.qkv)
     heads = (body.num_heads, body.head_dim)
     sizes = (body.num_heads * body.head_dim, 2 * body.num_heads * body.head_dim)
     query_weight, key_value_weight = weight.split(sizes)
@@ -184,6 +189,21 @@ def _run_attention_prefix(body: spec.Attention, x: Tensor, keep: int) -> Tensor:
 def _read(layer: spec.Affine) -> tuple[Tensor, Tensor | None]:
     parameters = layer.module._parameters
     return parameters[layer.weight], parameters[layer.bias]
+
+
+def read_gamma(branch: spec.Branch) -> Tensor | None:
+    return branch.layer_scale._parameters.get(branch.gamma)
+
+
+def _packed(qkv: spec.Affine | tuple[spec.Affine, ...]) -> tuple[Tensor, Tensor | None]:
+    """The weight (3 * H * D, C) and bias (3 * H * D,) or None; of separate projections a copy, zeros where one has no bias."""
+    if isinstance(qkv, spec.Affine):
+        return _read(qkv)
+    weights, biases = zip(*map(_read, qkv), strict=True)
+    if all(bias is None for bias in biases):
+        return torch.cat(weights), None
+    filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    return torch.cat(weights), torch.cat(filled)
 
 
 def dropped_out(dropout: nn.Module, x: Tensor) -> Tensor:

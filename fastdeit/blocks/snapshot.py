@@ -19,10 +19,14 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 # (class, name of a method) -> the class's own, None if something had replaced it before fastdeit was imported. Fused runs take the
 # place of these.
 OWN_METHODS: dict[tuple[type, str], Callable | None] = {}
+# Those of them that only models of one library have. A snapshot compares these where a module is of the class.
+HOST_METHODS: set[tuple[type, str]] = set()
 
 
-def register_methods(kind: type, *names: str) -> None:
-    """Records methods of a class whose work the kernels do in their place."""
+def register_methods(kind: type, *names: str, host: bool = False) -> None:
+    """Records methods of a class whose work the kernels do in their place. `host`: only models of its library have such modules."""
+    if host:
+        HOST_METHODS.update((kind, name) for name in names)
     for name in names:
         method = getattr(kind, name)
         defined_by = next(base for base in kind.__mro__ if name in base.__dict__)
@@ -37,7 +41,7 @@ class Snapshot:
     """
 
     __slots__ = (
-        "before", "empty", "entries", "hooked", "kinds", "methods", "modules", "sizes", "states", "views",
+        "before", "empty", "entries", "hooked", "kinds", "methods", "modules", "sizes", "states", "views", "watched",
     )  # fmt: skip
 
     def __init__(self, root: nn.Module) -> None:
@@ -52,7 +56,9 @@ class Snapshot:
         self.views = [table.values() for table in tables if table]
         self.sizes = list(map(len, self.views))
         self.entries = list(chain.from_iterable(self.views))
-        self.methods = list(starmap(getattr, OWN_METHODS))
+        classes = {base for kind in set(self.kinds) for base in kind.__mro__}
+        self.watched = [key for key in OWN_METHODS if key not in HOST_METHODS or key[0] in classes]
+        self.methods = list(starmap(getattr, self.watched))
 
     def unchanged(self) -> bool:
         """Whether all is as it was."""
@@ -63,7 +69,7 @@ class Snapshot:
                 and list(map(len, self.views)) == self.sizes
                 and all(map(is_, chain.from_iterable(self.views), self.entries))
                 and list(map(type, self.modules)) == self.kinds
-                and list(starmap(getattr, OWN_METHODS)) == self.methods
+                and list(starmap(getattr, self.watched)) == self.methods
                 and all(now == then for now, then in self.hooked)
             )
         except (

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+# What an adapter names where its host has no module in that place. A host's module never is this one.
+NOTHING = nn.Identity()
+
 
 @dataclass(frozen=True, slots=True)
 class Affine:
@@ -22,23 +25,24 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """proj(softmax(q k^T / sqrt(D)) v) on a packed projection (Vaswani et al. 2017, section 3.2.2).
+    """proj(softmax(q k^T / sqrt(D)) v) (Vaswani et al. 2017, section 3.2.2).
 
     Attributes:
-        qkv: weight (3 * H * D, C).
+        qkv: weight (3 * H * D, C), or one projection each for q, k and v with weights (H * D, C).
         proj: weight (C_out, H * D).
         between: modules that the host calls between the projections and that a fused run does not call.
-        dropout: the one of the attention weights, among `between`; it must be inactive.
+        dropout: the one of the attention weights, among `between`, or the probability that the host would drop with in the mode
+            that it is in; it must be inactive.
         out_dropout: after proj; it is called where it is active.
         beyond: what the host computes beyond this, such as "its output is gated"; None if nothing.
     """
 
-    qkv: Affine
+    qkv: Affine | tuple[Affine, Affine, Affine]
     proj: Affine
     num_heads: int
     head_dim: int
     between: tuple[nn.Module, ...]
-    dropout: nn.Module
+    dropout: nn.Module | float
     out_dropout: nn.Module
     beyond: str | None = None
 
@@ -65,9 +69,11 @@ class Branch:
         norm: LayerNorm in front.
         module: the host's attention or MLP.
         body: what module computes, None if that is not known: module is called then.
-        layer_scale: LayerScale or Identity (Touvron et al. 2021, eq. 4), its parameter called gamma.
+        layer_scale: LayerScale (Touvron et al. 2021, eq. 4) or Identity; the block itself where it multiplies by a parameter of
+            its own.
         drop_path: stochastic depth (Huang et al. 2016) or Identity.
         takes_mask: module is called with the block's attention mask.
+        gamma: name of layer_scale's parameter (C,).
     """
 
     norm: Affine
@@ -76,6 +82,7 @@ class Branch:
     layer_scale: nn.Module
     drop_path: nn.Module
     takes_mask: bool = False
+    gamma: str = "gamma"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +92,17 @@ class Block:
     Attributes:
         module: the host's block, and `source` its class before it was accelerated.
         memory: what the branches save for backward, "usual" or "lean" (`fastdeit.accelerate`).
+        whole: its parts are not called alone, as they take or return something else than (B, N, C): where one of them does not run
+            fused, the block runs the host's code.
+        beyond: what the block has or computes beyond its branches; None if nothing. Its branches may be empty then.
     """
 
     module: nn.Module
     source: type[nn.Module]
     branches: tuple[Branch, ...]
     memory: str = "usual"
+    whole: bool = False
+    beyond: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

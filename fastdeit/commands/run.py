@@ -86,9 +86,9 @@ def _replace_in_timm(old: Callable, new: Callable) -> None:
 
 
 def _count_fused(model: nn.Module) -> int:
-    from fastdeit.nn import FUSED_CLASSES
+    from fastdeit.blocks.fused_module import is_fused
 
-    return sum(type(module) in FUSED_CLASSES.values() for module in model.modules())
+    return sum(map(is_fused, model.modules()))
 
 
 def _say(message: str) -> None:

@@ -25,6 +25,7 @@ class Attention(FusedModule, timm.layers.Attention, source=timm.layers.Attention
     normalisation, gates and `fused_attn = False` run timm's code.
     """
 
+    covers_parts = True
     describe = describe_attention
 
     def judge(self, description: Description) -> str | None:

@@ -38,6 +38,7 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
     """
 
     memory = "usual"
+    covers_parts = True
     describe = describe_block
 
     @functools.wraps(vision_transformer.Block.__init__)

@@ -18,6 +18,7 @@ class Mlp(FusedModule, timm.layers.Mlp, source=timm.layers.Mlp):
     convolutions and activations other than GELU, SiLU and ReLU run timm's code.
     """
 
+    covers_parts = True
     describe = describe_mlp
 
     def judge(self, description: Description) -> str | None:

@@ -46,7 +46,7 @@ def runs_whole(module, x) -> bool:
         return False
     attention = description.branches[0].body
     reason = why_not_plain_call(x) or why_not_block_call(verdict, x) or why_not_attention_call(attention, x)
-    return reason is None and all(gamma["gamma"].dtype is x.dtype for gamma in verdict.last_gamma)
+    return reason is None and all(table[name].dtype is x.dtype for table, name in verdict.last_gamma)
 
 
 class Norm(nn.LayerNorm):

@@ -25,7 +25,7 @@ def run(*arguments):
 def test_compiled_code_is_as_accurate_as_eager(arch, part):
     result = run("--arch", arch, "--thin", "--part", f"{part}/{PARTS}")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(result.stdout.splitlines()) >= 4, result.stdout
+    assert len(result.stdout.splitlines()) >= 3, result.stdout  # a line a case
 
 
 def test_an_unknown_architecture_is_named():

@@ -1,0 +1,40 @@
+"""Which modules of which libraries have a fused class. A library is looked at only once a program has imported it."""
+
+import importlib
+import sys
+
+from torch import nn
+
+from fastdeit.blocks.adapters.huggingface_layers import LAYERS
+from fastdeit.blocks.fused_module import FUSED_CLASSES
+
+# The host's file -> ours that has the fused classes for it, and their names there.
+_HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "timm.models.cait": ("fastdeit.nn.cait", ("LayerScaleBlock",)),
+    "torchvision.models.vision_transformer": ("fastdeit.nn.torchvision", ("EncoderBlock",)),
+    "vit_pytorch.vit": ("fastdeit.nn.vit_pytorch", ("Transformer", "SimpleTransformer")),
+    **{layer.module: ("fastdeit.nn.huggingface", (name,)) for name, layer in LAYERS.items()},
+}
+_unusable: dict[str, str] = {}  # the host's file -> what its version lacks
+
+
+def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Source class -> fused class, for all libraries in this process. Those whose classes have other names there have none."""
+    importlib.import_module("fastdeit.nn")
+    for host, (ours, names) in _HOSTS.items():
+        if host not in sys.modules or host in _unusable:
+            continue
+        try:
+            file = importlib.import_module(ours)
+            for name in names:
+                getattr(file, name)
+        except (ImportError, AttributeError) as error:  # a version of the host without these classes
+            _unusable[host] = str(error)
+    return FUSED_CLASSES
+
+
+def why_no_class(kind: type[nn.Module]) -> str:
+    """Why a class has no fused one."""
+    lack = _unusable.get(kind.__module__)
+    version = "" if lack is None else f": this version of {kind.__module__.partition('.')[0]} is not known ({lack})"
+    return f"no fused class for {kind.__name__}{version}"

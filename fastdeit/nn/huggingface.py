@@ -1,0 +1,47 @@
+"""Layers of Hugging Face transformers, as attributes of this module by transformers' names: `fastdeit.nn.huggingface.ViTLayer`.
+
+Each class is made when it is first asked for, and imports the file of transformers that it is about.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastdeit.blocks.adapters.huggingface import describe_layer, layer_class, why_collected
+from fastdeit.blocks.adapters.huggingface_layers import LAYERS
+from fastdeit.nn.host_block import HostBlock
+
+# Arguments of the model that it hands on to its layers, which have no use for them.
+_FOR_THE_MODEL = ("num_items_in_batch", "output_hidden_states", "return_dict")
+_OWN_ATTENTION = {"sdpa": sdpa_attention_forward, "eager": None}
+
+
+class _Layer(HostBlock):
+    """A standard pre-norm layer. `forward` takes and returns (B, N, C).
+
+    Masks and other arguments, the collection of attentions, attention implementations other than "sdpa" and "eager", and active
+    attention dropout run transformers' code. Gradient checkpointing is transformers' own, around the fused forward.
+    """
+
+    tokens_name = "hidden_states"
+    describe_parts = describe_layer
+
+    def why_not_arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
+        config = self._modules[LAYERS[self.source.__name__].names.attention].config
+        name = config._attn_implementation
+        if name not in _OWN_ATTENTION or ALL_ATTENTION_FUNCTIONS.get(name) is not _OWN_ATTENTION[name]:
+            return f'its attention is {name!r}, not transformers\' "sdpa" or "eager"'
+        for_the_layer = {key: value for key, value in kwargs.items() if key not in _FOR_THE_MODEL}
+        return why_collected() or super().why_not_arguments(args, for_the_layer)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if name not in LAYERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    source = layer_class(name)
+    body = {"__module__": __name__, "__doc__": f"{source.__module__}.{name}, fused; as `_Layer`."}
+    made = globals()[name] = type(_Layer)(name, (_Layer, source), body, source=source)
+    return made

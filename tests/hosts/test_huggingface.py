@@ -1,0 +1,271 @@
+"""Vision models of Hugging Face transformers: ViT in every respect, the other layers in their numbers."""
+
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import fastdeit
+
+transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
+from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    IJepaConfig,
+    IJepaModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTMSNConfig,
+    ViTMSNModel,
+)
+
+from fastdeit.nn import hosts as known_hosts  # noqa: E402
+from fastdeit.nn import huggingface  # noqa: E402
+
+SIZES = dict(hidden_size=32, num_attention_heads=1, intermediate_size=48, image_size=16, patch_size=8)
+MODELS = {
+    "ViT": (ViTConfig, ViTForImageClassification),
+    "ViT without biases": (lambda **k: ViTConfig(qkv_bias=False, **k), ViTForImageClassification),
+    "DeiT": (DeiTConfig, DeiTForImageClassification),
+    "DeiT with teacher": (DeiTConfig, DeiTForImageClassificationWithTeacher),
+    "MAE": (lambda **k: ViTMAEConfig(mask_ratio=0.0, **k), ViTMAEModel),
+    "MSN": (ViTMSNConfig, ViTMSNModel),
+    "I-JEPA": (IJepaConfig, IJepaModel),
+    "DINOv2": (Dinov2Config, Dinov2ForImageClassification),
+    "DINOv2 with registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel),
+    "CLIP": (CLIPVisionConfig, CLIPVisionModel),
+    "SigLIP": (SiglipVisionConfig, SiglipVisionModel),
+}
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def make(hosts):
+    def make(name="ViT", layers=2, **options):
+        torch.manual_seed(0)
+        config, model = MODELS[name]
+        implementation = options.pop("attn_implementation", "sdpa")
+        made = model._from_config(
+            config(**SIZES, num_hidden_layers=layers, **options), attn_implementation=implementation
+        )
+        return hosts.shaken(made)
+
+    return make
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_step_is_as_accurate_as_transformers(hosts, make, kernels_stood_in, train, implementation):
+    accelerated = hosts.assert_as_accurate(make(attn_implementation=implementation).train(train), X)
+    assert not hosts.why_not(accelerated) and len(hosts.blocks_of(accelerated)) == 2
+    assert kernels_stood_in["add_layer_norm_attention"] == kernels_stood_in["add_layer_norm_mlp"] == 2
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "ViT"])
+def test_other_models_layers_are_as_accurate(hosts, make, kernels_stood_in, name):
+    model = make(name, layers=1)
+    if name == "MAE":  # it shuffles the patches
+        model.embeddings.random_masking = types.MethodType(
+            lambda self, x, noise=None: (x, None, None), model.embeddings
+        )
+    accelerated = hosts.assert_as_accurate(model, X)
+    assert not hosts.why_not(accelerated) and len(hosts.blocks_of(accelerated)) == 1
+    assert kernels_stood_in["add_layer_norm_attention"] == kernels_stood_in["add_layer_norm_mlp"] == 1
+
+
+@pytest.mark.parametrize("name", ["ViT", "DINOv2"])
+def test_kernels_are_as_accurate_as_transformers_forward(hosts, make, name):
+    hosts.assert_kernels_as_accurate(make(name, layers=1), X[:1])
+
+
+def test_state_calls_and_copies_stay_transformers(hosts, make):
+    hosts.assert_state_is_kept(make(), X)
+
+
+def test_save_pretrained_and_from_pretrained(hosts, make, kernels_stood_in, tmp_path):
+    model = fastdeit.accelerate(make())
+    model.save_pretrained(tmp_path)
+    stock = ViTForImageClassification.from_pretrained(tmp_path).eval()
+    assert type(stock.vit.layers[0]).__module__.startswith("transformers.")
+    torch.testing.assert_close(hosts.output(model, X), hosts.output(stock, X))
+    again = fastdeit.accelerate(stock)
+    assert torch.equal(hosts.output(again, X), hosts.output(model, X)) and not hosts.why_not(again)
+
+
+@pytest.mark.parametrize("part", ["attention.k_proj", "attention.o_proj", "mlp", "mlp.activation_fn"])
+def test_hooks_are_called(hosts, make, kernels_stood_in, part):
+    hosts.assert_hooks_are_called(make(), f"vit.layers.1.{part}", X)
+
+
+def test_attentions_and_hidden_states_are_transformers_and_layers_run_fused_again(hosts, make, kernels_stood_in):
+    stock = make(attn_implementation="eager")
+    model = fastdeit.accelerate(copy.deepcopy(stock))
+    for options in ({"output_hidden_states": True}, {"output_attentions": True}):
+        kernels_stood_in.clear()
+        got, expected = model(X, **options), stock(X, **options)
+        for name in ("hidden_states", "attentions"):
+            assert (name in got) == (name in expected)
+            if name in got:
+                torch.testing.assert_close(got[name], expected[name])
+        assert kernels_stood_in["add_layer_norm_attention"] == (0 if "output_attentions" in options else 2)
+    assert not hosts.why_not(model)
+    kernels_stood_in.clear()
+    hosts.output(model, X)
+    assert kernels_stood_in["add_layer_norm_attention"] == 2
+    model.vit.layers[0].attention.register_forward_hook(lambda *_: None)
+    assert hosts.why_not(model) == {"a hook is registered on its ViTAttention"}
+
+
+def test_a_mask_runs_transformers_code(hosts, make, kernels_stood_in):
+    stock = make()
+    model = fastdeit.accelerate(copy.deepcopy(stock))
+    mask = torch.ones(2, 5)
+    mask[:, 3] = 0
+    assert torch.equal(model(X, attention_mask=mask).logits, stock(X, attention_mask=mask).logits)
+    assert kernels_stood_in["add_layer_norm_attention"] == 0
+
+
+def test_a_causal_text_model_runs_transformers_code(hosts, kernels_stood_in):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_attention_heads=1, intermediate_size=48, num_hidden_layers=2, vocab_size=9)
+    stock = hosts.shaken(CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=8)))
+    model, words = fastdeit.accelerate(copy.deepcopy(stock)), torch.tensor([[0, 3, 5, 8]])
+    torch.testing.assert_close(model(words).last_hidden_state, stock(words).last_hidden_state)
+    assert kernels_stood_in["add_layer_norm_attention"] == 0 and len(hosts.blocks_of(model)) == 2
+
+
+def test_what_trainer_adds_to_the_call_keeps_it_fused(hosts, make, kernels_stood_in):
+    model = fastdeit.accelerate(make())
+    model(X, labels=torch.tensor([0, 1]), num_items_in_batch=torch.tensor(2), return_dict=True).loss.backward()
+    assert kernels_stood_in["add_layer_norm_attention"] == 2
+
+
+def test_the_attention_implementation_is_read_at_each_call(hosts, make, kernels_stood_in):
+    model = fastdeit.accelerate(make())
+    assert not hosts.why_not(model)
+    model.config._attn_implementation = "flex_attention"
+    (reason,) = hosts.why_not(model)
+    assert "'flex_attention'" in reason
+    model.config._attn_implementation = "eager"
+    assert not hosts.why_not(model)
+
+
+def test_an_attention_function_of_the_users_is_called(hosts, make, kernels_stood_in, monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, own, calls = fastdeit.accelerate(make()), ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    monkeypatch.setitem(
+        type(ALL_ATTENTION_FUNCTIONS)._global_mapping, "sdpa", lambda *a, **k: calls.append(1) or own(*a, **k)
+    )
+    hosts.output(model, X)
+    assert calls == [1, 1] and hosts.why_not(model)
+
+
+def test_gradient_checkpointing_is_transformers_around_the_fused_layer(hosts, make, kernels_stood_in):
+    model = make().train()
+    plain = hosts.step(fastdeit.accelerate(copy.deepcopy(model)), X)
+    kernels_stood_in.clear()
+    model.gradient_checkpointing_enable()
+    checkpointed = fastdeit.accelerate(model)
+    torch.testing.assert_close(hosts.step(checkpointed, X), plain, rtol=0, atol=0)
+    assert kernels_stood_in["add_layer_norm_attention"] == 4  # forward twice
+
+
+def test_dropout_after_the_branches_draws_transformers_masks(hosts, make, kernels_stood_in):
+    accelerated = hosts.assert_as_accurate(make(hidden_dropout_prob=0.3).train(), X)
+    assert not hosts.why_not(accelerated)
+
+
+def test_training_and_checkpoints_agree(hosts, make, kernels_stood_in):
+    hosts.assert_training_agrees(make(), X)
+
+
+def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in):
+    hosts.assert_compiles_whole(make(layers=1), X, backend="eager")
+
+
+def test_autocast_is_as_accurate(hosts, make, kernels_stood_in):
+    def under_autocast(model):
+        def forward(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return hosts.output(model, x).float()
+
+        return forward
+
+    stock = make(layers=1)
+    accelerated = fastdeit.accelerate(copy.deepcopy(stock))
+    got, eager = (hosts.step(m, X, under_autocast(m)) for m in (accelerated, stock))
+    exact = hosts.step(copy.deepcopy(stock).double(), X.double())
+    for names in (("output",), tuple(eager.keys() - {"output"})):
+        fastdeit.testing.assert_model_close_to_oracle(*({n: r[n] for n in names} for r in (got, exact, eager)))
+    assert kernels_stood_in["add_layer_norm_attention"] == 1
+
+
+CHANGES = {
+    "dropout is active": lambda layer: setattr(layer.attention, "attention_dropout", 0.1),
+    "its logits are scaled by 1.0": lambda layer: setattr(layer.attention, "scaling", 1.0),
+    "its attention is causal": lambda layer: setattr(layer.attention, "is_causal", True),
+    "the activation is Tanh()": lambda layer: setattr(layer.mlp, "activation_fn", nn.Tanh()),
+    "a Identity is called": lambda layer: setattr(layer, "mlp", nn.Identity()),
+    "a projection is a Bilinear": lambda layer: setattr(layer.attention, "q_proj", nn.Bilinear(32, 32, 32)),
+    "this version of transformers keeps its parts elsewhere: 'o_proj'": lambda layer: delattr(
+        layer.attention, "o_proj"
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_what_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reason):
+    model = fastdeit.accelerate(make(layers=1)).train()
+    assert not hosts.why_not(model)
+    CHANGES[reason](model.vit.layers[0])
+    assert hosts.why_not(model) == {reason}
+
+
+@pytest.mark.parametrize("part", ["", ".attention", ".mlp", ".mlp.activation_fn"])
+def test_a_replaced_forward_of_transformers_classes_is_noticed(hosts, make, kernels_stood_in, monkeypatch, part):
+    model = fastdeit.accelerate(make(layers=1))
+    assert not hosts.why_not(model)
+    kind = type(model.get_submodule("vit.layers.0" + part))
+    kind = getattr(kind, "source", kind)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    assert len(hosts.why_not(model)) == 1
+
+
+def test_a_bias_that_is_missing_counts_as_zero(hosts, make, kernels_stood_in):
+    model = make(layers=1)
+    model.vit.layers[0].attention.k_proj.bias = None
+    accelerated = hosts.assert_as_accurate(model, X)
+    assert not hosts.why_not(accelerated)
+
+
+def test_a_version_without_the_class_has_a_reason(make, monkeypatch):
+    name = "transformers.models.vit.modeling_vit"
+    monkeypatch.setitem(known_hosts._HOSTS, name, ("fastdeit.nn.huggingface", ("ViTBlock",)))
+    monkeypatch.setattr(known_hosts, "_unusable", {})
+    monkeypatch.setattr(known_hosts, "FUSED_CLASSES", {
+        source: twin for source, twin in known_hosts.FUSED_CLASSES.items() if source.__module__ != name
+    })  # fmt: skip
+    rows = fastdeit.explain(make()).as_dict()
+    assert rows["vit.embeddings"]["reason"].startswith("no fused class for ViTEmbeddings: this version of transformers")
+
+
+def test_a_class_that_is_not_known_is_no_attribute():
+    with pytest.raises(AttributeError, match="BertLayer"):
+        huggingface.BertLayer  # noqa: B018

@@ -1,0 +1,112 @@
+"""vit-pytorch's ViT, SimpleViT, and DistillableViT in its wrapper."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastdeit
+
+vit_pytorch = pytest.importorskip("vit_pytorch", reason="needs vit-pytorch")
+from vit_pytorch.distill import DistillableViT, DistillWrapper  # noqa: E402
+
+MODELS = {"ViT": vit_pytorch.ViT, "SimpleViT": vit_pytorch.SimpleViT, "DistillableViT": DistillableViT}
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def make(hosts):
+    def make(name="ViT", depth=2, **options):
+        torch.manual_seed(0)
+        sizes = dict(image_size=16, patch_size=8, num_classes=5, dim=32, heads=1, mlp_dim=48, dim_head=32)
+        if name != "SimpleViT":
+            options = {"dim_head": 64, **options}  # one head of the tokens' width would have no output projection
+        return hosts.shaken(MODELS[name](**{**sizes, "depth": depth, **options}))
+
+    return make
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ["ViT", "SimpleViT"])
+def test_a_step_is_as_accurate_as_vit_pytorchs(hosts, make, kernels_stood_in, name, train):
+    accelerated = hosts.assert_as_accurate(make(name).train(train), X)
+    assert not hosts.why_not(accelerated) and len(hosts.blocks_of(accelerated)) == 1
+    assert kernels_stood_in["add_layer_norm_attention"] == kernels_stood_in["add_layer_norm_mlp"] == 2
+
+
+def test_kernels_are_as_accurate_as_vit_pytorchs_forward(hosts, make):
+    hosts.assert_kernels_as_accurate(make(depth=1), X[:1])
+
+
+@pytest.mark.parametrize("name", ["ViT", "SimpleViT"])
+def test_state_calls_and_copies_stay_vit_pytorchs(hosts, make, name):
+    hosts.assert_state_is_kept(make(name), X)
+
+
+@pytest.mark.parametrize("part", ["0", "0.to_qkv", "0.attend", "1", "1.net.2"])
+def test_hooks_are_called(hosts, make, kernels_stood_in, part):
+    hosts.assert_hooks_are_called(make(), f"transformer.layers.1.{part}", X)
+
+
+def test_training_and_checkpoints_agree(hosts, make, kernels_stood_in):
+    hosts.assert_training_agrees(make(), X)
+
+
+def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in):
+    hosts.assert_compiles_whole(make(depth=1), X, backend="eager")
+
+
+def test_the_wrapper_distills_into_an_accelerated_student(hosts, make, kernels_stood_in):
+    """The wrapper runs the student's transformer itself, on its tokens and one of its own."""
+    losses = []
+    for accelerated in (True, False):
+        student, teacher = make("DistillableViT").train(), nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
+        torch.manual_seed(3)
+        wrapper = DistillWrapper(student=student, teacher=hosts.shaken(teacher), temperature=3, alpha=0.5)
+        wrapper = fastdeit.accelerate(wrapper) if accelerated else wrapper
+        loss = wrapper(X, torch.tensor([0, 3]))
+        loss.backward()
+        gradients = {name: p.grad for name, p in wrapper.named_parameters() if p.grad is not None}
+        losses.append((loss, gradients))
+    (ours, our_gradients), (theirs, gradients) = losses
+    assert kernels_stood_in["add_layer_norm_attention"] == 2
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(our_gradients, gradients)
+
+
+CHANGES = {
+    "dropout is active": lambda attn, mlp: setattr(attn.dropout, "p", 0.1),
+    "its logits are scaled by 1.0": lambda attn, mlp: setattr(attn, "scale", 1.0),
+    "its weights are made by a Sigmoid": lambda attn, mlp: setattr(attn, "attend", nn.Sigmoid()),
+    "a projection is a Identity": lambda attn, mlp: setattr(attn, "to_out", nn.Identity()),
+    "the activation is Tanh()": lambda attn, mlp: mlp.net.__setitem__(2, nn.Tanh()),
+    "a norm is a Identity that is not accelerated": lambda attn, mlp: setattr(attn, "norm", nn.Identity()),
+    "this version of vit_pytorch keeps its parts elsewhere: 'to_qkv'": lambda attn, mlp: delattr(attn, "to_qkv"),
+    "this version of vit_pytorch keeps its parts elsewhere: not enough values to unpack (expected 6, got 5)": (
+        lambda attn, mlp: mlp.net.__delitem__(3)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_what_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reason):
+    model = fastdeit.accelerate(make(depth=1)).train()
+    assert not hosts.why_not(model)
+    CHANGES[reason](*model.transformer.layers[0])
+    assert hosts.why_not(model) == {reason}
+
+
+def test_active_dropout_runs_vit_pytorchs_code(hosts, make, kernels_stood_in):
+    stock = make(dropout=0.3).train()
+    accelerated = fastdeit.accelerate(copy.deepcopy(stock))
+    torch.testing.assert_close(hosts.step(accelerated, X), hosts.step(stock, X))
+    assert hosts.why_not(accelerated) == {"dropout is active"}
+
+
+def test_layers_of_another_kind_are_named(hosts, make, kernels_stood_in):
+    model = fastdeit.accelerate(make())
+    model.transformer.layers[1][1] = nn.Identity()
+    assert hosts.why_not(model) == {"its layers are not of the usual kind: Attention and Identity"}
+    model.transformer.layers = nn.ModuleList()
+    assert hosts.why_not(model) == {"it has no layers"}
