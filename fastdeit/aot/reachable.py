@@ -7,6 +7,7 @@ made. What was written down is what a GPU would have to compile.
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -62,8 +63,9 @@ def recorded_launches(arch: int) -> Iterator[list[AotConfig]]:
     """Ops take their kernels for tensors on the CPU, as on the given architecture; the list gets the launches, and none is made."""
     rows: list[AotConfig] = []
 
-    def launch(kernel, grid, args, constexprs, num_warps, num_stages=1):
-        rows.append(as_config(kernel, args, constexprs, num_warps, num_stages))
+    def launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg):
+        row = as_config(kernel, args, constexprs, num_warps, num_stages)
+        rows.append(replace(row, fp_fusion=fp_fusion, maxnreg=maxnreg))
 
     with (
         mock.patch.object(launch_module, "_launch", launch),
