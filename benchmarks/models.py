@@ -23,7 +23,7 @@ NAMES = {
 }
 # What is run, and in which precision: autocast ("amp" to bf16, "fp16") around fp32 parameters, or everything in bf16.
 KINDS = ["train_amp", "inference_bf16", "train_bf16", "inference_amp", "inference_fp16", "train_fp16"]
-_TOY = dict(embed_dim=32, num_heads=2, depth=2, num_classes=10)
+_TOY = dict(embed_dim=64, num_heads=2, depth=2, num_classes=10)
 
 
 def create(name: str, img_size: int, kind: str, toy: bool) -> nn.Module:

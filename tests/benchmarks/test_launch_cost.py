@@ -30,9 +30,8 @@ def test_it_measures_calls_and_models_beside_timms(capsys):
     assert set(rows) == {(a, b, c) for a in PRECISIONS for b in PASSES for c in MODES}
     for (_, _, mode), row in rows.items():
         assert row["timm_us"] > 2.5 * row["timm_launches"] and row["fastdeit_us"] > 2.5 * row["fastdeit_launches"]
-        assert row["fastdeit_launches"] < row["timm_launches"] and (row["fastdeit_launches"] == 1) is (
-            mode == "captured"
-        )
+        assert row["fastdeit_launches"] < row["timm_launches"]
+        assert (row["fastdeit_launches"] == 2) is (mode == "captured")  # the copy of the images and the graph
         assert row["ratio"] == pytest.approx(row["fastdeit_us"] / row["timm_us"], rel=0.5)
         assert mode == "eager" or row["ratio"] < 0.5
     args = argparse.Namespace(turns=2, batch_size=1, driver_us=2.5)

@@ -33,7 +33,7 @@ def test_the_kernels_pass(kind, name):
 
 def test_a_block_s_kernels_pass_with_the_gradient_of_its_input():
     model, kind, *_ = model_and_images()
-    x = torch.randn(2, 6, 32, device=kernel_device())
+    x = torch.randn(2, 6, 64, device=kernel_device())
     with backends.use_backend("triton"):
         check(model.blocks[0], kind, x, lambda outputs: outputs[0].square().sum(), input_gradient=True)
 
