@@ -74,6 +74,14 @@ def test_excluded_modules_and_what_is_inside_them_stay_timms(exclude):
     assert not set(map(type, model.blocks[1].modules())) & set(FUSED_CLASSES.values())
 
 
+def test_an_excluded_name_is_no_prefix_of_others_and_the_empty_one_is_the_model():
+    norms = nn.Sequential(*(nn.LayerNorm(4) for _ in range(11)))
+    fastdeit.accelerate(norms, exclude="1")
+    assert [name for name, norm in norms.named_children() if type(norm) is nn.LayerNorm] == ["1"]
+    fastdeit.accelerate(norms, exclude="")
+    assert {type(norm) for norm in norms} == {nn.LayerNorm}
+
+
 def test_excluding_from_an_accelerated_model_restores_those_modules():
     model = fastdeit.accelerate(fastdeit.accelerate(tiny()), exclude=["blocks.*.attn"])
     assert type(model.blocks[0].attn) is TimmAttention
