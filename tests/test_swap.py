@@ -190,6 +190,9 @@ def test_sharded_blocks_run_as_before_and_are_refused(one_process_group):
         expected = model(x)
         fully_shard(model.blocks[1], mesh=one_process_group)
         assert torch.equal(model(x), expected)
+        weights = list(model.parameters())
+        fastdeit.explain(model)
+        assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
         before = classes(model)
         for function in (fastdeit.accelerate, fastdeit.restore):
             with pytest.raises(
@@ -212,6 +215,20 @@ def test_a_swap_after_compiling_is_seen_both_ways(kernels_stood_in):
             fastdeit.accelerate(model)
             compiled(x)
             assert kernels_stood_in["add_layer_norm_attention"] > 0  # counted while Dynamo traces
+
+
+@pytest.mark.parametrize("change", [dict(exclude="blocks.*.attn.qkv"), dict(memory="lean")])
+def test_options_that_change_no_class_are_seen_after_compiling(kernels_stood_in, change):
+    model = fastdeit.accelerate(tiny().eval())
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        compiled(x)
+        fastdeit.accelerate(model, **change)
+        kernels_stood_in.clear()
+        compiled(x)
+    assert kernels_stood_in["add_layer_norm_mlp"] > 0  # counted while Dynamo traces
+    assert (kernels_stood_in["add_layer_norm_attention"] > 0) == ("memory" in change)
 
 
 def test_scripting_names_restore():

@@ -143,6 +143,11 @@ def test_a_class_of_one_split_only_is_named(tmp_path, one, other):
         read_splits(tmp_path)
 
 
+def test_a_path_that_is_no_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"data: .*gone is neither `digits` nor a folder"):
+        read_splits(tmp_path / "gone")
+
+
 def test_a_class_may_be_named_like_an_image_and_its_images_come_in_natural_order(tmp_path):
     split = read_split(make(tmp_path, "cat.png/10.png", "cat.png/2.png"))
     assert split.classes == ("cat.png",)
