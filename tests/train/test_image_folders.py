@@ -136,18 +136,6 @@ def test_a_stray_image_of_one_split_shifts_no_label(tmp_path, stray):
         read_splits(tmp_path)
 
 
-@pytest.mark.parametrize("one, other", [("train", "val"), ("val", "train")])
-def test_a_class_of_one_split_only_is_named(tmp_path, one, other):
-    make(tmp_path, "train/cat/a.png", "val/cat/b.png", f"{one}/ant/c.png")
-    with pytest.raises(ValueError, match=rf"data: .*{other} lacks ant, which .*{one} has"):
-        read_splits(tmp_path)
-
-
-def test_a_path_that_is_no_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"data: .*gone is neither `digits` nor a folder"):
-        read_splits(tmp_path / "gone")
-
-
 def test_a_class_may_be_named_like_an_image_and_its_images_come_in_natural_order(tmp_path):
     split = read_split(make(tmp_path, "cat.png/10.png", "cat.png/2.png"))
     assert split.classes == ("cat.png",)
