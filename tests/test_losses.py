@@ -83,6 +83,8 @@ FUSED = {
 }
 hooked = nn.CrossEntropyLoss()
 hooked.register_forward_hook(lambda module, args, output: 2 * output)
+hooked_before = nn.CrossEntropyLoss()
+hooked_before.register_forward_pre_hook(lambda module, args: (2 * args[0], args[1]))
 replaced = nn.CrossEntropyLoss()
 replaced.forward = lambda outputs, labels: outputs.sum()
 weights = torch.linspace(0.5, 2, CLASSES, device=DEVICE)
@@ -93,13 +95,19 @@ NOT_FUSED = {
     "smoothing of soft targets": (nn.CrossEntropyLoss(label_smoothing=0.1), soft_labels),
     "weighted binary": (nn.BCEWithLogitsLoss(weight=weights), soft_labels),
     "positive weights": (nn.BCEWithLogitsLoss(pos_weight=weights), soft_labels),
+    "a sum of binary losses": (nn.BCEWithLogitsLoss(reduction="sum"), soft_labels),
+    "timm's weighted binary": (timm.loss.BinaryCrossEntropy(weight=weights), soft_labels),
+    "timm's positive weights": (timm.loss.BinaryCrossEntropy(pos_weight=weights), soft_labels),
     "a threshold": (timm.loss.BinaryCrossEntropy(target_threshold=0.2), soft_labels),
     "summed classes": (timm.loss.BinaryCrossEntropy(sum_classes=True), soft_labels),
     "dense smoothing": (timm.loss.BinaryCrossEntropy(smoothing=0.1, smooth_dense=True), soft_labels),
     "smoothed indices": (timm.loss.BinaryCrossEntropy(smoothing=0.1), index_labels),
+    "nothing but smoothing": (nn.CrossEntropyLoss(label_smoothing=1.0), index_labels),
+    "labels with a gradient": (timm.loss.SoftTargetCrossEntropy(), lambda: soft_labels().requires_grad_()),
     "another class": (Custom(), index_labels),
     "a subclass": (type("Mine", (nn.CrossEntropyLoss,), {})(), index_labels),
     "a hook": (hooked, index_labels),
+    "a hook before it": (hooked_before, index_labels),
     "a forward of its own": (replaced, index_labels),
     "a function": (F.cross_entropy, index_labels),
 }
@@ -283,6 +291,28 @@ def test_a_label_out_of_range_is_named_by_the_debug_switch():
         loss(torch.randn(5, 6, device=DEVICE), student_outputs(), labels)
 
 
+@pytest.mark.parametrize(
+    "criterion, labels",
+    [
+        (timm.loss.SoftTargetCrossEntropy(), index_labels),
+        (timm.loss.LabelSmoothingCrossEntropy(0.1), soft_labels),
+        (nn.BCEWithLogitsLoss(), index_labels),
+    ],
+)
+def test_labels_that_the_criterion_refuses_are_refused(criterion, labels):
+    outputs, labels = student_outputs()[0], labels()
+    with pytest.raises(Exception) as refused:
+        criterion(outputs, labels)
+    with pytest.raises(refused.type):
+        DistillationLoss(criterion, None, "none", 0.5, 1.0)(None, outputs, labels)
+
+
+def test_outputs_of_more_dimensions_are_the_criterions():
+    outputs, labels = torch.randn(5, CLASSES, 2), torch.softmax(torch.randn(5, CLASSES, 2), dim=1)
+    loss = DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
+    assert torch.equal(loss(None, outputs, labels), F.cross_entropy(outputs, labels))
+
+
 @pytest.mark.parametrize("case", ["soft targets", "class weights"])
 def test_compiles_to_one_graph(case):
     criterion, labels = (FUSED | NOT_FUSED)[case]
@@ -319,6 +349,19 @@ def test_cached_labels_serve_as_the_teacher():
     outputs, labels, t = student_outputs(), index_labels(), torch.randn(5, CLASSES, device=DEVICE)
     loss = DistillationCrossEntropy(label_smoothing=0.1)
     assert torch.equal(loss(outputs, labels, t), loss(outputs, labels, t.argmax(1).to(torch.int16)))
+
+
+def test_without_a_base_the_second_of_a_pair_is_distilled_alone():
+    outputs, t = student_outputs(), torch.randn(5, CLASSES, device=DEVICE)
+    got = DistillationCrossEntropy("hard", base="none")(outputs, None, t)
+    torch.testing.assert_close(got, F.cross_entropy(outputs[1], t.argmax(1)))
+
+
+@pytest.mark.parametrize("check_indices", [False, True])
+def test_the_debug_switch_reaches_the_op(check_indices):
+    with mock.patch.object(losses, "distillation_cross_entropy") as op:
+        DistillationCrossEntropy(check_indices=check_indices)(student_outputs(), index_labels(), index_labels())
+    assert op.call_args.kwargs["check_indices"] is check_indices
 
 
 def test_repr_shows_the_options():

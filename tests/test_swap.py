@@ -75,6 +75,14 @@ def test_excluded_modules_and_what_is_inside_them_stay_timms(exclude):
     assert not set(map(type, model.blocks[1].modules())) & set(FUSED_CLASSES.values())
 
 
+def test_an_excluded_name_is_no_prefix_of_others_and_the_empty_one_is_the_model():
+    norms = nn.Sequential(*(nn.LayerNorm(4) for _ in range(11)))
+    fastdeit.accelerate(norms, exclude="1")
+    assert [name for name, norm in norms.named_children() if type(norm) is nn.LayerNorm] == ["1"]
+    fastdeit.accelerate(norms, exclude="")
+    assert {type(norm) for norm in norms} == {nn.LayerNorm}
+
+
 def test_excluding_from_an_accelerated_model_restores_those_modules():
     model = fastdeit.accelerate(fastdeit.accelerate(tiny()), exclude=["blocks.*.attn"])
     assert type(model.blocks[0].attn) is TimmAttention
@@ -183,6 +191,9 @@ def test_sharded_blocks_run_as_before_and_are_refused(one_process_group):
         expected = model(x)
         fully_shard(model.blocks[1], mesh=one_process_group)
         assert torch.equal(model(x), expected)
+        weights = list(model.parameters())
+        fastdeit.explain(model)
+        assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
         before = classes(model)
         for function in (fastdeit.accelerate, fastdeit.restore):
             with pytest.raises(
@@ -205,6 +216,20 @@ def test_a_swap_after_compiling_is_seen_both_ways(kernels_stood_in):
             fastdeit.accelerate(model)
             compiled(x)
             assert kernels_stood_in["add_layer_norm_attention"] > 0  # counted while Dynamo traces
+
+
+@pytest.mark.parametrize("change", [dict(exclude="blocks.*.attn.qkv"), dict(memory="lean")])
+def test_options_that_change_no_class_are_seen_after_compiling(kernels_stood_in, change):
+    model = fastdeit.accelerate(tiny().eval())
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        compiled(x)
+        fastdeit.accelerate(model, **change)
+        kernels_stood_in.clear()
+        compiled(x)
+    assert kernels_stood_in["add_layer_norm_mlp"] > 0  # counted while Dynamo traces
+    assert (kernels_stood_in["add_layer_norm_attention"] > 0) == ("memory" in change)
 
 
 def test_scripting_names_restore():

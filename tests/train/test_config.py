@@ -113,6 +113,14 @@ def test_an_unknown_configuration_is_refused_with_the_list():
         ("crop_mode", "middle", "crop_mode: expected one of center, squash, border"),
         ("cutmix_minmax", [0.5], r"cutmix_minmax: expected 2 value\(s\)"),
         ("mean", [0.5], r"mean: expected 3 value\(s\)"),
+        ("lr", 0.0, "lr: expected a value more than 0, got 0.0"),
+        ("weight_decay", -0.05, "weight_decay: expected a value at least 0, got -0.05"),
+        ("drop_path", -0.1, "drop_path: expected a value from 0 to 1, got -0.1"),
+        ("scale", [0.0, 1.0], r"scale: expected \[low, high\] with 0 < low"),
+        ("cutmix_minmax", [0.2, 1.5], r"cutmix_minmax: expected \[low, high\] with .* high <= 1"),
+        ("mean", [-2000.0, 0.5, 0.5], "mean: expected values from -1000 to 1000"),
+        ("opt_betas", [-0.1, 0.9], "opt_betas: expected values from 0 to less than 1"),
+        ("in_chans", 2, "in_chans: expected one of 1, 3, got 2"),
         ("model_kwargs", [1], "model_kwargs: expected a mapping"),
     ],
 )
@@ -140,11 +148,26 @@ def test_a_bad_value_is_named(field, value, message):
         (dict(teacher_cache="x", teacher_epochs=2), "teacher_cache: contradicts teacher_epochs"),
         (dict(distillation_type="none", distil_class_token=True), "distil_class_token: has no effect without"),
         (dict(model_kwargs=dict(num_classes=3)), "model_kwargs: num_classes is set by"),
+        (dict(model_kwargs=dict(img_size=32)), "model_kwargs: img_size is set by"),
+        (dict(model_kwargs=dict(pretrained=True)), "model_kwargs: pretrained is set by"),
+        (dict(model_kwargs=dict(depths=[2, 1e9])), "model_kwargs: depths: expected numbers of at most 100000"),
+        (
+            dict(bce_loss=True, smoothing=0.2, bce_target_thresh=0.09),
+            "smoothing: with bce_target_thresh 0.09 every smoothed",
+        ),
+        (
+            dict(distillation_type="none", teacher_model=None, teacher_cache="x"),
+            "teacher_cache: .* distillation_type none makes no use; expected hard",
+        ),
     ],
 )
 def test_contradictory_fields_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         config_from(values)
+
+
+def test_an_odd_batch_is_no_fault_where_nothing_is_mixed():
+    assert config_from(dict(batch_size=63, mixup=0, cutmix=0)).batch_size == 63
 
 
 def test_every_field_has_help():

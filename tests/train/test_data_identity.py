@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,3 +69,25 @@ def test_images_in_memory_are_known_by_their_pixels():
     assert difference(before, identity(load_data(load_config()).train)) is None
     data.train.classes[5] += 1
     assert difference(before, identity(data.train)) == "other images or labels"
+    data.train.classes[5] -= 1
+    assert difference(before, identity(data.train)) is None
+    data.train.images[5] = data.train.images[6]
+    assert difference(before, identity(data.train)) == "other images or labels"
+
+
+def test_sets_of_torchvision_are_known_by_their_labels():
+    class Images(list):
+        source = property(lambda self: SimpleNamespace(targets=list(self)))
+
+    before = identity(Images([0, 1, 2]))
+    assert difference(before, identity(Images([0, 1, 2]))) is None
+    assert difference(before, identity(Images([0, 2, 1]))) == "other images or labels"
+    assert difference(before, identity(Images([0, 1]))) == "2 images, not 3"
+
+
+def test_a_link_to_nothing_is_an_image_of_no_size(small_config, folder):
+    image = folder / "train" / "digit-1" / "3.png"
+    before = of(small_config, folder)
+    image.unlink()
+    image.symlink_to(folder / "nothing.png")
+    assert difference(before, of(small_config, folder)) == "other names or sizes of the images of digit-1"

@@ -98,10 +98,37 @@ def test_a_plain_model_gives_a_distilled_one_all_but_the_distillation_token(tmp_
     )
 
 
+PLAIN = dict(model="deit_tiny_patch16_224", distillation_type="none", teacher_model=None)
+
+
+def test_the_one_head_of_a_plain_model_is_compared_by_name(tmp_path):
+    config = SMALL.replace(seed=7, **PLAIN)
+    save_weights(tmp_path / "plain.safetensors", create_student(config, 3, CPU).state_dict(), config, NAMES)
+    with pytest.raises(ValueError, match=r"has heads for other classes: .*the data has another order"):
+        started(tmp_path / "plain.safetensors", ("a", "c", "b"))
+
+
+def test_a_plain_model_starts_a_plain_one(tmp_path):
+    source = create_student(SMALL.replace(seed=7, **PLAIN), 3, CPU).state_dict()
+    torch.save(source, tmp_path / "plain.pth")
+    model = started(tmp_path / "plain.pth", **PLAIN).state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in model.items())
+
+
+def test_averaged_weights_beside_the_trained_ones_are_left(tmp_path):
+    trained, averaged = (create_student(SMALL.replace(seed=seed), 3, CPU).state_dict() for seed in (7, 8))
+    torch.save({"model": trained, "model_ema": averaged}, tmp_path / "both.pth")
+    assert torch.equal(started(tmp_path / "both.pth").head.weight, trained["head.weight"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"finetune: .*gone\.pth: no such checkpoint"):
+        started(tmp_path / "gone.pth")
+
+
 def test_a_distilled_model_does_not_fit_a_plain_one(checkpoint):
-    plain = dict(model="deit_tiny_patch16_224", distillation_type="none", teacher_model=None)
     with pytest.raises(ValueError, match=r"finetune: .*source\.safetensors: .*"):
-        started(checkpoint[0], **plain)
+        started(checkpoint[0], **PLAIN)
 
 
 @pytest.mark.parametrize("content", [{"model": 3}, [1, 2], {"epoch": 5}, {"model": {"head.weight": "text"}}])

@@ -136,6 +136,12 @@ def test_a_stray_image_of_one_split_shifts_no_label(tmp_path, stray):
         read_splits(tmp_path)
 
 
+def test_a_class_may_be_named_like_an_image_and_its_images_come_in_natural_order(tmp_path):
+    split = read_split(make(tmp_path, "cat.png/10.png", "cat.png/2.png"))
+    assert split.classes == ("cat.png",)
+    assert [os.path.basename(path) for path, _ in split.samples] == ["2.png", "10.png"]
+
+
 def test_the_splits_give_their_images_the_same_classes(tmp_path, small_config, image_folder):
     """The product's own way in: class names and labels of training and validation."""
     for split in ("train", "val"):
