@@ -168,7 +168,7 @@ def _launch_descriptors(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, c
         (*pieces, own, block, last),
         tiles.num_warps,
         tiles.num_stages,
-        tiles.maxnreg,
+        maxnreg=tiles.maxnreg,
     )
 
 

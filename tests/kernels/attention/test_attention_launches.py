@@ -36,11 +36,11 @@ def launches_of(head_dim, descriptors):
 def test_descriptors_show_heads_tokens_and_columns():
     qkv, out, _, (launched, *_) = launches_of(64, True)
     assert launched.name == "attention_forward_descriptor_kernel"
-    assert launched.grid == (4 * BATCH * HEADS, 1, 1)
+    assert launched.grid == (2 * BATCH * HEADS, 1, 1)
     maps = [tensor_map(a) for a in launched.arguments if len(a) == 128]
     assert [m.address for m in maps] == [qkv.data_ptr()] * 3 + [out.data_ptr()]
     assert [m.shape for m in maps] == [(BATCH, 3 * HEADS, TOKENS, 64)] * 3 + [(BATCH, HEADS, TOKENS, 64)]
-    assert [m.box for m in maps] == [(1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 16, 64), (1, 1, 64, 64)]
+    assert [m.box for m in maps] == [(1, 1, 128, 64), (1, 1, 64, 64), (1, 1, 16, 64), (1, 1, 128, 64)]
     width = 3 * HEADS * 64 * 2
     assert [m.strides for m in maps[:3]] == [(TOKENS * width, 128, width)] * 3
 

@@ -118,7 +118,7 @@ def test_a_limit_of_registers_makes_a_variant_that_was_compiled_with_it():
     x, y = buffer("x"), buffer("y")
     compiled = path._register(arguments_kernel).compiled
     for maxnreg in (None, 32):
-        launch(arguments_kernel, (3,), (x, 198, 0.5, None, 7, y), (32, False), 2, 1, maxnreg)
+        launch(arguments_kernel, (3,), (x, 198, 0.5, None, 7, y), (32, False), 2, maxnreg=maxnreg)
     limits = [each.kernel.metadata.maxnreg for key, each in compiled.items() if (32, False) in key]
     assert limits == [None, 32]
 
