@@ -1,6 +1,7 @@
 """How this project decides that a kernel is right, and how it runs kernels without a GPU."""
 
 from fastdeit.testing.accuracy import (
+    ALLOWANCE,
     Error,
     assert_as_accurate_as_eager,
     assert_close_to_oracle,
@@ -14,6 +15,7 @@ from fastdeit.testing.accuracy import (
 from fastdeit.testing.interpreter import cache_interpreter_builtins, correct_interpreter_bfloat16
 
 __all__ = [
+    "ALLOWANCE",
     "Error",
     "assert_as_accurate_as_eager",
     "assert_close_to_oracle",
