@@ -62,7 +62,7 @@ def test_backward_follows_the_choice_of_its_forward():
     with fastdeit.use_backend("triton"):
         y = ops.layer_norm(x, None, None)
     fastdeit.set_backend("reference")
-    assert "_LayerNorm" in type(y.grad_fn).__name__
+    assert "layer_norm" in type(y.grad_fn).__name__
     y.sum().backward()
     assert x.grad is not None
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 
 # Stand in for the device of CPU tensors, which only the interpreter, launch tests and the PTX machine use.
 NOMINAL = 90
@@ -44,12 +43,16 @@ def has_descriptors(arch: int) -> bool:
 
 # Triton up to 3.7.0 leaves out `fence.proxy.async` between an asynchronous copy to shared memory and the wgmma that reads it: by
 # PTX's memory model wgmma may read what was there before.
-_COPIES_ARE_FENCED = tuple(map(int, triton.__version__.split("+")[0].split(".")[:3])) >= (3, 7, 1)
+@lru_cache
+def _copies_are_fenced() -> bool:
+    import triton
+
+    return tuple(map(int, triton.__version__.split("+")[0].split(".")[:3])) >= (3, 7, 1)
 
 
 def pointer_stages(arch: int, num_stages: int) -> int:
     """The stages of a loop that feeds wgmma from loads over pointers: 1, no asynchronous copies, where those are not fenced."""
-    return num_stages if arch != 90 or _COPIES_ARE_FENCED else 1
+    return num_stages if arch != 90 or _copies_are_fenced() else 1
 
 
 @lru_cache

@@ -104,7 +104,7 @@ def test_tiles_of_128_queries_where_they_add_no_rows_and_fill_the_machine(batch,
 
 @pytest.mark.parametrize("fenced", [False, True])
 def test_loads_over_pointers_are_copied_asynchronously_only_where_a_fence_follows(fenced, monkeypatch):
-    monkeypatch.setattr(architecture, "_COPIES_ARE_FENCED", fenced)
+    monkeypatch.setattr(architecture, "_copies_are_fenced", lambda: fenced)
     for itemsize in (2, 4):
         config = select_config.__wrapped__(256, 12, 197, 197, 64, itemsize, 90, 132, False)
         assert {t.num_stages for t in (config.forward, config.dq, config.dkv)} == {2 if fenced else 1}

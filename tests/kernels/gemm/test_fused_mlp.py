@@ -12,7 +12,6 @@ from fastdeit.aot.catalog import ARCHITECTURES
 from fastdeit.kernels.gemm import fused_mlp as whole_mlp
 from fastdeit.kernels.gemm.fused_mlp import FORMS, Config, Measured, candidates, select_config, use_whole_mlp
 from fastdeit.kernels.runtime.architecture import architecture
-from fastdeit.ops import add_layer_norm_mlp_op, mlp_op
 from fastdeit.testing import (
     assert_as_accurate_as_eager,
     assert_close_to_oracle,
@@ -165,7 +164,7 @@ def test_compiled_inference_runs_it(launched):
 @pytest.mark.parametrize("bias", [True, False])
 def test_registered_op_passes_opcheck(bias):
     given = [t if t is None else t.requires_grad_() for t in tensors((3,), 8, bias=bias, channels=16)]
-    torch.library.opcheck(mlp_op.mlp_forward, (*given, "gelu", DTYPE, False))
+    torch.library.opcheck(torch.ops.fastdeit.mlp_forward, (*given, "gelu", DTYPE, False))
 
 
 def test_a_program_exported_without_gradients_can_be_trained():
@@ -176,7 +175,7 @@ def test_a_program_exported_without_gradients_can_be_trained():
         return [t.grad for t in given]
 
     fixed = tensors((3,), 8, channels=16)
-    inference = gradients(lambda *given: mlp_op.mlp_forward(*given, "gelu", DTYPE, False)[0])
+    inference = gradients(lambda *given: torch.ops.fastdeit.mlp_forward(*given, "gelu", DTYPE, False)[0])
     assert all(torch.equal(a, b) for a, b in zip(inference, gradients(ops.mlp), strict=True))
 
 
@@ -315,7 +314,7 @@ def inference_call(given):
 def test_in_front_registered_op_passes_opcheck(added):
     given = [t.requires_grad_() if torch.is_tensor(t) else t for t in branch_tensors((3,), hidden=8, channels=16)]
     given[1] = given[1] if added else None
-    torch.library.opcheck(add_layer_norm_mlp_op.add_layer_norm_mlp_forward, inference_call(given))
+    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, inference_call(given))
 
 
 @pytest.mark.parametrize("added", [True, False])
@@ -329,7 +328,7 @@ def test_in_front_a_program_exported_without_gradients_can_be_trained(added):
         return [t.grad for t in given if torch.is_tensor(t)]
 
     fixed = branch_tensors((3,), hidden=8, channels=16)
-    inference = gradients(lambda given: add_layer_norm_mlp_op.add_layer_norm_mlp_forward(*inference_call(given))[:2])
+    inference = gradients(lambda given: torch.ops.fastdeit.add_layer_norm_mlp_forward(*inference_call(given))[:2])
     training = gradients(lambda given: IN_FRONT[0](*given)[::-1])
     assert all(torch.equal(a, b) for a, b in zip(inference, training, strict=True))
 

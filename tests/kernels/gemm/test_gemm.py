@@ -11,6 +11,7 @@ from fastdeit.kernels.gemm import linear as kernels_linear
 from fastdeit.kernels.gemm.config import Gemm, Measured, Tile, use_gemm
 from fastdeit.kernels.gemm.forward import vector
 from fastdeit.kernels.runtime.architecture import architecture
+from fastdeit.ops import mlp_op
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes, poisoned_memory
 
 DEVICE = kernel_device()
@@ -143,8 +144,8 @@ branches = pytest.mark.parametrize(
         (
             ops.layer_norm_mlp,
             ops.layer_norm_mlp_reference,
-            dict(gemm_forward=2, gemm_backward=1),
-        ),  # its end is an epilogue
+            dict(gemm_forward=1, gemm_backward=1),
+        ),
     ],
     ids=["add_layer_norm_mlp", "layer_norm_mlp"],
 )
@@ -231,8 +232,19 @@ def test_a_branch_without_gradients_writes_no_pre_activation(compiled, op, pre_a
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.fixture
+def scalar_gelu(monkeypatch):
+    """The reference's GELU as of single elements, and on a GPU: PyTorch's vectors on some CPUs make NaN of infinity."""
+
+    def gelu(x):
+        wide = x.float()
+        return (wide * (1 + torch.erf(wide * 0.5**0.5)) / 2).to(x.dtype)
+
+    monkeypatch.setitem(mlp_op.ACTIVATIONS, "gelu", gelu)
+
+
 @each_backend
-def test_large_activations_overflow_as_in_the_reference(backend, launched):
+def test_large_activations_overflow_as_in_the_reference(backend, launched, scalar_gelu):
     x, w1, *rest = mlp_tensors((5,), dtype=torch.float16)
     given = (x, w1 * 3e4, *rest)
     with use_gemm(backend, TILE), backends.use_backend("triton"):
@@ -245,7 +257,9 @@ def test_large_activations_overflow_as_in_the_reference(backend, launched):
 @pytest.mark.parametrize("backend", ["cublas", *OURS])
 @branches
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float16, None), (torch.float32, torch.float16)])
-def test_a_branch_overflows_as_the_reference_does(dtype, autocast, op, reference, products, backend, launched):
+def test_a_branch_overflows_as_the_reference_does(
+    dtype, autocast, op, reference, products, backend, launched, scalar_gelu
+):
     """Gradients may be finite where PyTorch's pass through fp16 on their way to fp32, but not the other way round."""
     x, w1, *rest = branch_tensors((15,), dtype)
 

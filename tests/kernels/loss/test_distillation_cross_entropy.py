@@ -123,7 +123,7 @@ def test_the_vector_width_divides_classes_and_strides(classes, strides, vector):
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_shipped_configurations_are_those_the_launchers_choose(arch):
-    rows = list(kernels.shipped(arch))
+    rows = list(kernels.aot_configs(arch))
     assert 4 * len(rows) <= 60
     for row in rows:
         if "C" in row.constexprs:
@@ -140,7 +140,7 @@ def test_rows_of_a_thousand_classes_are_loaded_and_stored_16_bytes_at_a_time():
         import re
         from fastdeit.aot import catalog
         from fastdeit.kernels.loss import distillation_cross_entropy as kernels
-        for row in list(kernels.shipped(90))[:2]:
+        for row in list(kernels.aot_configs(90))[:2]:
             ptx = catalog.compile_binary(row, 90).asm["ptx"]
             print(len(re.findall(r"(?:ld|st)\\.global\\.v4\\.b32", ptx)), len(re.findall(r"(?:ld|st)\\.global\\.b16", ptx)))
     """
