@@ -48,7 +48,7 @@ def nan_dropping(source: str) -> list[int]:
         if not builtin and not (last in NAN_DROPPING and (base in TRITON_LANGUAGE or id(node) in in_kernels)):
             continue
         kept = any(k.arg == "propagate_nan" and name_of(k.value).endswith("PropagateNan.ALL") for k in node.keywords)
-        text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        text = "\n".join(lines[node.lineno - 1 : node.end_lineno + 1])  # the comment may close a header that was split
         if not kept and not re.search(r"# no NaN: \S", text):
             found.append(node.lineno)
     return found

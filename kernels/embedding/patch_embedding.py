@@ -113,11 +113,8 @@ def patch_embedding_backward_kernel(
     strip = tl.program_id(1)
     first = strip * images_per_strip
     for start in tl.range(
-        first,
-        tl.minimum(first + images_per_strip, B),
-        IMAGES,
-        num_stages=4,  # no NaN: image numbers
-    ):
+        first, tl.minimum(first + images_per_strip, B), IMAGES, num_stages=4
+    ):  # no NaN: image numbers
         image = (start + tl.arange(0, IMAGES)[:, None]).to(tl.int64)
         inside = (image < B) & (at < size)[None, :]
         dtoken = tl.load(dtokens_ptr + image * size + at[None, :], inside, other=0.0).to(tl.float32)
