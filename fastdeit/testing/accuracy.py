@@ -41,7 +41,7 @@ def kernel_dtypes(*, products: bool = False) -> list[torch.dtype]:
     Args:
         products: of kernels that multiply matrices: on a GPU float32 is the libraries' there.
     """
-    if not on_gpu(torch.empty(0, device=kernel_device())):
+    if kernel_device().type == "cpu" and not on_gpu(torch.empty(0)):
         return [torch.float32, torch.float16]
     return [*([] if products else [torch.float32]), torch.float16, torch.bfloat16]
 

@@ -329,5 +329,6 @@ def test_bad_residual_input_is_named(keywords, error, message):
 def test_more_channels_than_the_kernel_holds_run_the_reference():
     x = randn(1, MAX_CHANNELS + 1)
     assert "channels are more than" in why_reference(x)
-    with backends.use_backend("triton"):
-        assert torch.equal(ops.layer_norm(x, None, None), ops.layer_norm_reference(x, None, None))
+    assert torch.equal(ops.layer_norm(x, None, None), ops.layer_norm_reference(x, None, None))
+    with backends.use_backend("triton"), pytest.raises(RuntimeError, match="channels are more than"):
+        ops.layer_norm(x, None, None)
