@@ -68,7 +68,7 @@ def test_distillation_needs_a_distillation_head():
 
 
 def test_an_unknown_model_is_named_with_close_ones():
-    with pytest.raises(ValueError, match=r"model and model_kwargs: timm has no model 'deit_small_distilled'; close: deit_small_dist"):
+    with pytest.raises(ValueError, match=r"model: timm has no model 'deit_small_distilled'; close: deit_small_dist"):
         create_student(SMALL.replace(model="deit_small_distilled"), 3, CPU)
 
 
