@@ -57,7 +57,8 @@ def test_a_run_leaves_its_folder(whole, small_config):
     }
     once = {"args.yaml", "ema.safetensors", "report.md", "results.json"}
     assert found == student | {f"teacher/{name}" for name in student} | once
-    assert config_from(yaml.safe_load((whole / "args.yaml").read_text())) == small_config
+    saved = config_from(yaml.safe_load((whole / "args.yaml").read_text()))
+    assert saved.decoder != "auto" and saved.replace(decoder="auto") == small_config
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     rows = summary(whole)
     assert [row["epoch"] for row in rows] == ["0", "1", "2"] and len(summary(whole / "teacher")) == 2
