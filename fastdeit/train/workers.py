@@ -1,5 +1,6 @@
 """The processes of a DataLoader: they leave signals to the run, one that dies is named, and none outlives the run."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -12,9 +13,8 @@ from typing import Any
 
 from fastdeit.train.signals import held
 
-_alive: "weakref.WeakKeyDictionary[BaseProcess, int]" = (
-    weakref.WeakKeyDictionary()
-)  # with their numbers in their loaders
+# With their numbers in their loaders.
+_alive: "weakref.WeakKeyDictionary[BaseProcess, int]" = weakref.WeakKeyDictionary()
 
 
 class WorkerDiedError(ChildProcessError):
@@ -29,6 +29,10 @@ def start(make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     with _naming_the_dead(), held():
         iterator = make_iterator()
     _alive.update({worker: number for number, worker in enumerate(getattr(iterator, "_workers", ()))})
+    # multiprocessing and PyTorch end workers by SIGTERM, which these ignore, and then wait for them. What is registered last runs
+    # first.
+    atexit.unregister(_end_at_exit)
+    atexit.register(_end_at_exit, os.getpid())
     _defer_child_errors()
     return iterator
 
@@ -46,8 +50,8 @@ def batches_of(iterator: Iterator[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _naming_the_dead() -> Iterator[None]:
-    """Makes of PyTorch's error of a dead worker a WorkerDiedError. The worker may be another loader's: PyTorch raises for any when it
-    hears of an end, so that an evaluation may notice one that loaded training images."""
+    """Makes of PyTorch's error of a dead worker a WorkerDiedError. The worker may be another loader's: PyTorch raises for any when
+    it hears of an end, so that an evaluation may notice one that loaded training images."""
     try:
         yield
     except RuntimeError as error:
