@@ -5,6 +5,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing import util
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
@@ -50,6 +51,10 @@ def end_workers() -> None:
             worker.kill()
             worker.join()
     _alive.clear()
+
+
+# At an exit that finds workers, after an error in an evaluation say: Python would end them by SIGTERM, which they ignore, and wait.
+util.Finalize(None, end_workers, exitpriority=0)
 
 
 def _end_of(number: int, worker: BaseProcess) -> str | None:
