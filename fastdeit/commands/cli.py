@@ -52,7 +52,7 @@ def _did_you_mean(unknown: Sequence[str], parser: argparse.ArgumentParser) -> st
 def _empty_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
     """The options of parser that were given as an empty text."""
     return [
-        (action.option_strings or [action.metavar])[0]
+        action.option_strings[0] if action.option_strings else str(action.metavar)
         for action in parser._actions
         if isinstance(value := getattr(args, action.dest, None), str) and not value.strip()
     ]

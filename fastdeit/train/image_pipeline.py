@@ -109,7 +109,8 @@ class ImagePipeline:
                 if torch.rand(1) < step.p:
                     flips |= LEFT_RIGHT if isinstance(step, transforms.RandomHorizontalFlip) else TOP_BOTTOM
         if self.planner is None:
-            image = flipped(as_image(image), flips)
+            with _named("hflip"):
+                image = flipped(as_image(image), flips)
             for option, step in self.augmentation:
                 with _Named(option):
                     image = step(image)
@@ -118,7 +119,8 @@ class ImagePipeline:
         for option, step in self.planner.steps:
             with _Named(option):
                 step(recorder)
-        self.planner.write(recorder, rows)
+        with _named("aa"):
+            self.planner.write(recorder, rows)
         return (image, flips) if recorder.image is None else (recorder.image, 0)
 
     def write(self, image: Image.Image | np.ndarray, out: np.ndarray) -> None:

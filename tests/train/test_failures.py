@@ -9,16 +9,16 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from fastdeit.commands import cli
-from fastdeit.train import checkpoints, failures, fit, run, workers
+from fastdeit.train import checkpoints, failures, fit, run, sampling, workers
 from fastdeit.train.checkpoints import BAD_STATE, DAMAGED, PREVIOUS, STATE, load_state
 from fastdeit.train.engine import Trainer
 from fastdeit.train.failures import ERROR, RunFailedError
 from fastdeit.train.locks import LOCK, Lock
 from fastdeit.train.monitor import NonFiniteLossError, NonFiniteWeightsError
 from fastdeit.train.signals import Stopped
-from fastdeit.train.transform_errors import TransformError
 
 
 @pytest.fixture
@@ -130,28 +130,29 @@ def test_a_device_is_asked(monkeypatch, broken, failed):
     assert not failures.device_failed(torch.device("cpu"))
 
 
-@pytest.mark.xfail(reason="open: the loader of whole batches does not call the method that this test makes fail")
-def test_an_error_of_a_transform_names_where_it_came_and_saves(whole, config, tmp_path, monkeypatch):
-    from fastdeit.train import sampling
+@pytest.mark.parametrize("workers, augment_on", [(0, "cpu"), (1, "device")])
+def test_an_error_of_a_transform_names_where_it_came_and_saves(
+    whole, config, tmp_path, monkeypatch, workers, augment_on
+):
+    seed_sample, get_params, made = sampling.seed_sample, RandomResizedCropAndInterpolation.get_params, []
 
-    def failing(dataset, key, getitem=sampling.KeyedDataset.__getitem__):
-        if (key.epoch, key.position) == (1, 40):
-            dataset = sampling.KeyedDataset(Broken(dataset.dataset), dataset.seed)
-        return getitem(dataset, key)
+    def seeding(seed, *place):
+        made[:] = place
+        seed_sample(seed, *place)
 
-    class Broken:
-        def __init__(self, dataset):
-            self.dataset = dataset
+    def failing(*args):
+        if made == [1, 40]:
+            raise ValueError("bits")
+        return get_params(*args)
 
-        def __getitem__(self, index):
-            raise TransformError("aa: the transform fails on a.png: ValueError: bits")
-
-        def __len__(self):
-            return len(self.dataset)
-
+    config = config.replace(workers=workers, augment_on=augment_on)
     with monkeypatch.context() as patch:
-        patch.setattr(sampling.KeyedDataset, "__getitem__", failing)
-        message = r"^aa: the transform fails on a\.png: ValueError: bits \(seed 0, epoch 1, position 40, .*\)\. The state at step 4"
+        patch.setattr(sampling, "seed_sample", seeding)
+        patch.setattr(RandomResizedCropAndInterpolation, "get_params", staticmethod(failing))
+        where = r"\(seed 0, epoch 1, position 40, image \d+ of 96\)"
+        message = (
+            rf"^scale: the transform fails on \S+\.png: ValueError: bits {where}\. The state at step 4 is saved in"
+        )
         with pytest.raises(RunFailedError, match=message):
             run.train(config, tmp_path)
     run.train(config, tmp_path, resume=True)
