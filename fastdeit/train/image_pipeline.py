@@ -109,7 +109,7 @@ class ImagePipeline:
                 if torch.rand(1) < step.p:
                     flips |= LEFT_RIGHT if isinstance(step, transforms.RandomHorizontalFlip) else TOP_BOTTOM
         if self.planner is None:
-            with _named("hflip"):
+            with _Named("hflip"):
                 image = flipped(as_image(image), flips)
             for option, step in self.augmentation:
                 with _Named(option):
@@ -119,7 +119,7 @@ class ImagePipeline:
         for option, step in self.planner.steps:
             with _Named(option):
                 step(recorder)
-        with _named("aa"):
+        with _Named("aa"):
             self.planner.write(recorder, rows)
         return (image, flips) if recorder.image is None else (recorder.image, 0)
 
@@ -167,7 +167,7 @@ class _Extent(Image.Image):
 
 
 class _Named:
-    """Makes of an error in a transform one that names the transform's option. A generator would take longer: an image enters six."""
+    """Makes of an error in a transform one that names the transform's option. An image enters six: a generator would take longer."""
 
     def __init__(self, option: str) -> None:
         self.option = option
