@@ -167,7 +167,7 @@ class _Extent(Image.Image):
 
 
 class _Named:
-    """Makes of an error in a transform one that names the transform's option. An image enters six: a generator would take longer."""
+    """Makes of an error in a transform one that names the transform's option. An image enters six; generators take longer."""
 
     def __init__(self, option: str) -> None:
         self.option = option
