@@ -1,6 +1,8 @@
 """The processes of a DataLoader: they leave signals to the run, one that dies is named, and none outlives the run."""
 
+import atexit
 import contextlib
+import os
 import signal
 import threading
 import weakref
@@ -23,6 +25,10 @@ def start(make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     with held():
         iterator = make_iterator()
     _alive.update(getattr(iterator, "_workers", ()))
+    # multiprocessing and PyTorch end workers by SIGTERM, which these ignore, and then wait for them. What is registered last runs
+    # first.
+    atexit.unregister(_end_at_exit)
+    atexit.register(_end_at_exit, os.getpid())
     _defer_child_errors()
     return iterator
 
@@ -50,6 +56,11 @@ def end_workers() -> None:
             worker.kill()
             worker.join()
     _alive.clear()
+
+
+def _end_at_exit(process: int) -> None:
+    if os.getpid() == process:  # a process that was forked from this one has their handles too
+        end_workers()
 
 
 def _end_of(number: int, worker: BaseProcess) -> str | None:
