@@ -10,7 +10,7 @@ STAMP := $(VENV)/.fastdeit-installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-compiled test-pillow lint kernels bench clean
+.PHONY: help install train test docs test-compiled test-pillow lint kernels bench clean
 
 help:
 	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-compiled  install, then execute the compiled code of every shipped kernel on the CPU"
 	@echo "make test-pillow  install, then run the tests of images and augmentation on the newest Pillow"
 	@echo "make lint      install, then ruff check, ruff format --check and mypy"
+	@echo "make docs      install, then build the site of the documentation into build/site, links checked"
 	@echo "make kernels   install, then compile every kernel configuration and report on it"
 	@echo "make bench     install, then run the short benchmarks (on a GPU)"
 	@echo "make clean     remove what builds and tools left; keeps $(VENV) and runs/"
@@ -58,6 +59,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/type_check.py
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 kernels: $(STAMP)
 	$(BIN)/fastdeit kernels $(ARGS)

@@ -47,6 +47,9 @@ TEST = [
     "wheel>=0.45",
 ]
 
+# The site (`make docs`).
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+
 # package -> its directory in this tree
 DIRECTORIES = {"fastdeit": "fastdeit", "fastdeit.kernels": "kernels", "fastdeit.benchmarks": "benchmarks"}
 
@@ -71,7 +74,7 @@ setup(
     author="fastdeit authors",
     python_requires=">=3.10",
     install_requires=CORE,
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER, "hosts": HOSTS},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER, "hosts": HOSTS, "docs": DOCS},
     packages=packages(),
     package_dir=DIRECTORIES,
     package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},

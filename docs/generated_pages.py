@@ -53,7 +53,9 @@ def arguments(parser: argparse.ArgumentParser) -> list[str]:
 
 def invocation(action: argparse.Action) -> str:
     """An argument as it is written: `--top K`, `IMAGE`, `--json`."""
-    value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
+    value = action.metavar or (
+        "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
+    )
     if not action.option_strings:
         return str(value)
     option = action.option_strings[-1]
