@@ -10,12 +10,14 @@ STAMP := $(VENV)/.fastdeit-installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test docs test-compiled test-pillow lint kernels bench clean
+.PHONY: help install train test test-fast coverage docs test-compiled test-pillow lint kernels bench clean
 
 help:
 	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
 	@echo "make train     install, then train a small distilled DeiT on real digits (about 5 minutes on 2 cores)"
 	@echo "make test      install, then run all tests"
+	@echo "make test-fast install, then run a selection of the tests in at most 90 seconds on 2 cores"
+	@echo "make coverage  install, then run all tests and report the share of lines that they run (minutes longer)"
 	@echo "make test-compiled  install, then execute the compiled code of every shipped kernel on the CPU"
 	@echo "make test-pillow  install, then run the tests of images and augmentation on the newest Pillow"
 	@echo "make lint      install, then ruff check, ruff format --check and mypy"
@@ -41,6 +43,17 @@ train: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(ARGS)
+
+# A look at every layer: the rules on the source, ops under the interpreter, blocks, models, costs, a command, the docs.
+FAST := tests/test_source_rules.py tests/test_type_check.py tests/test_explanation.py tests/test_documentation.py tests/blocks tests/cost \
+	tests/ops/test_layer_norm.py tests/nn/test_mlp.py tests/commands/test_explain.py tests/train/test_config.py
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(FAST) -k 'not 8192 and not repeated_runs' $(ARGS)
+
+# Kernels count too: the interpreter runs their Python. sysmon, the default from Python 3.14 on, slows tests down least.
+coverage: $(STAMP)
+	COVERAGE_CORE=sysmon OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal --cov --cov-report term $(ARGS)
 
 # sm_89 and sm_100 differ from sm_80 and sm_90 in few instructions: there one schedule is enough.
 test-compiled: $(STAMP)

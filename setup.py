@@ -40,6 +40,7 @@ TEST = [
     "numpy<2.4",  # Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4
     "pytest>=9.0",
     "pytest-benchmark>=5.2",
+    "pytest-cov>=7.0",
     "pytest-xdist>=3.8",
     "ruff>=0.15",
     "scikit-image>=0.25",  # photographs to train on
