@@ -83,8 +83,9 @@ def why_not_plain_call(x: object) -> str | None:
 
 
 def exported(x: object) -> bool:
-    """Whether x is what torch.export puts in the place of a tensor or weight. Its graph gets the registered ops."""
-    return type(x) is FakeTensor and torch.compiler.is_exporting()
+    """Whether x is what torch.export puts in the place of a tensor or weight. Its graph gets the registered ops, unless it is to
+    become ONNX, which has none of them."""
+    return type(x) is FakeTensor and torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
 
 
 def why_global_hook() -> str | None:

@@ -25,6 +25,9 @@ COMMANDS = {
     "cache-teacher": Command(
         "fastdeit.commands.cache_teacher", "run the teacher once and keep its labels for every later training"
     ),
+    "shrink-data": Command(
+        "fastdeit.commands.shrink_data", "make smaller JPEG files of a folder of images once, to decode them faster"
+    ),
     "explain": Command("fastdeit.commands.explain", "what of a timm model runs fused, and why the rest does not"),
     "verify": Command(
         "fastdeit.commands.verify", "on your device and weights: every layer's error beside timm's, speed and memory"

@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -389,23 +388,30 @@ def test_the_same_data_elsewhere_go_on_and_other_data_are_refused(whole, config,
     assert same(whole, folder)
 
 
-def test_a_worker_that_is_killed_is_named_and_the_state_saved(whole, config, tmp_path, monkeypatch):
-    killed = []
+@pytest.mark.parametrize("noticed", ["by its loader", "in an evaluation"])
+def test_a_worker_that_is_killed_is_named_and_the_state_saved(config, tmp_path, monkeypatch, noticed):
+    """When it has made the epoch's last batch, so that its loader asks it for one again after the evaluation alone."""
+    killed, evaluate = [], fit.evaluate
 
     def kill(trainer):
-        if not killed:
-            killed.append(next(iter(workers._alive)).pid)
-            os.kill(killed[0], signal.SIGKILL)
-            time.sleep(0.2)  # in which a handler of PyTorch's would raise, in the middle of a step
+        (worker,) = trainer.loader.loader._iterator._workers
+        killed.append(worker.pid)
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # and a handler of PyTorch's would raise here
 
-    config = config.replace(workers=1, prefetch=1, epochs=4)
-    monkeypatch.setattr(Trainer, "_gradients", at(4, kill))
+    def told(*args):
+        if killed and noticed == "in an evaluation":  # of an end, while it waits for a batch
+            next(workers.batches_of(map(os.kill, [os.getpid()], [signal.SIGCHLD])))
+        return evaluate(*args)
+
+    monkeypatch.setattr(fit, "evaluate", told)
+    monkeypatch.setattr(Trainer, "_gradients", at(5, kill))
     with pytest.raises(RunFailedError) as failed:
-        run.train(config, tmp_path)
+        run.train(config.replace(workers=1, prefetch=1, epochs=3), tmp_path)
     assert failed.match(
-        rf"^worker 0 of the loader \(process {killed[0]}\) was killed by SIGKILL, as the kernel does.*step \d is saved"
+        rf"^worker 0 of the loader \(process {killed[0]}\) was killed by SIGKILL, as the kernel does.*step 6 is saved"
     )
-    assert load_state(tmp_path / STATE)["step"] >= 5 and not workers._alive
+    assert load_state(tmp_path / STATE)["step"] == 6 and not workers._alive
 
 
 def test_memory_that_is_used_up_says_what_takes_less():
