@@ -37,6 +37,9 @@ HOSTS = [
 ]
 TEST = [
     "mypy>=2.4",
+    "onnx>=1.19",  # with the next two: a model is exported and run
+    "onnxscript>=0.5",
+    "onnxruntime>=1.23",
     "numpy<2.4",  # Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4
     "pytest>=9.0",
     "pytest-benchmark>=5.2",
