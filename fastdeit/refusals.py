@@ -29,6 +29,11 @@ def why_refused(*subjects: str) -> str | None:
     return next((_refused[subject] for subject in (*subjects, _EVERY_OP) if subject in _refused), None)
 
 
+def how_many() -> int:
+    """The number of subjects of which a kernel was refused."""
+    return len(_refused)
+
+
 def forget() -> None:
     """The kernels are tried anew, for tests and after a change of the machine's compiler."""
     _refused.clear()
