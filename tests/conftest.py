@@ -79,7 +79,7 @@ def kernels_stood_in(monkeypatch) -> Counter:
         return "inside a torch.func transform" if backends.in_functional_transform() else None
 
     for name in ("why_no_attention_kernel", "why_no_layer_norm_kernel", "why_no_mlp_kernel"):
-        monkeypatch.setattr(f"fastdeit.blocks.checklist.{name}", why_reference)
+        monkeypatch.setattr(f"fastdeit.blocks.call_rules.{name}", why_reference)
     monkeypatch.setattr("fastdeit.blocks.embedding.why_reference", why_reference)
     calls = Counter()
 

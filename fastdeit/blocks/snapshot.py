@@ -70,7 +70,7 @@ class Snapshot:
                 and all(map(is_, chain.from_iterable(self.views), self.entries))
                 and list(map(type, self.modules)) == self.kinds
                 and list(starmap(getattr, self.watched)) == self.methods
-                and all(now == then for now, then in self.hooked)
+                and all(starmap(eq, self.hooked))
             )
         except (
             RuntimeError,

@@ -6,18 +6,11 @@ from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
 from fastdeit.blocks.adapters.timm import describe_trunk
-from fastdeit.blocks.checklist import (
-    TrunkVerdict,
-    judge_trunk,
-    why_global_hook,
-    why_not_bypassed,
-    why_not_inactive_dropout,
-    why_not_plain_call,
-    why_not_trunk_call,
-)
+from fastdeit.blocks.call_rules import why_global_hook, why_not_plain_call, why_not_trunk_call
+from fastdeit.blocks.checklist import TrunkVerdict, judge_trunk, why_called
 from fastdeit.blocks.embedding import blank_image, embed, why_not_embedding, why_not_embedding_call
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
-from fastdeit.blocks.run import run_trunk
+from fastdeit.blocks.run import dropped_out, run_trunk
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.blocks.spec import Trunk
 from fastdeit.plan.planned import planned
@@ -79,9 +72,8 @@ class _FusedVisionTransformer(FusedModule):
     def _why_called(self, answer: _Answer) -> str | None:
         """Why `_prefix_tokens` calls modules."""
         description, (verdict, embedding) = answer
-        for name, module in (("pos_drop", self.pos_drop), ("patch_drop", self.patch_drop), ("norm_pre", self.norm_pre)):
-            does_something = type(module) is not nn.Identity and why_not_inactive_dropout(module) is not None
-            if does_something or why_not_bypassed((module,)) is not None:
+        for name in ("pos_drop", "patch_drop", "norm_pre"):
+            if why_called(getattr(self, name)) is not None:
                 embedding = embedding or f"{name} is called"
         return verdict.model or embedding or verdict.norm or verdict.block or why_parts_called(description, verdict)
 
@@ -94,16 +86,11 @@ class _FusedVisionTransformer(FusedModule):
             tokens = embed(self, x)
         else:
             tokens = self._pos_embed(self.patch_embed(x))
-        tokens = _unless_identity(self.norm_pre, _unless_identity(self.patch_drop, tokens))
+        tokens = dropped_out(self.norm_pre, dropped_out(self.patch_drop, tokens))
         reason = why_not_plain_call(tokens) or verdict.norm or verdict.block or why_not_trunk_call(verdict, tokens)
         if reason is not None:
             return self.norm(self.blocks(tokens))
         return run_trunk(description, verdict, tokens)
-
-
-def _unless_identity(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), without the call where that would give x back."""
-    return x if type(module) is nn.Identity and why_not_bypassed((module,)) is None else module(x)
 
 
 def _why_masked(attn_mask: Tensor | None, is_causal: bool) -> str | None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdeit import backends, refusals
+from fastdeit import backends
 from fastdeit.blocks import spec
-from fastdeit.blocks.checklist import TrunkVerdict, why_global_hook, why_not_bypassed, why_not_inactive_dropout
+from fastdeit.blocks.call_rules import why_global_hook
+from fastdeit.blocks.checklist import TrunkVerdict
 from fastdeit.kernels.attention.config import HANDED_OVER
 from fastdeit.plan.tape import Tape
 
@@ -42,8 +43,8 @@ def why_not_plannable(x: Tensor) -> str | None:
         return "a compiler or tracer looks on"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a mode looks on"
-    if backends.in_functional_transform() or torch.autograd.forward_ad._current_level >= 0:
-        return "inside a torch.func transform"
+    if backends.settings(x) is None or torch.autograd.forward_ad._current_level >= 0:
+        return "inside a torch.func transform, or a kernel was refused"
     if type(x) is not Tensor or x.is_neg() or x.is_conj() or x.numel() == 0 or x.data_ptr() % 16:
         return "the input is not a plain aligned tensor"
     if x.get_device() != torch.cuda.current_device():
@@ -72,10 +73,7 @@ def key_of(x: Tensor) -> tuple:
         x.dtype,
         device,
         torch._C._cuda_getCurrentRawStream(device),
-        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
-        backends.get_backend(),
-        torch.backends.cuda.matmul.fp32_precision,
-        refusals.how_many(),
+        backends.settings(x),
         gemm_in_force(),
         whole_mlp_in_force(),
         tuple(HANDED_OVER.items()),
@@ -127,11 +125,8 @@ def _is_tritons(file: str) -> bool:
 
 def why_parts_called(trunk: spec.Trunk, verdict: TrunkVerdict) -> str | None:
     """Why a module inside the blocks is called in a run that carries the residual through them."""
-    for (name, block), judged in zip(trunk.blocks.items(), verdict.blocks, strict=True):
-        for branch, reason in zip(block.branches, judged.parts, strict=True):
-            if reason is None:
-                dropout = branch.body.out_dropout
-                reason = why_not_inactive_dropout(dropout) or why_not_bypassed((dropout,))
-            if reason is not None:
-                return f"block {name}: {reason}"
+    for name, judged in zip(trunk.blocks, verdict.blocks, strict=True):
+        reason = next(filter(None, (*judged.parts, *judged.out_dropouts)), None)
+        if reason is not None:
+            return f"block {name}: {reason}"
     return None
