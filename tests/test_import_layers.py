@@ -48,7 +48,8 @@ HOSTS = {
     )
     for folder in ("blocks.adapters", "nn")
 }
-NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
+BESIDE_A_SCRIPT = ("fastdeit.nn.deit_blocks", "fastdeit.nn.deit_distilled")  # look for files of deit in sys.modules
+NEED_TRITON = (*WITH_EXTRAS, *BESIDE_A_SCRIPT, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 
 def python_files() -> dict[str, Path]:

@@ -19,9 +19,29 @@ from fastdeit.ops import matmul
 
 # Operations that launch nothing on a GPU: views and allocations.
 _FREE = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "as_strided"),
-    *("view", "_unsafe_view", "_reshape_alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"),
-    *("select", "slice", "split", "split_with_sizes", "unbind", "promote_types"),
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "as_strided",
+    "view",
+    "_unsafe_view",
+    "_reshape_alias",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "promote_types",
 }
 PRECISIONS = ("amp", "bf16")
 

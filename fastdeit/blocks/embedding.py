@@ -2,7 +2,6 @@
 
 import timm.layers
 import torch
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from fastdeit import ops
@@ -73,7 +72,7 @@ def _why_not_tokens(model: nn.Module, patches: int) -> str | None:
 
 def _added(model: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Positions, class token and what follows that: a distilled model has no use for registers."""
-    more = "dist_token" if isinstance(model, VisionTransformerDistilled) else "reg_token"
+    more = "dist_token" if "dist_token" in model._parameters else "reg_token"
     return _tensor(model, "pos_embed"), _tensor(model, "cls_token"), _tensor(model, more)
 
 

@@ -41,8 +41,18 @@ class Snapshot:
     """
 
     __slots__ = (
-        "before", "empty", "entries", "hooked", "kinds", "methods", "modules", "sizes", "states", "views", "watched",
-    )  # fmt: skip
+        "before",
+        "empty",
+        "entries",
+        "hooked",
+        "kinds",
+        "methods",
+        "modules",
+        "sizes",
+        "states",
+        "views",
+        "watched",
+    )
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = list(root.modules())

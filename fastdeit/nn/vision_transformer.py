@@ -19,7 +19,7 @@ from fastdeit.plan.surroundings import why_parts_called
 _Answer = tuple[Trunk, tuple[TrunkVerdict, str | None]]  # what `looked_at` gives for one of these models
 
 
-class _FusedVisionTransformer(FusedModule):
+class FusedTrunk(FusedModule):
     """The forward of both models. `forward_features` and `forward_intermediates` stay timm's."""
 
     describe = describe_trunk
@@ -59,7 +59,7 @@ class _FusedVisionTransformer(FusedModule):
         return reason or why_not_embedding_call(self, images)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if not isinstance(self, _FusedVisionTransformer):  # a bound method that someone kept from before `restore`
+        if not isinstance(self, FusedTrunk):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
         answer = looked_at(self)
         if _why_masked(attn_mask, is_causal) is None:
@@ -107,9 +107,7 @@ def _init_with_fused_parts(source: type[nn.Module]):
     return __init__
 
 
-class VisionTransformer(
-    _FusedVisionTransformer, vision_transformer.VisionTransformer, source=vision_transformer.VisionTransformer
-):
+class VisionTransformer(FusedTrunk, vision_transformer.VisionTransformer, source=vision_transformer.VisionTransformer):
     """timm's VisionTransformer (Dosovitskiy et al. 2021; DeiT, Touvron et al. 2021) with timm's constructor.
 
     `forward` takes (B, 3, H, W) and returns (B, num_classes). One op makes the tokens. Each residual addition is made in the
@@ -120,9 +118,7 @@ class VisionTransformer(
     __init__ = _init_with_fused_parts(vision_transformer.VisionTransformer)
 
 
-class VisionTransformerDistilled(
-    _FusedVisionTransformer, deit.VisionTransformerDistilled, source=deit.VisionTransformerDistilled
-):
+class VisionTransformerDistilled(FusedTrunk, deit.VisionTransformerDistilled, source=deit.VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (Touvron et al. 2021, section 4), class and distillation token; as `VisionTransformer`."""
 
     __init__ = _init_with_fused_parts(deit.VisionTransformerDistilled)

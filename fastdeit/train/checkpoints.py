@@ -23,20 +23,18 @@ PLACES = ("data", "data_dir", "data_download")  # fields that say where the data
 METADATA_KEY = "fastdeit"
 BAD_STATE = "nonfinite.state.pt"  # of a run that stopped at a loss or a gradient that was not finite, before that step
 STATE_KEYS = {
-    *(
-        "config",
-        "classes",
-        "data",
-        "epoch",
-        "step",
-        "loss_sum",
-        "model",
-        "ema",
-        "optimizer",
-        "scaler",
-        "history",
-        "best",
-    ),
+    "config",
+    "classes",
+    "data",
+    "epoch",
+    "step",
+    "loss_sum",
+    "model",
+    "ema",
+    "optimizer",
+    "scaler",
+    "history",
+    "best",
 }
 
 
@@ -78,7 +76,7 @@ def read_metadata(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         )
     try:
         facts = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata `{METADATA_KEY}` is not JSON: {error}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise ValueError(f"{path}: metadata `{METADATA_KEY}` holds {text[:80]}, expected an object with a `config`")
