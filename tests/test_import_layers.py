@@ -22,6 +22,7 @@ LAYERS = (
     ("fastdeit.backends", "fastdeit.refusals", "fastdeit.cost.formulas", "fastdeit.cost.models"),
     ("fastdeit.ops", "fastdeit.aot"),
     ("fastdeit.blocks",),
+    ("fastdeit.plan",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.swap", "fastdeit.explanation", "fastdeit.cost.view", "fastdeit.cost", "fastdeit.testing"),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastdeit import ops
 from fastdeit.blocks.checklist import MISSING, why_not_bypassed, why_not_weight, why_not_weights, why_replaced
-from fastdeit.blocks.run import autocast_dtype
+from fastdeit.blocks.run import autocast_dtype, dropped_out
 from fastdeit.blocks.snapshot import register_methods
 from fastdeit.blocks.spec import Affine
 from fastdeit.ops.patch_embedding_op import why_reference
@@ -86,7 +86,7 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
     parameters = model._modules["patch_embed"]._modules["proj"]._parameters
     added = _added(model)
     tokens = ops.patch_embedding(images, parameters["weight"], parameters["bias"], *added)
-    return tokens if added[0] is None else model.pos_drop(tokens)
+    return tokens if added[0] is None else dropped_out(model.pos_drop, tokens)
 
 
 def blank_image(model: nn.Module) -> Tensor | None:
