@@ -111,7 +111,9 @@ def _clocks(stream, matrix_instructions, num_warps, work, device) -> dict[str, f
         "issue": executed(*every) * num_warps / _SCHEDULERS,
         "matrix": flops / (device.matrix_flops * share) if matrix_instructions else 0.0,
         "special function": on(device.special_lanes, "special"),
-        "fp32": on(device.fp32_lanes, "fp32") + on(device.fp32_lanes / 2, "fp32 pair") + on(device.integer_lanes, "multiply"),
+        "fp32": on(device.fp32_lanes, "fp32")
+        + on(device.fp32_lanes / 2, "fp32 pair")
+        + on(device.integer_lanes, "multiply"),
         "integer": on(device.integer_lanes, "integer", "compare", "convert"),
         "uniform": on(device.uniform_lanes, "uniform"),
         "shared memory": shared * num_warps * _WARP / device.shared_bytes + on(device.shuffle_lanes, "shuffle"),

@@ -62,9 +62,7 @@ def select_config(channels: int, arch: int) -> Config:
 
 
 @triton.jit
-def _row_offset(
-    row, TOKENS, sample_stride, token_stride, C: tl.constexpr, VECTOR: tl.constexpr, DENSE: tl.constexpr
-):
+def _row_offset(row, TOKENS, sample_stride, token_stride, C: tl.constexpr, VECTOR: tl.constexpr, DENSE: tl.constexpr):
     # The division by TOKENS alone is a fifth of the instructions of a bf16 row: contiguous streams do without.
     if DENSE:
         return row.to(tl.int64) * C
