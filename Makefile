@@ -18,7 +18,7 @@ help:
 	@echo "make test      install, then run all tests"
 	@echo "make test-compiled  install, then execute the compiled code of every shipped kernel on the CPU"
 	@echo "make test-pillow  install, then run the tests of images and augmentation on the newest Pillow"
-	@echo "make lint      install, then ruff check and ruff format --check"
+	@echo "make lint      install, then ruff check, ruff format --check and mypy"
 	@echo "make kernels   install, then compile every kernel configuration and report on it"
 	@echo "make bench     install, then run the short benchmarks (on a GPU)"
 	@echo "make clean     remove what builds and tools left; keeps $(VENV) and runs/"
@@ -57,6 +57,7 @@ test-pillow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/type_check.py
 
 kernels: $(STAMP)
 	$(BIN)/fastdeit kernels $(ARGS)

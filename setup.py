@@ -36,6 +36,7 @@ HOSTS = [
     "vit-pytorch>=1.26",
 ]
 TEST = [
+    "mypy>=2.4",
     "numpy<2.4",  # Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4
     "pytest>=9.0",
     "pytest-benchmark>=5.2",

@@ -1,6 +1,6 @@
 """The loader beside timm's: images per CPU second of the whole process tree, in paired turns, on JPEG files of photographs.
 
-`python -m fastdeit.benchmarks.loader` prints a table. CPU time rather than elapsed time is compared, since what a GPU needs of a
+`fastdeit bench loader` prints a table. CPU time rather than elapsed time is compared, since what a GPU needs of a
 machine is cores. Each turn takes a DataLoader of every candidate through the same number of batches; ratios are those of a turn.
 """
 
@@ -10,22 +10,20 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm.data
 import torch
 
+from fastdeit.benchmarks.baselines.loader_baselines import BATCH, WORKERS, baselines, recipe
 from fastdeit.benchmarks.photographs import fitted
-from fastdeit.train.config import Config, load_config
 from fastdeit.train.datasets import load_data
 from fastdeit.train.decoders import is_installed
+from fastdeit.train.extras import check_extras
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.sampling import EpochBatches
-from fastdeit.train.transforms import policy_operations, posterize
 
-BATCH, WORKERS = 64, 2
 SIZES = {"500x375": (500, 375), "256 short side": (341, 256)}
 
 
@@ -51,10 +49,10 @@ def write_photographs(root: Path, size: tuple[int, int], copies: int) -> None:
 
 
 def candidates(root: Path) -> dict[str, Callable[[int], Iterator[int]]]:
-    """By name, a function that yields the number of images of each batch of an epoch."""
+    """By name, a function that yields the number of images of each batch of an epoch; timm's first."""
 
     def ours(**changes) -> Callable[[int], Iterator[int]]:
-        config = _config(root, **changes)
+        config = recipe(root, **changes)
         train = load_data(config).train
         batches = EpochBatches(len(train), BATCH, config.seed)
         loader = TrainLoader(train, batches, config, torch.device("cpu"))
@@ -66,7 +64,8 @@ def candidates(root: Path) -> dict[str, Callable[[int], Iterator[int]]]:
 
         return epoch
 
-    found = {"timm": _timms(root), "fastdeit, everything on the CPU": ours(augment_on="cpu")}
+    found = baselines(root)
+    found["fastdeit, everything on the CPU"] = ours(augment_on="cpu")
     for decoder in ("pillow", "torchvision", "simplejpeg", "nvimgcodec"):
         if is_installed(decoder):
             found[f"fastdeit, {decoder}, exact"] = ours(augment_on="device", decoder=decoder)
@@ -74,9 +73,10 @@ def candidates(root: Path) -> dict[str, Callable[[int], Iterator[int]]]:
     return found
 
 
-def measure(root: Path, turns: int, warm_up: int = 1) -> list[Figure]:
-    """Takes all candidates through an epoch in each turn, in another order each time."""
-    runs = candidates(root)
+def measure(root: Path, turns: int, warm_up: int = 1, only: Sequence[str] = ("",)) -> list[Figure]:
+    """Takes timm and the candidates whose names have one of `only` through an epoch in each turn, in another order each time."""
+    found = candidates(root)
+    runs = {name: run for name, run in found.items() if name == "timm" or any(part in name for part in only)}
     names = list(runs)
     rates: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warm_up + turns):
@@ -96,45 +96,6 @@ def measure(root: Path, turns: int, warm_up: int = 1) -> list[Figure]:
     ]
 
 
-def _config(root: Path, **changes) -> Config:
-    return load_config("deit_base", dict(data=str(root), workers=WORKERS, batch_size=BATCH, repeated_aug=1, **changes))
-
-
-def _timms(root: Path) -> Callable[[int], Iterator[int]]:
-    """timm's create_loader for the same recipe; its prefetcher is a GPU's."""
-    config = _config(root)
-    loader = timm.data.create_loader(
-        timm.data.create_dataset("", root=str(root / "train")),
-        input_size=(3, config.img_size, config.img_size),
-        batch_size=BATCH,
-        is_training=True,
-        use_prefetcher=False,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        auto_augment=config.aa,
-        interpolation=config.interpolation,
-        num_workers=WORKERS,
-        persistent_workers=True,
-        pin_memory=False,
-    )
-    transform = loader.dataset.transform
-    transform.transforms = [*_before_tensor(transform), timm.data.transforms.ToNumpy()]
-    for operation in policy_operations([("aa", step) for step in transform.transforms]):
-        if operation.aug_fn is timm.data.auto_augment.posterize:
-            operation.aug_fn = posterize  # Pillow 13 refuses what timm's policy asks for
-    loader.collate_fn = timm.data.loader.fast_collate  # uint8, as with the prefetcher
-    return lambda number: (len(classes) for _, classes in loader)
-
-
-def _before_tensor(transform) -> list:
-    return [
-        t
-        for t in transform.transforms
-        if type(t).__name__ not in ("MaybeToTensor", "ToTensor", "Normalize", "RandomErasing")
-    ]
-
-
 def _cpu_seconds() -> float:
     """Of this process and its workers, those alive included."""
     ticks = os.sysconf("SC_CLK_TCK")
@@ -147,21 +108,24 @@ def _cpu_seconds() -> float:
     return total
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="epochs of each candidate (default: 5)")
     parser.add_argument("--copies", type=int, default=64, metavar="N", help="files of each photograph (default: 64)")
     parser.add_argument("--size", choices=SIZES, default="500x375", help="of the files (default: 500x375)")
-    arguments = parser.parse_args()
+    parser.add_argument("--only", action="append", metavar="TEXT", help="candidates with this in their name, and timm")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for name in ("turns", "copies"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    check_extras()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder), SIZES[arguments.size], arguments.copies)
         started = time.monotonic()
         print(f"{'':<40}{'images/CPU s':>14}{'of timm':>9}")
-        for figure in measure(Path(folder), arguments.turns):
+        for figure in measure(Path(folder), arguments.turns, only=arguments.only or ("",)):
             print(f"{figure.name:<40}{figure.images_per_cpu_second:>14.1f}{figure.ratio:>9.2f}")
         print(f"{arguments.size}, {WORKERS} workers, {arguments.turns} turns, {time.monotonic() - started:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -117,8 +117,8 @@ class Pair:
                 if not all(bool(t.isfinite().all()) for t in eager[kind].values() if t is not None):
                     raise AssertionError("timm's own result is not finite: nothing can be compared")
                 errors[kind] = compare_with_oracle(fused[kind], oracle[kind], eager[kind])
-                for name, error in zip(("maximum", "RMS"), errors[kind], strict=True):
-                    error.check(name)
+                for name, measured in zip(("maximum", "RMS"), errors[kind], strict=True):
+                    measured.check(name)
             except AssertionError as error:
                 failures.append(f"{kind}: {error}")
         return Layer(row, errors, "; ".join(failures))

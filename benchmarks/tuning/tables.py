@@ -8,7 +8,7 @@ import torch
 
 from fastdeit.kernels.attention.config import WHOLE_BACKWARD_TOKENS, around
 from fastdeit.kernels.gemm import config as gemm_config
-from fastdeit.kernels.gemm import fused_mlp as whole_mlp
+from fastdeit.kernels.gemm import fused_mlp
 from fastdeit.kernels.gemm.config import CUBLAS
 from fastdeit.kernels.runtime.architecture import architecture, has_descriptors
 from fastdeit.testing import kernel_device
@@ -26,15 +26,19 @@ def table(op: str, results: list[dict[str, Any]]) -> str:
         products = [result for result in results if "epilogue" in result["call"]]
         whole = [result for result in results if "form" in result["call"]]
         lines = [f"return {parts['config']}" for parts in choices(pointwise).values()]
-        lines = ["# mlp.py, select_config", *lines, ""] if lines else []
-        lines += ["# gemm_config.py", *_measured("GEMMS", gemm_config.GEMMS, products, CUBLAS), ""]
-        return "\n".join([*lines, "# whole_mlp.py", *_measured("WHOLE_MLPS", whole_mlp.WHOLE_MLPS, whole, None)])
+        lines = ["# kernels/mlp/activation.py, select_config", *lines, ""] if lines else []
+        lines += ["# kernels/gemm/config.py", *_measured("GEMMS", gemm_config.GEMMS, products, CUBLAS), ""]
+        return "\n".join(
+            [*lines, "# kernels/gemm/fused_mlp.py", *_measured("WHOLE_MLPS", fused_mlp.WHOLE_MLPS, whole, None)]
+        )
     chosen = choices(results)
     if op == "layer_norm":
         entries = sorted((int(group), parts["config"]) for group, parts in chosen.items())
         lines = [f"        {channels}: {config}," for channels, config in entries]
-        return "\n".join(["# layer_norm.py", "CONFIGS = {", f"    {_architecture()}: {{", *lines, "    },", "}"])
-    lines = ["# attention_config.py", f"HANDED_OVER = {hand_overs(results)}"]
+        return "\n".join(
+            ["# kernels/norm/layer_norm.py", "CONFIGS = {", f"    {_architecture()}: {{", *lines, "    },", "}"]
+        )
+    lines = ["# kernels/attention/config.py", f"HANDED_OVER = {hand_overs(results)}"]
     lines += [f"WHOLE_BACKWARD_TOKENS = {_whole_table(results)}"]
     for group, parts in chosen.items():
         for form in ("pointers", "descriptors"):

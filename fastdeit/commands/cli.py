@@ -25,6 +25,9 @@ COMMANDS = {
     "cache-teacher": Command(
         "fastdeit.commands.cache_teacher", "run the teacher once and keep its labels for every later training"
     ),
+    "shrink-data": Command(
+        "fastdeit.commands.shrink_data", "make smaller JPEG files of a folder of images once, to decode them faster"
+    ),
     "explain": Command("fastdeit.commands.explain", "what of a timm model runs fused, and why the rest does not"),
     "verify": Command(
         "fastdeit.commands.verify", "on your device and weights: every layer's error beside timm's, speed and memory"
@@ -52,7 +55,7 @@ def _did_you_mean(unknown: Sequence[str], parser: argparse.ArgumentParser) -> st
 def _empty_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
     """The options of parser that were given as an empty text."""
     return [
-        (action.option_strings or [action.metavar])[0]
+        action.option_strings[0] if action.option_strings else str(action.metavar)
         for action in parser._actions
         if isinstance(value := getattr(args, action.dest, None), str) and not value.strip()
     ]

@@ -99,7 +99,7 @@ def image_files(paths: list[Path]) -> list[Path]:
     """The files themselves, and in place of a folder its images in natural order."""
     from fastdeit.train.image_folders import images_below, no_image
 
-    files = []
+    files: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = images_below(path)

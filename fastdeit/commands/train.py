@@ -5,7 +5,7 @@ import os
 import sys
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastdeit.train.checkpoints import PREVIOUS, STATE, has_state
 from fastdeit.train.config import FIELDS, Config, load_config
@@ -54,7 +54,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         option = "--" + name.replace("_", "-")
         help_text = field.metadata["help"].replace("%", "%%")
         bare = dict(nargs="?", const="true") if field.type in (bool, "bool") else {}  # --compile is --compile true
-        same = dict(dest=f"field_{name}", metavar="VALUE", default=None, **bare)
+        same: dict[str, Any] = dict(dest=f"field_{name}", metavar="VALUE", default=None, **bare)
         fields.add_argument(option, help=help_text, **same)
         if "_" in name:  # as in configuration files
             fields.add_argument(f"--{name}", help=argparse.SUPPRESS, **same)

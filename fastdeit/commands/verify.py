@@ -103,7 +103,7 @@ def timed(pair: Pair) -> list[dict[str, Any]]:
             }
             call = pair.calls[row.name]
             rows = measure(candidates, lambda call=call: _copied(call.args), candidate_seconds=SECONDS_TO_SET_UP)
-            timing = {"name": row.name, "kind": row.kind, "work": work}
+            timing: dict[str, Any] = {"name": row.name, "kind": row.kind, "work": work}
             for result in rows:
                 timing[result.candidate] = {
                     "status": result.status,

@@ -105,7 +105,7 @@ def whole_mlp_forward(
     """The same in one kernel, which leaves nothing between the layers in memory; with a size of the residual stream's elements also
     the addition and LayerNorm in front: reads stream and branch, writes stream and result."""
     in_front = stream_bytes is not None
-    traffic = (2 * element_bytes + (2 * stream_bytes if in_front else 0)) * rows * channels
+    traffic = 2 * (element_bytes + (stream_bytes or 0)) * rows * channels
     flops = 4 * rows * channels * hidden + (9 * rows * channels if in_front else 0)
     return Cost(flops, traffic + 2 * channels * hidden * element_bytes, 1)
 

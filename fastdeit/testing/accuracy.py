@@ -28,6 +28,8 @@ __all__ = [
 ALLOWANCE = 2.0  # times PyTorch's own error, the one tolerance there is
 # Of the largest intermediate: what a sum in another order may cost where PyTorch's own error happens to be zero.
 _FP32_ULPS = 4
+# Of a model's largest value: what the oracle has below it is zero but for its own rounding, as the gradient of the keys' bias is.
+_ZERO = 8 * torch.finfo(torch.float64).eps
 
 
 def kernel_device() -> torch.device:
@@ -144,7 +146,7 @@ def assert_close_to_oracle(
     if oracle is None:
         assert got is None or not got.any(), f"{name}: expected none, got one"
         return None
-    assert got is not None, f"{name}: expected a tensor, got none"
+    assert got is not None and eager is not None, f"{name}: expected a tensor, got none"
     assert got.shape == oracle.shape, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(got.shape)}"
     assert got.dtype == eager.dtype, f"{name}: expected {eager.dtype} as PyTorch gives, got {got.dtype}"
     if oracle.numel() == 0:
@@ -162,7 +164,8 @@ def assert_model_close_to_oracle(
     """The rule of `assert_as_accurate_as_eager` for all outputs, or all gradients, of a model at once.
 
     Every tensor's errors are divided by the oracle's largest value in it, and maximum and root-mean-square are taken over all of
-    them: a single bias of few elements is too small a sample of rounding errors to compare by itself.
+    them: a single bias of few elements is too small a sample of rounding errors to compare by itself. A tensor that is zero in
+    exact arithmetic, as the gradient of the keys' bias, has no such value: its errors are divided by the largest of all tensors.
 
     Args:
         got: tensors of the accelerated model by name, as from `named_parameters`; None where there is no gradient.
@@ -183,16 +186,20 @@ def compare_with_oracle(
     """
     assert got.keys() == oracle.keys() == eager.keys()
     errors, ulps = [], 0.0
+    largest_of_all = max((_largest(tensor) for tensor in oracle.values() if tensor is not None), default=0.0)
     for name, expected in oracle.items():
+        ours, theirs = got[name], eager[name]
         if expected is None or not expected.numel():
-            assert_close_to_oracle(name, got[name], expected, eager[name])
+            assert_close_to_oracle(name, ours, expected, theirs)
             continue
-        assert got[name] is not None, f"{name}: expected a tensor, got none"
-        assert (got[name].shape, got[name].dtype) == (expected.shape, eager[name].dtype), name
-        assert torch.isfinite(got[name][torch.isfinite(eager[name])]).all(), f"{name}: not finite where PyTorch's is"
-        largest = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        errors.append([error.flatten() / largest for error in _errors(got[name], expected, eager[name])])
-        if got[name].dtype == torch.float32:
+        assert ours is not None and theirs is not None, f"{name}: expected a tensor, got none"
+        assert (ours.shape, ours.dtype) == (expected.shape, theirs.dtype), name
+        assert torch.isfinite(ours[torch.isfinite(theirs)]).all(), f"{name}: not finite where PyTorch's is"
+        largest = _largest(expected)
+        if largest <= _ZERO * largest_of_all:
+            largest = max(largest_of_all, torch.finfo(torch.float64).tiny)
+        errors.append([error.flatten() / largest for error in _errors(ours, expected, theirs)])
+        if ours.dtype == torch.float32:
             ulps = _FP32_ULPS * torch.finfo(torch.float32).eps
     return _measured([torch.cat(kind) for kind in zip(*errors, strict=True)], ulps)
 
@@ -233,9 +240,12 @@ def _assert_within_allowance(name: str, errors: list[Tensor], ulps: float) -> tu
 
 
 def _measured(errors: list[Tensor], ulps: float) -> tuple[Error, Error]:
-    maximum = (error.abs().max().item() for error in errors)
-    rms = (error.square().mean().sqrt().item() for error in errors)
-    return Error(*maximum, ulps), Error(*rms, ulps)
+    fused, eager, rounding = errors
+
+    def error_by(norm: Callable[[Tensor], Tensor]) -> Error:
+        return Error(norm(fused).item(), norm(eager).item(), norm(rounding).item(), ulps)
+
+    return error_by(lambda error: error.abs().max()), error_by(lambda error: error.square().mean().sqrt())
 
 
 def _is_float(value: Any) -> bool:

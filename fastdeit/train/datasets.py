@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from fastdeit.train.config import Config
-from fastdeit.train.decoders import Decoder, create_decoder, resolved_decoder
+from fastdeit.train.decoders import Decoder, create_decoder, resolved_decoder, with_installed_decoder
 from fastdeit.train.image_files import MAX_MEGAPIXELS, UnreadableImageError
 from fastdeit.train.image_folders import FolderImages, read_split, read_splits
 from fastdeit.train.image_sources import DecodedImage, ImageSource, image_source
@@ -67,8 +67,11 @@ def load_data(config: Config) -> Data:
 
 
 def load_validation(config: Config) -> tuple[Dataset, tuple[str, ...]]:
-    """Validation images and classes; of a folder root/val alone is read. Raises as `load_data`."""
-    root = Path(config.data)
+    """Validation images and classes; of a folder root/val alone is read. Raises as `load_data`.
+
+    In place of a decoder that is not installed another one is taken, which stderr tells.
+    """
+    root, config = Path(config.data), with_installed_decoder(config)
     if config.data == "digits" or not (root / "val").is_dir():
         data = load_data(config)
         return data.val, data.classes

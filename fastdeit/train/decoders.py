@@ -65,6 +65,18 @@ def with_decoder(config: Config) -> Config:
     return config if config.data == "digits" else config.replace(decoder=resolved_decoder(config.decoder))
 
 
+def with_installed_decoder(config: Config) -> Config:
+    """config, with the decoder `auto` in place of one that is not installed, which stderr tells: for what trains nothing."""
+    if config.data == "digits" or config.decoder == "auto" or is_installed(config.decoder):
+        return config
+    here = config.replace(decoder=resolved_decoder("auto"))
+    print(
+        f"decoder: {config.decoder}, which the run used, is not installed; {here.decoder} decodes here, and pixels may differ",
+        file=sys.stderr,
+    )
+    return here
+
+
 def decoder_version(name: str) -> dict[str, str]:
     """Distribution and version of a resolved decoder, beyond those that every run has."""
     if name not in ("nvimgcodec", "simplejpeg"):

@@ -5,8 +5,7 @@ whichever way they are made.
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ class ImagePipeline:
         crop = self.crop
         if not isinstance(crop, RandomResizedCropAndInterpolation):
             return source.image(), None
-        with _named(self.crop_option):
+        with _Named(self.crop_option):
             top, left, height, width = crop.get_params(_Extent(source.width, source.height), crop.scale, crop.ratio)
             box = Box(left, top, width, height)
             mode = crop.interpolation
@@ -95,7 +94,7 @@ class ImagePipeline:
         self, part: Image.Image | np.ndarray, interpolation: InterpolationMode | None
     ) -> Image.Image | np.ndarray:
         """The crop in the result's size: an image, or (height, width, channels) uint8."""
-        with _named(self.crop_option):
+        with _Named(self.crop_option):
             if interpolation is None:
                 return self.crop(part)
             if self.resize == "torch":
@@ -106,24 +105,26 @@ class ImagePipeline:
         """The image after what is not planned, and the flips that are left to do; writes the plan into rows."""
         flips = 0
         for option, step in self.flips:
-            with _named(option):
+            with _Named(option):
                 if torch.rand(1) < step.p:
                     flips |= LEFT_RIGHT if isinstance(step, transforms.RandomHorizontalFlip) else TOP_BOTTOM
         if self.planner is None:
-            image = flipped(as_image(image), flips)
+            with _Named("hflip"):
+                image = flipped(as_image(image), flips)
             for option, step in self.augmentation:
-                with _named(option):
+                with _Named(option):
                     image = step(image)
             return image, 0
         recorder = Recorder((self.width, self.height), lambda: flipped(as_image(image), flips))
         for option, step in self.planner.steps:
-            with _named(option):
+            with _Named(option):
                 step(recorder)
-        self.planner.write(recorder, rows)
+        with _Named("aa"):
+            self.planner.write(recorder, rows)
         return (image, flips) if recorder.image is None else (recorder.image, 0)
 
     def write(self, image: Image.Image | np.ndarray, out: np.ndarray) -> None:
-        with _named("img_size"):
+        with _Named("img_size"):
             out[:] = np.asarray(image).reshape(out.shape)
 
 
@@ -136,7 +137,9 @@ def split_flips(transform: NamedTransforms) -> tuple[list, list]:
 
 def resized_by_torch(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     """(H, W, C) uint8 in another size, by PyTorch's antialiased kernel: within a few levels of Pillow's, in a third of its time."""
-    tensor = torch.from_numpy(np.require(pixels, requirements="CW"))[None].permute(0, 3, 1, 2)
+    if not (pixels.flags.c_contiguous and pixels.flags.writeable):  # PyTorch warns of memory that it must not write to
+        pixels = pixels.copy()
+    tensor = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     found = F.interpolate(tensor, size, mode=mode, antialias=True)
     return found[0].permute(1, 2, 0).numpy()
 
@@ -165,10 +168,15 @@ class _Extent(Image.Image):
         return self.extent
 
 
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Makes of an error in a transform one that names the transform's option."""
-    try:
-        yield
-    except Exception as error:
-        raise TransformFailure(option) from error
+class _Named:
+    """Makes of an error in a transform one that names the transform's option. An image enters six; generators take longer."""
+
+    def __init__(self, option: str) -> None:
+        self.option = option
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            raise TransformFailure(self.option) from error

@@ -69,7 +69,8 @@ class EncodedJpeg:
         pixels = self._decoded(box)
         if pixels is None:
             return _by_pillow(self.data, self.mode, math.inf).image(box)
-        return Image.fromarray(pixels).convert(self.mode)
+        image = Image.fromarray(np.ascontiguousarray(pixels))  # which of a part makes bytes one by one
+        return image if self.mode == "RGB" else image.convert(self.mode)
 
     def array(self, box: Box) -> np.ndarray:
         if self.mode == "RGB":

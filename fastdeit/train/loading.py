@@ -19,7 +19,7 @@ from fastdeit.train.image_files import UnreadableImageError
 from fastdeit.train.image_pipeline import ImagePipeline
 from fastdeit.train.ring import Ring
 from fastdeit.train.sampling import EpochBatches, KeyedDataset, Sample, derive_seed, seed_sample
-from fastdeit.train.transform_errors import TransformError
+from fastdeit.train.transform_errors import TransformError, described
 
 Batch = tuple[Tensor, Tensor]
 
@@ -40,6 +40,9 @@ class TrainLoader:
 
     Raises:
         ValueError: fewer images than one batch.
+
+    A pass raises TransformError that names image, epoch, position and option where a transform fails, and a batch's positions where
+    its augmentation on the device does.
     """
 
     def __init__(self, dataset: Dataset, batches: EpochBatches, config: Config, device: torch.device) -> None:
@@ -94,12 +97,25 @@ class TrainLoader:
         ahead = copied_ahead if self.device.type == "cuda" else copied
         given = 0
         for tensors in ahead(self._host_batches(), self.device):
-            yield tensors if self.ring is None else self.finish(*tensors)
+            yield tensors if self.ring is None else self._finished(tensors, self.batches.first_batch + given)
             given += 1
         if given < len(self):
             raise ValueError(
                 f"data: the stream ended after {given} of {len(self)} batches of epoch {self.batches.epoch}"
             )
+
+    def _finished(self, tensors: tuple[Tensor, ...], batch: int) -> Batch:
+        """What the device makes of the epoch's batch of that number. Raises TransformError that names its images' positions."""
+        try:
+            return self.finish(*tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            b, positions = self.batches, self.batches.positions(batch)
+            raise TransformError(
+                f"augment_on: the augmentation of a batch fails on {self.device}: {described(error)} "
+                f"(seed {b.seed}, epoch {b.epoch}, positions {positions[0]} to {positions[-1]})"
+            ) from error
 
     def _host_batches(self) -> Iterator[HostBatch]:
         iterator = iter(self.loader)

@@ -1,6 +1,8 @@
 """The processes of a DataLoader: they leave signals to the run, one that dies is named, and none outlives the run."""
 
+import atexit
 import contextlib
+import os
 import signal
 import threading
 import weakref
@@ -11,7 +13,8 @@ from typing import Any
 
 from fastdeit.train.signals import held
 
-_alive: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+# With their numbers in their loaders.
+_alive: "weakref.WeakKeyDictionary[BaseProcess, int]" = weakref.WeakKeyDictionary()
 
 
 class WorkerDiedError(ChildProcessError):
@@ -19,10 +22,17 @@ class WorkerDiedError(ChildProcessError):
 
 
 def start(make_iterator: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """What `iter` of a DataLoader gives; its workers, whose worker_init_fn is `ignore_in_worker`, are known to `end_workers`."""
-    with held():
+    """What `iter` of a DataLoader gives; its workers, whose worker_init_fn is `ignore_in_worker`, are known to `end_workers`.
+
+    Raises WorkerDiedError as `batches_of`.
+    """
+    with _naming_the_dead(), held():
         iterator = make_iterator()
-    _alive.update(getattr(iterator, "_workers", ()))
+    _alive.update({worker: number for number, worker in enumerate(getattr(iterator, "_workers", ()))})
+    # multiprocessing and PyTorch end workers by SIGTERM, which these ignore, and then wait for them. What is registered last runs
+    # first.
+    atexit.unregister(_end_at_exit)
+    atexit.register(_end_at_exit, os.getpid())
     _defer_child_errors()
     return iterator
 
@@ -31,16 +41,24 @@ def batches_of(iterator: Iterator[Any]) -> Iterator[Any]:
     """The batches of what `start` gave. Raises WorkerDiedError that names a worker and what ended it."""
     while True:
         try:
-            with _waiting():
+            with _naming_the_dead(), _waiting():
                 batch = next(iterator)
         except StopIteration:
             return
-        except RuntimeError as error:
-            causes = [_end_of(n, worker) for n, worker in enumerate(getattr(iterator, "_workers", ()))]
-            if not any(causes):
-                raise
-            raise WorkerDiedError("; ".join(filter(None, causes))) from error
         yield batch
+
+
+@contextlib.contextmanager
+def _naming_the_dead() -> Iterator[None]:
+    """Makes of PyTorch's error of a dead worker a WorkerDiedError. The worker may be another loader's: PyTorch raises for any when
+    it hears of an end, so that an evaluation may notice one that loaded training images."""
+    try:
+        yield
+    except RuntimeError as error:
+        causes = [cause for worker, number in list(_alive.items()) if (cause := _end_of(number, worker))]
+        if not causes:
+            raise
+        raise WorkerDiedError("; ".join(causes)) from error
 
 
 def end_workers() -> None:
@@ -50,6 +68,11 @@ def end_workers() -> None:
             worker.kill()
             worker.join()
     _alive.clear()
+
+
+def _end_at_exit(process: int) -> None:
+    if os.getpid() == process:  # a process that was forked from this one has their handles too
+        end_workers()
 
 
 def _end_of(number: int, worker: BaseProcess) -> str | None:

@@ -156,19 +156,26 @@ def softmax_step(
     keys,
     D1: tl.constexpr,
     COLS: tl.constexpr,
-    MASK: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
-    """One block of keys of the online softmax (Milakov and Gimelshein 2018); `keys` of its COLS are real if MASK is set."""
+    """One block of keys of the online softmax (Milakov and Gimelshein 2018); of the first one's COLS, `keys` are real.
+
+    There `total` and the accumulators hold zeros, which are not rescaled: LLVM would copy the rescaled registers between
+    wgmma.fence and wgmma, where the PTX ISA forbids any access to them.
+    """
     s = product_over_d(q0, q1, k0, k1, D1)
-    if MASK:
+    if FIRST:
         s = tl.where(tl.arange(0, COLS)[None, :] < keys, s, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(s, 1) * scale, propagate_nan=tl.PropagateNan.ALL)
-    shrink = tl.exp2(highest - new_highest)
     p = tl.exp2(s * scale - new_highest[:, None])
-    total = total * shrink + tl.sum(p, 1)
-    acc0 = acc0 * shrink[:, None]
-    if D1 > 0:
-        acc1 = acc1 * shrink[:, None]
+    if FIRST:
+        total = tl.sum(p, 1)
+    else:
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(p, 1)
+        acc0 = acc0 * shrink[:, None]
+        if D1 > 0:
+            acc1 = acc1 * shrink[:, None]
     acc0, acc1 = product_to_d(p.to(v0.dtype), v0, v1, acc0, acc1, D1)
     return new_highest, total, acc0, acc1
 

@@ -126,3 +126,12 @@ def test_an_expression_that_matches_no_case_is_an_error(tmp_path, capsys):
 
 def test_suites_are_the_files_beside_the_command():
     assert {"attention", "layer_norm", "mlp"} <= set(command.suites())
+
+
+def test_the_loader_is_measured_beside_timms(capsys):
+    assert cli.main(["bench", "loader", "--turns", "1", "--copies", "11", "--only", "simplejpeg", "--only", "v2"]) == 0
+    header, *rows, _ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["images/CPU", "s", "of", "timm"]
+    names = ["timm", "torchvision transforms v2", "fastdeit, simplejpeg, exact", "fastdeit, simplejpeg, resize torch"]
+    assert [row.rsplit(maxsplit=2)[0] for row in rows] == names
+    assert rows[0].endswith(" 1.00") and all(float(row.split()[-1]) > 0 for row in rows)

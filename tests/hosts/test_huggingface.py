@@ -88,18 +88,7 @@ def test_other_models_layers_are_as_accurate(hosts, make, kernels_stood_in, name
     assert kernels_stood_in["add_layer_norm_attention"] == kernels_stood_in["add_layer_norm_mlp"] == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ViT",
-        pytest.param(
-            "DINOv2",
-            marks=pytest.mark.xfail(
-                reason="open: outside the contract at values of 1e8, cause not known", strict=False
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["ViT", "DINOv2"])
 def test_kernels_are_as_accurate_as_transformers_forward(hosts, make, name):
     hosts.assert_kernels_as_accurate(make(name, layers=1), X[:1])
 

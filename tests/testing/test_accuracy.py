@@ -118,6 +118,19 @@ def test_a_model_is_judged_by_all_its_gradients():
     assert_model_close_to_oracle(got, exact, eager)
 
 
+def test_a_gradient_that_is_zero_but_for_rounding_hides_no_other():
+    """As that of the keys' bias, of which float64 leaves noise too: relative to it, noise is all errors there are."""
+    exact, eager = gradients_of_a_model()
+    exact["keys.bias"] = torch.full((4,), 1e-17, dtype=torch.float64)
+    eager["keys.bias"] = torch.full((4,), 1e-4).bfloat16()
+    got = {**eager, "keys.bias": 3 * eager["keys.bias"]}
+    assert_model_close_to_oracle(got, exact, eager)
+    with pytest.raises(AssertionError, match="over"):
+        assert_model_close_to_oracle({**got, "keys.bias": torch.full((4,), 0.1).bfloat16()}, exact, eager)
+    with pytest.raises(AssertionError, match="over"):
+        assert_model_close_to_oracle({**got, "weight": 1.02 * got["weight"]}, exact, eager)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

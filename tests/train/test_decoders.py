@@ -8,7 +8,9 @@ from PIL import Image
 
 from fastdeit.benchmarks.photographs import fitted, photographs
 from fastdeit.train import decoders
+from fastdeit.train.checkpoints import check_same_run
 from fastdeit.train.config_checks import DECODERS
+from fastdeit.train.datasets import load_validation
 from fastdeit.train.decoders import Box, create_decoder, is_installed, resolved_decoder
 from fastdeit.train.image_sources import DecodedImage, EncodedJpeg, image_source
 from fastdeit.train.jpeg_header import common_jpeg
@@ -161,3 +163,25 @@ def test_a_missing_decoder_stops_a_run_before_it_starts(make_small_config, monke
     with pytest.raises(ImportError, match="decoder: nvimgcodec is not installed: pip install nvidia-nvimgcodec-cu12"):
         run.train(make_small_config(decoder="nvimgcodec"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_does_without_the_decoder_of_the_run(make_small_config, monkeypatch, capsys):
+    monkeypatch.setattr(decoders, "is_installed", lambda name: name == "pillow")
+    images, _ = load_validation(make_small_config(decoder="simplejpeg"))
+    assert images.decoder is None and len(images) == 24
+    said = capsys.readouterr().err
+    assert (
+        said
+        == "decoder: simplejpeg, which the run used, is not installed; pillow decodes here, and pixels may differ\n"
+    )
+    for decoder in ("auto", "pillow"):
+        load_validation(make_small_config(decoder=decoder))
+    load_validation(make_small_config(decoder="simplejpeg", data="digits"))  # in memory
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_is_resumed_with_its_decoder_alone(make_small_config, tmp_path):
+    state = {"config": make_small_config(decoder="simplejpeg").as_dict(), "epoch": 0}
+    with pytest.raises(ValueError, match=r"another configuration: decoder \('simplejpeg' there, 'pillow' now\)$"):
+        check_same_run(state, make_small_config(decoder="pillow"), tmp_path)
+    check_same_run(state, make_small_config(decoder="simplejpeg"), tmp_path)

@@ -4,21 +4,20 @@ import errno
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from fastdeit.commands import cli
-from fastdeit.train import checkpoints, failures, fit, run, workers
+from fastdeit.train import checkpoints, failures, fit, run, sampling, workers
 from fastdeit.train.checkpoints import BAD_STATE, DAMAGED, PREVIOUS, STATE, load_state
 from fastdeit.train.engine import Trainer
 from fastdeit.train.failures import ERROR, RunFailedError
 from fastdeit.train.locks import LOCK, Lock
 from fastdeit.train.monitor import NonFiniteLossError, NonFiniteWeightsError
 from fastdeit.train.signals import Stopped
-from fastdeit.train.transform_errors import TransformError
 
 
 @pytest.fixture
@@ -130,28 +129,29 @@ def test_a_device_is_asked(monkeypatch, broken, failed):
     assert not failures.device_failed(torch.device("cpu"))
 
 
-@pytest.mark.xfail(reason="open: the loader of whole batches does not call the method that this test makes fail")
-def test_an_error_of_a_transform_names_where_it_came_and_saves(whole, config, tmp_path, monkeypatch):
-    from fastdeit.train import sampling
+@pytest.mark.parametrize("workers, augment_on", [(0, "cpu"), (1, "device")])
+def test_an_error_of_a_transform_names_where_it_came_and_saves(
+    whole, config, tmp_path, monkeypatch, workers, augment_on
+):
+    seed_sample, get_params, made = sampling.seed_sample, RandomResizedCropAndInterpolation.get_params, []
 
-    def failing(dataset, key, getitem=sampling.KeyedDataset.__getitem__):
-        if (key.epoch, key.position) == (1, 40):
-            dataset = sampling.KeyedDataset(Broken(dataset.dataset), dataset.seed)
-        return getitem(dataset, key)
+    def seeding(seed, *place):
+        made[:] = place
+        seed_sample(seed, *place)
 
-    class Broken:
-        def __init__(self, dataset):
-            self.dataset = dataset
+    def failing(*args):
+        if made == [1, 40]:
+            raise ValueError("bits")
+        return get_params(*args)
 
-        def __getitem__(self, index):
-            raise TransformError("aa: the transform fails on a.png: ValueError: bits")
-
-        def __len__(self):
-            return len(self.dataset)
-
+    config = config.replace(workers=workers, augment_on=augment_on)
     with monkeypatch.context() as patch:
-        patch.setattr(sampling.KeyedDataset, "__getitem__", failing)
-        message = r"^aa: the transform fails on a\.png: ValueError: bits \(seed 0, epoch 1, position 40, .*\)\. The state at step 4"
+        patch.setattr(sampling, "seed_sample", seeding)
+        patch.setattr(RandomResizedCropAndInterpolation, "get_params", staticmethod(failing))
+        where = r"\(seed 0, epoch 1, position 40, image \d+ of 96\)"
+        message = (
+            rf"^scale: the transform fails on \S+\.png: ValueError: bits {where}\. The state at step 4 is saved in"
+        )
         with pytest.raises(RunFailedError, match=message):
             run.train(config, tmp_path)
     run.train(config, tmp_path, resume=True)
@@ -388,23 +388,30 @@ def test_the_same_data_elsewhere_go_on_and_other_data_are_refused(whole, config,
     assert same(whole, folder)
 
 
-def test_a_worker_that_is_killed_is_named_and_the_state_saved(whole, config, tmp_path, monkeypatch):
-    killed = []
+@pytest.mark.parametrize("noticed", ["by its loader", "in an evaluation"])
+def test_a_worker_that_is_killed_is_named_and_the_state_saved(config, tmp_path, monkeypatch, noticed):
+    """When it has made the epoch's last batch, so that its loader asks it for one again after the evaluation alone."""
+    killed, evaluate = [], fit.evaluate
 
     def kill(trainer):
-        if not killed:
-            killed.append(next(iter(workers._alive)).pid)
-            os.kill(killed[0], signal.SIGKILL)
-            time.sleep(0.2)  # in which a handler of PyTorch's would raise, in the middle of a step
+        (worker,) = trainer.loader.loader._iterator._workers
+        killed.append(worker.pid)
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # and a handler of PyTorch's would raise here
 
-    config = config.replace(workers=1, prefetch=1, epochs=4)
-    monkeypatch.setattr(Trainer, "_gradients", at(4, kill))
+    def told(*args):
+        if killed and noticed == "in an evaluation":  # of an end, while it waits for a batch
+            next(workers.batches_of(map(os.kill, [os.getpid()], [signal.SIGCHLD])))
+        return evaluate(*args)
+
+    monkeypatch.setattr(fit, "evaluate", told)
+    monkeypatch.setattr(Trainer, "_gradients", at(5, kill))
     with pytest.raises(RunFailedError) as failed:
-        run.train(config, tmp_path)
+        run.train(config.replace(workers=1, prefetch=1, epochs=3), tmp_path)
     assert failed.match(
-        rf"^worker 0 of the loader \(process {killed[0]}\) was killed by SIGKILL, as the kernel does.*step \d is saved"
+        rf"^worker 0 of the loader \(process {killed[0]}\) was killed by SIGKILL, as the kernel does.*step 6 is saved"
     )
-    assert load_state(tmp_path / STATE)["step"] >= 5 and not workers._alive
+    assert load_state(tmp_path / STATE)["step"] == 6 and not workers._alive
 
 
 def test_memory_that_is_used_up_says_what_takes_less():

@@ -2,6 +2,8 @@
 
 import contextlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -29,6 +31,30 @@ def same(a, b):
     return len(a) == len(b) and all(
         torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
     )
+
+
+KEEPS_ITS_LOADER = """
+import torch
+from fastdeit.train.config import Config
+from fastdeit.train.datasets import load_data
+from fastdeit.train.loading import TrainLoader
+from fastdeit.train.sampling import EpochBatches
+
+config = Config(data="digits", img_size=16, batch_size=32, workers=2)
+dataset = load_data(config).train
+batches = EpochBatches(len(dataset), config.batch_size, config.seed)
+loader = TrainLoader(dataset, batches, config, torch.device("cpu"))
+batches.set_epoch(0)
+print(len(next(iter(loader))[1]))
+iterator = iter(loader)
+next(iterator)
+"""
+
+
+def test_a_program_that_keeps_its_loader_ends():
+    """Workers ignore the SIGTERM by which multiprocessing ends those that are left."""
+    ended = subprocess.run([sys.executable, "-c", KEEPS_ITS_LOADER], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (0, ["32"], "")
 
 
 @pytest.fixture

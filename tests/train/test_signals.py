@@ -113,3 +113,14 @@ def test_a_worker_ends_with_its_parent():
         "print(os.read(reading, 1) == b'', time.monotonic() - begun < 30)"  # the last that could write is gone
     )
     assert alone(code) == ["True", "True"]
+
+
+def test_a_process_that_exits_ends_its_workers():
+    """Which Python asks by SIGTERM to end, and waits for."""
+    code = (
+        "from fastdeit.train.error_passing import ErrorPassingLoader\n"
+        "batches = iter(ErrorPassingLoader(list(range(9)), num_workers=1, persistent_workers=True))\n"
+        "print(next(batches), flush=True)\nraise ValueError('an error that keeps the loader')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "tensor([0])\n" and done.returncode == 1 and done.stderr.endswith("keeps the loader\n")

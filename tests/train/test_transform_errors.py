@@ -11,6 +11,7 @@ from fastdeit.train.error_passing import ErrorPassingLoader
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.sampling import EpochBatches, Key, KeyedDataset, eval_loader
 from fastdeit.train.transform_errors import NamedTransforms, TransformError, TransformFailure
+from fastdeit.train.transforms import policy_operations
 
 
 def fail(image):
@@ -18,15 +19,24 @@ def fail(image):
 
 
 def failing(images, option="aa"):
-    images.transform = NamedTransforms([("scale", images.transform), (option, fail)])
+    """With a step that fails before the last one, which makes a tensor."""
+    *steps, last = images.transform.steps
+    images.transform = NamedTransforms([*steps, (option, fail), last])
     return images
 
 
-@pytest.mark.xfail(reason="open: the loader of whole batches does not name the place of a transform's error yet")
+def fail_in_policy(images):
+    """With operations whose magnitude cannot be computed, whether they are carried out at once or planned."""
+    for operation in policy_operations(images.transform.steps):
+        operation.prob, operation.level_fn = 1.0, lambda level, options: fail(level)
+    return images
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_names_image_epoch_position_and_option(small_config, workers):
-    data = failing(load_data(small_config).train)
-    config = small_config.replace(workers=workers)
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
+def test_training_names_image_epoch_position_and_option(small_config, workers, augment_on):
+    config = small_config.replace(workers=workers, augment_on=augment_on, aa="rand-m9-n2")
+    data = fail_in_policy(load_data(config).train)
     batches = EpochBatches(len(data), 32, seed=5)
     batches.set_epoch(2, 1)
     loader = TrainLoader(data, batches, config, torch.device("cpu"))
@@ -38,8 +48,40 @@ def test_training_names_image_epoch_position_and_option(small_config, workers):
         f"(seed 5, epoch 2, position {key.position}, image {key.index} of 96)"
     )
     assert key.position == 32  # and by these the failure comes again
-    with pytest.raises(TransformError, match="position 32"):
-        KeyedDataset(data, 5)[Key(2, 32, key.index)]
+    with pytest.raises(TransformError, match=r"^aa: .*position 32"):
+        KeyedDataset(fail_in_policy(load_data(config.replace(augment_on="cpu")).train), 5)[Key(2, 32, key.index)]
+
+
+STEPS = {
+    "scale": "timm.data.transforms.RandomResizedCropAndInterpolation.get_params",
+    "hflip": "fastdeit.train.image_pipeline.flipped",
+    "aa": "fastdeit.train.plans.Planner.write",
+}
+
+
+@pytest.mark.parametrize("option", [*STEPS, "img_size"])
+def test_no_step_of_the_pipeline_counts_as_unreadable(small_config, monkeypatch, option):
+    config = small_config.replace(aa="rand-m9-n2", augment_on="device" if option == "aa" else "cpu", max_bad_images=96)
+    data = load_data(config).train
+    if option == "img_size":
+        data.transform = NamedTransforms([("scale", lambda image: image), *data.transform.steps[1:]])  # of 20 pixels
+    else:
+        monkeypatch.setattr(STEPS[option], lambda *_: fail(None))
+    with pytest.raises(TransformError, match=rf"^{option}: the transform fails on \S+\.png: .*epoch 0, position 0,"):
+        next(iter(TrainLoader(data, EpochBatches(96, 32, seed=0), config, torch.device("cpu"))))
+
+
+def test_a_failing_batch_on_the_device_is_named(small_config, monkeypatch):
+    config = small_config.replace(aa="rand-m9-n2", augment_on="device")
+    loader = TrainLoader(load_data(config).train, EpochBatches(96, 32, seed=7), config, torch.device("cpu"))
+    batches = iter(loader)
+    next(batches)
+    monkeypatch.setattr("fastdeit.train.device_stage.augment", lambda *_, **__: fail(None))
+    message = (
+        r"^augment_on: the augmentation of a batch fails on cpu: KeyError.*\(seed 7, epoch 0, positions 32 to 63\)$"
+    )
+    with pytest.raises(TransformError, match=message):
+        next(batches)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -4,6 +4,7 @@ Kinds of events are `launch` (kernels of PyTorch), `triton_launch`, `gemm`, copi
 A replayed graph is one `graph_launch`; what a capture records is counted when it is captured.
 """
 
+import builtins
 import contextlib
 import ctypes
 import functools
@@ -32,7 +33,7 @@ class Event(NamedTuple):
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     bytes: int  # copied, set or allocated; shared memory of a launch
-    arguments: tuple[bytes, ...]  # of a Triton launch, in the order of the compiled kernel's parameters
+    arguments: tuple[builtins.bytes, ...]  # of a Triton launch, in the order of the compiled kernel's parameters
 
 
 class TensorMap(NamedTuple):
@@ -53,7 +54,8 @@ class Wait(NamedTuple):
 
 def kinds() -> tuple[str, ...]:
     """All kinds of events."""
-    library, names = _library(), []
+    library = _library()
+    names: list[str] = []
     while name := library.fake_cuda_kind(len(names)):
         names.append(name.decode())
     return tuple(names)
@@ -68,7 +70,8 @@ def counts() -> Counter:
 @contextlib.contextmanager
 def counting() -> Iterator[Counter]:
     """Fills a Counter with the events inside a with statement, when it ends."""
-    counter, before = Counter(), counts()
+    counter: Counter[str] = Counter()
+    before = counts()
     try:
         yield counter
     finally:
@@ -85,7 +88,8 @@ def record(*wanted: str) -> Iterator[list[Event]]:
     known = kinds()
     if unknown := set(wanted) - set(known):
         raise ValueError(f"no kind of event is called {sorted(unknown)}; there are {', '.join(known)}")
-    library, events = _library(), []
+    library = _library()
+    events: list[Event] = []
     library.fake_cuda_record(1)
     try:
         yield events
@@ -182,11 +186,12 @@ _OBSERVER = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        library = None
-    if not hasattr(library, "fake_cuda_kind"):
-        raise RuntimeError("libcuda.so.1 is not the fake CUDA runtime: start this process with fake_cuda.run_python")
-    library.fake_cuda_kind.restype = library.fake_cuda_error.restype = ctypes.c_char_p
+        library.fake_cuda_kind.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(
+            "libcuda.so.1 is not the fake CUDA runtime: start this process with fake_cuda.run_python"
+        ) from error
+    library.fake_cuda_error.restype = ctypes.c_char_p
     library.fake_cuda_count.restype = library.fake_cuda_events.restype = ctypes.c_long
     library.fake_cuda_errors.restype = ctypes.c_long
     library.fake_cuda_error.argtypes = library.fake_cuda_event.argtypes = (ctypes.c_long,)

@@ -71,7 +71,9 @@ def compiler() -> str | None:
 def _include_folders() -> list[Path]:
     """Of the wheels: NVIDIA's come first, Triton's older headers complete them."""
     nvidia, triton = importlib.util.find_spec("nvidia"), importlib.util.find_spec("triton")
-    folders = [Path(path) / f"cu{CUDA_MAJOR}/include" for path in (nvidia.submodule_search_locations if nvidia else ())]
-    if triton is not None:
+    folders = [
+        Path(path) / f"cu{CUDA_MAJOR}/include" for path in ((nvidia and nvidia.submodule_search_locations) or ())
+    ]
+    if triton is not None and triton.origin is not None:
         folders.append(Path(triton.origin).parent / "backends/nvidia/include")
     return folders

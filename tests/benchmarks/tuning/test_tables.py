@@ -159,7 +159,7 @@ def test_the_whole_mlp_table_names_what_was_faster_beyond_noise(third_quartile, 
     call = dict(M=50688, hidden=768, dtype="torch.bfloat16", form="mlp", cases=1)
     text = tuning_tables.table("mlp", [dict(case="c", group="g", tokens=198, call=call, rows=rows)])
     namespace = dict(vars(whole_mlp))
-    exec(text.split("# whole_mlp.py")[1], namespace)
+    exec(text.split("# kernels/gemm/fused_mlp.py")[1], namespace)
     entry = whole_mlp.Measured(around(50688), 768, torch.bfloat16, "mlp", config)
     assert namespace["WHOLE_MLPS"] == {80: (far,)} | ({90: (entry,)} if ours else {})
 

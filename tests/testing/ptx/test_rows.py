@@ -21,19 +21,7 @@ def run(*arguments):
 @pytest.mark.skipif(why_untested() is not None, reason=str(why_untested()))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
 @pytest.mark.parametrize("part", range(1, PARTS + 1))
-@pytest.mark.parametrize(
-    "arch",
-    [
-        "sm_80",
-        pytest.param(
-            "sm_90",
-            marks=pytest.mark.xfail(
-                reason="open finding: attention's wgmma follow a change of a register without wgmma.fence in this PTX",
-                strict=False,
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_compiled_code_is_as_accurate_as_eager(arch, part):
     result = run("--arch", arch, "--thin", "--part", f"{part}/{PARTS}")
     assert result.returncode == 0, result.stdout + result.stderr
