@@ -360,7 +360,7 @@ def layer_norm_backward(
         config.num_warps,
     )
     if wanted:
-        add_partial_sums(partial, *wanted)
+        add_partial_sums(*zip(partial, wanted, strict=True))
     return dx, dbranch, *sums
 
 
