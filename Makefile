@@ -10,15 +10,18 @@ STAMP := $(VENV)/.fastdeit-installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-compiled test-pillow lint kernels bench clean
+.PHONY: help install train test test-fast coverage docs test-compiled test-pillow lint kernels bench clean
 
 help:
 	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
 	@echo "make train     install, then train a small distilled DeiT on real digits (about 5 minutes on 2 cores)"
 	@echo "make test      install, then run all tests"
+	@echo "make test-fast install, then run a selection of the tests in at most 90 seconds on 2 cores"
+	@echo "make coverage  install, then run all tests and report the share of lines that they run (minutes longer)"
 	@echo "make test-compiled  install, then execute the compiled code of every shipped kernel on the CPU"
 	@echo "make test-pillow  install, then run the tests of images and augmentation on the newest Pillow"
 	@echo "make lint      install, then ruff check, ruff format --check and mypy"
+	@echo "make docs      install, then build the site of the documentation into build/site, links checked"
 	@echo "make kernels   install, then compile every kernel configuration and report on it"
 	@echo "make bench     install, then run the short benchmarks (on a GPU)"
 	@echo "make clean     remove what builds and tools left; keeps $(VENV) and runs/"
@@ -41,6 +44,17 @@ train: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(ARGS)
 
+# A look at every layer: the rules on the source, ops under the interpreter, blocks, models, costs, a command, the docs.
+FAST := tests/test_source_rules.py tests/test_type_check.py tests/test_explanation.py tests/test_documentation.py tests/blocks tests/cost \
+	tests/ops/test_layer_norm.py tests/nn/test_mlp.py tests/commands/test_explain.py tests/train/test_config.py
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(FAST) -k 'not 8192 and not repeated_runs' $(ARGS)
+
+# Kernels count too: the interpreter runs their Python. sysmon, the default from Python 3.14 on, slows tests down least.
+coverage: $(STAMP)
+	COVERAGE_CORE=sysmon OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal --cov --cov-report term $(ARGS)
+
 # sm_89 and sm_100 differ from sm_80 and sm_90 in few instructions: there one schedule is enough.
 test-compiled: $(STAMP)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(BIN)/python -m fastdeit.testing.ptx --arch sm_80 --arch sm_90 --thorough $(ARGS)
@@ -58,6 +72,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/type_check.py
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 kernels: $(STAMP)
 	$(BIN)/fastdeit kernels $(ARGS)

@@ -37,15 +37,22 @@ HOSTS = [
 ]
 TEST = [
     "mypy>=2.4",
+    "onnx>=1.19",  # with the next two: a model is exported and run
+    "onnxscript>=0.5",
+    "onnxruntime>=1.23",
     "numpy<2.4",  # Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4
     "pytest>=9.0",
     "pytest-benchmark>=5.2",
+    "pytest-cov>=7.0",
     "pytest-xdist>=3.8",
     "ruff>=0.15",
     "scikit-image>=0.25",  # photographs to train on
     "setuptools>=65",  # the packaging tests build without isolation
     "wheel>=0.45",
 ]
+
+# The site (`make docs`).
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 
 # package -> its directory in this tree
 DIRECTORIES = {"fastdeit": "fastdeit", "fastdeit.kernels": "kernels", "fastdeit.benchmarks": "benchmarks"}
@@ -71,7 +78,7 @@ setup(
     author="fastdeit authors",
     python_requires=">=3.10",
     install_requires=CORE,
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER, "hosts": HOSTS},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER, "hosts": HOSTS, "docs": DOCS},
     packages=packages(),
     package_dir=DIRECTORIES,
     package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},

@@ -17,7 +17,6 @@ from shutil import copy, copytree, ignore_patterns
 import pytest
 from packaging.requirements import Requirement
 
-from fastdeit.aot.catalog import KERNEL_FILES
 from fastdeit.commands import cli
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +205,7 @@ def test_triton_is_required_on_linux_only(requirements):
 
 
 def test_extras(metadata):
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "loader", "test", "bench", "hosts"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "loader", "test", "bench", "hosts", "docs"}
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -223,34 +222,3 @@ def test_constraints_pin_what_is_required_directly_and_keep_its_bounds(requireme
     for requirement in requirements:
         assert requirement.name.lower() in pins, requirement
         assert pins[requirement.name.lower()] in requirement.specifier, requirement
-
-
-def test_the_commands_that_the_readme_names_exist():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", readme, re.MULTILINE))
-    assert {"train", "test"} <= named <= targets
-    pages = readme + (ROOT / "docs/commands.md").read_text()
-    named = set(re.findall(r"(?:^ {4}|`)fastdeit ([a-z-]+)", pages, re.MULTILINE))
-    assert named == set(cli.COMMANDS)
-
-
-def test_the_readme_fits_and_its_links_lead_somewhere():
-    readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) <= 150
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-def test_the_docs_say_which_ops_have_a_kernel():
-    """A file for one direction alone, or for the weights of an op's products, counts for its op; some ops share a file."""
-    shared = {"add_layer_norm": "layer_norm", "linear": "gemm", "layer_norm_mlp": "residual_branch"}
-    shared |= dict.fromkeys(("add_layer_norm_attention", "add_layer_norm_mlp"), "residual_branch")
-    rows = re.findall(r"^\| `(\w+)` \|[^|]+\| ([^|]+) \|", (ROOT / "docs/ops.md").read_text(), re.MULTILINE)
-    said = {shared.get(op, op) for op, kernel in rows if not kernel.startswith("none")}
-    part_of = {"attention.forward": "attention", "attention.backward": "attention", "mlp.activation": "mlp"}
-    part_of |= {"gemm.forward": "gemm", "gemm.backward": "gemm", "gemm.folded_weights": "gemm", "gemm.fused_mlp": "mlp"}
-    part_of["runtime.column_sums"] = "layer_norm"
-    part_of |= dict.fromkeys(("augment.apply", "augment.tables"), "augment")
-    assert said == {part_of.get(name, name.partition(".")[2]) for name in KERNEL_FILES}

@@ -252,9 +252,16 @@ def _teacher_cost(teacher: torch.nn.Module, batch: int, size: int) -> Cost:
 
 
 _PARTS = dict(
-    step=_step, student=_student, loop=_loop, distilled=_distilled, teacher=_teacher, optimizer=_optimizer, ema=_ema,
-    augmentation=_augmentation, loss=_loss,
-)  # fmt: skip
+    step=_step,
+    student=_student,
+    loop=_loop,
+    distilled=_distilled,
+    teacher=_teacher,
+    optimizer=_optimizer,
+    ema=_ema,
+    augmentation=_augmentation,
+    loss=_loss,
+)
 PARTS = list(_PARTS)  # the most telling first
 
 

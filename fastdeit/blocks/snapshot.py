@@ -41,8 +41,18 @@ class Snapshot:
     """
 
     __slots__ = (
-        "before", "empty", "entries", "hooked", "kinds", "methods", "modules", "sizes", "states", "views", "watched",
-    )  # fmt: skip
+        "before",
+        "empty",
+        "entries",
+        "hooked",
+        "kinds",
+        "methods",
+        "modules",
+        "sizes",
+        "states",
+        "views",
+        "watched",
+    )
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = list(root.modules())
@@ -70,7 +80,7 @@ class Snapshot:
                 and all(map(is_, chain.from_iterable(self.views), self.entries))
                 and list(map(type, self.modules)) == self.kinds
                 and list(starmap(getattr, self.watched)) == self.methods
-                and all(now == then for now, then in self.hooked)
+                and all(starmap(eq, self.hooked))
             )
         except (
             RuntimeError,

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from fastdeit.blocks import spec
-from fastdeit.blocks.checklist import BlockVerdict, judge_block, why_not_whole_call
+from fastdeit.blocks.call_rules import why_not_whole_call
+from fastdeit.blocks.checklist import BlockVerdict, judge_block
 from fastdeit.blocks.fused_module import FusedModule
 from fastdeit.blocks.run import PendingResidual, run_block
 from fastdeit.blocks.snapshot import looked_at

@@ -6,7 +6,8 @@ from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
 from fastdeit.blocks.adapters.timm import describe_trunk
-from fastdeit.blocks.checklist import TrunkVerdict, judge_trunk, why_global_hook, why_not_plain_call, why_not_trunk_call
+from fastdeit.blocks.call_rules import why_global_hook, why_not_plain_call, why_not_trunk_call
+from fastdeit.blocks.checklist import TrunkVerdict, judge_trunk
 from fastdeit.blocks.embedding import blank_image, embed, why_not_embedding, why_not_embedding_call
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
 from fastdeit.blocks.run import run_trunk

@@ -58,8 +58,10 @@ class BranchHead(NamedTuple):
 
 def folds(matmul_dtype: torch.dtype, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> bool:
     """Whether LayerNorm's parameters are folded into weight: where the product's is a rounded copy of an fp32 master anyway."""
-    masters = [t for t in (norm_weight, norm_bias, weight) if t is not None]
-    return matmul_dtype != torch.float32 and all(t.dtype == torch.float32 for t in masters)
+    for master in (norm_weight, norm_bias, weight):
+        if master is not None and master.dtype is not torch.float32:
+            return False
+    return matmul_dtype is not torch.float32
 
 
 def check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps) -> None:
@@ -93,7 +95,9 @@ def head_forward(
 
     folded = folds(matmul_dtype, norm.weight, norm.bias, weight)
     affine = (None, None) if folded else (contiguous(norm.weight), contiguous(norm.bias))
-    options = dict(branch=branch, drop_path_scale=contiguous(drop_path_scale), keep_statistics=saves)
+    if drop_path_scale is not None:
+        drop_path_scale = drop_path_scale.contiguous()
+    options = dict(branch=branch, drop_path_scale=drop_path_scale, keep_statistics=saves)
     x_new, normed, mean, rstd = layer_norm_forward(x, *affine, norm.eps, matmul_dtype, **options)
     normed = normed.view(-1, x.shape[-1])
     normalised = x if x_new is None else x_new

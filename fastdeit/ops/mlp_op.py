@@ -9,6 +9,7 @@ from torch import Tensor
 from fastdeit import backends
 from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.matmul import lacks_elements, weight_gradient
+from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
 from fastdeit.refusals import or_reference
 
@@ -20,6 +21,9 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
 }
+
+
+_passed = PassedCalls()
 
 
 @or_reference
@@ -43,10 +47,13 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         TypeError: x or a weight is not a floating-point tensor, or they differ in dtype outside autocast.
         ValueError: activation is another, or the shape or device of a weight does not fit.
     """
-    check_mlp(x, w1, b1, w2, b2, activation)
-    if why_reference(x) is not None or lacks_elements(w1, w2):
-        return mlp_reference(x, w1, b1, w2, b2, activation=activation)
-    (y,) = mlp_unchecked(x, w1, b1, w2, b2, activation, backends.product_dtype(x))
+    tensors = (x, w1, b1, w2, b2)
+    if not _passed.has(tensors, activation):
+        check_mlp(*tensors, activation)
+        if why_reference(x) is not None or lacks_elements(w1, w2):
+            return mlp_reference(*tensors, activation=activation)
+        _passed.add(tensors, activation)
+    (y,) = mlp_unchecked(*tensors, activation, backends.product_dtype(x))
     return y
 
 

@@ -23,20 +23,18 @@ PLACES = ("data", "data_dir", "data_download")  # fields that say where the data
 METADATA_KEY = "fastdeit"
 BAD_STATE = "nonfinite.state.pt"  # of a run that stopped at a loss or a gradient that was not finite, before that step
 STATE_KEYS = {
-    *(
-        "config",
-        "classes",
-        "data",
-        "epoch",
-        "step",
-        "loss_sum",
-        "model",
-        "ema",
-        "optimizer",
-        "scaler",
-        "history",
-        "best",
-    ),
+    "config",
+    "classes",
+    "data",
+    "epoch",
+    "step",
+    "loss_sum",
+    "model",
+    "ema",
+    "optimizer",
+    "scaler",
+    "history",
+    "best",
 }
 
 

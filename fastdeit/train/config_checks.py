@@ -16,25 +16,60 @@ TAKEN_KWARGS = {"num_classes", "img_size", "in_chans", "drop_path_rate", "pretra
 LARGEST_KWARG = 1e5  # of timm.create_model: widths, depths, sizes
 LARGEST = 1e18  # of any number; products of two are finite in float32
 MOST = {  # far beyond any use, and short of what hangs or brings down the machine
-    "workers": 1024, "prefetch": 1024, "threads": 4096, "repeated_aug": 1024, "recount": 1024, "img_size": 4096,
-    "epochs": 10**6, "batch_size": 2**24, "num_classes": 10**7, "grad_accum_steps": 2**24, "mixup": 1e6, "cutmix": 1e6,
-    "color_jitter": 1e6, "crop_pct": 100, "teacher_epochs": 10**6, "warmup_epochs": 10**6, "seed": 2**63 - 1,
-}  # fmt: skip
+    "workers": 1024,
+    "prefetch": 1024,
+    "threads": 4096,
+    "repeated_aug": 1024,
+    "recount": 1024,
+    "img_size": 4096,
+    "epochs": 10**6,
+    "batch_size": 2**24,
+    "num_classes": 10**7,
+    "grad_accum_steps": 2**24,
+    "mixup": 1e6,
+    "cutmix": 1e6,
+    "color_jitter": 1e6,
+    "crop_pct": 100,
+    "teacher_epochs": 10**6,
+    "warmup_epochs": 10**6,
+    "seed": 2**63 - 1,
+}
 
 
 def check_config(config: "Config") -> None:
     """Raises ValueError for a field out of range, and for fields that contradict each other."""
     c = config
     _check_texts(c)
-    at_least_1 = (
-        "epochs", "batch_size", "img_size", "threads", "repeated_aug", "recount", "num_classes", "prefetch",
-        "grad_accum_steps", "keep_best",
-    )  # fmt: skip
-    not_negative = (
-        "seed", "workers", "mixup", "cutmix", "teacher_epochs", "lr_base_size", "weight_decay", "warmup_epochs", "warmup_lr",
-        "min_lr", "color_jitter", "max_bad_images", "mixup_off_epoch", "checkpoint_minutes", "checkpoint_steps",
-    )  # fmt: skip
-    positive = (
+    at_least_1 = [
+        "epochs",
+        "batch_size",
+        "img_size",
+        "threads",
+        "repeated_aug",
+        "recount",
+        "num_classes",
+        "prefetch",
+        "grad_accum_steps",
+        "keep_best",
+    ]
+    not_negative = [
+        "seed",
+        "workers",
+        "mixup",
+        "cutmix",
+        "teacher_epochs",
+        "lr_base_size",
+        "weight_decay",
+        "warmup_epochs",
+        "warmup_lr",
+        "min_lr",
+        "color_jitter",
+        "max_bad_images",
+        "mixup_off_epoch",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+    ]
+    positive = [
         "lr",
         "teacher_lr",
         "opt_eps",
@@ -43,11 +78,23 @@ def check_config(config: "Config") -> None:
         "crop_pct",
         "layer_decay",
         "max_image_megapixels",
-    )
-    shares = (
-        "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "distillation_alpha", "model_ema_decay",
-        "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "drop", "bce_target_thresh",
-    )  # fmt: skip
+    ]
+    shares = [
+        "hflip",
+        "reprob",
+        "mixup_prob",
+        "mixup_switch_prob",
+        "smoothing",
+        "drop_path",
+        "distillation_alpha",
+        "model_ema_decay",
+        "vflip",
+        "color_jitter_prob",
+        "grayscale_prob",
+        "gaussian_blur_prob",
+        "drop",
+        "bce_target_thresh",
+    ]
     for name, most in MOST.items():
         value = getattr(c, name)
         if value is not None and value > most:

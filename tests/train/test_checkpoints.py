@@ -26,9 +26,17 @@ def weights(tmp_path):
 
 def make_state(**changes):
     state = dict.fromkeys(checkpoints.STATE_KEYS) | dict(
-        config=Config().as_dict(), epoch=2, history=[dict(epoch=0, loss=0.1)], model=nn.Linear(4, 2).state_dict(),
-        classes=["a"], data={}, step=4, loss_sum=0.5, optimizer={}, best={},
-    )  # fmt: skip
+        config=Config().as_dict(),
+        epoch=2,
+        history=[dict(epoch=0, loss=0.1)],
+        model=nn.Linear(4, 2).state_dict(),
+        classes=["a"],
+        data={},
+        step=4,
+        loss_sum=0.5,
+        optimizer={},
+        best={},
+    )
     return state | changes
 
 

@@ -24,9 +24,16 @@ from fastdeit.train.signals import Stopped
 def config(make_small_config):
     """One model without a teacher, 3 updates an epoch."""
     return make_small_config(
-        model="deit_tiny_patch16_224", distillation_type="none", teacher_epochs=0, teacher_model=None, epochs=2, warmup_epochs=0,
-        model_kwargs=dict(patch_size=8, embed_dim=32, num_heads=1, depth=1), drop_path=0.0, model_ema_decay=0.9,
-    )  # fmt: skip
+        model="deit_tiny_patch16_224",
+        distillation_type="none",
+        teacher_epochs=0,
+        teacher_model=None,
+        epochs=2,
+        warmup_epochs=0,
+        model_kwargs=dict(patch_size=8, embed_dim=32, num_heads=1, depth=1),
+        drop_path=0.0,
+        model_ema_decay=0.9,
+    )
 
 
 @pytest.fixture(scope="module")

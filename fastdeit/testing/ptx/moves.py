@@ -22,14 +22,6 @@ def move(machine: "Machine", instruction: Instruction) -> Step:
         return _pack(machine, target, source.items, kind)
     if isinstance(target, Vector):
         return _unpack(machine, target.items, source, kind)
-    if isinstance(source, Register) and source.index in machine.matrix_registers:
-        index, of = target.index, source.index
-
-        def rename() -> None:
-            """The compiler also moves registers whose wgmma is under way: only their name changes."""
-            machine.matrix.rename(index, of)
-
-        return rename
     write = machine.writer(target, kind)
     read = machine.reader(source, kind)
     return lambda: write(read())

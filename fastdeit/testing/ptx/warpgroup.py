@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from fastdeit.testing.ptx import tensor_copy
 from fastdeit.testing.ptx.formats import canonical, halves, to_f32, truncate_to_tf32
-from fastdeit.testing.ptx.program import Instruction, Program, PtxError, Register, Vector
+from fastdeit.testing.ptx.program import Instruction, Program, PtxError, Vector
 
 if TYPE_CHECKING:
     from fastdeit.testing.ptx.machine import Machine
@@ -21,90 +21,87 @@ _SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # bits 62 and 63 of a descriptor -> b
 
 
 def matrix_registers(program: Program) -> frozenset[int]:
-    """Registers that some wgmma reads or writes, and those that they are moved to and from."""
+    """Registers that some wgmma reads or writes."""
     found: set[int] = set()
-    moves = []
     for instruction in program.instructions:
         if instruction.opcode.startswith("wgmma.mma_async"):
             for operand in instruction.operands:
                 if isinstance(operand, Vector):
                     found |= {item.index for item in operand.items}
-        elif instruction.opcode.startswith("mov.") and all(isinstance(o, Register) for o in instruction.operands):
-            moves.append([operand.index for operand in instruction.operands])
-    before = -1
-    while len(found) != before:
-        before = len(found)
-        found |= {target for target, source in moves if source in found}
     return frozenset(found)
 
 
 class MatrixRegisters:
-    """Which of these registers a wgmma under way still writes or reads, and which changed since `wgmma.fence`."""
+    """Who may access these registers, and when (ISA 9.7.15.7).
+
+    Nobody while a wgmma that names them is under way; and a wgmma only behind a `wgmma.fence` that comes after the last access.
+    Only wgmma after wgmma of one shape on the same accumulators needs no fence.
+    """
 
     def __init__(self, machine: "Machine") -> None:
         self._machine = machine
         self._results: dict[int, ndarray] = {}  # register -> commit group that completes it, by warpgroup; -1 for none
         self._sources: dict[int, ndarray] = {}
-        self._changed: dict[int, int | ndarray] = {}  # register -> clock of its last ordinary write
-        self._clock = 0
+        self._accessed: dict[int, int | ndarray] = {}  # register -> clock of the last access by another instruction
+        self._multiplied: dict[int, tuple[str, ndarray]] = {}  # register -> what the last wgmma made of it, and clocks
+        self._clock = 0  # counts fences
         self._fenced = np.full(machine.lane_count // 128, -1)
 
     def read(self, index: int) -> None:
         if index in self._results and self._busy(self._results, index):
             self._machine.fault("wgmma registers", "a result is read before wgmma.wait_group")
+        self._access(index)
 
     def write(self, index: int) -> None:
         for busy in (self._results, self._sources):
             if index in busy and self._busy(busy, index):
                 self._machine.fault("wgmma registers", "a register is changed before wgmma.wait_group")
-        if self._machine.active is None:
-            self._changed[index] = self._clock
-        else:
-            clocks = np.array(np.broadcast_to(self._changed.get(index, -1), self._fenced.shape))
-            clocks[self._machine.warpgroups()] = self._clock
-            self._changed[index] = clocks
+        self._access(index)
 
-    def rename(self, target: int, source: int) -> None:
-        """A move: the target is what the source is, under way or not."""
-        machine = self._machine
-        value = machine.registers[source]
-        if machine.active is not None:
-            value = np.where(machine.active, value, machine.registers[target])
-        groups = machine.warpgroups()
-        for busy in (self._results, self._sources):
-            if source in busy or target in busy:
-                numbers = np.array(busy.get(target, np.full(self._fenced.shape, -1)))
-                numbers[groups] = busy[source][groups] if source in busy else -1
-                busy[target] = numbers
-        if source not in self._results or not self._busy(self._results, source):
-            self.write(target)
-        machine.registers[target] = value
+    def _access(self, index: int) -> None:
+        if self._machine.active is None:
+            self._accessed[index] = self._clock
+        else:
+            clocks = np.array(np.broadcast_to(self._accessed.get(index, -1), self._fenced.shape))
+            clocks[self._machine.lanes() // 128] = self._clock
+            self._accessed[index] = clocks
 
     def fence(self) -> None:
         self._clock += 1
         self._fenced[self._machine.warpgroups()] = self._clock
 
-    def issue(self, results: list[int], sources: list[int], accumulate: bool) -> None:
-        """A wgmma reads and writes these registers until its commit group is waited for."""
+    def issue(self, results: list[int], sources: list[int], shape: str) -> None:
+        """A wgmma of this shape reads and writes these registers until its commit group is waited for."""
         groups = self._machine.warpgroups()
-        for index in (*(results if accumulate else ()), *sources):
-            changed = np.broadcast_to(self._changed.get(index, -1), self._fenced.shape)
-            if (changed[groups] >= self._fenced[groups]).any() and (changed[groups] >= 0).any():
-                self._machine.fault("wgmma registers", "no wgmma.fence between a change of a register and its use")
+        fenced = self._fenced[groups]
+        if (fenced < 0).any():
+            self._machine.fault("wgmma registers", "no wgmma.fence before the first wgmma")
         numbers = self._machine.products.committed
-        for busy, indices in ((self._results, results), (self._sources, sources)):
+        for busy, indices, role in ((self._results, results, shape), (self._sources, sources, "A")):
             for index in indices:
-                held = np.array(busy.get(index, np.full(self._fenced.shape, -1)))
-                held[groups] = numbers[groups]
-                busy[index] = held
+                accessed = np.broadcast_to(self._accessed.get(index, -1), self._fenced.shape)
+                if (accessed[groups] >= fenced).any():
+                    self._machine.fault("wgmma registers", "no wgmma.fence between an access to a register and its use")
+                before, clocks = self._multiplied.get(index, (role, self._fenced))
+                if before != role and (clocks[groups] >= fenced).any():
+                    self._machine.fault("wgmma registers", "no wgmma.fence between uses of a register in two shapes")
+                self._multiplied[index] = role, _with(clocks, groups, self._clock)
+                busy[index] = _with(busy.get(index, np.full(self._fenced.shape, -1)), groups, numbers[groups])
 
     def _busy(self, busy: dict[int, ndarray], index: int) -> bool:
         numbers, completed = busy[index], self._machine.products.completed
         if (numbers < completed).all():
             del busy[index]
             return False
-        groups = self._machine.warpgroups()
+        groups = self._machine.lanes() // 128
         return bool((numbers[groups] >= completed[groups]).any())
+
+
+def _with(values: ndarray, at: ndarray, new: ndarray | int) -> ndarray:
+    """A copy with some elements replaced."""
+    copied = np.array(values)
+    copied[at] = new
+    return copied
 
 
 def fence(machine: "Machine", instruction: Instruction) -> tuple[Step, int]:
@@ -213,7 +210,7 @@ def multiply(machine: "Machine", instruction: Instruction) -> tuple[Step, int]:
         if (scaled != scaled[:1, :1]).any():
             raise PtxError(f"{instruction}: scale-d differs between threads")
         adds = bool(scaled[0, 0])
-        machine.matrix.issue(results, sources, adds)
+        machine.matrix.issue(results, sources, instruction.parts[4])
         left = register_tile(groups) if from_registers else memory_tile(read_a[0](), 64, a_transposed, groups)
         right = memory_tile(read_b(), columns, b_transposed, groups)
         sums = np.matmul(left, right.transpose(0, 2, 1)) * signs

@@ -277,7 +277,11 @@ def test_layer_norm_launches_forward_and_backward():
         for _ in range(2):
             _, y, mean, rstd = layer_norm_forward(x, weight, weight, 1e-6, torch.bfloat16)
             layer_norm_backward(
-                *(y, x, mean, rstd, weight),
+                y,
+                x,
+                mean,
+                rstd,
+                weight,
                 dx_dtype=torch.bfloat16,
                 dweight_dtype=torch.float32,
                 dbias_dtype=torch.float32,

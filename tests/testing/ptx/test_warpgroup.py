@@ -182,9 +182,9 @@ def test_accumulation_and_signs(execute):
 BROKEN = {
     "no proxy fence": (dict(fence=""), {}, "missing proxy fence"),
     "no barrier": (dict(barrier=""), {}, "asynchronous read of what another thread wrote"),
-    "no wgmma.fence": (dict(wgmma_fence=""), dict(accumulate=True), "no wgmma.fence"),
-    "accumulator changed after the fence": (dict(before="mov.b32 %r0, 0;"), dict(accumulate=True), "no wgmma.fence"),
-    "A changed after the fence": (dict(before="mov.b32 %r190, 0;"), dict(registers=True), "no wgmma.fence"),
+    "no wgmma.fence": (dict(wgmma_fence=""), {}, "no wgmma.fence before the first"),
+    "accumulator changed after the fence": (dict(before="mov.b32 %r0, 0;"), {}, "no wgmma.fence between an access"),
+    "A changed after the fence": (dict(before="mov.b32 %r190, 0;"), dict(registers=True), "no wgmma.fence between an"),
     "result read early": (dict(early="add.f32 %r99, %r0, %r0;"), {}, "a result is read before wgmma.wait_group"),
     "result changed early": (dict(early="mov.b32 %r0, 0;"), {}, "a register is changed before wgmma.wait_group"),
     "A changed early": (dict(early="mov.b32 %r190, 0;"), dict(registers=True), "a register is changed before"),
@@ -208,21 +208,54 @@ BROKEN = {
 def test_a_broken_order_is_a_fault(execute, name, schedule):
     parts, form, message = BROKEN[name]
     a, b = operands("bf16", 16)
-    c = np.zeros((64, 16), np.float32) if form.get("accumulate") else None
     with pytest.raises(Fault, match=message):
-        run(execute, "bf16", 16, a, b, c=c, registers=form.get("registers", False), parts=parts, schedule=schedule)
+        run(execute, "bf16", 16, a, b, parts=parts, schedule=schedule, **form)
 
 
-def test_a_move_of_a_result_under_way_renames_it(execute):
-    """The compiler moves accumulators between a product and its wait; reading the new name early is a fault all the same."""
+AGAIN = "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{d}}}, %rd1, %rd2, {scale}, 1, 1, 0, 0;"
+END = "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;"
+
+
+def again(between, n=16, scale=1):
+    """`parts` with a second wgmma on the first n / 2 results, after the first one's wait and what comes `between`."""
+    product = AGAIN.format(n=n, d=", ".join(f"%r{j}" for j in range(n // 2)), scale=scale)
+    return dict(wait="\n".join(["wgmma.wait_group.sync.aligned 0;", between, product, END]))
+
+
+@pytest.mark.parametrize("schedule", [IN_STEP, SHUFFLED], ids=["in step", "shuffled"])
+def test_products_of_one_shape_follow_each_other_without_a_fence(execute, schedule):
+    a, b = operands("bf16", 16)
+    found = run(execute, "bf16", 16, a, b, parts=again(""), schedule=schedule)
+    assert (found == 2 * (a @ b.T)).all()
+
+
+@pytest.mark.parametrize(
+    "between",
+    ["mov.b32 %r0, 0;", "mov.b32 %r0, %r1;", "add.f32 %r99, %r0, %r0;", "mov.b32 %r99, %r0;"],
+    ids=["set", "copied to", "read", "copied from"],
+)
+def test_an_access_between_two_products_needs_a_fence(execute, between):
+    a, b = operands("bf16", 16)
+    fence = "wgmma.fence.sync.aligned;"
+    # the last one overwrites the register without reading it
+    for parts in (again(between), again(f"{fence}\n{between}"), again(between, scale=0)):
+        with pytest.raises(Fault, match=r"no wgmma\.fence between an access"):
+            run(execute, "bf16", 16, a, b, parts=parts)
+    run(execute, "bf16", 16, a, b, parts=again(f"{between}\n{fence}"))
+
+
+def test_a_product_of_another_shape_needs_a_fence(execute):
+    a, b = operands("bf16", 16)
+    with pytest.raises(Fault, match="two shapes"):
+        run(execute, "bf16", 16, a, b, parts=again("", n=8))
+    found = run(execute, "bf16", 16, a, b, parts=again("wgmma.fence.sync.aligned;", n=8))
+    assert (found[:, :8] == 2 * (a @ b[:8].T)).all()
+
+
+def test_a_move_of_a_result_under_way_reads_it(execute):
     a, b = operands("bf16", 8)
-    move = "mov.b32 %r99, %r0;"
-    found = run(
-        execute, "bf16", 8, a, b, parts=dict(early=move, wait="wgmma.wait_group.sync.aligned 0;\nmov.b32 %r0, %r99;")
-    )
-    assert (found == a @ b.T).all()
     with pytest.raises(Fault, match="a result is read before"):
-        run(execute, "bf16", 8, a, b, parts=dict(early=f"{move}\nadd.f32 %r98, %r99, %r99;"))
+        run(execute, "bf16", 8, a, b, parts=dict(early="mov.b32 %r99, %r0;"))
 
 
 def test_a_part_of_a_warpgroup_cannot_multiply(execute):
