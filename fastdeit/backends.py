@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastdeit.kernels.runtime.observer import under_dispatch_mode
 from fastdeit.refusals import refused, why_refused
 
 BACKENDS = ("auto", "triton", "reference")
@@ -212,7 +213,7 @@ def registered_path(*tensors: Tensor | None) -> bool:
     True while Dynamo traces, under any dispatch mode (FakeTensorMode, make_fx, FlopCounterMode), for tensor subclasses, and for
     tensors with the negative bit (the imaginary part of a conjugate), which the dispatcher resolves on the way.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or under_dispatch_mode():
         return True
     for t in tensors:  # noqa: SIM110, a generator costs a call for each tensor
         if t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg()):

@@ -70,7 +70,7 @@ def why_not_block_call(verdict: BlockVerdict, x: Tensor) -> str | None:
     return _why_not_gammas(verdict.gammas, x) if reason is None and verdict.gammas else reason
 
 
-def why_not_whole_call(block: spec.Block, verdict: BlockVerdict, x: Tensor) -> str | None:
+def why_not_all_fused_call(block: spec.Block, verdict: BlockVerdict, x: Tensor) -> str | None:
     """Why a block whose parts are not called alone runs the host's code for x (B, N, C)."""
     reason = why_not_plain_call(x) or why_global_hook() or verdict.block or why_not_block_call(verdict, x)
     asked = set()

@@ -218,7 +218,7 @@ def judge_block(block: spec.Block) -> BlockVerdict:
     for branch in inner:
         reason = reason or _why_not_tail(branch, block.module)
     parts = tuple(_why_called(branch) for branch in block.branches)
-    if block.whole:
+    if block.all_fused:
         reason = reason or next(filter(None, parts), None)
     deferred = why_not_bypassed((block.module,)) or reason or _why_not_tail(last, block.module)
     dropouts = tuple(None if branch.body is None else why_called(branch.body.out_dropout) for branch in block.branches)

@@ -179,9 +179,9 @@ def _run_attention_prefix(body: spec.Attention, x: Tensor, keep: int) -> Tensor:
     sizes = (body.num_heads * body.head_dim, 2 * body.num_heads * body.head_dim)
     query_weight, key_value_weight = weight.split(sizes)
     query_bias, key_value_bias = (None, None) if bias is None else bias.split(sizes)
-    q = F.linear(x[:, :keep], query_weight, query_bias).unflatten(-1, heads)
-    k, v = F.linear(x, key_value_weight, key_value_bias).unflatten(-1, (2, *heads)).unbind(2)
-    return F.linear(ops.attention_qkv(q, k, v).flatten(2), *_read(body.proj))
+    q = ops.linear(x[:, :keep], query_weight, query_bias).unflatten(-1, heads)
+    k, v = ops.linear(x, key_value_weight, key_value_bias).unflatten(-1, (2, *heads)).unbind(2)
+    return ops.linear(ops.attention_qkv(q, k, v).flatten(2), *_read(body.proj))
 
 
 def _read(layer: spec.Affine) -> tuple[Tensor, Tensor | None]:

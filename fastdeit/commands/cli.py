@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import fastdeit
+from fastdeit.train.transform_errors import TransformError
 
 
 class Command(NamedTuple):
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough: fastdeit explain MODEL | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, TransformError) as error:
         print(f"fastdeit {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -266,8 +266,8 @@ def _separate_backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.attention.backward import attention_qkv_backward
 
     keys_wanted = grad_dtypes[1] is not None or grad_dtypes[2] is not None
-    found = attention_qkv_backward(*grads, *saved, *options, keys_wanted=keys_wanted)
-    return tuple(None if dtype is None else grad for grad, dtype in zip(found, grad_dtypes, strict=True))
+    input_grads = attention_qkv_backward(*grads, *saved, *options, keys_wanted=keys_wanted)
+    return tuple(None if dtype is None else grad for grad, dtype in zip(input_grads, grad_dtypes, strict=True))
 
 
 def _separate_fake(q, k, v, scale):

@@ -187,8 +187,8 @@ def _backward(grads, saved, options, grad_dtypes):
         g, g_sum = scale_add_backward(dy, contiguous(drop_path_scale), matmul_dtype, sum_dtype)
         if activation is not None:
             dh = g if gamma is None else fold_forward(g, None, matmul_dtype, column_scale=gamma)[0]
-            wanted = dict(needs_h=dgamma_dtype is not None, dbias_dtype=dbias_dtype)
-            dz, h, dbias = activation_backward(dh, z, activation, **wanted)
+            needs = dict(needs_h=dgamma_dtype is not None, dbias_dtype=dbias_dtype)
+            dz, h, dbias = activation_backward(dh, z, activation, **needs)
             if dgamma_dtype is not None:
                 dgamma = (g.float() * h.float()).sum(0)
             if dweight_dtype is not None:
@@ -198,10 +198,9 @@ def _backward(grads, saved, options, grad_dtypes):
         else:
             if dx_dtype is not None:
                 dx = torch.mm(g, fold_forward(weight, None, matmul_dtype, row_scale=gamma)[0]).view(shape)
-            wanted = (dweight_dtype, dbias_dtype, dgamma_dtype)
-            dweight, dbias, dgamma = parameter_gradients(g, g_sum, rows, weight, bias, gamma, *wanted)
-    found = zip((dx, dweight, dbias, dgamma), grad_dtypes, strict=False)
-    return *(None if dtype is None else as_dtype(grad, dtype) for grad, dtype in found), None, None
+            dweight, dbias, dgamma = parameter_gradients(g, g_sum, rows, weight, bias, gamma, *grad_dtypes[1:4])
+    input_grads = zip((dx, dweight, dbias, dgamma), grad_dtypes, strict=False)
+    return *(None if dtype is None else as_dtype(grad, dtype) for grad, dtype in input_grads), None, None
 
 
 def _fake(x, weight, bias, gamma, drop_path_scale, residual, activation, matmul_dtype, save_preactivation):

@@ -144,8 +144,8 @@ def _backward(grads, saved, options, grad_dtypes):
     if db2_dtype is not None:
         db2 = dy.sum(0, dtype=torch.float32).to(db2_dtype)
     if any(dtype is not None for dtype in (dx_dtype, dw1_dtype, db1_dtype)):
-        wanted = dict(needs_h=needs_h, dbias_dtype=db1_dtype)
-        dz, h, db1 = activation_gradient(dy, w2.to(matmul_dtype), z, activation, **wanted)
+        needs = dict(needs_h=needs_h, dbias_dtype=db1_dtype)
+        dz, h, db1 = activation_gradient(dy, w2.to(matmul_dtype), z, activation, **needs)
         if dw1_dtype is not None:
             dw1 = weight_gradient(dz, x.reshape(-1, shape[-1]), dw1_dtype)
         if dx_dtype is not None:

@@ -76,7 +76,7 @@ def read_metadata(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         )
     try:
         facts = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata `{METADATA_KEY}` is not JSON: {error}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise ValueError(f"{path}: metadata `{METADATA_KEY}` holds {text[:80]}, expected an object with a `config`")

@@ -14,6 +14,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LONGEST_NAME = 200  # bytes; file systems allow 255, and -2, -3... follow
 TAKEN_KWARGS = {"num_classes", "img_size", "in_chans", "drop_path_rate", "pretrained"}
 LARGEST_KWARG = 1e5  # of timm.create_model: widths, depths, sizes
+LARGEST_RESIZED = 2**14  # pixels of the shorter side, before the crop of evaluation
 LARGEST = 1e18  # of any number; products of two are finite in float32
 MOST = {  # far beyond any use, and short of what hangs or brings down the machine
     "workers": 1024,
@@ -143,6 +144,9 @@ def check_config(config: "Config") -> None:
         most = {"scale": 1, "ratio": 1000}[name]
         if not 0 < low <= high <= most:
             raise ValueError(f"{name}: expected [low, high] with 0 < low <= high <= {most}, got {[low, high]}")
+    if c.img_size / c.crop_pct > LARGEST_RESIZED:
+        least = f"{c.img_size / LARGEST_RESIZED:.3g}, which resizes images to {LARGEST_RESIZED} pixels"
+        raise ValueError(f"crop_pct: expected at least {least}, got {c.crop_pct}")
     if c.cutmix_minmax is not None and not 0 <= c.cutmix_minmax[0] <= c.cutmix_minmax[1] <= 1:
         raise ValueError(f"cutmix_minmax: expected [low, high] with 0 <= low <= high <= 1, got {c.cutmix_minmax}")
     if not all(abs(value) <= 1e3 for value in c.mean):

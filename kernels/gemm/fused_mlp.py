@@ -112,6 +112,11 @@ def use_whole_mlp(config: Config | None) -> Iterator[None]:
         _forced = previous
 
 
+def whole_mlp_in_force() -> tuple[Config | None, ...]:
+    """What `use_whole_mlp` put in the place of the table's choices; empty outside of it."""
+    return _forced
+
+
 # ---- pieces of the kernels. A piece is ROWS rows from row0 on, and COLUMNS of the channels from COL0 on.
 
 

@@ -81,6 +81,7 @@ def test_no_number_of_a_list_is_either(name, value):
         ("workers", "100000", "expected at most 1024, got 100000"),
         ("threads", "1000000", "expected at most 4096"),
         ("img_size", "100000", "expected at most 4096"),
+        ("crop_pct", "1.0e-9", "expected at least .*, which resizes images to 16384 pixels, got 1e-09"),
         ("std", "[0]", "expected values from 1e-6 to 1000"),
         ("model_kwargs", "{depth: 1, depth: 2}", "'depth' is given twice"),
         ("model_kwargs", "{1: 2}", "expected names of arguments, got 1"),
