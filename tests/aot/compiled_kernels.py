@@ -17,6 +17,7 @@ import triton.language as tl
 from fastdeit.aot import catalog, reachable, report, resource_limits, workloads
 from fastdeit.aot.catalog import Resources, compile_binary, compile_config, row_key, source_key
 from fastdeit.aot.instruction_stream import InstructionStream
+from fastdeit.commands import kernels
 from fastdeit.kernels.runtime.aot_config import AotConfig
 
 SAMPLE = 6  # rows that are compiled anew in every run; `fastdeit kernels` compiles all
@@ -199,7 +200,7 @@ def report_of(*rows: AotConfig, update: Path | None = None, **flags) -> tuple[in
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        return report.run(args), out.getvalue(), err.getvalue()
+        return kernels.run(args), out.getvalue(), err.getvalue()
 
 
 def check_the_report_has_a_line_per_configuration():
