@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdeit.benchmarks import results_folder as pieces
+from fastdeit.benchmarks import results_folder
 
 FASTDEIT = "fastdeit"
 
@@ -32,7 +32,7 @@ class Change:
         return self.after_us / self.before_us
 
 
-def changes(before: list[pieces.Benchmark], after: list[pieces.Benchmark]) -> list[Change]:
+def changes(before: list[results_folder.Benchmark], after: list[results_folder.Benchmark]) -> list[Change]:
     """Every candidate that both have a time of, in the order of `before`."""
     later = {_key(benchmark): benchmark["extra_info"] for benchmark in after}
     found = []
@@ -43,9 +43,11 @@ def changes(before: list[pieces.Benchmark], after: list[pieces.Benchmark]) -> li
         new = {row["candidate"]: row for row in info["rows"] if row["median_us"]}
         pairs = [(row, new[row["candidate"]]) for row in benchmark["extra_info"]["rows"] if row["candidate"] in new]
         pairs = [(a, b) for a, b in pairs if a["median_us"]]
-        peers = [math.log(b["median_us"] / a["median_us"]) for a, b in pairs if not a["candidate"].startswith(FASTDEIT)]
-        machine = math.exp(sum(peers) / len(peers)) if peers else 1.0
-        suite, case = pieces.suite_of(benchmark), _case(benchmark["extra_info"])
+        others = [
+            math.log(b["median_us"] / a["median_us"]) for a, b in pairs if not a["candidate"].startswith(FASTDEIT)
+        ]
+        machine = math.exp(sum(others) / len(others)) if others else 1.0
+        suite, case = results_folder.suite_of(benchmark), _case(benchmark["extra_info"])
         found += [
             Change(suite, case, a["candidate"], a["median_us"], b["median_us"], machine, _verdict(a, b, machine))
             for a, b in pairs
@@ -59,7 +61,7 @@ def markdown(before: Path, after: Path) -> str:
     Raises:
         ValueError: one of the paths holds no results.
     """
-    (old, earlier, _), (new, later, _) = pieces.read(before), pieces.read(after)
+    (old, earlier, _), (new, later, _) = results_folder.read(before), results_folder.read(after)
     lines = [f"# {after.name} against {before.name}", ""]
     facts = [f"{k} {old.get(k)} then, {new.get(k)} now" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     lines += [("Different: " + "; ".join(facts) if facts else "Same machine, versions and source") + ".", ""]
@@ -96,5 +98,5 @@ def _case(info: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in info["shape"].items())
 
 
-def _key(benchmark: pieces.Benchmark) -> tuple[str, str]:
-    return pieces.suite_of(benchmark), _case(benchmark["extra_info"])
+def _key(benchmark: results_folder.Benchmark) -> tuple[str, str]:
+    return results_folder.suite_of(benchmark), _case(benchmark["extra_info"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdeit
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.benchmarks.roofline import Ceilings
 from fastdeit.cost import models as model_costs
 from fastdeit.cost.models import Shape
@@ -52,8 +52,8 @@ def candidates(module: nn.Module, call: Callable[[Callable, nn.Module], Callable
     """
     found = {"fastdeit": call(accelerated(module), module), "timm eager": call(module, module)}
     if not toy:
-        found["timm + torch.compile"] = call(peers.compiled(module), module)
-        found["timm + torch.compile max-autotune"] = call(peers.autotuned(module), module)
+        found["timm + torch.compile"] = call(baselines.compiled(module), module)
+        found["timm + torch.compile max-autotune"] = call(baselines.autotuned(module), module)
     return found
 
 

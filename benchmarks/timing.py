@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import fastdeit
 from fastdeit.train.graphs import recorded
 
-PEERS = ("liger-kernel", "flash-attn", "xformers", "transformer-engine", "vit-pytorch", "transformers")
+BASELINES = ("liger-kernel", "flash-attn", "xformers", "transformer-engine", "vit-pytorch", "transformers")
 WARM_UP_TURNS = 3
 LEAST_TURNS = 7  # quartiles of fewer say little
 L2_ROTATIONS = 3
@@ -198,7 +198,7 @@ class _Timer:
             self.row.status = f"not measured: not set up within {seconds:.0f} s"
         except NotInstalled as missing:
             self.row.status = f"not installed: {missing}"
-        except Exception as error:  # a peer that fails is a row, not the end of the suite
+        except Exception as error:  # a baseline that fails is a row, not the end of the suite
             self.row.status = "out of memory" if _is_out_of_memory(error) else f"failed: {_described(error)}"
         if self.row.status != "ok":
             self.run = None
@@ -363,7 +363,7 @@ def environment() -> dict[str, Any]:
     """What the figures depend on: GPU, driver, clocks, versions."""
     facts: dict[str, Any] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     facts |= {"fastdeit": fastdeit.__version__, "torch": torch.__version__}  # torch's own names the CUDA build too
-    for name in ("timm", "triton", *PEERS):
+    for name in ("timm", "triton", *BASELINES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts[name] = importlib.metadata.version(name)
     if torch.cuda.is_available():

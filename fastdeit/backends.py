@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastdeit.refusals import why_refused
+from fastdeit.kernels.runtime.observer import under_dispatch_mode
+from fastdeit.refusals import refused, why_refused
 
 BACKENDS = ("auto", "triton", "reference")
 _MINIMUM_CAPABILITY = (8, 0)
@@ -19,6 +20,7 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 # A plain global: a ContextVar would break full-graph compilation. Backward follows the choice that forward made.
 _backend = "auto"
 _supposes_gpu = False
+_takes_all = False
 
 
 def set_backend(name: str) -> None:
@@ -65,6 +67,17 @@ def supposed_gpu() -> Iterator[None]:
         _supposes_gpu = previous
 
 
+@contextlib.contextmanager
+def kernels_for_all_tensors() -> Iterator[None]:
+    """In it neither device nor dtype sends an op to its reference: for what records launches and makes none."""
+    global _takes_all
+    previous, _takes_all = _takes_all, True
+    try:
+        yield
+    finally:
+        _takes_all = previous
+
+
 def on_gpu(x: Tensor) -> bool:
     """Whether x is on a GPU, or supposed to be."""
     return x.is_cuda or _supposes_gpu
@@ -86,8 +99,26 @@ def why_reference(x: Tensor, *, products: bool = False, kernels: tuple[str, ...]
         return "the backend is set to reference"
     if in_functional_transform():
         return "inside a torch.func transform"
-    reason = _why_kernels_cannot_run(x, products) or why_refused(*kernels)
+    reason = None
+    if not _takes_all:
+        on_a_gpu = x.is_cuda or _supposes_gpu
+        reason = _why_not_on_gpu(x, products) if on_a_gpu else _why_not_interpreted(x)
+    if reason is None and refused:
+        reason = why_refused(*kernels)
     return reason if reason is None else refuse(reason)
+
+
+def settings(x: Tensor) -> tuple | None:
+    """What `why_reference` and the ops' checks read beside their arguments, for tensors on x's device.
+
+    None where a call must not rest on an earlier one: inside a torch.func transform, and once a kernel was refused.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None or refused:
+        return None
+    kind = "cuda" if x.is_cuda else x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    tf32 = autocast is None and x.dtype is torch.float32 and _tf32_allowed()
+    return _backend, _supposes_gpu, _takes_all, autocast, tf32
 
 
 def refuse(reason: str) -> str:
@@ -101,9 +132,7 @@ def refuse(reason: str) -> str:
     return reason
 
 
-def _why_kernels_cannot_run(x: Tensor, products: bool) -> str | None:
-    if not x.is_cuda and not _supposes_gpu:
-        return _why_not_interpreted(x)
+def _why_not_on_gpu(x: Tensor, products: bool) -> str | None:
     dtype = x.dtype
     if products and dtype not in _LOW_PRECISION:
         dtype = product_dtype(x)
@@ -184,14 +213,21 @@ def registered_path(*tensors: Tensor | None) -> bool:
     True while Dynamo traces, under any dispatch mode (FakeTensorMode, make_fx, FlopCounterMode), for tensor subclasses, and for
     tensors with the negative bit (the imaginary part of a conjugate), which the dispatcher resolves on the way.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or under_dispatch_mode():
         return True
-    return any(t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg()) for t in tensors)
+    for t in tensors:  # noqa: SIM110, a generator costs a call for each tensor
+        if t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg()):
+            return True
+    return False
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd is to record a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def dtype_name(dtype: torch.dtype) -> str:

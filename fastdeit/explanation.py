@@ -1,7 +1,7 @@
 """The report of what runs fused in a model."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,10 +33,18 @@ class Report:
         rows: one a module.
         costs: by module name what a forward pass costs there, as it would run and as timm runs it; empty if nobody asked.
         batch_size: images of that pass.
+        plans: a line for each kind of call that models have had, which says whether its launches are repeated from a plan.
     """
 
-    def __init__(self, rows: list[Row], costs: Mapping[str, tuple[Cost, Cost]] | None = None, batch_size: int = 0):
+    def __init__(
+        self,
+        rows: list[Row],
+        costs: Mapping[str, tuple[Cost, Cost]] | None = None,
+        batch_size: int = 0,
+        plans: Sequence[str] = (),
+    ):
         self.rows = rows
+        self.plans = list(plans)
         self.costs = costs or {}
         self.batch_size = batch_size
 
@@ -57,14 +65,25 @@ class Report:
                 found[row.name] |= dict(timm_launches=timms.launches, timm_bytes=timms.bytes)
         return found
 
-    def __str__(self) -> str:
-        """A table. Modules that differ in their index alone and fare the same share a line: `blocks.0-11.attn`."""
+    def cells(self) -> list[tuple[str, ...]]:
+        """A header and rows of text. Modules that differ in their index alone and fare the same share a row: `blocks.0-11.attn`."""
         priced = ("launches", "MB", "timm's launches", "timm's MB") if self.costs else ()
-        lines = [("module", "kind", "runs", *priced, "reason")]
+        lines: list[tuple[str, ...]] = [("module", "kind", "runs", *priced, "reason")]
         for rows in self._alike():
             name = _joint_name([row.name for row in rows]) or "(the model)"
             prices = _prices(self.costs, [row.name for row in rows]) if priced else ()
             lines.append((name, rows[0].kind, "fused" if rows[0].fused else "stock", *prices, rows[0].reason))
+        return lines
+
+    def summary(self) -> str:
+        """How many modules run fused, the plans, and with costs the totals; a line each."""
+        fused = sum(row.fused for row in self.rows)
+        plans = "".join(f"\n{line}" for line in self.plans)
+        return f"{fused} of {len(self.rows)} modules run fused" + plans + self._total() + self._hint()
+
+    def __str__(self) -> str:
+        """The cells as a table, and the summary below it."""
+        lines = self.cells()
         last = len(lines[0]) - 1
         widths = [max(len(line[i]) for line in lines) for i in range(last)]
         lines.insert(1, tuple("-" * width for width in (*widths, len("reason"))))
@@ -77,8 +96,7 @@ class Report:
             ).rstrip()
             for line in lines
         )
-        fused = sum(row.fused for row in self.rows)
-        return f"{table}\n{fused} of {len(self.rows)} modules run fused" + self._total() + self._hint()
+        return f"{table}\n{self.summary()}"
 
     def _total(self) -> str:
         if not self.costs:
@@ -113,6 +131,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
     """The report of `fastdeit.explain` on what `named_modules()` gave, with costs for a batch_size that is not None."""
     from fastdeit.blocks.checklist import EXCLUDED
     from fastdeit.nn.hosts import fused_classes, why_no_class  # imports timm, which `import fastdeit` need not
+    from fastdeit.plan.planned import described
 
     fused = fused_classes()
     sources = {twin: source for source, twin in fused.items()}
@@ -146,11 +165,16 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             rows.append(Row(name, cls.__name__, False, why_no_class(cls)))
         if isinstance(module, covering):
             explained += (name + "." if name else "",)
+    plans = [
+        f"calls{f' of {name}' if name else ''} with {line}"
+        for name, module in named.items()
+        for line in described(module)
+    ]
     if batch_size is None:
-        return Report(rows)
+        return Report(rows, plans=plans)
     from fastdeit.cost.view import forward_costs
 
-    return Report(rows, forward_costs(named[""], rows, batch_size), batch_size)
+    return Report(rows, forward_costs(named[""], rows, batch_size), batch_size, plans)
 
 
 def _prices(costs: Mapping[str, tuple[Cost, Cost]], names: list[str]) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from torch import Tensor
 REPORT_COMMAND = "python -m fastdeit.benchmarks.small_kernels"
 _EVERY_OP = "runtime"  # the subject of what all ops use
 
-# subject -> the first kernel refused, and why
-_refused: dict[str, str] = {}
+# subject -> the first kernel refused, and why; others only read it
+refused: dict[str, str] = {}
 # ops with dtypes, shapes and frozen inputs of calls whose backward was compiled
 _compiled: set[tuple] = set()
 _F = TypeVar("_F", bound=Callable)
@@ -24,14 +24,14 @@ _F = TypeVar("_F", bound=Callable)
 
 def why_refused(*subjects: str) -> str | None:
     """Why ops that use kernels of these subjects run PyTorch here; None if no kernel was refused."""
-    if not _refused:
+    if not refused:
         return None
-    return next((_refused[subject] for subject in (*subjects, _EVERY_OP) if subject in _refused), None)
+    return next((refused[subject] for subject in (*subjects, _EVERY_OP) if subject in refused), None)
 
 
 def forget() -> None:
     """The kernels are tried anew, for tests and after a change of the machine's compiler."""
-    _refused.clear()
+    refused.clear()
     _compiled.clear()
 
 
@@ -62,14 +62,16 @@ def or_reference(op: _F) -> _F:
 
 def _compile_backward(op: str, result: Any, inputs: tuple) -> None:
     """Compiles the kernels of backward from a result to the inputs, unless that was done for such inputs or cannot be done here."""
-    outputs = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None and t.requires_grad]
-    if not outputs or not outputs[0].is_cuda:
+    results = result if isinstance(result, tuple) else (result,)
+    if not results[0].is_cuda:
         return
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    key = (op, *((t.dtype, t.shape[1:], t.requires_grad) for t in tensors))
-    if key in _compiled or _inside_something():
+    key = (op, *[(t.dtype, t.shape[1:], t.requires_grad) for t in inputs if isinstance(t, Tensor)])
+    if key in _compiled:
         return
-    wanted = [t for t in tensors if t.requires_grad]
+    outputs = [t for t in results if t is not None and t.requires_grad]
+    if not outputs or _inside_something():
+        return
+    wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     nodes = _own_nodes(outputs, {id(t.grad_fn) for t in wanted if t.grad_fn is not None})
     if not nodes:  # the reference ran
         return
@@ -121,7 +123,7 @@ def _hand_over(error: RuntimeError) -> None:
     from fastdeit import backends
     from fastdeit.kernels.runtime.refusal import KernelRefused  # which imports Triton
 
-    if not isinstance(error, KernelRefused) or error.subject in _refused:
+    if not isinstance(error, KernelRefused) or error.subject in refused:
         raise error
     if backends.get_backend() == "triton":
         raise RuntimeError(f"backend 'triton' cannot run here: {error}. Use backend 'auto' or 'reference'.") from error
@@ -130,7 +132,7 @@ def _hand_over(error: RuntimeError) -> None:
             f"{error}. Inside the capture of a CUDA graph nothing else can run in its place: call the model once before the "
             "capture, with gradients if it captures backward, or set backend 'reference'"
         ) from error
-    _refused[error.subject] = f"refused on this machine: {error.kernel}, {error.reason}"
+    refused[error.subject] = f"refused on this machine: {error.kernel}, {error.reason}"
     print(
         f"fastdeit: {error}. Ops with {error.subject} kernels run PyTorch from now on. `{REPORT_COMMAND}` tries every kernel.",
         file=sys.stderr,

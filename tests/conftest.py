@@ -79,7 +79,7 @@ def kernels_stood_in(monkeypatch) -> Counter:
         return "inside a torch.func transform" if backends.in_functional_transform() else None
 
     for name in ("why_no_attention_kernel", "why_no_layer_norm_kernel", "why_no_mlp_kernel"):
-        monkeypatch.setattr(f"fastdeit.blocks.checklist.{name}", why_reference)
+        monkeypatch.setattr(f"fastdeit.blocks.call_rules.{name}", why_reference)
     monkeypatch.setattr("fastdeit.blocks.embedding.why_reference", why_reference)
     calls = Counter()
 
@@ -132,11 +132,23 @@ def make_small_config(image_folder):
 
     def make(**changes):
         small = dict(
-            data=str(image_folder), img_size=16, in_chans=1, batch_size=32, epochs=3, warmup_epochs=1, threads=1,
-            model_kwargs=dict(patch_size=8, embed_dim=32, num_heads=1, depth=2), drop_path=0.2,
-            teacher_model="regnetx_002", teacher_kwargs=dict(depth=8, stem_width=8), teacher_epochs=2,
-            reprob=0.5, mixup=0.8, cutmix=1.0, mixup_prob=1.0,
-        )  # fmt: skip
+            data=str(image_folder),
+            img_size=16,
+            in_chans=1,
+            batch_size=32,
+            epochs=3,
+            warmup_epochs=1,
+            threads=1,
+            model_kwargs=dict(patch_size=8, embed_dim=32, num_heads=1, depth=2),
+            drop_path=0.2,
+            teacher_model="regnetx_002",
+            teacher_kwargs=dict(depth=8, stem_width=8),
+            teacher_epochs=2,
+            reprob=0.5,
+            mixup=0.8,
+            cutmix=1.0,
+            mixup_prob=1.0,
+        )
         return load_config("digits", {**small, **changes})
 
     return make

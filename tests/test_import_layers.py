@@ -19,9 +19,10 @@ TREES = {
 # From the bottom up: a file imports from its own layer and from those below it. A name stands for all that it contains.
 LAYERS = (
     ("fastdeit.kernels",),
-    ("fastdeit.backends", "fastdeit.refusals", "fastdeit.cost.formulas", "fastdeit.cost.models"),
+    ("fastdeit.backends", "fastdeit.refusals", "fastdeit.web_page", "fastdeit.cost.formulas", "fastdeit.cost.models"),
     ("fastdeit.ops", "fastdeit.aot"),
     ("fastdeit.blocks",),
+    ("fastdeit.plan",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.swap", "fastdeit.explanation", "fastdeit.cost.view", "fastdeit.cost", "fastdeit.testing"),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
@@ -47,7 +48,8 @@ HOSTS = {
     )
     for folder in ("blocks.adapters", "nn")
 }
-NEED_TRITON = (*WITH_EXTRAS, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
+BESIDE_A_SCRIPT = ("fastdeit.nn.deit_blocks", "fastdeit.nn.deit_distilled")  # look for files of deit in sys.modules
+NEED_TRITON = (*WITH_EXTRAS, *BESIDE_A_SCRIPT, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 
 def python_files() -> dict[str, Path]:

@@ -33,8 +33,15 @@ def test_bad_options_of_deits_loss_are_named(changes, error, message):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *(("kind", "medium"), ("base", "hinge"), ("reduction", "median"), ("soft_divisor", "classes")),
-        *(("alpha", 2), ("tau", 0), ("label_smoothing", 1.0), ("alpha", None), ("tau", "3")),
+        ("kind", "medium"),
+        ("base", "hinge"),
+        ("reduction", "median"),
+        ("soft_divisor", "classes"),
+        ("alpha", 2),
+        ("tau", 0),
+        ("label_smoothing", 1.0),
+        ("alpha", None),
+        ("tau", "3"),
     ],
 )
 def test_bad_options_of_the_cross_entropy_are_named_before_a_step(option, value):

@@ -12,9 +12,18 @@ PACKAGE = ("fastdeit", "kernels", "benchmarks")
 READABLE_VARIABLES = {
     "TRITON_INTERPRET",  # Triton's own switch, on which kernels are interpreted
     "CUBLAS_WORKSPACE_CONFIG",  # which cuBLAS reads: a deterministic run sets it unless the user has
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",  # torchrun's
-    "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST",  # set by Slurm's srun
-}  # fmt: skip
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",  # torchrun's
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_LOCALID",
+    "SLURM_JOB_NODELIST",  # set by Slurm's srun
+}
 NAN_DROPPING = {"minimum", "maximum", "clamp"}
 TRITON_LANGUAGE = {"tl", "triton.language", "gl", "libdevice", "tl.math"}
 
@@ -119,12 +128,40 @@ def bare_imports(source: str) -> list[int]:
     return found
 
 
+def private_imports(source: str) -> list[int]:
+    """Lines that import a name with a leading underscore from another file of the project."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "fastdeit")
+        if any(re.match("_[^_]", alias.name) for alias in node.names)
+    ]
+
+
+def steers_the_formatter(source: str) -> list[int]:
+    """Lines with `# fmt:`, and with arguments or elements that are packed and unpacked in one place, `*(a, b)`."""
+    packed = [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Starred) and isinstance(node.value, ast.Tuple | ast.List)
+        if isinstance(node.ctx, ast.Load)
+    ]
+    return packed + [number for number, line in enumerate(source.splitlines(), 1) if re.search(r"# fmt" + r":", line)]
+
+
+SUBJECTS = ("blocks", "commands", "cost", "nn", "ops", "train")
+
 RULES = {  # rule: (the directories it is for, file patterns)
     nan_dropping: (PACKAGE, ("*.py",)),
     autotuned: (PACKAGE, ("*.py",)),
     environment_reads: (PACKAGE, ("*.py",)),
     unfinished: ((*PACKAGE, "tests", "docs"), ("*.py", "*.md", "*.yaml")),
     bare_imports: ((*PACKAGE, "tests", "docs"), ("*.py",)),
+    private_imports: ((*PACKAGE, "tests"), ("*.py",)),
+    steers_the_formatter: (
+        (*(f"fastdeit/{s}" for s in SUBJECTS), "benchmarks", "tests/nn", "tests/ops", "tests/train"),
+        ("*.py",),
+    ),
 }
 
 
@@ -161,6 +198,11 @@ KERNEL = "@triton.jit\ndef f_kernel(x):\n    return "
         (bare_imports, "from kernels.layer_norm import layer_norm_forward"),
         (bare_imports, "def f():\n    import kernels"),
         (bare_imports, "import benchmarks.command"),
+        (private_imports, "from fastdeit.backends import _backend"),
+        (private_imports, "def f():\n    from .tiles import _tile"),
+        (steers_the_formatter, "f(*(a, b), c)"),
+        (steers_the_formatter, "x = [\n    *[1, 2],\n]"),
+        (steers_the_formatter, "x = (1, 2)  # fmt" + ": skip"),
     ],
 )
 def test_a_violation_is_found(rule: Callable[[str], list[int]], source: str):
@@ -180,6 +222,8 @@ def test_a_violation_is_found(rule: Callable[[str], list[int]], source: str):
         (environment_reads, "import os, subprocess\nsubprocess.run(['x'], env={**os.environ, 'A': '1'})"),
         (bare_imports, "from fastdeit.kernels import launch"),
         (bare_imports, "from . import kernels"),
+        (private_imports, "from fastdeit import __version__\nfrom torch import _C"),
+        (steers_the_formatter, "f(*pair, *(t for t in pair), *[t for t in pair])\n(a, *b) = pair"),
     ],
 )
 def test_what_the_rule_is_not_about_is_let_through(rule: Callable[[str], list[int]], source: str):

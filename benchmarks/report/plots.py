@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastdeit.benchmarks import results_folder as pieces
+from fastdeit.benchmarks import results_folder
 
 _COLORS = ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray", "tab:olive")
 
@@ -19,7 +19,7 @@ def draw(path: Path, folder: Path) -> list[Path]:
     except ImportError as error:
         raise ImportError(f"plots need the extra 'bench': pip install 'fastdeit[bench]' ({error})") from error
     matplotlib.use("Agg")
-    identity, benchmarks, _ = pieces.read(path)
+    identity, benchmarks, _ = results_folder.read(path)
     timed = [b for b in benchmarks if b["extra_info"]["rows"][0]["median_us"]]
     if not timed:
         return []
@@ -27,13 +27,13 @@ def draw(path: Path, folder: Path) -> list[Path]:
     return [_speedups(timed, title, folder / "speedup.png"), _roofline(timed, title, folder / "roofline.png")]
 
 
-def _speedups(benchmarks: list[pieces.Benchmark], title: str, file: Path) -> Path:
+def _speedups(benchmarks: list[results_folder.Benchmark], title: str, file: Path) -> Path:
     """A line a case, a point a candidate: its time over fastdeit's."""
     from matplotlib import pyplot
 
-    suites: dict[str, list[pieces.Benchmark]] = {}
+    suites: dict[str, list[results_folder.Benchmark]] = {}
     for benchmark in benchmarks:
-        suites.setdefault(pieces.suite_of(benchmark), []).append(benchmark)
+        suites.setdefault(results_folder.suite_of(benchmark), []).append(benchmark)
     heights = [len(cases) + 2.5 for cases in suites.values()]
     figure, axes = pyplot.subplots(
         len(suites), 1, figsize=(9, 0.28 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
@@ -61,14 +61,16 @@ def _speedups(benchmarks: list[pieces.Benchmark], title: str, file: Path) -> Pat
     return file
 
 
-def _roofline(benchmarks: list[pieces.Benchmark], title: str, file: Path) -> Path:
+def _roofline(benchmarks: list[results_folder.Benchmark], title: str, file: Path) -> Path:
     """Rate over operations per byte, fastdeit and the fastest other candidate of each case, under the device's ceilings."""
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    suites = list(dict.fromkeys(pieces.suite_of(b) for b in benchmarks))
+    suites = list(dict.fromkeys(results_folder.suite_of(b) for b in benchmarks))
     for suite, color in zip(suites, ("tab:blue", *_COLORS) * len(suites), strict=False):
-        infos = [b["extra_info"] for b in benchmarks if pieces.suite_of(b) == suite and b["extra_info"]["bytes"]]
+        infos = [
+            b["extra_info"] for b in benchmarks if results_folder.suite_of(b) == suite and b["extra_info"]["bytes"]
+        ]
         ours = [(i["flops"] / i["bytes"], i["rows"][0]["tflops"]) for i in infos]
         best = [(i["flops"] / i["bytes"], max(rates)) for i in infos if (rates := _rates(i["rows"][1:]))]
         if ours:

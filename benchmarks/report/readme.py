@@ -6,8 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from fastdeit.benchmarks import results_folder as pieces
-from fastdeit.benchmarks.report import static_report as evidence
+from fastdeit.benchmarks import results_folder
+from fastdeit.benchmarks.report import static_report
 from fastdeit.benchmarks.report.pictures import TBPS, TFLOPS
 from fastdeit.benchmarks.report.roofline_table import rooflines, table
 
@@ -64,14 +64,16 @@ UNMEASURED = textwrap.fill(
 
 def measured(folder: Path) -> str:
     """Per suite, work and direction the range and the geometric mean of the speed-up over each case's best other candidate."""
-    identity, benchmarks, missing = pieces.read(folder)
+    identity, benchmarks, missing = results_folder.read(folder)
     groups: dict[str, list[float]] = {}
     for benchmark in benchmarks:
         ours, *others = benchmark["extra_info"]["rows"]
         times = [row["median_us"] for row in others if row["median_us"]]
         if ours["median_us"] and times:
             shape = benchmark["extra_info"]["shape"]
-            name = " ".join(filter(None, (pieces.suite_of(benchmark), shape.get("work"), shape.get("direction"))))
+            name = " ".join(
+                filter(None, (results_folder.suite_of(benchmark), shape.get("work"), shape.get("direction")))
+            )
             groups.setdefault(name, []).append(min(times) / ours["median_us"])
     rows: list[dict[str, Any]] = [
         {
@@ -96,7 +98,7 @@ def counted() -> str:
     """What a block launches, saves and moves, from the record."""
     counts = [
         {"a block of DeiT-B, training": form, **{k.replace("_", " "): v for k, v in c.items()}}
-        for form, c in evidence.recorded().items()
+        for form, c in static_report.recorded().items()
     ]
     heading = (
         "Counted without a GPU (`fastdeit bench evidence`): launches of a block, casts included; bytes per token and channel that "

@@ -5,9 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fastdeit.benchmarks import comparison
-from fastdeit.benchmarks import results_folder as pieces
-from fastdeit.benchmarks.report import training_step_parts as step_parts
+from fastdeit.benchmarks import comparison, results_folder
+from fastdeit.benchmarks.report import training_step_parts
 
 _HEADER = (
     "case",
@@ -58,10 +57,10 @@ def markdown(path: Path) -> str:
     Raises:
         ValueError: it holds none.
     """
-    identity, benchmarks, missing = pieces.read(path)
-    suites: dict[str, list[pieces.Benchmark]] = {}
+    identity, benchmarks, missing = results_folder.read(path)
+    suites: dict[str, list[results_folder.Benchmark]] = {}
     for benchmark in benchmarks:
-        suites.setdefault(pieces.suite_of(benchmark), []).append(benchmark["extra_info"])
+        suites.setdefault(results_folder.suite_of(benchmark), []).append(benchmark["extra_info"])
     parts = [f"# {path.name}", environment(identity, benchmarks)]
     parts += [_suite(name, cases) for name, cases in suites.items()]
     if missing:
@@ -69,7 +68,7 @@ def markdown(path: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def environment(identity: dict[str, Any], benchmarks: list[pieces.Benchmark]) -> str:
+def environment(identity: dict[str, Any], benchmarks: list[results_folder.Benchmark]) -> str:
     """What was measured with, in a sentence or two."""
     facts = ", ".join(f"{name} {value}" for name, value in identity.items() if value)
     ceilings = next((b["extra_info"]["ceilings"] for b in benchmarks if b["extra_info"]["ceilings"]), None)
@@ -89,7 +88,7 @@ def _suite(name: str, cases: list[dict[str, Any]]) -> str:
             lines.append(_line(_cells(case_name(info), row, info["rows"])))
         lines += _floors(info)
     if name == "training" and cases[0]["ceilings"] is not None:
-        lines += ["", *(f"- {sentence}" for sentence in step_parts.sentences(cases))]
+        lines += ["", *(f"- {sentence}" for sentence in training_step_parts.sentences(cases))]
     return "\n".join(lines + _kernels(cases))
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit.benchmarks import results_folder as pieces
-from fastdeit.benchmarks import roofline, runner, timing
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks import results_folder, roofline, runner, timing
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 
 SUITES = (
     "model",
@@ -48,7 +47,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.bench_end = time.monotonic() + config.getoption("--seconds")
     out = config.getoption("--out")
-    config.bench_folder = None if out is None else pieces.Folder(out)
+    config.bench_folder = None if out is None else results_folder.Folder(out)
 
 
 @pytest.hookimpl(trylast=True)  # after -k
@@ -160,7 +159,7 @@ def compare(benchmark, request):
     ):
         quick = config.getoption("--quick")
         if quick:
-            candidates = peers.soon_set_up(candidates)
+            candidates = baselines.soon_set_up(candidates)
         ceilings = roofline.measured_ceilings()
         floor = None if ceilings is None else ceilings.floor_us(cost, matrix=matrix)
         compile_floor = floor

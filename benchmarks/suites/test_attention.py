@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastdeit import ops
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.benchmarks.roofline import beside_compile
 from fastdeit.cost import formulas as costs
@@ -14,7 +14,7 @@ from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 SHAPES = [(197, 12, 64), (577, 12, 64), (198, 12, 64), (197, 6, 64), (197, 3, 64), (577, 6, 64), (578, 12, 64)]
 SHAPES += [(257, 16, 80)]
 BATCHES = [256, 64, 1024, 1, 8]
-CASES = by_importance(SHAPES, BATCHES, peers.DIRECTIONS)
+CASES = by_importance(SHAPES, BATCHES, baselines.DIRECTIONS)
 QUICK, TURNS = 2, 3
 
 
@@ -36,14 +36,14 @@ def test_attention(compare, toy, case):
         return ops.attention_reference(qkv, heads)
 
     assert_as_accurate_as_eager(op, reference, inputs(min(batch, 2))[0], backend="auto")
-    wrap = peers.DIRECTIONS[direction]
-    candidates = {"fastdeit": op, "SDPA as PyTorch chooses": peers.sdpa(None, heads)}
-    candidates |= {name: peers.sdpa(backend, heads) for name, backend in peers.SDPA_BACKENDS.items() if not toy}
+    wrap = baselines.DIRECTIONS[direction]
+    candidates = {"fastdeit": op, "SDPA as PyTorch chooses": baselines.sdpa(None, heads)}
+    candidates |= {name: baselines.sdpa(backend, heads) for name, backend in baselines.SDPA_BACKENDS.items() if not toy}
     if not toy:
         candidates |= {
-            "FlexAttention": peers.flex_attention(heads),
-            "flash-attn": peers.flash_attn(heads),
-            "xformers": peers.xformers(heads),
+            "FlexAttention": baselines.flex_attention(heads),
+            "flash-attn": baselines.flash_attn(heads),
+            "xformers": baselines.xformers(heads),
         }
     cost = {"forward": costs.attention_forward, "backward": costs.attention_backward}
     work = (batch, tokens, heads, head_dim)
@@ -54,7 +54,7 @@ def test_attention(compare, toy, case):
     compare(
         {name: wrap(function, 1) for name, function in candidates.items()},
         inputs,
-        expected=peers.oracle(direction, reference, 1),
+        expected=baselines.oracle(direction, reference, 1),
         cost=cost,
         matrix=True,
         floors=beside_compile(cost, more, matrix=True),

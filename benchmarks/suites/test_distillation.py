@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdeit import ops
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.cost import formulas as costs
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
@@ -18,13 +18,13 @@ def deit(logits, dist_logits, target, teacher):
 
 
 def liger(logits, dist_logits, target, teacher):
-    cross_entropy = peers.imported("liger_kernel.transformers.functional", "liger_cross_entropy")
+    cross_entropy = baselines.imported("liger_kernel.transformers.functional", "liger_cross_entropy")
     return 0.5 * cross_entropy(logits, target.argmax(dim=1)) + 0.5 * cross_entropy(dist_logits, teacher.argmax(dim=1))
 
 
 def timm_task(logits, dist_logits, target, teacher):
     """What timm's token distillation task takes, with deit's weights."""
-    criterion = peers.imported("timm.loss", "SoftTargetCrossEntropy")()
+    criterion = baselines.imported("timm.loss", "SoftTargetCrossEntropy")()
     return 0.5 * criterion(logits, target) + 0.5 * F.cross_entropy(dist_logits, teacher.argmax(dim=1))
 
 
@@ -66,7 +66,7 @@ def test_distillation_cross_entropy(compare, toy, case):
     )
     candidates = {"fastdeit": op, "deit eager": deit, "timm's task": timm_task}
     if not toy:
-        candidates |= {"torch.compile": peers.compiled(deit), LIGER: liger}
+        candidates |= {"torch.compile": baselines.compiled(deit), LIGER: liger}
     sizes = dict(soft_target=True, logits_bytes=dtype.itemsize, target_bytes=4, teacher_bytes=dtype.itemsize)
     forward = costs.distillation_cross_entropy_forward(batch, classes, **sizes)
     backward = costs.distillation_cross_entropy_backward(batch, classes, **sizes)

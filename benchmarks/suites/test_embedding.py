@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdeit import ops
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.benchmarks.roofline import one_after_another
 from fastdeit.cost import formulas as costs
@@ -59,13 +59,13 @@ def test_embedding(compare, toy, case):
     assert_as_accurate_as_eager(op, reference, *inputs(min(batch, 2))[:6], backend="auto")
     candidates = {"fastdeit": op, "PyTorch eager": reference}
     if not toy:
-        candidates["torch.compile"] = peers.compiled(reference)
-        candidates["torch.compile max-autotune"] = peers.autotuned(reference)
+        candidates["torch.compile"] = baselines.compiled(reference)
+        candidates["torch.compile max-autotune"] = baselines.autotuned(reference)
     (least,) = embedding("epilogues")
     compare(
-        {name: peers.DIRECTIONS[direction](function, 6) for name, function in candidates.items()},
+        {name: baselines.DIRECTIONS[direction](function, 6) for name, function in candidates.items()},
         inputs,
-        expected=peers.oracle(direction, reference, 6, shared=range(1, 6)),
+        expected=baselines.oracle(direction, reference, 6, shared=range(1, 6)),
         cost=least.forward + least.backward,
         matrix=True,
         floors=one_after_another(embedding),

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fastdeit import ops
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.benchmarks.roofline import beside_compile
 from fastdeit.cost import formulas as costs
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device
 
-CASES = by_importance([198, 578], [768, 384, 192], [256, 64, 1024, 1], ["fp32", "bf16"], peers.DIRECTIONS)
+CASES = by_importance([198, 578], [768, 384, 192], [256, 64, 1024, 1], ["fp32", "bf16"], baselines.DIRECTIONS)
 QUICK, TURNS = 2, 2
 
 
@@ -37,8 +37,8 @@ def test_add_layer_norm(compare, toy, case):
     assert_as_accurate_as_eager(op, reference, *inputs(min(batch, 2))[:4], backend="auto")
     candidates = {"fastdeit": op, "PyTorch eager": reference}
     if not toy:
-        candidates["torch.compile"] = peers.compiled(reference)
-        candidates["addition, then Liger"] = peers.liger_add_layer_norm(low)
+        candidates["torch.compile"] = baselines.compiled(reference)
+        candidates["addition, then Liger"] = baselines.liger_add_layer_norm(low)
     sizes = dict(stream_bytes=wide.itemsize, out_bytes=low.itemsize, branch_bytes=low.itemsize)
     forward = costs.layer_norm_forward(batch * tokens, channels, **sizes)
     backward = costs.layer_norm_backward(batch * tokens, channels, **sizes)
@@ -46,9 +46,9 @@ def test_add_layer_norm(compare, toy, case):
     # A compiler reads stream and gradient once more for weight and bias.
     more = 0 if direction == "forward" else (wide.itemsize + low.itemsize) * batch * tokens * channels
     compare(
-        {name: peers.DIRECTIONS[direction](function, 4) for name, function in candidates.items()},
+        {name: baselines.DIRECTIONS[direction](function, 4) for name, function in candidates.items()},
         inputs,
-        expected=peers.oracle(direction, ops.add_layer_norm_reference, 4, shared=(2, 3)),
+        expected=baselines.oracle(direction, ops.add_layer_norm_reference, 4, shared=(2, 3)),
         cost=cost,
         matrix=False,
         floors=beside_compile(cost, more, matrix=False),

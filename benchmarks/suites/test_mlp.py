@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import ops
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.benchmarks.roofline import Ceilings, after_product, beside_compile, one_after_another
 from fastdeit.cost import formulas as costs
@@ -208,24 +208,24 @@ def test_mlp(compare, toy, case):
     sizes = Sizes(min(batch, 2), 5, channels // 12, low) if toy else Sizes(batch, tokens, channels, low)
     work = WORK[name](sizes, direction)
     frozen = range(work.given) if work.passes == "forward" else ()
-    samples = work.inputs(min(sizes.batch, peers.COMPARED_SAMPLES))[: work.given]
+    samples = work.inputs(min(sizes.batch, baselines.COMPARED_SAMPLES))[: work.given]
     assert_as_accurate_as_eager(work.op, work.reference, *samples, frozen=frozen, backend="auto")
     candidates = {"fastdeit": work.op, "PyTorch eager": work.reference}
     if not toy:
-        candidates["torch.compile"] = peers.compiled(work.reference)
-        candidates["torch.compile max-autotune"] = peers.autotuned(work.reference)
+        candidates["torch.compile"] = baselines.compiled(work.reference)
+        candidates["torch.compile max-autotune"] = baselines.autotuned(work.reference)
     if channels == 192 and case[3] in ("mlp-forward", "branch-forward"):
         one_kernel = in_one_kernel(work, sizes)
         candidates["fastdeit, one kernel"], work = one_kernel.op, one_kernel
-    oracle = peers.oracle(work.passes, work.reference, work.given, shared=work.shared)
+    oracle = baselines.oracle(work.passes, work.reference, work.given, shared=work.shared)
 
     def expected(*arguments):
         results = oracle(*arguments)
-        whole = sizes.batch <= peers.COMPARED_SAMPLES
+        whole = sizes.batch <= baselines.COMPARED_SAMPLES
         return results if whole or not work.sums else [*results[: -work.sums], *[None] * work.sums]
 
     compare(
-        {name: peers.DIRECTIONS[work.passes](function, work.given) for name, function in candidates.items()},
+        {name: baselines.DIRECTIONS[work.passes](function, work.given) for name, function in candidates.items()},
         lambda: work.inputs(sizes.batch),
         expected=expected,
         cost=work.cost,

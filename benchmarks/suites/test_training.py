@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit import ops
 from fastdeit.benchmarks import models
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.benchmarks.cases import by_importance, label
 from fastdeit.benchmarks.model_check import CHECKED_IMAGES, check, cross_entropy
 from fastdeit.cost import formulas as costs
@@ -208,7 +208,7 @@ def _loss(batch: int, toy: bool):
     assert_as_accurate_as_eager(ours, ops.distillation_cross_entropy_reference, *few, frozen=(2, 3), backend="auto")
     found = {"fastdeit": call(ours), "deit eager": call(eager)}
     if not toy:
-        found["torch.compile"] = call(peers.compiled(eager))
+        found["torch.compile"] = call(baselines.compiled(eager))
     cost = costs.distillation_cross_entropy_forward(batch, classes, soft_target=True)
     cost += costs.distillation_cross_entropy_backward(batch, classes, soft_target=True)
     return found, inputs, dict(cost=cost, matrix=False)
@@ -234,7 +234,7 @@ def _teacher(batch: int, toy: bool):
     ours = quickened(copy.deepcopy(eager), kernel_device())
     found = {"fastdeit": call(ours), "timm eager": call(eager), "channels last": call(last)}
     if not toy:
-        found["channels last, torch.compile"] = call(peers.compiled(last))
+        found["channels last, torch.compile"] = call(baselines.compiled(last))
     return found, inputs, dict(cost=cost, matrix=True)
 
 
@@ -252,9 +252,16 @@ def _teacher_cost(teacher: torch.nn.Module, batch: int, size: int) -> Cost:
 
 
 _PARTS = dict(
-    step=_step, student=_student, loop=_loop, distilled=_distilled, teacher=_teacher, optimizer=_optimizer, ema=_ema,
-    augmentation=_augmentation, loss=_loss,
-)  # fmt: skip
+    step=_step,
+    student=_student,
+    loop=_loop,
+    distilled=_distilled,
+    teacher=_teacher,
+    optimizer=_optimizer,
+    ema=_ema,
+    augmentation=_augmentation,
+    loss=_loss,
+)
 PARTS = list(_PARTS)  # the most telling first
 
 

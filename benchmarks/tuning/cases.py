@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdeit import ops
 from fastdeit.backends import use_backend
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.benchmarks.cases import by_importance
 from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.attention.backward import attention_backward
@@ -69,7 +69,7 @@ class Case:
     inputs: Callable[[int], tuple[Tensor, ...]]  # of a batch size
     reference: Callable[..., tuple[Tensor, ...]]  # plain PyTorch, for inputs of any dtype
     candidates: list[Candidate]
-    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)  # what a table that looks calls up knows it by
 
 
@@ -127,7 +127,9 @@ def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) 
         return Candidate(part, tiles, run, present)
 
     def sdpa(direction):
-        run = {n: peers.DIRECTIONS[direction](peers.sdpa(b, heads), 1) for n, b in peers.SDPA_BACKENDS.items()}
+        run = {
+            n: baselines.DIRECTIONS[direction](baselines.sdpa(b, heads), 1) for n, b in baselines.SDPA_BACKENDS.items()
+        }
         return {n: lambda qkv, dout, *_, r=r: r(qkv, dout) for n, r in run.items() if n != "SDPA math" and not toy}
 
     forwards, backwards = [], []
@@ -147,9 +149,9 @@ def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) 
     call = dict(head_dim=head_dim, tokens=tokens, batch_heads=batch * heads)
     common = dict(group=group, batch=batch, tokens=tokens, inputs=inputs, call=call)
     name = f"attention forward {where}"
-    yield Case(name, **common, reference=forward_reference, candidates=forwards, peers=sdpa("forward"))
+    yield Case(name, **common, reference=forward_reference, candidates=forwards, baselines=sdpa("forward"))
     name = f"attention backward {where}"
-    yield Case(name, **common, reference=backward_reference, candidates=backwards, peers=sdpa("backward"))
+    yield Case(name, **common, reference=backward_reference, candidates=backwards, baselines=sdpa("backward"))
 
 
 def _tiles(base: Tiles, toy: bool) -> list[Tiles]:

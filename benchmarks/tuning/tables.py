@@ -16,7 +16,7 @@ from fastdeit.testing import kernel_device
 
 def timed(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a case's candidates that ran."""
-    return [row for row in result["rows"] if row["part"] != "peer" and row["median_us"]]
+    return [row for row in result["rows"] if row["part"] != "baseline" and row["median_us"]]
 
 
 def table(op: str, results: list[dict[str, Any]]) -> str:
@@ -92,19 +92,19 @@ def _whole_table(results: list[dict[str, Any]]) -> dict[int, int]:
 
 
 def hand_overs(results: list[dict[str, Any]]) -> dict[int, tuple]:
-    """Where the fastest peer beat the best of ours, in forward alone or in forward and backward together."""
+    """Where the fastest baseline beat the best of ours, in forward alone or in forward and backward together."""
     calls: dict[tuple, list[tuple[float, float]]] = defaultdict(
         list
-    )  # a call's cases, its forward first: ours, the peer's
+    )  # a call's cases, its forward first: ours, the baseline's
     for result in sorted(results, key=lambda result: "backward" in result["case"]):
         ours = [row["median_us"] for row in timed(result)]
-        peers = [row["median_us"] for row in result["rows"] if row["part"] == "peer" and row["median_us"]]
-        if ours and peers:
-            calls[tuple(result["call"].values())].append((min(ours), min(peers)))
+        baselines = [row["median_us"] for row in result["rows"] if row["part"] == "baseline" and row["median_us"]]
+        if ours and baselines:
+            calls[tuple(result["call"].values())].append((min(ours), min(baselines)))
     found = []
     for call, directions in calls.items():
         for gradients, measured in ((False, directions[:1]), (True, directions if len(directions) == 2 else [])):
-            if sum(peer - mine for mine, peer in measured) < 0:
+            if sum(baseline - mine for mine, baseline in measured) < 0:
                 found.append(around(*call, gradients))
     return {_architecture(): tuple(found)} if found else {}
 

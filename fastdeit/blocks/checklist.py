@@ -2,7 +2,7 @@
 
 A fused forward calls functional ops where the host calls child modules. It may do so only if nothing that a user put between would
 be skipped: a hook, a replaced forward, a LoRA layer, a quantized weight. Rules return None, or the reason as a short phrase. What
-they read of modules is compared before every call (`snapshot`); rules on the call itself are asked every time.
+they read of modules is compared before every call (`snapshot`); rules on the call itself, in `call_rules`, are asked every time.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,18 +14,11 @@ import timm.layers.activations as timm_activations
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-from torch.nn.modules import module as module_hooks
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastdeit.blocks import spec
 from fastdeit.blocks.fused_module import is_fused
 from fastdeit.blocks.snapshot import OWN_METHODS, register_methods
-from fastdeit.kernels.attention.config import HANDED_OVER
-from fastdeit.ops.attention_op import why_handed_over
-from fastdeit.ops.attention_op import why_reference as why_no_attention_kernel
-from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm_kernel
-from fastdeit.ops.mlp_op import why_reference as why_no_mlp_kernel
 
 # Marks that `fastdeit.accelerate` leaves on what it was told to exclude and on all around it.
 EXCLUDED, HOLDS_EXCLUDED = "fastdeit_excluded", "fastdeit_holds_excluded"
@@ -44,14 +37,11 @@ _PROJECTIONS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttentio
 _LAYER_SCALES: set[type[nn.Module]] = {timm.layers.LayerScale}
 # Code of hooks that do nothing unless their library collects outputs. Its drop-ins ask at each call whether it does.
 PASSIVE_HOOKS: set[CodeType] = set()
-_tracing_state = torch._C._get_tracing_state
 
 for _kind in (nn.LayerNorm, nn.Linear, nn.Dropout, nn.GELU, *_ACTIVATIONS):
     register_methods(_kind, "forward")
 for _kind in (timm.layers.LayerNorm, timm.layers.LayerScale, timm.layers.DropPath):
     register_methods(_kind, "forward")
-
-
 register_methods(NonDynamicallyQuantizableLinear, "forward", host=True)
 register_methods(nn.MultiheadAttention, "forward", host=True)
 
@@ -66,91 +56,6 @@ def register_layer_scale(kind: type[nn.Module]) -> None:
     """Makes known a host's LayerScale, which multiplies by a parameter and does nothing else."""
     register_methods(kind, "forward", host=True)
     _LAYER_SCALES.add(kind)
-
-
-# ---- the call
-
-
-def why_not_plain_call(x: object) -> str | None:
-    """Proxies of torch.fx, tensor subclasses and recorders are to see the host's operations. Transforms are the ops' to notice."""
-    if type(x) is not Tensor and not exported(x):
-        return f"the input is a {type(x).__name__}, not a plain tensor"
-    if _tracing_state() is not None:
-        return "torch.jit.trace is recording"
-    if forward_ad._current_level >= 0:
-        return "inside forward-mode differentiation"
-    return None
-
-
-def exported(x: object) -> bool:
-    """Whether x is what torch.export puts in the place of a tensor or weight. Its graph gets the registered ops, unless it is to
-    become ONNX, which has none of them."""
-    return type(x) is FakeTensor and torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
-
-
-def why_global_hook() -> str | None:
-    if (
-        module_hooks._global_forward_pre_hooks
-        or module_hooks._global_forward_hooks
-        or module_hooks._global_backward_pre_hooks
-        or module_hooks._global_backward_hooks
-    ):
-        return "a hook is registered on all modules"
-    return None
-
-
-def why_not_attention_call(body: spec.Attention, x: Tensor) -> str | None:
-    """Why attention on x (B, N, C) runs the host's code."""
-    if x.dim() != 3:
-        return "the input is not (B, N, C)"
-    reason = why_no_attention_kernel(x, body.head_dim)
-    if reason is None and HANDED_OVER:
-        batch, tokens, _ = x.shape
-        reason = why_handed_over(x, body.head_dim, tokens, batch * body.num_heads)
-    return reason
-
-
-def why_not_mlp_call(x: Tensor) -> str | None:
-    """Why an MLP on x (..., C) runs the host's code."""
-    return why_no_mlp_kernel(x)
-
-
-def why_not_norm_call(x: Tensor) -> str | None:
-    """Why a LayerNorm on x (..., C), and a residual addition before it, run the host's code."""
-    return why_no_layer_norm_kernel(x)
-
-
-def why_not_block_call(verdict: "BlockVerdict", x: Tensor) -> str | None:
-    """Why the host's code runs around the parts of a block whose modules are in order."""
-    return why_not_norm_call(x) or _why_not_gammas(verdict.gammas, x)
-
-
-def why_not_whole_call(block: spec.Block, verdict: "BlockVerdict", x: Tensor) -> str | None:
-    """Why a block whose parts are not called alone runs the host's code for x (B, N, C)."""
-    reason = why_not_plain_call(x) or why_global_hook() or verdict.block or why_not_block_call(verdict, x)
-    asked = set()
-    for branch in block.branches if reason is None else ():
-        body = branch.body
-        if isinstance(body, spec.Attention) and (body.head_dim, body.num_heads) not in asked:
-            asked.add((body.head_dim, body.num_heads))
-            reason = reason or why_not_attention_call(body, x)
-    return reason
-
-
-def why_not_trunk_call(verdict: "TrunkVerdict", tokens: Tensor) -> str | None:
-    """Why the blocks run one by one for these tokens, in a model whose modules are in order."""
-    reason = why_not_norm_call(tokens)
-    if reason is not None:
-        return f"block 0: {reason}"
-    return _why_not_gammas(verdict.gammas, tokens)
-
-
-def _why_not_gammas(gammas: "Iterable[Gamma]", x: Tensor) -> str | None:
-    """LayerScale in another dtype than the residual stream would change the stream's."""
-    for parameters, name in gammas:
-        if parameters[name].dtype is not x.dtype:
-            return f"a LayerScale is in {parameters[name].dtype}, the input in {x.dtype}"
-    return None
 
 
 # ---- modules
@@ -183,6 +88,12 @@ def why_replaced(kind: type[nn.Module]) -> str | None:
     return None
 
 
+def exported(x: object) -> bool:
+    """Whether x is what torch.export puts in the place of a tensor or weight. Its graph gets the registered ops, unless it is to
+    become ONNX, which has none of them."""
+    return type(x) is FakeTensor and torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
+
+
 def why_not_weights(layer: spec.Affine) -> str | None:
     """None if the weight is a plain one and the bias one too, or None. Other tensor classes bring operations of their own."""
     parameters = layer.module._parameters
@@ -213,6 +124,11 @@ def why_not_inactive_dropout(dropout: nn.Module | float) -> str | None:
     if kind is nn.Dropout:
         return why_replaced(kind) or ("dropout is active" if dropout.p != 0.0 and dropout.training else None)
     return None if kind is nn.Identity else f"a dropout is a {kind.__name__}"
+
+
+def why_called(dropout: nn.Module) -> str | None:
+    """None if a dropout gives its input back and calling it would do nothing else: the call costs the host as much as a launch."""
+    return why_not_inactive_dropout(dropout) or why_not_bypassed((dropout,))
 
 
 def activation_name(activation: nn.Module) -> str | None:
@@ -275,6 +191,7 @@ class BlockVerdict(NamedTuple):
         block: why the host's code runs around the block's parts, None if norms and residual additions run fused.
         deferred: why the last addition may not be left to what follows the block.
         parts: of each branch, why its module is called, None if it runs fused without a call.
+        out_dropouts: of each branch, why the dropout after its body is called, None if that would give its input back.
         pruned: why the block may not be run for the first tokens alone.
         gammas: parameters of LayerScale in all branches but the last.
         last_gamma: of the last one, which a deferred addition applies.
@@ -283,6 +200,7 @@ class BlockVerdict(NamedTuple):
     block: str | None
     deferred: str | None
     parts: tuple[str | None, ...]
+    out_dropouts: tuple[str | None, ...]
     pruned: str | None
     gammas: tuple[Gamma, ...]
     last_gamma: tuple[Gamma, ...]
@@ -291,7 +209,8 @@ class BlockVerdict(NamedTuple):
 def judge_block(block: spec.Block) -> BlockVerdict:
     """What its modules allow."""
     if block.beyond is not None:
-        return BlockVerdict(block.beyond, block.beyond, (block.beyond,) * len(block.branches), block.beyond, (), ())
+        each = (block.beyond,) * len(block.branches)
+        return BlockVerdict(block.beyond, block.beyond, each, each, block.beyond, (), ())
     *inner, last = block.branches
     reason = why_replaced(block.source)
     for branch in block.branches:
@@ -299,10 +218,12 @@ def judge_block(block: spec.Block) -> BlockVerdict:
     for branch in inner:
         reason = reason or _why_not_tail(branch, block.module)
     parts = tuple(_why_called(branch) for branch in block.branches)
-    if block.whole:
+    if block.all_fused:
         reason = reason or next(filter(None, parts), None)
     deferred = why_not_bypassed((block.module,)) or reason or _why_not_tail(last, block.module)
-    return BlockVerdict(reason, deferred, parts, _why_not_pruned(block, parts), _gammas(inner), _gammas([last]))
+    dropouts = tuple(None if branch.body is None else why_called(branch.body.out_dropout) for branch in block.branches)
+    pruned = _why_not_pruned(block, parts)
+    return BlockVerdict(reason, deferred, parts, dropouts, pruned, _gammas(inner), _gammas([last]))
 
 
 def _why_not_norm_of(branch: spec.Branch) -> str | None:
@@ -349,7 +270,7 @@ def _why_not_pruned(block: spec.Block, parts: tuple[str | None, ...]) -> str | N
     attention, *others = block.branches
     if not isinstance(attention.body, spec.Attention) or parts[0] is not None:
         return "attention does not run fused"
-    reason = why_not_bypassed((attention.body.out_dropout,)) or why_not_inactive_dropout(attention.body.out_dropout)
+    reason = why_called(attention.body.out_dropout)
     for branch in others:
         body, module = branch.body, branch.module
         if not isinstance(body, spec.Mlp):

@@ -2,12 +2,11 @@
 
 import timm.layers
 import torch
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from fastdeit import ops
 from fastdeit.blocks.checklist import MISSING, why_not_bypassed, why_not_weight, why_not_weights, why_replaced
-from fastdeit.blocks.run import autocast_dtype
+from fastdeit.blocks.run import autocast_dtype, dropped_out
 from fastdeit.blocks.snapshot import register_methods
 from fastdeit.blocks.spec import Affine
 from fastdeit.ops.patch_embedding_op import why_reference
@@ -73,7 +72,7 @@ def _why_not_tokens(model: nn.Module, patches: int) -> str | None:
 
 def _added(model: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Positions, class token and what follows that: a distilled model has no use for registers."""
-    more = "dist_token" if isinstance(model, VisionTransformerDistilled) else "reg_token"
+    more = "dist_token" if "dist_token" in model._parameters else "reg_token"
     return _tensor(model, "pos_embed"), _tensor(model, "cls_token"), _tensor(model, more)
 
 
@@ -87,7 +86,7 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
     parameters = model._modules["patch_embed"]._modules["proj"]._parameters
     added = _added(model)
     tokens = ops.patch_embedding(images, parameters["weight"], parameters["bias"], *added)
-    return tokens if added[0] is None else model.pos_drop(tokens)
+    return tokens if added[0] is None else dropped_out(model.pos_drop, tokens)
 
 
 def blank_image(model: nn.Module) -> Tensor | None:

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from fastdeit import ops
 from fastdeit.backends import product_dtype
 from fastdeit.blocks import spec
-from fastdeit.blocks.checklist import (
-    BlockVerdict,
-    TrunkVerdict,
-    exported,
-    why_not_attention_call,
-    why_not_bypassed,
-    why_not_inactive_dropout,
-)
+from fastdeit.blocks.call_rules import why_not_attention_call
+from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict, exported, why_called
 from fastdeit.kernels.attention.config import HANDED_OVER
 
 _NO_ARGUMENTS: Mapping[str, Any] = {}
@@ -79,13 +73,15 @@ def run_block(
         call_arguments: keyword arguments of a module that takes the block's mask, where it is called.
     """
     last = block.branches[-1]
-    for branch, reason in zip(block.branches, verdict.parts, strict=True):
+    for branch, reason, dropout in zip(block.branches, verdict.parts, verdict.out_dropouts, strict=True):
         body = branch.body
         fused = reason is None and (attention_fused or not isinstance(body, spec.Attention))
         folds_tail = defer or branch is not last
-        if fused and keep is None and pending.gamma is None and _one_node(branch, pending.x, folds_tail):
-            pending = _run_joint(block, branch, pending, folds_tail)
-            continue
+        if fused and keep is None and pending.gamma is None:
+            joint = _run_joint(block, branch, pending, folds_tail, drops_out=dropout is not None)
+            if joint is not None:
+                pending = joint
+                continue
         # Only a fused body's matmul reads the normalised tokens: it takes them in the dtype that it multiplies in.
         x, tokens = add_layer_norm(pending, branch.norm, autocast_dtype(pending.x) if fused else None)
         if not fused:
@@ -106,32 +102,34 @@ def run_block(
     return pending
 
 
-def _one_node(branch: spec.Branch, x: Tensor, folds_tail: bool) -> bool:
-    """Whether addition, LayerNorm, body and LayerScale are one op: not where attention may be handed over to PyTorch's.
+def _run_joint(
+    block: spec.Block, branch: spec.Branch, pending: PendingResidual, folds_tail: bool, drops_out: bool
+) -> PendingResidual | None:
+    """The pending addition, LayerNorm, the body and LayerScale in one autograd node.
 
-    Multiplied by a small gamma, weights leave the range of fp16.
+    None where they are not one: where attention may be handed over to PyTorch's, and where gamma would be multiplied into fp16
+    weights, which then leave the range of fp16 if it is small.
     """
-    if HANDED_OVER and isinstance(branch.body, spec.Attention):
-        return False
-    gamma = read_gamma(branch) if folds_tail else None
-    return gamma is None or product_dtype(x) is not torch.float16
-
-
-def _run_joint(block: spec.Block, branch: spec.Branch, pending: PendingResidual, folds_tail: bool) -> PendingResidual:
-    """The pending addition, LayerNorm, the body and LayerScale in one autograd node."""
+    x, added, _, scale = pending
     norm, body = branch.norm, branch.body
-    affine, eps = norm.module._parameters, norm.module.eps
-    gamma = read_gamma(branch) if folds_tail else None
-    given = (pending.x, pending.branch, affine[norm.weight], affine[norm.bias], eps)
-    scale = pending.drop_path_scale
+    gamma = branch.layer_scale._parameters.get(branch.gamma) if folds_tail else None
+    if gamma is not None and product_dtype(x) is torch.float16:
+        return None
+    norm_weight, norm_bias = _read(norm)
+    given = (x, added, norm_weight, norm_bias, norm.module.eps)
     if isinstance(body, spec.Attention):
-        weights = (*_packed(body.qkv), *_read(body.proj), body.num_heads)
+        if HANDED_OVER:
+            return None
+        qkv = body.qkv
+        qkv = _read(qkv) if isinstance(qkv, spec.Affine) else _packed(qkv)
+        weights = (*qkv, *_read(body.proj), body.num_heads)
         x, out = ops.add_layer_norm_attention(*given, *weights, gamma=gamma, drop_path_scale=scale)
     else:
         weights = (*_read(body.fc1), *_read(body.fc2))
         options = {"activation": body.activation, "lean": block.memory == "lean"}
         x, out = ops.add_layer_norm_mlp(*given, *weights, gamma=gamma, drop_path_scale=scale, **options)
-    out = dropped_out(body.out_dropout, out)
+    if drops_out:
+        out = body.out_dropout(out)
     if not folds_tail:
         return PendingResidual(x, _tail(branch, block.module, out))
     return PendingResidual(x, out, None, drop_path_scale(branch.drop_path, out, gamma))
@@ -181,9 +179,9 @@ def _run_attention_prefix(body: spec.Attention, x: Tensor, keep: int) -> Tensor:
     sizes = (body.num_heads * body.head_dim, 2 * body.num_heads * body.head_dim)
     query_weight, key_value_weight = weight.split(sizes)
     query_bias, key_value_bias = (None, None) if bias is None else bias.split(sizes)
-    q = F.linear(x[:, :keep], query_weight, query_bias).unflatten(-1, heads)
-    k, v = F.linear(x, key_value_weight, key_value_bias).unflatten(-1, (2, *heads)).unbind(2)
-    return F.linear(ops.attention_qkv(q, k, v).flatten(2), *_read(body.proj))
+    q = ops.linear(x[:, :keep], query_weight, query_bias).unflatten(-1, heads)
+    k, v = ops.linear(x, key_value_weight, key_value_bias).unflatten(-1, (2, *heads)).unbind(2)
+    return ops.linear(ops.attention_qkv(q, k, v).flatten(2), *_read(body.proj))
 
 
 def _read(layer: spec.Affine) -> tuple[Tensor, Tensor | None]:
@@ -207,10 +205,8 @@ def _packed(qkv: spec.Affine | tuple[spec.Affine, ...]) -> tuple[Tensor, Tensor 
 
 
 def dropped_out(dropout: nn.Module, x: Tensor) -> Tensor:
-    """dropout(x), without the call where that would give x back: it costs the host as much as a launch."""
-    if why_not_inactive_dropout(dropout) is None and why_not_bypassed((dropout,)) is None:
-        return x
-    return dropout(x)
+    """dropout(x), without the call where that would give x back."""
+    return x if why_called(dropout) is None else dropout(x)
 
 
 def drop_path_scale(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:

@@ -41,8 +41,18 @@ class Snapshot:
     """
 
     __slots__ = (
-        "before", "empty", "entries", "hooked", "kinds", "methods", "modules", "sizes", "states", "views", "watched",
-    )  # fmt: skip
+        "before",
+        "empty",
+        "entries",
+        "hooked",
+        "kinds",
+        "methods",
+        "modules",
+        "sizes",
+        "states",
+        "views",
+        "watched",
+    )
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = list(root.modules())
@@ -70,7 +80,7 @@ class Snapshot:
                 and all(map(is_, chain.from_iterable(self.views), self.entries))
                 and list(map(type, self.modules)) == self.kinds
                 and list(starmap(getattr, self.watched)) == self.methods
-                and all(now == then for now, then in self.hooked)
+                and all(starmap(eq, self.hooked))
             )
         except (
             RuntimeError,
@@ -83,13 +93,16 @@ class Snapshot:
 class Record:
     """A module's description and what the checklist says of it, with the snapshot that they were made from.
 
+    Attributes:
+        made: what others made of the answer, of no use once it is another.
+
     It stays behind when a module is copied or pickled: the copy is looked at anew.
     """
 
-    __slots__ = ("answer", "snapshot", "state")
+    __slots__ = ("answer", "made", "snapshot", "state")
 
     def __init__(self) -> None:
-        self.state = self.snapshot = self.answer = None
+        self.state = self.snapshot = self.answer = self.made = None
 
     def __reduce__(self) -> tuple:
         return Record, ()
@@ -109,5 +122,14 @@ def looked_at(module: nn.Module) -> tuple[Any, Any]:
     if record.snapshot is None or not record.snapshot.unchanged():
         description = module.describe()
         record.state, record.answer = state, (description, module.judge(description))
-        record.snapshot = Snapshot(module)
+        record.made, record.snapshot = None, Snapshot(module)
     return record.answer
+
+
+def made_from(module: nn.Module, answer: tuple[Any, Any], make: Callable[[], Any]) -> Any:
+    """What `make` gave for this answer of `looked_at`, kept until something about the module changes."""
+    record = module.__dict__[KEY]
+    made = record.made
+    if made is None or made[0] is not answer:
+        made = record.made = answer, make()
+    return made[1]

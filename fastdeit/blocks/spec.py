@@ -92,8 +92,8 @@ class Block:
     Attributes:
         module: the host's block, and `source` its class before it was accelerated.
         memory: what the branches save for backward, "usual" or "lean" (`fastdeit.accelerate`).
-        whole: its parts are not called alone, as they take or return something else than (B, N, C): where one of them does not run
-            fused, the block runs the host's code.
+        all_fused: its parts are not called alone, as they take or return something else than (B, N, C): where one of them does
+            not run fused, the block runs the host's code.
         beyond: what the block has or computes beyond its branches; None if nothing. Its branches may be empty then.
     """
 
@@ -101,7 +101,7 @@ class Block:
     source: type[nn.Module]
     branches: tuple[Branch, ...]
     memory: str = "usual"
-    whole: bool = False
+    all_fused: bool = False
     beyond: str | None = None
 
 

@@ -97,13 +97,12 @@ def run(args: argparse.Namespace) -> int:
         raise ImportError(f"benchmarks need the extra 'bench': pip install 'fastdeit[bench]' ({error})") from error
     import torch
 
-    from fastdeit.benchmarks import results_folder as pieces
-    from fastdeit.benchmarks import runner
+    from fastdeit.benchmarks import results_folder, runner
 
     if not (args.toy or torch.cuda.is_available()):
         raise ValueError("benchmarks need a CUDA device; --toy shows on a CPU that the suites run")
-    identity = pieces.identity(args.toy)
-    folder = pieces.Folder(args.out.absolute())
+    identity = results_folder.identity(args.toy)
+    folder = results_folder.Folder(args.out.absolute())
     folder.begin(identity)
     print(", ".join(f"{name} {value}" for name, value in identity.items() if value), flush=True)
     options = ["--quick"] if args.mode == "quick" else []
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     options += ["-k", args.keyword] if args.keyword else []
     _, case, candidate = RUNS[args.mode]
     code = runner.measure(folder, args.only or suites(), runner.Limits(args.seconds, case, candidate), options)
-    _, done, missing = pieces.read(args.out)
+    _, done, missing = results_folder.read(args.out)
     if args.keyword and not done and not missing:
         raise ValueError(f"-k: no case matches {args.keyword!r}")
     print(f"{len(done)} cases are in {args.out}; fastdeit bench report {args.out} makes tables and plots of them")

@@ -123,7 +123,7 @@ def _finished(file: Path, environment: dict[str, Any]) -> dict[str, dict]:
 
 
 def _measure(case, deadline: float, toy: bool, journal: Journal) -> list[dict[str, Any]]:
-    """Checks every candidate, which also compiles it, then times those that are right, with the peers among them.
+    """Checks every candidate, which also compiles it, then times those that are right, with the baselines among them.
 
     Raises:
         DeviceLostError: one of them took the device down.
@@ -153,11 +153,11 @@ def _measure(case, deadline: float, toy: bool, journal: Journal) -> list[dict[st
     rows += [timing.Row(label, status=status) for label, status in refused.items()]
     about = {c.label: dict(part=c.part, config=repr(c.config), present=c.present) for c in case.candidates}
     clocks = [before, timing.clocks()]
-    return [asdict(row) | about.get(row.candidate, dict(part="peer")) | {"clocks": clocks} for row in rows]
+    return [asdict(row) | about.get(row.candidate, dict(part="baseline")) | {"clocks": clocks} for row in rows]
 
 
 def _timed(case, right: dict[str, Any], turns: int, journal: Journal) -> list[timing.Row]:
-    """The rows of the candidates that are right, and of the peers: at full size one may fail that little data did not."""
+    """The rows of the candidates that are right, and of the baselines: at full size one may fail that little data did not."""
     last = ["its inputs"]  # whose launches were accepted; what is wrong with them shows when the device is waited for
 
     def noted(label, run):
@@ -168,7 +168,7 @@ def _timed(case, right: dict[str, Any], turns: int, journal: Journal) -> list[ti
 
         return candidate
 
-    candidates = {label: noted(label, run) for label, run in (right | case.peers).items()}
+    candidates = {label: noted(label, run) for label, run in (right | case.baselines).items()}
     try:
         return timing.measure(candidates, lambda: case.inputs(case.batch), turns=turns, profiled=False)
     finally:
@@ -200,11 +200,11 @@ def _summary(result: dict[str, Any]) -> str:
     present = [row["median_us"] for row in ours if row["present"]]
     if present:
         text += f", {best['median_us'] / min(present):.2f}x the present choice's time"
-    peers = [row for row in result["rows"] if row["part"] == "peer" and row["median_us"]]
-    if peers:
-        peer = min(peers, key=lambda row: row["median_us"])
-        ratio = best["median_us"] / peer["median_us"]
-        text += f", {ratio:.2f}x {peer['candidate']}'s" + (": hand over" if ratio > 1 else "")
+    baselines = [row for row in result["rows"] if row["part"] == "baseline" and row["median_us"]]
+    if baselines:
+        baseline = min(baselines, key=lambda row: row["median_us"])
+        ratio = best["median_us"] / baseline["median_us"]
+        text += f", {ratio:.2f}x {baseline['candidate']}'s" + (": hand over" if ratio > 1 else "")
     for part in dict.fromkeys(row["part"] for row in ours):
         first = min((row for row in ours if row["part"] == part), key=lambda row: row["median_us"])
         text += f"\n    {part}: {first['median_us']:.1f} us, {first['config']}"

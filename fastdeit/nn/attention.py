@@ -4,13 +4,8 @@ import timm.layers
 from torch import Tensor
 
 from fastdeit.blocks.adapters.timm import describe_attention
-from fastdeit.blocks.checklist import (
-    why_global_hook,
-    why_not_attention,
-    why_not_attention_call,
-    why_not_plain_call,
-    why_replaced,
-)
+from fastdeit.blocks.call_rules import why_global_hook, why_not_attention_call, why_not_plain_call
+from fastdeit.blocks.checklist import why_not_attention, why_replaced
 from fastdeit.blocks.fused_module import FusedModule
 from fastdeit.blocks.run import run_attention
 from fastdeit.blocks.snapshot import looked_at

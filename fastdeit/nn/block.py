@@ -6,14 +6,8 @@ from timm.models import vision_transformer
 from torch import Tensor
 
 from fastdeit.blocks.adapters.timm import describe_block
-from fastdeit.blocks.checklist import (
-    BlockVerdict,
-    judge_block,
-    why_global_hook,
-    why_not_attention_call,
-    why_not_block_call,
-    why_not_plain_call,
-)
+from fastdeit.blocks.call_rules import why_global_hook, why_not_attention_call, why_not_block_call, why_not_plain_call
+from fastdeit.blocks.checklist import BlockVerdict, judge_block
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
 from fastdeit.blocks.run import PendingResidual, run_block
 from fastdeit.blocks.snapshot import looked_at

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from fastdeit.blocks import spec
-from fastdeit.blocks.checklist import BlockVerdict, judge_block, why_not_whole_call
+from fastdeit.blocks.call_rules import why_not_all_fused_call
+from fastdeit.blocks.checklist import BlockVerdict, judge_block
 from fastdeit.blocks.fused_module import FusedModule
 from fastdeit.blocks.run import PendingResidual, run_block
 from fastdeit.blocks.snapshot import looked_at
@@ -59,14 +60,14 @@ class HostBlock(FusedModule):
         """Why `forward` would run the host's code, None if it would run the kernels."""
         x, args, kwargs = self._tokens(args, kwargs)
         description, verdict = looked_at(self)
-        return self.why_not_arguments(args, kwargs) or why_not_whole_call(description, verdict, x)
+        return self.why_not_arguments(args, kwargs) or why_not_all_fused_call(description, verdict, x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, HostBlock):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, *args, **kwargs)
         x, *rest = self._tokens(args, kwargs)
         description, verdict = looked_at(self)
-        if self.why_not_arguments(*rest) is not None or why_not_whole_call(description, verdict, x) is not None:
+        if self.why_not_arguments(*rest) is not None or why_not_all_fused_call(description, verdict, x) is not None:
             return super().forward(*args, **kwargs)
         return self.finish(run_block(description, verdict, PendingResidual(x), attention_fused=True, defer=False))
 

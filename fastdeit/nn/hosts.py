@@ -11,10 +11,13 @@ from fastdeit.blocks.fused_module import FUSED_CLASSES
 # The host's file -> ours that has the fused classes for it, and their names there.
 _HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "timm.models.cait": ("fastdeit.nn.cait", ("LayerScaleBlock",)),
+    "models": ("fastdeit.nn.deit_distilled", ("DistilledVisionTransformer",)),
+    "models_v2": ("fastdeit.nn.deit_blocks", ("Block", "LayerScaleBlock")),
     "torchvision.models.vision_transformer": ("fastdeit.nn.torchvision", ("EncoderBlock",)),
     "vit_pytorch.vit": ("fastdeit.nn.vit_pytorch", ("Transformer", "SimpleTransformer")),
     **{layer.module: ("fastdeit.nn.huggingface", (name,)) for name, layer in LAYERS.items()},
 }
+_BESIDE_A_SCRIPT = ("models", "models_v2")  # of deit; other projects have files of these names
 _unusable: dict[str, str] = {}  # the host's file -> what its version lacks
 
 
@@ -35,6 +38,6 @@ def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
 def why_no_class(kind: type[nn.Module]) -> str:
     """Why a class has no fused one."""
-    lack = _unusable.get(kind.__module__)
+    lack = None if kind.__module__ in _BESIDE_A_SCRIPT else _unusable.get(kind.__module__)
     version = "" if lack is None else f": this version of {kind.__module__.partition('.')[0]} is not known ({lack})"
     return f"no fused class for {kind.__name__}{version}"

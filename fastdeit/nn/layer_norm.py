@@ -4,7 +4,8 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from fastdeit.blocks.checklist import why_not_norm, why_not_norm_call, why_not_plain_call
+from fastdeit.blocks.call_rules import why_not_norm_call, why_not_plain_call
+from fastdeit.blocks.checklist import why_not_norm
 from fastdeit.blocks.fused_module import FusedModule
 from fastdeit.blocks.run import run_layer_norm
 from fastdeit.blocks.spec import Affine

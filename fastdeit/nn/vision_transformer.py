@@ -6,15 +6,20 @@ from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
 from fastdeit.blocks.adapters.timm import describe_trunk
-from fastdeit.blocks.checklist import TrunkVerdict, judge_trunk, why_global_hook, why_not_plain_call, why_not_trunk_call
+from fastdeit.blocks.call_rules import why_global_hook, why_not_plain_call, why_not_trunk_call
+from fastdeit.blocks.checklist import TrunkVerdict, judge_trunk, why_called
 from fastdeit.blocks.embedding import blank_image, embed, why_not_embedding, why_not_embedding_call
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
-from fastdeit.blocks.run import run_trunk
+from fastdeit.blocks.run import dropped_out, run_trunk
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.blocks.spec import Trunk
+from fastdeit.plan.planned import planned
+from fastdeit.plan.surroundings import why_parts_called
+
+_Answer = tuple[Trunk, tuple[TrunkVerdict, str | None]]  # what `looked_at` gives for one of these models
 
 
-class _FusedVisionTransformer(FusedModule):
+class FusedTrunk(FusedModule):
     """The forward of both models. `forward_features` and `forward_intermediates` stay timm's."""
 
     describe = describe_trunk
@@ -54,21 +59,38 @@ class _FusedVisionTransformer(FusedModule):
         return reason or why_not_embedding_call(self, images)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if not isinstance(self, _FusedVisionTransformer):  # a bound method that someone kept from before `restore`
+        if not isinstance(self, FusedTrunk):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
-        description, (verdict, embedding) = looked_at(self)
-        reason = _why_masked(attn_mask, is_causal) or why_not_plain_call(x) or verdict.model or why_global_hook()
-        if reason is not None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        answer = looked_at(self)
+        if _why_masked(attn_mask, is_causal) is None:
+            run, why_called = (functools.partial(f, answer) for f in (self._prefix_tokens, self._why_called))
+            tokens = planned(self, answer, run, x, why_called)
+            if tokens is not None:
+                return self.forward_head(tokens)
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+
+    def _why_called(self, answer: _Answer) -> str | None:
+        """Why `_prefix_tokens` calls modules."""
+        description, (verdict, embedding) = answer
+        for name in ("pos_drop", "patch_drop", "norm_pre"):
+            if why_called(getattr(self, name)) is not None:
+                embedding = embedding or f"{name} is called"
+        return verdict.model or embedding or verdict.norm or verdict.block or why_parts_called(description, verdict)
+
+    def _prefix_tokens(self, answer: _Answer, x: Tensor) -> Tensor | None:
+        """What the heads read of images x (B, 3, H, W), at least; None where timm's code runs around everything."""
+        description, (verdict, embedding) = answer
+        if (why_not_plain_call(x) or verdict.model or why_global_hook()) is not None:
+            return None
         if embedding is None and why_not_embedding_call(self, x) is None:
             tokens = embed(self, x)
         else:
             tokens = self._pos_embed(self.patch_embed(x))
-        tokens = self.norm_pre(self.patch_drop(tokens))
+        tokens = dropped_out(self.norm_pre, dropped_out(self.patch_drop, tokens))
         reason = why_not_plain_call(tokens) or verdict.norm or verdict.block or why_not_trunk_call(verdict, tokens)
         if reason is not None:
-            return self.forward_head(self.norm(self.blocks(tokens)))
-        return self.forward_head(run_trunk(description, verdict, tokens))
+            return self.norm(self.blocks(tokens))
+        return run_trunk(description, verdict, tokens)
 
 
 def _why_masked(attn_mask: Tensor | None, is_causal: bool) -> str | None:
@@ -85,9 +107,7 @@ def _init_with_fused_parts(source: type[nn.Module]):
     return __init__
 
 
-class VisionTransformer(
-    _FusedVisionTransformer, vision_transformer.VisionTransformer, source=vision_transformer.VisionTransformer
-):
+class VisionTransformer(FusedTrunk, vision_transformer.VisionTransformer, source=vision_transformer.VisionTransformer):
     """timm's VisionTransformer (Dosovitskiy et al. 2021; DeiT, Touvron et al. 2021) with timm's constructor.
 
     `forward` takes (B, 3, H, W) and returns (B, num_classes). One op makes the tokens. Each residual addition is made in the
@@ -98,9 +118,7 @@ class VisionTransformer(
     __init__ = _init_with_fused_parts(vision_transformer.VisionTransformer)
 
 
-class VisionTransformerDistilled(
-    _FusedVisionTransformer, deit.VisionTransformerDistilled, source=deit.VisionTransformerDistilled
-):
+class VisionTransformerDistilled(FusedTrunk, deit.VisionTransformerDistilled, source=deit.VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (Touvron et al. 2021, section 4), class and distillation token; as `VisionTransformer`."""
 
     __init__ = _init_with_fused_parts(deit.VisionTransformerDistilled)

@@ -18,8 +18,11 @@ from fastdeit.ops.matmul import (
     without_autocast,
 )
 from fastdeit.ops.mlp_op import ACTIVATIONS
+from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
 from fastdeit.refusals import or_reference
+
+_passed = PassedCalls()
 
 
 @or_reference
@@ -52,11 +55,13 @@ def linear(
         TypeError: an argument is not a floating-point tensor, or weight and bias differ from x in dtype outside autocast.
         ValueError: activation is another, or a shape or device does not fit.
     """
-    _check(x, weight, bias, activation, residual, gamma, drop_path_scale)
-    options = dict(activation=activation, residual=residual, gamma=gamma, drop_path_scale=drop_path_scale)
-    if why_reference(x) is not None or lacks_elements(weight):
-        return linear_reference(x, weight, bias, **options, save_preactivation=save_preactivation)
     tensors = (x, weight, bias, gamma, drop_path_scale, residual)
+    if not _passed.has(tensors, activation):
+        _check(x, weight, bias, activation, residual, gamma, drop_path_scale)
+        options = dict(activation=activation, residual=residual, gamma=gamma, drop_path_scale=drop_path_scale)
+        if why_reference(x) is not None or lacks_elements(weight):
+            return linear_reference(x, weight, bias, **options, save_preactivation=save_preactivation)
+        _passed.add(tensors, activation)
     out, z = linear_unchecked(*tensors, activation, backends.product_dtype(x), save_preactivation)
     return (out, z.view(out.shape)) if save_preactivation else out
 
@@ -137,7 +142,7 @@ def _forward(
 
     low = x.to(matmul_dtype)
     needs_z = save_preactivation or (saves and activation is not None)
-    with without_autocast(x):
+    with without_autocast():
         out, z = linear_forward(
             low.reshape(-1, x.shape[-1]),
             weight,
@@ -174,7 +179,7 @@ def _backward(grads, saved, options, grad_dtypes):
     rows = None if x is None else x.reshape(-1, shape[-1])
     dy = dy.reshape(-1, weight.shape[0]).contiguous()
     dx = dweight = dbias = dgamma = None
-    with without_autocast(dy):
+    with without_autocast():
         sum_dtype = None
         if activation is None:
             needs_sum = dbias_dtype is not None or dgamma_dtype is not None
@@ -182,8 +187,8 @@ def _backward(grads, saved, options, grad_dtypes):
         g, g_sum = scale_add_backward(dy, contiguous(drop_path_scale), matmul_dtype, sum_dtype)
         if activation is not None:
             dh = g if gamma is None else fold_forward(g, None, matmul_dtype, column_scale=gamma)[0]
-            wanted = dict(needs_h=dgamma_dtype is not None, dbias_dtype=dbias_dtype)
-            dz, h, dbias = activation_backward(dh, z, activation, **wanted)
+            needs = dict(needs_h=dgamma_dtype is not None, dbias_dtype=dbias_dtype)
+            dz, h, dbias = activation_backward(dh, z, activation, **needs)
             if dgamma_dtype is not None:
                 dgamma = (g.float() * h.float()).sum(0)
             if dweight_dtype is not None:
@@ -193,10 +198,9 @@ def _backward(grads, saved, options, grad_dtypes):
         else:
             if dx_dtype is not None:
                 dx = torch.mm(g, fold_forward(weight, None, matmul_dtype, row_scale=gamma)[0]).view(shape)
-            wanted = (dweight_dtype, dbias_dtype, dgamma_dtype)
-            dweight, dbias, dgamma = parameter_gradients(g, g_sum, rows, weight, bias, gamma, *wanted)
-    found = zip((dx, dweight, dbias, dgamma), grad_dtypes, strict=False)
-    return *(None if dtype is None else as_dtype(grad, dtype) for grad, dtype in found), None, None
+            dweight, dbias, dgamma = parameter_gradients(g, g_sum, rows, weight, bias, gamma, *grad_dtypes[1:4])
+    input_grads = zip((dx, dweight, dbias, dgamma), grad_dtypes, strict=False)
+    return *(None if dtype is None else as_dtype(grad, dtype) for grad, dtype in input_grads), None, None
 
 
 def _fake(x, weight, bias, gamma, drop_path_scale, residual, activation, matmul_dtype, save_preactivation):

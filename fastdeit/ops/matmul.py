@@ -1,7 +1,5 @@
 """What the ops that multiply matrices share: dtypes of products, and gradients of weights."""
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -28,10 +26,9 @@ def lacks_elements(*weights: Tensor) -> bool:
     return any(weight.numel() == 0 for weight in weights)
 
 
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """In it products run in the dtypes they are given, the fp32 ones of parameters too."""
-    # A fifth of what torch.autocast(..., enabled=False) costs.
-    return torch._C._DisableAutocast() if torch.is_autocast_enabled(x.device.type) else contextlib.nullcontext()
+# A context: in it products run in the dtypes they are given, the fp32 ones of parameters too. It costs a fifth of what
+# torch.autocast(..., enabled=False) does.
+without_autocast = torch._C._DisableAutocast
 
 
 def weight_gradient(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastdeit import backends
 from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.matmul import lacks_elements, weight_gradient
+from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
 from fastdeit.refusals import or_reference
 
@@ -20,6 +21,9 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
 }
+
+
+_passed = PassedCalls()
 
 
 @or_reference
@@ -43,10 +47,13 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         TypeError: x or a weight is not a floating-point tensor, or they differ in dtype outside autocast.
         ValueError: activation is another, or the shape or device of a weight does not fit.
     """
-    check_mlp(x, w1, b1, w2, b2, activation)
-    if why_reference(x) is not None or lacks_elements(w1, w2):
-        return mlp_reference(x, w1, b1, w2, b2, activation=activation)
-    (y,) = mlp_unchecked(x, w1, b1, w2, b2, activation, backends.product_dtype(x))
+    tensors = (x, w1, b1, w2, b2)
+    if not _passed.has(tensors, activation):
+        check_mlp(*tensors, activation)
+        if why_reference(x) is not None or lacks_elements(w1, w2):
+            return mlp_reference(*tensors, activation=activation)
+        _passed.add(tensors, activation)
+    (y,) = mlp_unchecked(*tensors, activation, backends.product_dtype(x))
     return y
 
 
@@ -137,8 +144,8 @@ def _backward(grads, saved, options, grad_dtypes):
     if db2_dtype is not None:
         db2 = dy.sum(0, dtype=torch.float32).to(db2_dtype)
     if any(dtype is not None for dtype in (dx_dtype, dw1_dtype, db1_dtype)):
-        wanted = dict(needs_h=needs_h, dbias_dtype=db1_dtype)
-        dz, h, db1 = activation_gradient(dy, w2.to(matmul_dtype), z, activation, **wanted)
+        needs = dict(needs_h=needs_h, dbias_dtype=db1_dtype)
+        dz, h, db1 = activation_gradient(dy, w2.to(matmul_dtype), z, activation, **needs)
         if dw1_dtype is not None:
             dw1 = weight_gradient(dz, x.reshape(-1, shape[-1]), dw1_dtype)
         if dx_dtype is not None:

@@ -109,19 +109,19 @@ class Op:
         if grads[0] is None:
             shape, dtype = ctx.result
             grads = (_first_tensor(saved).new_zeros(shape, dtype=dtype), *grads[1:])
-        asked = list(ctx.grad_dtypes)
-        one = self._added is not None and asked[0] is not None and asked[0] == asked[1]
-        one = one and all(saved[field] is None for field in self._added)
-        if one:
-            asked[1] = None
+        dtypes = list(ctx.grad_dtypes)
+        shared = self._added is not None and dtypes[0] is not None and dtypes[0] == dtypes[1]
+        shared = shared and all(saved[field] is None for field in self._added)
+        if shared:
+            dtypes[1] = None
         if self._passed_on is not None:
-            asked[self._passed_on] = None
-        found = list(backward(grads, saved, ctx.options, asked))
-        if one:
-            found[1] = found[0]
+            dtypes[self._passed_on] = None
+        input_grads = list(backward(grads, saved, ctx.options, dtypes))
+        if shared:
+            input_grads[1] = input_grads[0]
         if self._passed_on is not None and ctx.grad_dtypes[self._passed_on] is not None:
-            found[self._passed_on] = grads[0].to(ctx.grad_dtypes[self._passed_on])
-        return found
+            input_grads[self._passed_on] = grads[0].to(ctx.grad_dtypes[self._passed_on])
+        return input_grads
 
     # ---- eager
 
@@ -193,8 +193,8 @@ class Op:
         def backward(grads, saved, options, grad_dtypes):
             return map(_or_none, self._registered_backward(*grads, *saved, *grad_dtypes, *ctx.shapes, *options))
 
-        found = self._gradients(ctx, grads[: self._outputs], self._saved._make(saved), backward)
-        return *found, *self._no_options, None
+        input_grads = self._gradients(ctx, grads[: self._outputs], self._saved._make(saved), backward)
+        return *input_grads, *self._no_options, None
 
     def _run_backward(self, *arguments):
         grads, saved, grad_dtypes, _, options = self._split(arguments)
@@ -206,8 +206,8 @@ class Op:
         if self._fake_backward is not None:
             return list(_tensors(self._fake_backward(saved, grad_dtypes), like=like))
         each = zip(shapes, grad_dtypes, strict=True)
-        found = (None if dtype is None else like.new_empty(shape, dtype=dtype) for shape, dtype in each)
-        return list(_tensors(found, like=like))
+        input_grads = (None if dtype is None else like.new_empty(shape, dtype=dtype) for shape, dtype in each)
+        return list(_tensors(input_grads, like=like))
 
     def _split(self, arguments):
         """Of the registered backward's arguments: grads of the outputs, saved, grad_dtypes, shapes of the tensors, options."""

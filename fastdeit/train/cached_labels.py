@@ -41,12 +41,41 @@ STORE_EVERY = 60  # seconds
 FILES_READ = 1000
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")  # that augment
 BEFORE = {"decoder": "pillow", "resize": "pillow"}  # of a file that does not say
-FIELDS_OF_LABELS = (
-    "seed", "batch_size", "repeated_aug", "img_size", "in_chans", "mean", "std", "interpolation", "resize",
-    "simple_random_crop", "scale", "ratio", "hflip", "vflip", "three_augment", "aa", "color_jitter", "color_jitter_prob",
-    "grayscale_prob", "gaussian_blur_prob", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
-    "mixup_switch_prob", "mixup_mode", "mixup_off_epoch", "precision", "teacher_model", "teacher_kwargs",
-)  # fmt: skip
+FIELDS_OF_LABELS = [
+    "seed",
+    "batch_size",
+    "repeated_aug",
+    "img_size",
+    "in_chans",
+    "mean",
+    "std",
+    "interpolation",
+    "resize",
+    "simple_random_crop",
+    "scale",
+    "ratio",
+    "hflip",
+    "vflip",
+    "three_augment",
+    "aa",
+    "color_jitter",
+    "color_jitter_prob",
+    "grayscale_prob",
+    "gaussian_blur_prob",
+    "reprob",
+    "remode",
+    "recount",
+    "mixup",
+    "cutmix",
+    "cutmix_minmax",
+    "mixup_prob",
+    "mixup_switch_prob",
+    "mixup_mode",
+    "mixup_off_epoch",
+    "precision",
+    "teacher_model",
+    "teacher_kwargs",
+]
 
 
 def label_header(config: Config, data: Data, device: torch.device, ranks: int, teacher_hash: str) -> dict[str, Any]:

@@ -23,20 +23,18 @@ PLACES = ("data", "data_dir", "data_download")  # fields that say where the data
 METADATA_KEY = "fastdeit"
 BAD_STATE = "nonfinite.state.pt"  # of a run that stopped at a loss or a gradient that was not finite, before that step
 STATE_KEYS = {
-    *(
-        "config",
-        "classes",
-        "data",
-        "epoch",
-        "step",
-        "loss_sum",
-        "model",
-        "ema",
-        "optimizer",
-        "scaler",
-        "history",
-        "best",
-    ),
+    "config",
+    "classes",
+    "data",
+    "epoch",
+    "step",
+    "loss_sum",
+    "model",
+    "ema",
+    "optimizer",
+    "scaler",
+    "history",
+    "best",
 }
 
 
@@ -78,7 +76,7 @@ def read_metadata(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]]:
         )
     try:
         facts = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata `{METADATA_KEY}` is not JSON: {error}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise ValueError(f"{path}: metadata `{METADATA_KEY}` holds {text[:80]}, expected an object with a `config`")
@@ -105,13 +103,18 @@ def load_weights(model: nn.Module, path: Path, classes: Sequence[str] | None = N
 
 
 def check_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ValueError unless both have the same names and shapes."""
+    """Raises ValueError unless both have the same names and shapes, and real numbers where these are expected."""
     differences = [f"no {name}" for name in expected if name not in found]
     differences += [f"an unknown {name}" for name in found if name not in expected]
     differences += [
         f"{name} of shape {tuple(found[name].shape)} where the model has {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
+    ]
+    differences += [
+        f"{name} of {found[name].dtype} where the model has {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in found and found[name].is_floating_point() != tensor.is_floating_point()
     ]
     if differences:
         more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""

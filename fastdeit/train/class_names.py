@@ -20,7 +20,7 @@ def stored_classes(metadata: Mapping[str, str], path: Path) -> tuple[str, ...] |
         return None
     try:
         names = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata `{CLASSES_KEY}` is not JSON: {error}") from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(

@@ -14,27 +14,63 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LONGEST_NAME = 200  # bytes; file systems allow 255, and -2, -3... follow
 TAKEN_KWARGS = {"num_classes", "img_size", "in_chans", "drop_path_rate", "pretrained"}
 LARGEST_KWARG = 1e5  # of timm.create_model: widths, depths, sizes
+LARGEST_RESIZED = 2**14  # pixels of the shorter side, before the crop of evaluation
 LARGEST = 1e18  # of any number; products of two are finite in float32
 MOST = {  # far beyond any use, and short of what hangs or brings down the machine
-    "workers": 1024, "prefetch": 1024, "threads": 4096, "repeated_aug": 1024, "recount": 1024, "img_size": 4096,
-    "epochs": 10**6, "batch_size": 2**24, "num_classes": 10**7, "grad_accum_steps": 2**24, "mixup": 1e6, "cutmix": 1e6,
-    "color_jitter": 1e6, "crop_pct": 100, "teacher_epochs": 10**6, "warmup_epochs": 10**6, "seed": 2**63 - 1,
-}  # fmt: skip
+    "workers": 1024,
+    "prefetch": 1024,
+    "threads": 4096,
+    "repeated_aug": 1024,
+    "recount": 1024,
+    "img_size": 4096,
+    "epochs": 10**6,
+    "batch_size": 2**24,
+    "num_classes": 10**7,
+    "grad_accum_steps": 2**24,
+    "mixup": 1e6,
+    "cutmix": 1e6,
+    "color_jitter": 1e6,
+    "crop_pct": 100,
+    "teacher_epochs": 10**6,
+    "warmup_epochs": 10**6,
+    "seed": 2**63 - 1,
+}
 
 
 def check_config(config: "Config") -> None:
     """Raises ValueError for a field out of range, and for fields that contradict each other."""
     c = config
     _check_texts(c)
-    at_least_1 = (
-        "epochs", "batch_size", "img_size", "threads", "repeated_aug", "recount", "num_classes", "prefetch",
-        "grad_accum_steps", "keep_best",
-    )  # fmt: skip
-    not_negative = (
-        "seed", "workers", "mixup", "cutmix", "teacher_epochs", "lr_base_size", "weight_decay", "warmup_epochs", "warmup_lr",
-        "min_lr", "color_jitter", "max_bad_images", "mixup_off_epoch", "checkpoint_minutes", "checkpoint_steps",
-    )  # fmt: skip
-    positive = (
+    at_least_1 = [
+        "epochs",
+        "batch_size",
+        "img_size",
+        "threads",
+        "repeated_aug",
+        "recount",
+        "num_classes",
+        "prefetch",
+        "grad_accum_steps",
+        "keep_best",
+    ]
+    not_negative = [
+        "seed",
+        "workers",
+        "mixup",
+        "cutmix",
+        "teacher_epochs",
+        "lr_base_size",
+        "weight_decay",
+        "warmup_epochs",
+        "warmup_lr",
+        "min_lr",
+        "color_jitter",
+        "max_bad_images",
+        "mixup_off_epoch",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+    ]
+    positive = [
         "lr",
         "teacher_lr",
         "opt_eps",
@@ -43,11 +79,23 @@ def check_config(config: "Config") -> None:
         "crop_pct",
         "layer_decay",
         "max_image_megapixels",
-    )
-    shares = (
-        "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "distillation_alpha", "model_ema_decay",
-        "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "drop", "bce_target_thresh",
-    )  # fmt: skip
+    ]
+    shares = [
+        "hflip",
+        "reprob",
+        "mixup_prob",
+        "mixup_switch_prob",
+        "smoothing",
+        "drop_path",
+        "distillation_alpha",
+        "model_ema_decay",
+        "vflip",
+        "color_jitter_prob",
+        "grayscale_prob",
+        "gaussian_blur_prob",
+        "drop",
+        "bce_target_thresh",
+    ]
     for name, most in MOST.items():
         value = getattr(c, name)
         if value is not None and value > most:
@@ -96,6 +144,9 @@ def check_config(config: "Config") -> None:
         most = {"scale": 1, "ratio": 1000}[name]
         if not 0 < low <= high <= most:
             raise ValueError(f"{name}: expected [low, high] with 0 < low <= high <= {most}, got {[low, high]}")
+    if c.img_size / c.crop_pct > LARGEST_RESIZED:
+        least = f"{c.img_size / LARGEST_RESIZED:.3g}, which resizes images to {LARGEST_RESIZED} pixels"
+        raise ValueError(f"crop_pct: expected at least {least}, got {c.crop_pct}")
     if c.cutmix_minmax is not None and not 0 <= c.cutmix_minmax[0] <= c.cutmix_minmax[1] <= 1:
         raise ValueError(f"cutmix_minmax: expected [low, high] with 0 <= low <= high <= 1, got {c.cutmix_minmax}")
     if not all(abs(value) <= 1e3 for value in c.mean):

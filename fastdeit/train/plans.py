@@ -125,8 +125,11 @@ def why_not_planned(steps: Sequence[tuple[str, Any]]) -> str | None:
         if isinstance(inner, transforms.ColorJitter) and inner.hue is not None:
             return f"{option}: a change of hue has no operation in a plan"
         known = (
-            *(auto_augment.RandAugment, auto_augment.AutoAugment),
-            *(transforms.ColorJitter, transforms.RandomGrayscale, transforms.GaussianBlur),
+            auto_augment.RandAugment,
+            auto_augment.AutoAugment,
+            transforms.ColorJitter,
+            transforms.RandomGrayscale,
+            transforms.GaussianBlur,
         )
         if not isinstance(inner, known):
             return f"{option}: {type(inner).__name__} has no operation in a plan"

@@ -125,6 +125,11 @@ def use_gemm(backend: str, tile: Tile | None = None) -> Iterator[None]:
         _forced = previous
 
 
+def gemm_in_force() -> Gemm | None:
+    """What `use_gemm` put in the place of the table's choices; None outside of it."""
+    return _forced
+
+
 def _forced_for(epilogue: str, arch: int) -> Gemm:
     fitting = [gemm for gemm in candidates(arch, epilogue) if gemm.backend == _forced.backend]
     if not fitting:

@@ -19,6 +19,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdeit.kernels.runtime.observer import launch_observer
 from fastdeit.kernels.runtime.refusal import refusal
 
 # The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
@@ -29,6 +30,17 @@ _DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
 def launches_directly() -> bool:
     """Whether launches take the direct call, which needs a version of Triton that was tested."""
     return _DIRECT
+
+
+def nothing_between() -> bool:
+    """Whether a launch in this thread is the direct call and nothing else: no hook of Triton's, and nothing only compiled."""
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return (
+        _DIRECT
+        and (enter is None or (type(enter) is HookChain and not enter.calls))
+        and (leave is None or (type(leave) is HookChain and not leave.calls))
+        and _runs()
+    )
 
 
 _INT32 = 2**31
@@ -54,6 +66,16 @@ class _Compiled(NamedTuple):
     kernel: CompiledKernel
     run: Any  # the launcher, which takes what follows after grid and stream
     leading: tuple  # function handle, launch attributes, scratch memory, packed metadata
+
+
+class DirectLaunch(NamedTuple):
+    """A launch that was made by the direct call, as a `LaunchObserver` is told of it."""
+
+    kernel: JITFunction
+    compiled: _Compiled
+    grid: tuple[int, int, int]
+    args: tuple
+    constexprs: tuple
 
 
 def launch(
@@ -171,6 +193,8 @@ def _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, ma
         metadata = compiled.kernel.launch_metadata(grid, stream, *args, *constexprs)
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *args, *constexprs)
+    if (observer := launch_observer()) is not None:
+        observer.launched(DirectLaunch(kernel, compiled, (x, y, z), args, constexprs))
 
 
 def descriptor(
@@ -235,6 +259,8 @@ def _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_f
     options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     if not fp_fusion:
         options["enable_fp_fusion"] = False
+    if (observer := launch_observer()) is not None:
+        observer.launched_publicly()
     try:
         if _runs():
             return kernel[grid](*args, *constexprs, **options)

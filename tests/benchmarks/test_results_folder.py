@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from fastdeit.benchmarks import results_folder as pieces
+from fastdeit.benchmarks import results_folder
 
 
 @pytest.fixture
-def folder(tmp_path) -> pieces.Folder:
-    folder = pieces.Folder(tmp_path / "results")
+def folder(tmp_path) -> results_folder.Folder:
+    folder = results_folder.Folder(tmp_path / "results")
     folder.begin(dict(gpu="G", toy=False))
     return folder
 
@@ -24,7 +24,7 @@ def test_results_come_in_the_order_of_importance_with_what_is_missing(folder):
     folder.plan(["a-1", "c-1"])
     folder.write("c-1", document("c"))
     folder.write("b-1", document("b"))
-    identity, benchmarks, missing = pieces.read(folder.directory)
+    identity, benchmarks, missing = results_folder.read(folder.directory)
     assert identity == dict(gpu="G", toy=False)
     assert [b["name"] for b in benchmarks] == ["b", "c"] and missing == ["a-1"]
 
@@ -35,7 +35,7 @@ def test_a_write_that_is_stopped_leaves_what_was_there(folder, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         folder.write("a-1", document("second"))
-    assert pieces.read(folder.directory)[1][0]["name"] == "first"
+    assert results_folder.read(folder.directory)[1][0]["name"] == "first"
 
 
 def test_what_changed_since_the_first_run_is_named(folder):
@@ -47,8 +47,8 @@ def test_what_changed_since_the_first_run_is_named(folder):
 def test_a_case_that_ended_its_process_is_a_row(folder):
     folder.plan(["attention-8-forward"])
     folder.write_failure("attention-8-forward", "failed: the process ended with -11 after 3 s")
-    (benchmark,) = pieces.read(folder.directory)[1]
-    assert pieces.suite_of(benchmark) == "attention"
+    (benchmark,) = results_folder.read(folder.directory)[1]
+    assert results_folder.suite_of(benchmark) == "attention"
     (row,) = benchmark["extra_info"]["rows"]
     assert row["status"] == "failed: the process ended with -11 after 3 s" and row["median_us"] is None
 
@@ -63,7 +63,7 @@ def test_the_case_at_work_is_known_until_it_ends(folder):
 
 
 def test_two_cases_have_two_files():
-    names = {pieces.file_name(case) for case in ("a-1 x", "a-1/x", "a-1.5", "a-15")}
+    names = {results_folder.file_name(case) for case in ("a-1 x", "a-1/x", "a-1.5", "a-15")}
     assert len(names) == 3  # the first two are told apart by no suite's labels
     assert all("/" not in name and " " not in name for name in names)
 
@@ -73,38 +73,41 @@ def test_what_is_no_result_is_named(tmp_path, content):
     file = tmp_path / "other.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"other\.json: expected results that fastdeit bench wrote"):
-        pieces.read(file)
+        results_folder.read(file)
     with pytest.raises(ValueError, match="expected results that fastdeit bench wrote"):
-        pieces.read(tmp_path)
+        results_folder.read(tmp_path)
 
 
 def test_the_file_of_a_whole_pytest_run_is_read_too(tmp_path):
     info = dict(environment=dict(gpu="G"), shape={}, rows=[dict(candidate="fastdeit")])
     (tmp_path / "all.json").write_text(json.dumps(dict(benchmarks=[dict(name="test_x[1]", extra_info=info)])))
-    identity, benchmarks, missing = pieces.read(tmp_path / "all.json")
+    identity, benchmarks, missing = results_folder.read(tmp_path / "all.json")
     assert identity == dict(gpu="G") and len(benchmarks) == 1 and missing == []
 
 
 def test_the_source_hash_follows_every_file_of_the_package(monkeypatch):
     from pathlib import Path
 
-    now = pieces.source_hash()
-    assert pieces.source_hash() == now
+    now = results_folder.source_hash()
+    assert results_folder.source_hash() == now
     read = Path.read_bytes
     for name in ("kernels/attention/forward.py", "benchmarks/timing.py", "nn/block.py"):
         edited = lambda path, name=name: read(path) + (b"#" if path.as_posix().endswith(name) else b"")  # noqa: E731
         monkeypatch.setattr(Path, "read_bytes", edited)
-        assert pieces.source_hash() != now
+        assert results_folder.source_hash() != now
 
 
 def test_results_that_would_not_compare_have_other_names():
     identity = dict(gpu="G", driver_version="1", source="a")
-    assert pieces.digest(identity) == pieces.digest(dict(reversed(identity.items())))
-    assert len({pieces.digest(identity | change) for change in ({}, dict(driver_version="2"), dict(source="b"))}) == 3
+    assert results_folder.digest(identity) == results_folder.digest(dict(reversed(identity.items())))
+    assert (
+        len({results_folder.digest(identity | change) for change in ({}, dict(driver_version="2"), dict(source="b"))})
+        == 3
+    )
 
 
 def test_a_quick_runs_case_is_done_for_quick_runs_alone(tmp_path):
-    folder = pieces.Folder(tmp_path)
+    folder = results_folder.Folder(tmp_path)
     folder.begin({})
     for case, quick in (("a-1", True), ("a-2", False)):
         folder.write(case, dict(benchmarks=[dict(name=case, extra_info=dict(quick=quick))]))

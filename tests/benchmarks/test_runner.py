@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from fastdeit.benchmarks import results_folder as pieces
-from fastdeit.benchmarks import runner
+from fastdeit.benchmarks import results_folder, runner
 from fastdeit.benchmarks.runner import Limits
 
 CHILD = """
@@ -30,12 +29,12 @@ def measure(tmp_path, monkeypatch):
     """measure(code): runs a process that executes code at each case instead of pytest."""
 
     def run(at_work: str, total=60, case=30):
-        folder = pieces.Folder(tmp_path / "results")
+        folder = results_folder.Folder(tmp_path / "results")
         folder.begin({})
         words = [sys.executable, "-c", CHILD.replace("{at_work}", at_work), str(folder.directory)]
         monkeypatch.setattr(runner, "_command", lambda *_: words)
         code = runner.measure(folder, [], Limits(total, case, case), [])
-        _, benchmarks, missing = pieces.read(folder.directory)
+        _, benchmarks, missing = results_folder.read(folder.directory)
         return code, [b["extra_info"]["rows"][0]["status"] for b in benchmarks], missing
 
     return run

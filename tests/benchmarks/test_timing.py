@@ -385,15 +385,15 @@ def test_the_environment_names_versions():
 @pytest.mark.gpu
 @pytest.mark.numeric
 def test_on_a_gpu_backward_is_captured_and_costs_what_it_should():
-    from fastdeit.benchmarks.baselines import op_baselines as peers
+    from fastdeit.benchmarks.baselines import op_baselines as baselines
 
     def inputs():
         x, w = torch.randn(2, 4096, 4096, device="cuda", dtype=torch.bfloat16).unbind()
         return x, w.clone(), torch.randn_like(x)
 
     rows = timing.measure(
-        {name: wrap(torch.matmul, 2) for name, wrap in peers.DIRECTIONS.items()}
-        | {"compiled backward": peers.backward(peers.compiled(torch.matmul), 2)},
+        {name: wrap(torch.matmul, 2) for name, wrap in baselines.DIRECTIONS.items()}
+        | {"compiled backward": baselines.backward(baselines.compiled(torch.matmul), 2)},
         inputs,
     )
     assert [(row.status, row.timed_by) for row in rows] == [("ok", "graph replay")] * 4

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastdeit import backends
-from fastdeit.blocks.checklist import why_not_attention_call, why_not_block_call, why_not_plain_call
+from fastdeit.blocks.call_rules import why_not_attention_call, why_not_block_call, why_not_plain_call
 from fastdeit.blocks.snapshot import Snapshot, looked_at
 from fastdeit.kernels.attention.config import HANDED_OVER, Shapes
 from fastdeit.nn import Block
@@ -26,9 +26,10 @@ HOOKS = {
 
 
 @pytest.fixture(autouse=True)
-def kernels_run(monkeypatch):
+def kernels_run():
     """As on a GPU: neither device nor dtype is in the way."""
-    monkeypatch.setattr(backends, "_why_kernels_cannot_run", lambda x, products: None)
+    with backends.kernels_for_all_tensors():
+        yield
 
 
 def block(**kwargs) -> Block:
@@ -39,7 +40,7 @@ def tokens(dtype=torch.float32):
     return torch.randn(2, 5, 64, dtype=dtype)
 
 
-def runs_whole(module, x) -> bool:
+def all_fused(module, x) -> bool:
     """Whether all of the block runs fused, its last addition left to what follows, without a call of any of its modules."""
     description, verdict = looked_at(module)
     if verdict.deferred is not None or any(verdict.parts):
@@ -96,25 +97,25 @@ def half_scale():
 
 
 @pytest.mark.parametrize("kind", USUAL)
-def test_usual_blocks_run_whole(kind):
+def test_all_of_a_usual_block_runs_fused(kind):
     module = USUAL[kind]()
-    assert runs_whole(module, tokens())
+    assert all_fused(module, tokens())
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_unusual_ones_are_left_to_the_others(kind):
     module = UNUSUAL[kind]()
     x = torch.randn(2, 5, 60) if "without" in kind else tokens()
-    assert not runs_whole(module, x)
+    assert not all_fused(module, x)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("child", CHILDREN)
 def test_whatever_is_put_between_is_seen(child, hook):
     module = block(init_values=0.1, drop_path=0.5)
-    assert runs_whole(module, tokens())
+    assert all_fused(module, tokens())
     HOOKS[hook](module.get_submodule(child))
-    assert not runs_whole(module, tokens())
+    assert not all_fused(module, tokens())
 
 
 @pytest.mark.parametrize("name", [name for name, _ in Block(64, 2, qkv_bias=True, init_values=0.1).named_parameters()])
@@ -123,7 +124,7 @@ def test_another_kind_of_weight_is_seen(name):
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     owner._parameters[leaf] = Weight(owner._parameters[leaf].detach())
-    assert not runs_whole(module, tokens())
+    assert not all_fused(module, tokens())
 
 
 @pytest.mark.parametrize("child", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "ls1", "drop_path2", "attn.q_norm"])
@@ -131,20 +132,20 @@ def test_another_class_is_seen(child):
     module = block(init_values=0.1, drop_path=0.5)
     owner = module.get_submodule(child)
     owner.__class__ = type("Other", (type(owner),), {})
-    assert not runs_whole(module, tokens())
+    assert not all_fused(module, tokens())
 
 
 def test_attention_maps_asked_for_are_seen():
     module = block()
     module.attn.fused_attn = False
-    assert not runs_whole(module, tokens())
+    assert not all_fused(module, tokens())
 
 
 @pytest.mark.parametrize("cls", [timm.layers.Mlp, nn.GELU, nn.Dropout, timm.layers.LayerScale, timm.layers.DropPath])
 def test_a_replaced_forward_of_a_class_is_seen(monkeypatch, cls):
     module = block(init_values=0.1, drop_path=0.5)
     monkeypatch.setattr(cls, "forward", lambda self, x: x)
-    assert not runs_whole(module, tokens())
+    assert not all_fused(module, tokens())
 
 
 @pytest.mark.parametrize("name", ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"])
@@ -156,21 +157,21 @@ def test_a_weight_that_is_no_parameter_is_seen(name, weight):
     tensor = getattr(owner, weight).detach()
     delattr(owner, weight)
     setattr(owner, weight, tensor)
-    assert not runs_whole(module, tokens())
+    assert not all_fused(module, tokens())
 
 
 def test_what_is_handed_over_is_asked_about(monkeypatch):
     monkeypatch.setitem(HANDED_OVER, 90, (Shapes(32, range(1, 9), range(1, 99), True),))
-    assert not runs_whole(block(), tokens())
+    assert not all_fused(block(), tokens())
 
 
 def test_the_backend_decides():
     with backends.use_backend("reference"):
-        assert not runs_whole(block(), tokens())
+        assert not all_fused(block(), tokens())
 
 
 def test_images_are_no_tokens():
-    assert not runs_whole(block(), torch.randn(2, 5, 5, 64))
+    assert not all_fused(block(), torch.randn(2, 5, 5, 64))
 
 
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "drop_path": 0.5}], ids=["DeiT", "DeiT III"])

@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from fastdeit.benchmarks import results_folder as pieces
-from fastdeit.benchmarks import runner
+from fastdeit.benchmarks import results_folder, runner
 from fastdeit.commands import bench as command
 from fastdeit.commands import cli
 from fastdeit.kernels.gemm.config import EPILOGUES
@@ -33,7 +32,7 @@ def results(tmp_path_factory):
 
 def test_every_suite_runs_and_every_row_has_its_figures(results):
     out, _ = results
-    identity, benchmarks, missing = pieces.read(out)
+    identity, benchmarks, missing = results_folder.read(out)
     assert identity["toy"] and identity["torch"] == torch.__version__ and not missing
     assert {b["extra_info"]["suite"] for b in benchmarks} == set(command.suites())
     for benchmark in benchmarks:
@@ -52,7 +51,7 @@ def test_every_work_of_the_mlp_runs(tmp_path):
     words = ("full", "--toy", "--only", "mlp", "-k", "198-768-256-", "--out", tmp_path / "r")
     done = bench(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    _, benchmarks, _ = pieces.read(tmp_path / "r")
+    _, benchmarks, _ = results_folder.read(tmp_path / "r")
     works = [benchmark["extra_info"]["shape"] for benchmark in benchmarks]
     assert len({(shape["work"], shape["direction"]) for shape in works}) == len(works) == 10
     assert {shape["work"] for shape in works} >= {"branch", "mlp", *EPILOGUES}
@@ -81,12 +80,12 @@ def test_time_that_is_over_leaves_cases_for_later(tmp_path):
     done = bench("quick", "--toy", "--out", tmp_path / "r", "--only", "mlp", "--seconds", "7", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cases are left: the same command goes on with them" in done.stdout
-    assert pieces.read(tmp_path / "r")[2]
+    assert results_folder.read(tmp_path / "r")[2]
 
 
 def test_other_results_are_not_mixed_in(tmp_path, capsys):
-    folder = pieces.Folder(tmp_path / "r")
-    folder.begin(pieces.identity(True) | {"source": "another", "gpu": "G"})
+    folder = results_folder.Folder(tmp_path / "r")
+    folder.begin(results_folder.identity(True) | {"source": "another", "gpu": "G"})
     before = (tmp_path / "r" / "run.json").read_bytes()
     assert cli.main(["bench", "quick", "--toy", "--out", str(tmp_path / "r")]) == 2
     error = capsys.readouterr().err

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from fastdeit.commands import cli
+from fastdeit.train.transform_errors import TransformError
 
 
 def test_help_lists_every_command(capsys):
@@ -34,9 +35,10 @@ def test_unknown_command_is_refused_with_the_list(capsys):
     assert "invalid choice: 'fly'" in capsys.readouterr().err
 
 
-def test_expected_errors_are_one_line_and_exit_code_2(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [ValueError, TransformError])
+def test_expected_errors_are_one_line_and_exit_code_2(monkeypatch, capsys, error):
     module = importlib.import_module(cli.COMMANDS["explain"].module)
-    monkeypatch.setattr(module, "run", lambda args: (_ for _ in ()).throw(ValueError("model: no such name")))
+    monkeypatch.setattr(module, "run", lambda args: (_ for _ in ()).throw(error("model: no such name")))
     assert cli.main(["explain", "nothing"]) == 2
     assert capsys.readouterr().err == "fastdeit explain: model: no such name\n"
 

@@ -6,12 +6,26 @@ from fastdeit.commands import cli
 from fastdeit.train.config import FIELDS, load_config
 
 SHORT = [
-    *("--threads", "1", "--batch-size", "32", "--lr", "4e-3"),
-    *("--teacher-epochs", "2", "--epochs", "4", "--warmup-epochs", "1"),
+    "--threads",
+    "1",
+    "--batch-size",
+    "32",
+    "--lr",
+    "4e-3",
+    "--teacher-epochs",
+    "2",
+    "--epochs",
+    "4",
+    "--warmup-epochs",
+    "1",
 ]
 SMALL = [
-    *("--model-kwargs", "{patch_size: 8, embed_dim: 96, num_heads: 3, depth: 1}"),
-    *("--teacher-model", "regnetx_002", "--teacher-kwargs", "{depth: 8, stem_width: 8}"),
+    "--model-kwargs",
+    "{patch_size: 8, embed_dim: 96, num_heads: 3, depth: 1}",
+    "--teacher-model",
+    "regnetx_002",
+    "--teacher-kwargs",
+    "{depth: 8, stem_width: 8}",
 ]
 CHANCE, DEVIATION = 10.0, 1.6  # of guesses at 360 images of 10 classes, in percent
 

@@ -144,7 +144,7 @@ def test_the_present_choice_is_among_the_candidates_of_every_shape(op):
 def test_a_faster_peer_asks_for_a_hand_over():
     times = {"a": 3.0, "b": 2.0}
     rows = [dict(part="config", config=c, candidate=c, median_us=t, present=c == "a") for c, t in times.items()]
-    rows.append(dict(part="peer", candidate="SDPA flash", median_us=1.0))
+    rows.append(dict(part="baseline", candidate="SDPA flash", median_us=1.0))
     case = dict(case="c", rows=rows)
     assert "0.67x the present choice's time, 2.00x SDPA flash's: hand over" in tune._summary(case)
 

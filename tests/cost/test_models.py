@@ -145,13 +145,19 @@ def test_attention_forward_of_deit_b_moves_311_megabytes():
 
 # Thousands of images a second at 600 TFLOP/s and 4.3 TB/s, batches of 256 at 224 pixels, from an independent accounting.
 KNOWN = {
-    ("Ti", False, "eager", "amp"): 87, ("Ti", False, "eager", "bf16"): 118,
-    ("S", False, "eager", "amp"): 33.7, ("S", False, "eager", "bf16"): 42.3,
-    ("B", False, "eager", "amp"): 11.5, ("B", False, "eager", "bf16"): 13.3,
-    ("Ti", True, "eager", "amp"): 26.3, ("Ti", True, "eager", "bf16"): 34.4,
-    ("S", True, "eager", "amp"): 10.7, ("S", True, "eager", "bf16"): 13.3,
-    ("B", True, "eager", "amp"): 3.70, ("B", True, "eager", "bf16"): 4.27,
-}  # fmt: skip
+    ("Ti", False, "eager", "amp"): 87,
+    ("Ti", False, "eager", "bf16"): 118,
+    ("S", False, "eager", "amp"): 33.7,
+    ("S", False, "eager", "bf16"): 42.3,
+    ("B", False, "eager", "amp"): 11.5,
+    ("B", False, "eager", "bf16"): 13.3,
+    ("Ti", True, "eager", "amp"): 26.3,
+    ("Ti", True, "eager", "bf16"): 34.4,
+    ("S", True, "eager", "amp"): 10.7,
+    ("S", True, "eager", "bf16"): 13.3,
+    ("B", True, "eager", "amp"): 3.70,
+    ("B", True, "eager", "bf16"): 4.27,
+}
 
 
 @pytest.mark.parametrize("key", KNOWN, ids=lambda key: f"{key[0]}-{'training' if key[1] else 'inference'}-{key[3]}")

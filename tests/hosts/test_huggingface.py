@@ -259,9 +259,11 @@ def test_a_version_without_the_class_has_a_reason(make, monkeypatch):
     name = "transformers.models.vit.modeling_vit"
     monkeypatch.setitem(known_hosts._HOSTS, name, ("fastdeit.nn.huggingface", ("ViTBlock",)))
     monkeypatch.setattr(known_hosts, "_unusable", {})
-    monkeypatch.setattr(known_hosts, "FUSED_CLASSES", {
-        source: twin for source, twin in known_hosts.FUSED_CLASSES.items() if source.__module__ != name
-    })  # fmt: skip
+    monkeypatch.setattr(
+        known_hosts,
+        "FUSED_CLASSES",
+        {source: twin for source, twin in known_hosts.FUSED_CLASSES.items() if source.__module__ != name},
+    )
     rows = fastdeit.explain(make()).as_dict()
     assert rows["vit.embeddings"]["reason"].startswith("no fused class for ViTEmbeddings: this version of transformers")
 

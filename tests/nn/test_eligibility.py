@@ -16,20 +16,25 @@ from fastdeit import backends
 from fastdeit.nn import Attention, Block
 
 CHILDREN = (
-    *("norm1", "attn", "attn.qkv", "attn.q_norm", "attn.attn_drop", "attn.norm", "attn.proj", "attn.proj_drop"),
-    *(
-        "ls1",
-        "drop_path1",
-        "norm2",
-        "mlp",
-        "mlp.fc1",
-        "mlp.act",
-        "mlp.drop1",
-        "mlp.fc2",
-        "mlp.drop2",
-        "ls2",
-        "drop_path2",
-    ),
+    "norm1",
+    "attn",
+    "attn.qkv",
+    "attn.q_norm",
+    "attn.attn_drop",
+    "attn.norm",
+    "attn.proj",
+    "attn.proj_drop",
+    "ls1",
+    "drop_path1",
+    "norm2",
+    "mlp",
+    "mlp.fc1",
+    "mlp.act",
+    "mlp.drop1",
+    "mlp.fc2",
+    "mlp.drop2",
+    "ls2",
+    "drop_path2",
 )
 
 

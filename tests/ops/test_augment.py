@@ -271,7 +271,11 @@ PLAN = torch.zeros(2, 1, ROW, dtype=torch.float64)
     [
         (TypeError, "images: expected a tensor of torch.uint8, got torch.float32", dict(images=IMAGES.float())),
         (TypeError, "plan: expected a tensor of torch.float64, got list", dict(plan=[])),
-        (TypeError, "flips: expected a tensor of torch.uint8, got torch.bool", dict(flips=torch.zeros(2, dtype=torch.bool))),
+        (
+            TypeError,
+            "flips: expected a tensor of torch.uint8, got torch.bool",
+            dict(flips=torch.zeros(2, dtype=torch.bool)),
+        ),
         (TypeError, "levels: expected a tensor of torch.float32", dict(levels=torch.zeros(3, 256).double())),
         (ValueError, r"images: expected shape \(B, 1 or 3, H, W\) with pixels", dict(images=IMAGES[:, :2])),
         (ValueError, r"images: expected shape", dict(images=IMAGES[..., :0])),
@@ -284,7 +288,7 @@ PLAN = torch.zeros(2, 1, ROW, dtype=torch.float64)
         (ValueError, "fill: expected 3 integers from 0 to 255", dict(fill=(1, 2))),
         (ValueError, "fill: expected 3 integers from 0 to 255", dict(fill=(1, 2, 256))),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(error, message, changes):
     given = dict(images=IMAGES, plan=PLAN) | changes
     with pytest.raises(error, match=message):

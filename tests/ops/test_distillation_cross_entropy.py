@@ -178,7 +178,12 @@ def test_as_accurate_as_the_paper_formula(soft_target, kind, dtype):
         paper = lambda *a: paper_soft(*a, 0.1, 3.0)  # noqa: E731
         options = dict(kind="soft", alpha=0.1, tau=3.0, soft_divisor="batch")
     assert_as_accurate_as_eager(
-        *(lambda *a: op(*a, **options), paper, z, d, soft_target(4, 1000).to(dtype), t),
+        lambda *a: op(*a, **options),
+        paper,
+        z,
+        d,
+        soft_target(4, 1000).to(dtype),
+        t,
         eager=lambda *a: reference(*a, **options),
         frozen=(2, 3),
         largest_intermediate=10.0,

@@ -23,7 +23,12 @@ ARGUMENTS = {
     "layer_norm_mlp": lambda x, hidden, outputs: (*norm(x), *layer(hidden, x.shape[-1]), *layer(outputs, hidden)),
     "add_layer_norm_mlp": lambda x, *rest: (x, x.clone(), *ARGUMENTS["layer_norm_mlp"](x, *rest)[1:]),
     "add_layer_norm_attention": lambda x, hidden, outputs: (
-        *(x, x.clone(), *norm(x)[1:], *layer(96, x.shape[-1]), *layer(outputs, 32), 1),
+        x,
+        x.clone(),
+        *norm(x)[1:],
+        *layer(96, x.shape[-1]),
+        *layer(outputs, 32),
+        1,
     ),
 }
 

@@ -40,7 +40,8 @@ def test_names_of_wrong_types_are_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("[", "is not JSON"), ('["a", "b", "a", "b", "c"]', "has a, b more than once")]
+    "text, message",
+    [("[", "is not JSON"), ("[" * 100_000, "is not JSON"), ('["a", "b", "a", "b", "c"]', "has a, b more than once")],
 )
 def test_names_that_are_no_names_are_refused(text, message):
     with pytest.raises(ValueError, match=f"x: metadata `classes` {message}"):
@@ -94,6 +95,7 @@ def damage(path, **metadata):
         (dict(fastdeit=None), "holds weights without fastdeit in its metadata"),
         (dict(classes="{}"), "metadata `classes` holds {}, expected a JSON list"),
         (dict(fastdeit="["), "metadata `fastdeit` is not JSON"),
+        (dict(fastdeit="[" * 100_000), "metadata `fastdeit` is not JSON"),
         (dict(fastdeit="[]"), "metadata `fastdeit` holds [], expected an object with a `config`"),
         (dict(fastdeit='{"config": 3}'), "expected an object with a `config`"),
         (dict(fastdeit='{"config": {"colour": 3}}'), "metadata `fastdeit`, config: config: unknown field colour"),

@@ -15,9 +15,17 @@ from fastdeit.train.models import create_student
 
 CPU = torch.device("cpu")
 TINY = dict(
-    img_size=16, workers=0, threads=1, precision="fp32", device="cpu", pretrained=False, finetune=None, data_download=False,
-    num_classes=None, batch_size=48,
-)  # fmt: skip
+    img_size=16,
+    workers=0,
+    threads=1,
+    precision="fp32",
+    device="cpu",
+    pretrained=False,
+    finetune=None,
+    data_download=False,
+    num_classes=None,
+    batch_size=48,
+)
 TINY_MODEL = dict(patch_size=8, embed_dim=32, num_heads=1, depth=2)
 
 ABLATIONS = {  # of Table 8 of the DeiT paper: all that such a configuration changes in deit_base

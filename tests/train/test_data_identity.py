@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastdeit.train import data_identity
 from fastdeit.train.data_identity import difference, identity
 from fastdeit.train.datasets import load_data
 
@@ -13,6 +14,14 @@ from fastdeit.train.datasets import load_data
 @pytest.fixture
 def folder(image_folder, tmp_path):
     return shutil.copytree(image_folder, tmp_path / "images")
+
+
+class Labelled(list):
+    """A set of two images that a library has."""
+
+    def __init__(self, source):
+        super().__init__("ab")
+        self.source = source
 
 
 def of(config, folder):
@@ -91,3 +100,24 @@ def test_a_link_to_nothing_is_an_image_of_no_size(small_config, folder):
     image.unlink()
     image.symlink_to(folder / "nothing.png")
     assert difference(before, of(small_config, folder)) == "other names or sizes of the images of digit-1"
+
+
+def test_sizes_are_those_of_their_files_in_however_many_parts(small_config, folder, monkeypatch):
+    for number, path in enumerate((folder / "train").rglob("*.png")):
+        path.write_bytes(bytes(number))
+    before = of(small_config, folder)
+    monkeypatch.setattr(data_identity, "STAT_PART", 7)
+    assert of(small_config, folder) == before
+
+
+def test_digests_stay_as_saved_states_have_them(tmp_path, small_config):
+    for split in ("train", "val"):
+        (tmp_path / split / "a" / "b").mkdir(parents=True)
+        (tmp_path / split / "a" / "b" / "1.png").write_bytes(b"12345")
+    assert of(small_config, tmp_path) == {"images": 1, "groups": {"a": [1, "69f91dc9e2217bd9"]}}
+    labelled = Labelled(SimpleNamespace(targets=[1, 258]))
+    assert identity(labelled) == {"images": 2, "groups": {"": [2, "108bc7df5e5ec767"]}}
+
+
+def test_a_set_that_tells_nothing_is_known_by_its_length():
+    assert identity(Labelled(SimpleNamespace())) == {"images": 2, "groups": {}}

@@ -66,12 +66,17 @@ def test_a_step_is_the_recipe_written_out(small_config):
     by_hand = copy.deepcopy(trainer.model).train()
     optimizer = torch.optim.AdamW(
         [
-            dict(params=[p for n, p in by_hand.named_parameters() if p.ndim <= 1 or "token" in n or "pos" in n], weight_decay=0),
-            dict(params=[p for n, p in by_hand.named_parameters() if p.ndim > 1 and "token" not in n and "pos" not in n]),
+            dict(
+                params=[p for n, p in by_hand.named_parameters() if p.ndim <= 1 or "token" in n or "pos" in n],
+                weight_decay=0,
+            ),
+            dict(
+                params=[p for n, p in by_hand.named_parameters() if p.ndim > 1 and "token" not in n and "pos" not in n]
+            ),
         ],
         lr=config.lr * 96 / config.lr_base_size,
         weight_decay=config.weight_decay,
-    )  # fmt: skip
+    )
     trainer.batches.set_epoch(0)
     batch = next(iter(trainer.loader))
     sampling.seed_step(config.seed, 0)

@@ -24,9 +24,16 @@ from fastdeit.train.signals import Stopped
 def config(make_small_config):
     """One model without a teacher, 3 updates an epoch."""
     return make_small_config(
-        model="deit_tiny_patch16_224", distillation_type="none", teacher_epochs=0, teacher_model=None, epochs=2, warmup_epochs=0,
-        model_kwargs=dict(patch_size=8, embed_dim=32, num_heads=1, depth=1), drop_path=0.0, model_ema_decay=0.9,
-    )  # fmt: skip
+        model="deit_tiny_patch16_224",
+        distillation_type="none",
+        teacher_epochs=0,
+        teacher_model=None,
+        epochs=2,
+        warmup_epochs=0,
+        model_kwargs=dict(patch_size=8, embed_dim=32, num_heads=1, depth=1),
+        drop_path=0.0,
+        model_ema_decay=0.9,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +365,21 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_used(whole, config, t
     assert {"cut": "truncated", "flipped": "checksum", "gone": "no such checkpoint"}[damage] in said
     assert f"going on from {tmp_path / PREVIOUS}, step 3" in said
     assert (tmp_path / DAMAGED).exists() is (damage != "gone") and same(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(step=-1), "damaged: step -1 and epoch 2 with 2 rows of history; an epoch has 3"),
+        (dict(step=10), "damaged: step 10 and epoch 2"),
+        (dict(epoch=1), "damaged: step 6 and epoch 1"),
+        (dict(loss_sum=float("nan")), "damaged: loss_sum is nan, expected a finite number"),
+    ],
+)
+def test_a_state_that_no_run_has_is_refused(whole, config, tmp_path, change, message):
+    checkpoints.save_state(tmp_path / STATE, {**load_state(whole / STATE), **change})
+    with pytest.raises(ValueError, match=rf"last\.state\.pt: {message}"):
+        run.train(config.replace(epochs=4), tmp_path, resume=True)
 
 
 def test_two_damaged_states_are_both_named(whole, config, tmp_path):

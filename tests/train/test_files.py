@@ -33,6 +33,14 @@ def test_the_old_content_is_kept_under_another_name(path):
     assert len(list(path.parent.iterdir())) == 2
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(path):
+    for name in (path.name, "previous"):
+        path.with_name(temporary_name(name)).write_bytes(b"half")
+    write_atomically(path, lambda file: file.write(b"new"), path.with_name("previous"))
+    assert path.read_bytes() == b"new" and path.with_name("previous").read_bytes() == b"old"
+    assert len(list(path.parent.iterdir())) == 2
+
+
 def test_nothing_is_kept_where_nothing_was(tmp_path):
     write_atomically(tmp_path / "a", lambda file: file.write(b"new"), tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

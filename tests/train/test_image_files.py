@@ -86,7 +86,7 @@ def test_a_grey_map_of_more_than_eight_bits_is_scaled():
         (png([bytes([1, 0])], 8, 3, bytes([10, 10, 10, 200, 200, 200])), "L", [200, 10]),
     ],
     ids=["rgb16", "la16", "la8", "rgba8", "1", "2", "4", "palette2", "palette8"],
-)  # fmt: skip
+)
 def test_neighbours_of_sixteen_bits_stay_right(file, mode, expected):
     assert np.asarray(open_image(file, mode))[0].tolist() == expected
 

@@ -70,9 +70,18 @@ def test_a_class_is_the_first_folder_below_the_split_and_images_lie_at_any_depth
 
 @pytest.mark.parametrize(
     "left_out",
-    [".ipynb_checkpoints/a.png", "__MACOSX/cat/._a.png", ".DS_Store", "cat/.ipynb_checkpoints/a-checkpoint.png",
-     "cat/__MACOSX/._a.png", "cat/._a.png", ".cache/cat/a.png", "README.md", "cat/notes.txt"],
-)  # fmt: skip
+    [
+        ".ipynb_checkpoints/a.png",
+        "__MACOSX/cat/._a.png",
+        ".DS_Store",
+        "cat/.ipynb_checkpoints/a-checkpoint.png",
+        "cat/__MACOSX/._a.png",
+        "cat/._a.png",
+        ".cache/cat/a.png",
+        "README.md",
+        "cat/notes.txt",
+    ],
+)
 def test_what_tools_leave_behind_is_no_class_and_no_image(tmp_path, left_out):
     make(tmp_path, "cat/a.png", "dog/b.png", left_out)
     split = read_split(tmp_path)

@@ -124,9 +124,22 @@ def test_a_copy_to_a_gpu_is_issued_before_the_step_it_runs_beside(monkeypatch):
         log.append(f"step {images[0]}")
         assert torch.equal(images, classes)
     assert [entry for entry in log if entry != "record"] == [
-        "load 0", "wait", "load 1", "copied", "free 0", "step 0", "wait", "load 2", "copied", "free 1", "step 1", "wait", "step 2",
-        "copied", "free 2",
-    ]  # fmt: skip
+        "load 0",
+        "wait",
+        "load 1",
+        "copied",
+        "free 0",
+        "step 0",
+        "wait",
+        "load 2",
+        "copied",
+        "free 1",
+        "step 1",
+        "wait",
+        "step 2",
+        "copied",
+        "free 2",
+    ]
     assert log.count("record") == 6
 
 

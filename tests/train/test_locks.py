@@ -1,5 +1,6 @@
 """One run in a folder: while it lives no other, when it is gone any other, and never two."""
 
+import errno
 import json
 import os
 import signal
@@ -194,6 +195,16 @@ def test_a_file_system_without_links_has_locks_too(tmp_path, monkeypatch):
         lock.check()
         with pytest.raises(LockedError):
             Lock(tmp_path / LOCK, "it")
+
+
+def test_a_lock_that_cannot_be_linked_for_another_reason_is_not_copied(tmp_path, monkeypatch):
+    def refused(*args):
+        raise OSError(errno.EDQUOT, "no space")
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(WriteError, match=r"run\.lock: cannot be written: the disk quota is used up"):
+        Lock(tmp_path / LOCK, "it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_named(tmp_path):

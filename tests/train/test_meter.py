@@ -54,9 +54,15 @@ def test_without_a_known_peak_there_is_no_utilisation(clock):
 
 @pytest.mark.parametrize(
     "name, peak",
-    [("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA L40S", 362e12),
-     ("NVIDIA L4", 121e12), ("Tesla T4", None)],
-)  # fmt: skip
+    [
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("Tesla T4", None),
+    ],
+)
 def test_peaks_go_by_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak

@@ -22,9 +22,14 @@ def test_matrices_decay_and_nothing_else_does(model):
     none, decayed = parameter_groups(model, create_optimizer(Config(), model))
     assert (none.weight_decay, decayed.weight_decay) == (0.0, 0.05)
     assert set(decayed.names) == {
-        "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc1.weight",
-        "blocks.0.mlp.fc2.weight", "head.weight", "head_dist.weight",
-    }  # fmt: skip
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+        "head.weight",
+        "head_dist.weight",
+    }
     assert set(none.names) | set(decayed.names) == {name for name, _ in model.named_parameters()}
     assert {"cls_token", "dist_token", "pos_embed", "blocks.0.norm1.weight", "blocks.0.attn.qkv.bias"} <= set(
         none.names

@@ -12,8 +12,20 @@ from fastdeit.train.transform_errors import TransformFailure
 from fastdeit.train.transforms import policy_operations, posterize, train_transform
 
 SHIPPED = sorted({(c.aa, c.three_augment) for c in map(load_config, shipped_configs())} - {(None, False)}, key=str)
-NEIGHBOURS = ["v0", "v0r", "original", "originalr", "3a", "rand-m10-inc1", "rand-m1-mstd0.1", "rand-m9-mstd0.5-inc1",
-              "rand-m15-mmax20-inc1", "rand-m9-n3-mstd101", "augmix-m9-mstd0.5", "augmix-m5-w4-d2"]  # fmt: skip
+NEIGHBOURS = [
+    "v0",
+    "v0r",
+    "original",
+    "originalr",
+    "3a",
+    "rand-m10-inc1",
+    "rand-m1-mstd0.1",
+    "rand-m9-mstd0.5-inc1",
+    "rand-m15-mmax20-inc1",
+    "rand-m9-n3-mstd101",
+    "augmix-m9-mstd0.5",
+    "augmix-m5-w4-d2",
+]
 POLICIES = [*SHIPPED, *((policy, False) for policy in NEIGHBOURS if (policy, False) not in SHIPPED)]
 
 

@@ -53,15 +53,32 @@ def crops(tmp_path_factory):
 def test_the_whole_recipe_trains_on_photographs(crops, tmp_path, capsys):
     recipe = load_config("deit_base_distilled")
     assert (recipe.aa, recipe.reprob, recipe.mixup, recipe.cutmix, recipe.smoothing) == (
-        "rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0, 0.1,
-    )  # fmt: skip
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+        0.8,
+        1.0,
+        0.1,
+    )
     assert (recipe.repeated_aug, recipe.drop_path, recipe.distillation_type) == (3, 0.1, "hard")
     options = dict(
-        data=crops, output=tmp_path / "run", epochs=EPOCHS, warmup_epochs=2, workers=1, batch_size=8, img_size=32,
-        threads=1, lr_base_size=0, lr="2e-3", model_kwargs="{patch_size: 8, embed_dim: 48, num_heads: 2, depth: 2}",
-        model_ema_decay=0.99, checkpoint_minutes=0,
-        teacher_model="regnetx_002", teacher_kwargs="{depth: 8, stem_width: 8}", teacher_epochs=4, teacher_lr="2e-3",
-    )  # fmt: skip
+        data=crops,
+        output=tmp_path / "run",
+        epochs=EPOCHS,
+        warmup_epochs=2,
+        workers=1,
+        batch_size=8,
+        img_size=32,
+        threads=1,
+        lr_base_size=0,
+        lr="2e-3",
+        model_kwargs="{patch_size: 8, embed_dim: 48, num_heads: 2, depth: 2}",
+        model_ema_decay=0.99,
+        checkpoint_minutes=0,
+        teacher_model="regnetx_002",
+        teacher_kwargs="{depth: 8, stem_width: 8}",
+        teacher_epochs=4,
+        teacher_lr="2e-3",
+    )
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     assert cli.main(["train", "--config", "deit_base_distilled", *arguments]) == 0
     rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))

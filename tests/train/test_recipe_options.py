@@ -169,9 +169,19 @@ def rate_of_the_recipe(config, step, updates):
 def test_every_step_has_the_rate_and_the_weight_decay_of_the_recipe(small_config, by_update, layer_decay):
     """Read where the optimizer takes them, for every weight in every step of a run."""
     config = small_config.replace(
-        epochs=6, warmup_epochs=2, warmup_lr=1e-6, min_lr=1e-5, lr=2e-3, weight_decay=0.07, sched_on_updates=by_update,
-        layer_decay=layer_decay, model_ema_decay=0.0, reprob=0.0, mixup=0.0, cutmix=0.0,
-    )  # fmt: skip
+        epochs=6,
+        warmup_epochs=2,
+        warmup_lr=1e-6,
+        min_lr=1e-5,
+        lr=2e-3,
+        weight_decay=0.07,
+        sched_on_updates=by_update,
+        layer_decay=layer_decay,
+        model_ema_decay=0.0,
+        reprob=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+    )
     trainer = trainer_of(config)
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     depth, found = len(trainer.model.blocks), []

@@ -208,9 +208,17 @@ def test_a_finished_teacher_serves_another_run(whole, small_config, tmp_path):
 def test_fine_tuning_at_a_higher_resolution_goes_on_distilling(whole, small_config, tmp_path):
     """Student and teacher both see the larger images; the weights are those of the run before, positions interpolated."""
     config = small_config.replace(
-        img_size=32, epochs=1, warmup_epochs=0, teacher_epochs=0, lr=1e-12, warmup_lr=0.0, min_lr=0.0, model_ema_decay=0.0,
-        finetune=str(whole / "last.safetensors"), teacher_checkpoint=str(whole / "teacher" / "last.safetensors"),
-    )  # fmt: skip
+        img_size=32,
+        epochs=1,
+        warmup_epochs=0,
+        teacher_epochs=0,
+        lr=1e-12,
+        warmup_lr=0.0,
+        min_lr=0.0,
+        model_ema_decay=0.0,
+        finetune=str(whole / "last.safetensors"),
+        teacher_checkpoint=str(whole / "teacher" / "last.safetensors"),
+    )
     result = run.train(config, tmp_path)
     assert result.teacher_top1 is not None and {"class", "distillation", "both"} <= set(result.last)
     before, after = (load_file(folder / "last.safetensors") for folder in (whole, tmp_path))

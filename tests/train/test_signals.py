@@ -100,6 +100,15 @@ def test_a_worker_ignores_what_came_before_it_was_ready():
     assert alone(code) == ["True", "True"]
 
 
+def test_a_worker_whose_parent_was_killed_prints_no_traceback():
+    """By the thread of multiprocessing that hands its memory over."""
+    code = (
+        "import sys\nsys.stderr = sys.stdout\nignore_in_worker()\n"
+        "for error in (ConnectionResetError(), EOFError(), ValueError('odd')):\n    sys.excepthook(type(error), error, None)"
+    )
+    assert alone(code) == ["ValueError:", "odd"]
+
+
 def test_the_exit_code_is_that_of_a_shell():
     assert Stopped(signal.SIGTERM, "all is saved").exit_code == 143
     assert str(Stopped(signal.SIGUSR1, "all is saved")) == "stopped by SIGUSR1; all is saved"

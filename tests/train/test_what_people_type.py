@@ -28,12 +28,22 @@ def test_an_empty_text_in_a_file_is_refused(tmp_path, name, text):
         load_config(str(tmp_path / "a.yaml"))
 
 
-@pytest.mark.parametrize("command", [
-    ["train", "--data", ""], ["train", "--resume", ""], ["train", "--config", ""], ["train", "--output", " "],
-    ["cache-teacher", "--labels", ""], ["eval", "--checkpoint", ""], ["eval", "--checkpoint", "x", "--labels", ""],
-    ["eval", "--checkpoint", "x", "--data", ""], ["eval", "--checkpoint", "x", "--device", ""],
-    ["predict", "--checkpoint", "", "x"], ["explain", ""],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--data", ""],
+        ["train", "--resume", ""],
+        ["train", "--config", ""],
+        ["train", "--output", " "],
+        ["cache-teacher", "--labels", ""],
+        ["eval", "--checkpoint", ""],
+        ["eval", "--checkpoint", "x", "--labels", ""],
+        ["eval", "--checkpoint", "x", "--data", ""],
+        ["eval", "--checkpoint", "x", "--device", ""],
+        ["predict", "--checkpoint", "", "x"],
+        ["explain", ""],
+    ],
+)
 def test_an_empty_option_is_not_the_default(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(command)
@@ -71,6 +81,7 @@ def test_no_number_of_a_list_is_either(name, value):
         ("workers", "100000", "expected at most 1024, got 100000"),
         ("threads", "1000000", "expected at most 4096"),
         ("img_size", "100000", "expected at most 4096"),
+        ("crop_pct", "1.0e-9", "expected at least .*, which resizes images to 16384 pixels, got 1e-09"),
         ("std", "[0]", "expected values from 1e-6 to 1000"),
         ("model_kwargs", "{depth: 1, depth: 2}", "'depth' is given twice"),
         ("model_kwargs", "{1: 2}", "expected names of arguments, got 1"),
@@ -108,12 +119,30 @@ def test_a_device_that_cannot_train_is_refused(device):
         select_device(Config(device=device))
 
 
-@pytest.mark.parametrize("kwargs", [
-    "{patch_size: 0}", "{patch_size: -1}", "{patch_size: [8]}", "{patch_size: text}", "{embed_dim: 0}", "{embed_dim: -8}",
-    "{num_heads: 0}", "{num_heads: 7}", "{depth: -1}", "{depth: a}", "{mlp_ratio: -1}", "{act_layer: nonsense}", "{norm_layer: 3}",
-    "{reg_tokens: -1}", "{pretrained_cfg: 3}", "{pretrained_cfg: x}", "{class_token: false}", "{proj_drop_rate: 2}",
-    "{checkpoint_path: /none}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        "{patch_size: 0}",
+        "{patch_size: -1}",
+        "{patch_size: [8]}",
+        "{patch_size: text}",
+        "{embed_dim: 0}",
+        "{embed_dim: -8}",
+        "{num_heads: 0}",
+        "{num_heads: 7}",
+        "{depth: -1}",
+        "{depth: a}",
+        "{mlp_ratio: -1}",
+        "{act_layer: nonsense}",
+        "{norm_layer: 3}",
+        "{reg_tokens: -1}",
+        "{pretrained_cfg: 3}",
+        "{pretrained_cfg: x}",
+        "{class_token: false}",
+        "{proj_drop_rate: 2}",
+        "{checkpoint_path: /none}",
+    ],
+)
 def test_arguments_that_timm_or_torch_choke_on_are_named(kwargs, capsys):
     assert cli.main(["train", "--dry-run", "--model-kwargs", kwargs]) == 2
     err = capsys.readouterr().err

@@ -89,7 +89,7 @@ def describe_layer(module: nn.Module) -> Block:
     norm1, norm2 = (Affine(children[name]) for name in names.norms)
     first = Branch(norm1, attn, attention, scales[0], drop_path, gamma="lambda1")
     second = Branch(norm2, mlp, perceptron, scales[1], drop_path, gamma="lambda1")
-    return Block(module, parts.source, (first, second), module.memory, whole=True)
+    return Block(module, parts.source, (first, second), module.memory, all_fused=True)
 
 
 def _describe_attention(attn: nn.Module, names: Names, out_dropout: nn.Module) -> Attention:

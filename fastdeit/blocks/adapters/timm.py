@@ -52,16 +52,22 @@ def describe_block(module: vision_transformer.Block) -> Block:
 
 
 def describe_trunk(model: vision_transformer.VisionTransformer) -> Trunk:
+    children, prefix = model._modules, model.num_prefix_tokens
+    blocks = children["blocks"]
+    return Trunk(describe_blocks(blocks), blocks, Affine(children["norm"]), prefix, _beyond(model))
+
+
+def describe_blocks(container: nn.Module) -> dict[str, Block | str]:
+    """timm's blocks by their names in a model's container, or what is in a block's place."""
     blocks: dict[str, Block | str] = {}
-    for name, block in model._modules["blocks"]._modules.items():
+    for name, block in container._modules.items():
         if is_fused(block) and isinstance(block, vision_transformer.Block):
             blocks[name] = describe_block(block)
         elif type(block) is vision_transformer.Block:
             blocks[name] = "is not accelerated"
         else:
             blocks[name] = f"is a {type(block).__name__}"
-    children, prefix = model._modules, model.num_prefix_tokens
-    return Trunk(blocks, children["blocks"], Affine(children["norm"]), prefix, _beyond(model))
+    return blocks
 
 
 def _beyond(model: vision_transformer.VisionTransformer) -> str | None:

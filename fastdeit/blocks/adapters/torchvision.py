@@ -20,7 +20,7 @@ def describe_block(module: vision_transformer.EncoderBlock) -> Block:
     perceptron = _describe_mlp(mlp) if type(mlp) is MLPBlock and len(mlp) == 5 else None
     first = Branch(Affine(children["ln_1"]), attn, attention, NOTHING, NOTHING)
     second = Branch(Affine(children["ln_2"]), mlp, perceptron, NOTHING, NOTHING)
-    return Block(module, vision_transformer.EncoderBlock, (first, second), module.memory, whole=True)
+    return Block(module, vision_transformer.EncoderBlock, (first, second), module.memory, all_fused=True)
 
 
 def _describe_attention(attn: nn.MultiheadAttention, out_dropout: nn.Module) -> Attention:

@@ -35,7 +35,7 @@ def describe_transformer(module: vit.Transformer | simple_vit.Transformer) -> Bl
         branches.append(Branch(Affine(attn._modules["norm"]), attn, attention, NOTHING, NOTHING))
         branches.append(Branch(Affine(_net(feed_forward)[0]), feed_forward, perceptron, NOTHING, NOTHING))
     beyond = None if branches else "it has no layers"
-    return Block(module, module.source, tuple(branches), module.memory, whole=True, beyond=beyond)
+    return Block(module, module.source, tuple(branches), module.memory, all_fused=True, beyond=beyond)
 
 
 def _describe_attention(attn: nn.Module) -> Attention:

@@ -103,7 +103,10 @@ class _Child:
         self._connection, theirs = Pipe()
         options = ("-p", "no:xdist", "-p", "no:cacheprovider", f"{_OPTION}={theirs.fileno()}")
         self._process = start_python(
-            *("-m", "pytest", *options, *self._files),
+            "-m",
+            "pytest",
+            *options,
+            *self._files,
             devices=_DEVICES,
             cwd=self._config.rootpath,
             pass_fds=(theirs.fileno(),),

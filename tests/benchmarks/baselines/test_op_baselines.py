@@ -5,7 +5,7 @@ import torch
 
 from fastdeit import ops
 from fastdeit.benchmarks import models, timing
-from fastdeit.benchmarks.baselines import op_baselines as peers
+from fastdeit.benchmarks.baselines import op_baselines as baselines
 from fastdeit.cost.view import shape_of
 
 
@@ -17,9 +17,9 @@ def arguments(batch: int):
 @pytest.mark.parametrize("direction, results", [("forward", 1), ("backward", 2), ("both", 3)])
 def test_a_direction_gives_outputs_then_gradients(direction, results):
     x, weight, upstream, _ = arguments(2)
-    got = peers.DIRECTIONS[direction](torch.nn.functional.linear, 2)(x, weight, upstream)
+    got = baselines.DIRECTIONS[direction](torch.nn.functional.linear, 2)(x, weight, upstream)
     assert len(got) == results and not any(t.requires_grad for t in got)
-    exact = peers.oracle(direction, torch.nn.functional.linear, 2, shared=(1,))(x, weight, upstream)
+    exact = baselines.oracle(direction, torch.nn.functional.linear, 2, shared=(1,))(x, weight, upstream)
     for mine, wanted in zip(got, exact, strict=True):
         assert wanted.dtype is torch.float64
         torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -27,20 +27,20 @@ def test_a_direction_gives_outputs_then_gradients(direction, results):
 
 def test_the_oracle_looks_at_the_first_samples_and_leaves_out_sums_over_all():
     x, weight, upstream, _ = arguments(5)
-    output, dx, dweight = peers.oracle("both", torch.nn.functional.linear, 2, shared=(1,))(x, weight, upstream)
-    assert len(output) == len(dx) == peers.COMPARED_SAMPLES and dweight is None
+    output, dx, dweight = baselines.oracle("both", torch.nn.functional.linear, 2, shared=(1,))(x, weight, upstream)
+    assert len(output) == len(dx) == baselines.COMPARED_SAMPLES and dweight is None
 
 
 def test_backward_alone_runs_again_on_what_a_compiled_forward_kept():
     x, weight, upstream, _ = arguments(2)
     compiled = torch.compile(torch.nn.functional.linear, backend="aot_eager", dynamic=False)
-    run = peers.backward(compiled, 2)
+    run = baselines.backward(compiled, 2)
     first, again = run(x, weight, upstream), run(x, weight, upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_a_library_that_is_missing_is_named_when_it_is_called():
-    candidate = peers.liger_add_layer_norm(torch.float32)
+    candidate = baselines.liger_add_layer_norm(torch.float32)
     with pytest.raises(timing.NotInstalled, match="liger_kernel"):
         candidate(*(torch.ones(2, 4) for _ in range(4)))
 
@@ -65,9 +65,9 @@ def test_the_floor_of_a_block_is_what_one_more_adds_to_a_model():
 
 def test_attention_peers_agree():
     qkv = torch.randn(2, 5, 3 * 2 * 8)
-    torch.testing.assert_close(peers.sdpa(None, 2)(qkv), ops.attention_reference(qkv, 2))
+    torch.testing.assert_close(baselines.sdpa(None, 2)(qkv), ops.attention_reference(qkv, 2))
 
 
 def test_the_quick_run_waits_for_no_autotuning():
     names = ["fastdeit", "timm eager", "timm + torch.compile", "timm + torch.compile max-autotune"]
-    assert list(peers.soon_set_up(dict.fromkeys(names))) == names[:3]
+    assert list(baselines.soon_set_up(dict.fromkeys(names))) == names[:3]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeit.benchmarks import results_folder as pieces
-from fastdeit.benchmarks import timing
+from fastdeit.benchmarks import results_folder, timing
 from fastdeit.commands import cli
 
 
@@ -21,7 +20,7 @@ def row(candidate: str, us: float | None, **facts) -> dict:
 
 
 def write(directory: Path, cases: dict[str, list[dict]], ceilings=None, **identity) -> Path:
-    folder = pieces.Folder(directory)
+    folder = results_folder.Folder(directory)
     folder.begin(identity)
     folder.plan(list(cases))
     for case, rows in cases.items():
@@ -51,12 +50,12 @@ def test_a_row_shows_time_ratios_rates_errors_and_launches(tmp_path, capsys):
 
 
 def test_what_did_not_run_has_a_row_and_what_is_left_a_line(tmp_path, capsys):
-    missing = row("peer", None, status="not installed: peer")
+    missing = row("baseline", None, status="not installed: baseline")
     path = write(tmp_path / "r", {"x-1": [row("fastdeit", 2.0), missing]}, gpu="G")
-    pieces.Folder(path).plan(["x-2"])
+    results_folder.Folder(path).plan(["x-2"])
     assert cli.main(["bench", "report", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "| peer |  |  |" in out and "| not installed: peer |" in out
+    assert "| baseline |  |  |" in out and "| not installed: baseline |" in out
     assert "Not measured, the time was over" in out and "\n- x-2\n" in out
 
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from fastdeit.benchmarks.report import readme
-from fastdeit.benchmarks.report import static_report as evidence
+from fastdeit.benchmarks.report import readme, static_report
 from fastdeit.benchmarks.report.roofline_table import GROUPS, by_group, rooflines
 from fastdeit.commands import cli
 from fastdeit.cost.models import DEIT, EXECUTIONS, parts, total
@@ -13,23 +12,23 @@ from fastdeit.cost.models import DEIT, EXECUTIONS, parts, total
 
 @pytest.fixture(scope="module")
 def found():
-    return evidence.current()
+    return static_report.current()
 
 
 def test_no_count_is_worse_than_on_record(found):
     """A larger one goes on record by `fastdeit bench evidence --update` and a reason in the commit, or not at all."""
-    assert evidence.worsened(found, evidence.recorded()) == []
+    assert static_report.worsened(found, static_report.recorded()) == []
 
 
 def test_a_worse_count_is_named(found):
     better = {form: {name: value - 1 for name, value in counts.items()} for form, counts in found.items()}
     assert (
-        len(evidence.worsened(found, better)) == 10
-        and "bf16 fused: bytes_backward" in evidence.worsened(found, better)[-1]
+        len(static_report.worsened(found, better)) == 10
+        and "bf16 fused: bytes_backward" in static_report.worsened(found, better)[-1]
     )
-    assert evidence.worsened(found, {})[0].endswith("and nothing is on record")
+    assert static_report.worsened(found, {})[0].endswith("and nothing is on record")
     worse = {form: {name: value + 1 for name, value in counts.items()} for form, counts in found.items()}
-    assert evidence.worsened(found, worse) == []
+    assert static_report.worsened(found, worse) == []
 
 
 def test_eager_launches_are_those_of_the_costs(found):
@@ -84,21 +83,21 @@ def test_numbers_that_are_none_are_refused(option, value, capsys):
 
 
 def test_evidence_puts_on_record_and_says_what_is_worse(tmp_path, monkeypatch, capsys, found):
-    monkeypatch.setattr(evidence, "RECORD", tmp_path / "record.json")
-    monkeypatch.setattr(evidence, "current", lambda: found)
+    monkeypatch.setattr(static_report, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(static_report, "current", lambda: found)
     assert cli.main(["bench", "evidence", "--update", "--no-host"]) == 0
     out = capsys.readouterr().out
     assert "attention_forward_descriptor_kernel" in out and "worse" not in out
-    assert evidence.recorded() == found
+    assert static_report.recorded() == found
     more = {form: {**counts, "kept_bytes": 99.0} for form, counts in found.items()}
-    monkeypatch.setattr(evidence, "current", lambda: more)
+    monkeypatch.setattr(static_report, "current", lambda: more)
     assert cli.main(["bench", "evidence", "--no-host"]) == 1
     assert "worse than on record: amp fused: kept_bytes is 99.0" in capsys.readouterr().out
 
 
 def test_the_kernels_of_every_file_are_listed():
-    rows = evidence.kernels()
-    committed = json.loads(evidence.RESOURCES_FILE.read_text())["rows"]
+    rows = static_report.kernels()
+    committed = json.loads(static_report.RESOURCES_FILE.read_text())["rows"]
     assert sum(row["configurations"] for row in rows) == len(committed)
     assert {row["kernel"] for row in rows} == {row["kernel"] for row in committed}
 
@@ -140,8 +139,8 @@ def test_results_are_summed_up_by_suite_and_direction(tmp_path, monkeypatch):
         case("backward", 2.0, 2.0),
         case("both", None, 1.0),
     ]
-    monkeypatch.setattr(readme.pieces, "read", lambda folder: ({"gpu": "a GPU", "torch": "2"}, cases, ["left"]))
-    monkeypatch.setattr(readme.pieces, "suite_of", lambda benchmark: "attention")
+    monkeypatch.setattr(readme.results_folder, "read", lambda folder: ({"gpu": "a GPU", "torch": "2"}, cases, ["left"]))
+    monkeypatch.setattr(readme.results_folder, "suite_of", lambda benchmark: "attention")
     (tmp_path / "a-gpu").mkdir()
     text = readme.section(tmp_path)
     assert (

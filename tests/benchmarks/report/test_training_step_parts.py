@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdeit.benchmarks import results_folder as pieces
+from fastdeit.benchmarks import results_folder
 from fastdeit.benchmarks.report import results_report as report
 from fastdeit.benchmarks.report.training_step_parts import CAPTURED, sentences
 from fastdeit.benchmarks.suites import test_training
@@ -55,7 +55,7 @@ def test_parts_without_a_time_or_of_another_batch_are_not_put_together():
 
 
 def test_the_report_says_it_of_a_gpu_alone(tmp_path):
-    folder = pieces.Folder(tmp_path)
+    folder = results_folder.Folder(tmp_path)
     folder.begin(dict(gpu="G"))
     parts = [("distilled", 9.0), ("teacher", 4.0), ("step", 5.0)]
     for ceilings in (dict(tflops=700.0, tb_per_s=4.0), None):

@@ -64,9 +64,9 @@ def test_one_kernel_backward_up_to_the_first_length_where_two_are_faster():
 )
 def test_the_table_hands_over_what_a_peer_does_faster(forward, backward, gradients):
     cases = []
-    for direction, (ours, peer) in (("backward", backward), ("forward", forward)):
+    for direction, (ours, baseline) in (("backward", backward), ("forward", forward)):
         case = result(config={"a": ours, "b": ours + 1}) | dict(case=f"attention {direction}")
-        case["rows"].append(dict(part="peer", candidate="SDPA flash", median_us=peer))
+        case["rows"].append(dict(part="baseline", candidate="SDPA flash", median_us=baseline))
         cases.append(case | dict(call=dict(head_dim=64, tokens=197, batch_heads=12)))
     shapes = tuple(Shapes(64, range(193, 209), range(6, 24), each) for each in gradients)
     printed = str(tuning_tables.hand_overs(cases))

@@ -18,9 +18,7 @@ INF, NAN = float("inf"), float("nan")
 def forward(logits, dist_logits, target, teacher, kind="hard", base="cross_entropy", tau=1.0, reduction="mean"):
     options = (kind, base, 0.5, tau, 0.0, "numel", reduction)
     with poisoned_memory():
-        return kernels.distillation_cross_entropy_forward(
-            *(logits, dist_logits, target, teacher, *options), torch.float32
-        )
+        return kernels.distillation_cross_entropy_forward(logits, dist_logits, target, teacher, *options, torch.float32)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 1000, 1024, 1025, 2048, 2049, 21841, 30000])

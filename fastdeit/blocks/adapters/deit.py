@@ -1,0 +1,98 @@
+"""Where facebookresearch/deit keeps the parts of its models: of the distilled one in `models.py`, of blocks in `models_v2.py`.
+
+Both are files that lie beside a script, under names that other projects use too: a class is taken for deit's only if its methods
+are deit's, token by token.
+"""
+
+import hashlib
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Callable
+from types import ModuleType
+
+import timm.layers
+from torch import nn
+
+from fastdeit.blocks.adapters.timm import describe_blocks, describe_mlp
+from fastdeit.blocks.fused_module import is_fused
+from fastdeit.blocks.snapshot import OWN_METHODS, register_methods
+from fastdeit.blocks.spec import NOTHING, Affine, Attention, Block, Branch, Trunk
+
+# Digests of methods that the fused forward takes the place of: of the repository since 2022, to its last commit, 7e160fe.
+KNOWN = {
+    "DistilledVisionTransformer.forward": "fadccc671b1dbb07",
+    "DistilledVisionTransformer.forward_features": "7bee7baa7f980962",
+    "Attention.forward": "d13e2fd83592dca1",
+    "Block.forward": "a2101522b68056d0",
+    "Layer_scale_init_Block.forward": "164d1c1f5e01ac40",
+}
+_LAYOUT = (tokenize.COMMENT, tokenize.NL)
+
+
+def register(file: ModuleType, *methods: str) -> None:
+    """Records methods ("Class.method") of deit's file.
+
+    Raises:
+        ImportError: one is not there, or is not deit's.
+    """
+    for name in methods:
+        owner, method = name.split(".")
+        kind = getattr(file, owner, None)
+        found = None if kind is None else kind.__dict__.get(method)
+        if found is None or source_digest(found) != KNOWN[name]:
+            raise ImportError(f"{name} is not that of facebookresearch/deit")
+        register_methods(kind, method, host=True)
+
+
+def source_digest(function: Callable) -> str | None:
+    """Of its tokens, comments and blank lines aside; None where there is no source to read."""
+    try:
+        lines = io.StringIO(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError):
+        return None
+    words = []
+    for token in tokenize.generate_tokens(lines.readline):
+        if token.type == tokenize.INDENT or token.type == tokenize.DEDENT:
+            words.append(tokenize.tok_name[token.type])  # however wide
+        elif token.type not in _LAYOUT:
+            words.append(token.string)
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def describe_block(module: nn.Module) -> Block:
+    """A block of models_v2.py. LayerScale, where it has one, is two parameters of its own, and both branches share a drop path.
+
+    Args:
+        module: its drop-in, which knows the file's class of attention and whether the block has LayerScale.
+    """
+    children, drop_path = module._modules, module._modules["drop_path"]
+    attn, mlp = children["attn"], children["mlp"]
+    attention = _describe_attention(attn) if type(attn) is module.attention else None
+    perceptron = describe_mlp(mlp) if is_fused(mlp) and isinstance(mlp, timm.layers.Mlp) else None
+    scale = module if module.scales else NOTHING
+    first = Branch(Affine(children["norm1"]), attn, attention, scale, drop_path, gamma="gamma_1")
+    second = Branch(Affine(children["norm2"]), mlp, perceptron, scale, drop_path, gamma="gamma_2")
+    return Block(module, module.source, (first, second), module.memory)
+
+
+def _describe_attention(attn: nn.Module) -> Attention:
+    children = attn._modules
+    proj, drop = children["proj"], children["attn_drop"]
+    head_dim = proj.in_features // attn.num_heads
+    beyond = None if attn.scale == head_dim**-0.5 else f"its logits are scaled by {attn.scale}"
+    heads = attn.num_heads, head_dim
+    return Attention(Affine(children["qkv"]), Affine(proj), *heads, (drop,), drop, children["proj_drop"], beyond)
+
+
+def describe_distilled(model: nn.Module) -> Trunk:
+    """The distilled model of models.py: its heads read the class token and the distillation token."""
+    children, beyond = model._modules, None
+    for name in ("forward", "forward_features"):
+        if name in model.__dict__:
+            beyond = "a method was replaced on the model"
+        elif getattr(model.source, name) is not OWN_METHODS[model.source, name]:
+            beyond = f"a method of deit's {model.source.__name__} was replaced"
+    blocks = children["blocks"]
+    return Trunk(describe_blocks(blocks), blocks, Affine(children["norm"]), 2, beyond)

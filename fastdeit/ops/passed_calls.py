@@ -1,0 +1,61 @@
+"""Arguments are checked once: a call that resembles one which has passed an op's checks, and ran its kernels, skips them."""
+
+from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdeit import backends
+
+_LIMIT = 4096  # calls an op; images of ever new sizes would add to them without end
+# Without a Python call for each tensor.
+_given = partial(is_not, None)
+_read = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
+
+
+class PassedCalls:
+    """The calls of one op that passed its checks, by everything that these read of a call: of each tensor type, shape, dtype,
+    device, layout and whether it requires a gradient, the options with their types, and `backends.settings`."""
+
+    def __init__(self) -> None:
+        self._passed: set[tuple] = set()
+
+    def has(self, tensors: Sequence[Tensor | None], *options: Any) -> bool:
+        """Whether a call like this one has passed. It may have arguments of any type.
+
+        Args:
+            tensors: the first is the op's main input; None where an optional one is not given.
+            options: everything else that the checks read.
+        """
+        if torch.compiler.is_compiling():  # checks are traced, and cost the compiled code nothing
+            return False
+        try:
+            return _facts(tensors, options) in self._passed
+        except (
+            AttributeError,
+            RuntimeError,
+            TypeError,
+        ):  # no tensor, one without a shape, an option that is not hashable
+            return False
+
+    def add(self, tensors: Sequence[Tensor | None], *options: Any) -> None:
+        """Notes a call that has passed; arguments as in `has`."""
+        if torch.compiler.is_compiling():
+            return
+        facts = _facts(tensors, options)
+        if facts is not None:
+            if len(self._passed) >= _LIMIT:
+                self._passed.clear()
+            self._passed.add(facts)
+
+
+def _facts(tensors: Sequence[Tensor | None], options: tuple) -> tuple | None:
+    """None for a call that is checked every time."""
+    settings = backends.settings(tensors[0])
+    if settings is None:
+        return None
+    kinds = tuple(map(type, tensors)), tuple(map(type, options))
+    return settings, options, kinds, *map(_read, filter(_given, tensors))

@@ -1,0 +1,132 @@
+"""What a recorded run depends on beside its modules: where a call of the model stands, as a key, and what forbids a plan there."""
+
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeit import backends
+from fastdeit.blocks import spec
+from fastdeit.blocks.call_rules import why_global_hook
+from fastdeit.blocks.checklist import TrunkVerdict
+from fastdeit.kernels.attention.config import HANDED_OVER
+from fastdeit.plan.tape import Tape
+
+_MODULE_CALLS = {nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__}
+_PACKAGE = Path(__file__).parent.parent
+_FOLDERS = tuple(f"{folder}/" for folder in (_PACKAGE, _PACKAGE.parent / "kernels", Path(torch.__file__).parent))
+_STANDARD_LIBRARY = (f"{sysconfig.get_path('stdlib')}/", "<frozen ")
+_INSTALLED = ("/site-packages/", "/dist-packages/")  # some of which lie inside the standard library's folder
+_GENERATED = {
+    "<lambda>",
+    "__new__",
+    "__init__",
+    "__eq__",
+    "__hash__",
+    "_make",
+    "_replace",
+}  # of named tuples, data classes
+_allows_construction = hasattr(torch._C, "_construct_storage_from_data_pointer")
+
+
+def why_not_plannable(x: Tensor) -> str | None:
+    """Why nothing is recorded or replayed where this call of a model stands, with input x."""
+    if not x.is_cuda:
+        return f"tensors on {x.device.type}"
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "a compiler or tracer looks on"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a mode looks on"
+    if backends.settings(x) is None or torch.autograd.forward_ad._current_level >= 0:
+        return "inside a torch.func transform, or a kernel was refused"
+    if type(x) is not Tensor or x.is_neg() or x.is_conj() or x.numel() == 0 or x.data_ptr() % 16:
+        return "the input is not a plain aligned tensor"
+    if x.get_device() != torch.cuda.current_device():
+        return "the input is not on the current device"
+    return why_global_hook() or _why_not_launchable()
+
+
+def _why_not_launchable() -> str | None:
+    from fastdeit.kernels.runtime.launch import nothing_between
+    from fastdeit.kernels.runtime.raw_launch import why_no_raw_launches
+
+    if not _allows_construction:
+        return f"recorded launches were not tested with torch {torch.__version__}"
+    return why_no_raw_launches() or (None if nothing_between() else "a hook of Triton's looks on")
+
+
+def key_of(x: Tensor) -> tuple:
+    """What decides, beside modules and parameters, what a call with input x launches."""
+    from fastdeit.kernels.gemm.config import gemm_in_force
+    from fastdeit.kernels.gemm.fused_mlp import whole_mlp_in_force
+
+    device = x.get_device()
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
+        backends.settings(x),
+        gemm_in_force(),
+        whole_mlp_in_force(),
+        tuple(HANDED_OVER.items()),
+    )
+
+
+@contextmanager
+def nothing_called(tape: Tape) -> Iterator[None]:
+    """Refuses a recording in which a module is called, or any function that is neither PyTorch's, Triton's, Python's nor ours.
+
+    Such a call may do more than launch: a hook, a layer of the user's, a function put in the place of another.
+    """
+    if sys.gettrace() is not None:
+        tape.refuse("a debugger, or a measurement of coverage, traces Python's calls")
+        yield
+        return
+    known: dict[CodeType, str | None] = {}
+
+    def look(frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if code not in known:
+            known[code] = _why_not_understood(code)
+        if known[code] is not None:
+            tape.refuse(known[code])
+
+    sys.settrace(look)  # without a result it is told of calls alone
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+def _why_not_understood(code: CodeType) -> str | None:
+    if code in _MODULE_CALLS:
+        return "a module is called"
+    file = code.co_filename
+    if file.startswith(_FOLDERS) or (file.startswith("<string>") and code.co_name in _GENERATED):
+        return None
+    if file.startswith(_STANDARD_LIBRARY) and not any(folder in file for folder in _INSTALLED):
+        return None
+    return None if _is_tritons(file) else f"{code.co_name} of {file} is called"
+
+
+def _is_tritons(file: str) -> bool:
+    import triton
+
+    return file.startswith(f"{Path(triton.__file__).parent}/")
+
+
+def why_parts_called(trunk: spec.Trunk, verdict: TrunkVerdict) -> str | None:
+    """Why a module inside the blocks is called in a run that carries the residual through them."""
+    for name, judged in zip(trunk.blocks, verdict.blocks, strict=True):
+        reason = next(filter(None, (*judged.parts, *judged.out_dropouts)), None)
+        if reason is not None:
+            return f"block {name}: {reason}"
+    return None

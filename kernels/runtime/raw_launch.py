@@ -1,0 +1,64 @@
+"""The launcher in C behind a direct call, for launches that are made again and again with the same arguments.
+
+It takes integers for pointers, and tensor maps that the driver has encoded before. None of it is public: it is Triton 3.6's.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton
+from triton.runtime.driver import driver
+
+from fastdeit.kernels.runtime.launch import DirectLaunch
+
+_TESTED_VERSION = "3.6."
+
+
+class RawLauncher(NamedTuple):
+    """Call `run(*leading, *arguments)`, with what `tensor_map_arguments` gives in the place of each descriptor."""
+
+    run: Any
+    leading: tuple  # grid, stream, function, attributes, and no hooks
+    maps: dict[int, Any]  # position of an argument that is a descriptor -> what its tensor map is to be like
+
+
+def why_no_raw_launches() -> str | None:
+    """None where `raw_launcher` works, else why not."""
+    if not triton.__version__.startswith(_TESTED_VERSION):
+        return f"recorded launches were tested with Triton 3.6, this is {triton.__version__}"
+    return None
+
+
+def raw_launcher(launch: DirectLaunch) -> RawLauncher | None:
+    """The launcher of a launch, bound to the current stream; None where it allocates memory of its own or is unknown."""
+    compiled = launch.compiled
+    run, kernel_launcher = compiled.run, compiled.kernel.run
+    if run is not kernel_launcher.launch:  # scratch memory
+        return None
+    maps = {}
+    if hasattr(run, "__code__"):  # Triton's wrapper, which encodes descriptors at each call
+        cells = dict(zip(run.__code__.co_freevars, (cell.cell_contents for cell in run.__closure__ or ()), strict=True))
+        if cells.keys() != {"launcher", "tensordesc_indices", "tensordesc_meta"}:
+            return None
+        run = cells["launcher"]
+        maps = dict(zip(sorted(cells["tensordesc_indices"]), cells["tensordesc_meta"], strict=True))
+    stream = driver.active.get_current_stream(driver.active.get_current_device())
+    return RawLauncher(run, (*launch.grid, stream, *compiled.leading, None, None, None), maps)
+
+
+def tensor_map_arguments(address: int, shape: Sequence[int], strides: Sequence[int], like: Any) -> list:
+    """What the launcher takes for a descriptor of a tensor at an address, padded with zeros.
+
+    Args:
+        shape, strides: in elements, as the descriptor's.
+        like: of `RawLauncher.maps`; None where the kernel was lowered to pointers.
+    """
+    if like is None:
+        return [address, *shape, *strides, False, *shape, *strides]
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+    encode = driver.active.utils.fill_tma_descriptor
+    kind = TMA_DTYPE_DEVICE_TO_HOST[like["elem_type"]]
+    shape, strides = list(shape), list(strides)
+    made = encode(address, like["swizzle"], like["elem_size"], kind, like["block_size"], shape, strides, 0)
+    return [made, *shape, *strides]

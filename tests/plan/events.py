@@ -1,0 +1,70 @@
+"""What a call launched, in forms that can be compared: the addresses differ from call to call, and what they are of must not."""
+
+import torch
+
+from fastdeit.kernels.runtime.observer import LaunchObserver
+from fastdeit.testing import fake_cuda
+
+KINDS = ("launch", "triton_launch", "gemm", "memset", "copy_on_device")
+_LOWEST_ADDRESS = 2**33  # of the fake device; integers and numbers among the arguments are smaller
+
+
+class KeepsAll(LaunchObserver):
+    """Keeps every tensor that is made under it, so that each has an address of its own. No plan is made or used under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.kept.append(func(*args, **kwargs or {}))
+        return self.kept[-1]
+
+    def launched(self, launch):
+        pass
+
+    def launched_publicly(self):
+        pass
+
+
+def recorded(call):
+    """The events of call()."""
+    with fake_cuda.record(*KINDS) as events:
+        call()
+    return events
+
+
+def _with_arguments(events, address):
+    for event in events:
+        arguments = []
+        for argument in event.arguments:
+            number = int.from_bytes(argument, "little")
+            if len(argument) == 128:
+                found = fake_cuda.tensor_map(argument)
+                arguments.append((address(found.address), *found[1:]))
+            else:
+                arguments.append(address(number) if len(argument) == 8 and number > _LOWEST_ADDRESS else number)
+        yield event._replace(arguments=tuple(arguments))
+
+
+def dataflow(events):
+    """Events with addresses as numbers in the order in which they come up: equal lists have the same tensors in the same places."""
+    names = {}
+    return list(_with_arguments(events, lambda address: ("tensor", names.setdefault(address, len(names)))))
+
+
+def of_parameters(events, model):
+    """Events with addresses as names of the model's parameters, and nothing for other memory."""
+
+    def name(address):
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            if 0 <= address - parameter.data_ptr() < parameter.untyped_storage().nbytes():
+                return name, address - parameter.data_ptr()
+        return "elsewhere"
+
+    return list(_with_arguments(events, name))
+
+
+def precision(dtype):
+    """Autocast to a dtype, none for None. Without its cache all calls cast weights, not the first alone."""
+    return torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)

@@ -1,0 +1,400 @@
+"""Plans without gradients launch what the ops launch, on the same tensors, and see what changes. On the fake runtime."""
+
+import copy
+import functools
+import threading
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.knobs import runtime
+
+import fastdeit
+from fastdeit.blocks.snapshot import KEY
+from fastdeit.plan import planned as planning
+from fastdeit.plan.planned import Plan, described
+from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded
+
+pytestmark = pytest.mark.fake_device
+
+MODEL = "deit_tiny_distilled_patch16_224"
+PLAIN = "deit_tiny_patch16_224"
+SMALL = dict(depth=2, img_size=64)
+
+
+@functools.cache
+def _built(name, **options):
+    with torch.device("cuda"):
+        return fastdeit.accelerate(timm.create_model(name, **SMALL | options).eval())
+
+
+def build(name=MODEL, dtype=None, memory="usual", **options):
+    model = copy.deepcopy(_built(name, **options))
+    return fastdeit.accelerate(model.to(dtype), memory=memory) if memory != "usual" else model.to(dtype)
+
+
+def images(model, batch=2):
+    return torch.zeros(batch, 3, 64, 64, device="cuda", dtype=model.cls_token.dtype)
+
+
+def plans(model):
+    """Its plans, where others stand the reason in words."""
+    record = model.__dict__[KEY]
+    return [] if record.made is None else list(record.made[1].entries.values())
+
+
+def only_plan(model):
+    """The plan, of which there is one."""
+    assert [type(entry) for entry in plans(model)] == [Plan], plans(model)
+    return plans(model)[0]
+
+
+def plan_it(call):
+    for _ in range(3):
+        call()
+
+
+def apart(lives):
+    """As `packed`, but no two buffers share memory."""
+    offsets, total = {}, 0
+    for buffer in lives:
+        offsets[buffer] = total
+        total += -(-buffer.nbytes // 512) * 512 + 512
+    return offsets, total
+
+
+CASES = {
+    "distilled": (MODEL, None, torch.bfloat16, {}),
+    "bf16": (MODEL, torch.bfloat16, None, {}),
+    "class token": (PLAIN, None, torch.bfloat16, {}),
+    "registers": (PLAIN, None, torch.bfloat16, dict(reg_tokens=3)),
+    "LayerScale": (PLAIN, None, torch.bfloat16, dict(init_values=0.1)),
+    "LayerScale in bf16": (PLAIN, torch.bfloat16, None, dict(init_values=0.1)),
+    "no qkv bias": (PLAIN, None, torch.bfloat16, dict(qkv_bias=False)),
+    "positions of patches alone": (PLAIN, None, torch.bfloat16, dict(no_embed_class=True)),
+    "drop path, inactive": (PLAIN, None, torch.bfloat16, dict(drop_path_rate=0.3)),
+    "lean": (MODEL, None, torch.bfloat16, dict(memory="lean")),
+}
+
+
+@pytest.mark.parametrize(
+    "case, without_gradients", [*((c, torch.inference_mode) for c in CASES), ("bf16", torch.no_grad)]
+)
+def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(case, without_gradients, monkeypatch):
+    monkeypatch.setattr(planning, "packed", apart)
+    name, dtype, autocast, options = CASES[case]
+    model = build(name, dtype, **options)
+    x = images(model)
+    with without_gradients(), precision(autocast):
+        model(x)  # compiles the kernels
+        del model.__dict__[KEY]
+        unseen = recorded(lambda: model(x))
+        plan_it(lambda: model(x))
+        only_plan(model)
+        planned = recorded(lambda: model(x))
+        with KeepsAll():
+            ops = recorded(lambda: model(x))
+    assert len(planned) > 20 and dataflow(planned) == dataflow(ops)
+    assert of_parameters(planned, model) == of_parameters(unseen, model)
+
+
+def test_results_are_new_and_of_the_mode_of_the_call():
+    model = build()
+    x = images(model)
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(x))
+    before = torch.cuda.memory_allocated()
+    with torch.inference_mode(), precision(torch.bfloat16):
+        results = [model(x) for _ in range(3)]
+    assert len({result.data_ptr() for result in results}) == 3 and all(result.is_inference() for result in results)
+    with torch.no_grad(), precision(torch.bfloat16):
+        assert not model(x).is_inference()
+    assert torch.cuda.memory_allocated() - before == 3 * 4096  # the workspace is given back
+    only_plan(model)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_no_more_memory_than_the_ops_take(autocast):
+    model = build(PLAIN, None if autocast else torch.bfloat16, depth=6)
+    x = images(model, 8)
+
+    def peak():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(x)
+        return torch.cuda.max_memory_allocated() - before
+
+    with torch.inference_mode(), precision(autocast):
+        first = peak()
+        plan_it(lambda: model(x))
+        only_plan(model)
+        assert peak() <= 1.02 * first
+
+
+class LoRA(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.down, self.up = layer, nn.Linear(192, 4).cuda(), nn.Linear(4, layer.out_features).cuda()
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+def replaced_data(parameter):
+    parameter.data = parameter.data.clone()
+
+
+def transposed_data(parameter):
+    parameter.data = parameter.data.t()
+
+
+def own_forward(module):
+    module.forward = lambda x, forward=module.forward: forward(x)
+
+
+def hidden_hook(module):
+    module._forward_hooks = type(module._forward_hooks)()
+    module.register_forward_hook(lambda *_: None)
+
+
+CHANGES = {
+    "a hook on a projection": lambda m: m.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None),
+    "a hook before a block": lambda m: m.blocks[1].register_forward_pre_hook(lambda *_: None),
+    "a backward hook on an Identity": lambda m: m.blocks[1].ls1.register_full_backward_hook(lambda *_: None),
+    "a hook on the container": lambda m: m.blocks.register_forward_hook(lambda *_: None),
+    "a hook on inactive dropout": lambda m: m.pos_drop.register_forward_hook(lambda *_: None),
+    "a hook on what does nothing": lambda m: m.norm_pre.register_forward_hook(lambda *_: None),
+    "a hook in another dictionary": lambda m: hidden_hook(m.blocks[1].attn.qkv),
+    "LoRA": lambda m: setattr(m.blocks[1].attn, "qkv", LoRA(m.blocks[1].attn.qkv)),
+    "a forward on the instance": lambda m: own_forward(m.blocks[1].attn.proj),
+    "a parametrization": lambda m: nn.utils.parametrize.register_parametrization(
+        m.blocks[1].mlp.fc2, "weight", nn.Identity()
+    ),
+    "another parameter": lambda m: setattr(m.blocks[1].norm1, "weight", nn.Parameter(torch.ones(192, device="cuda"))),
+    "another position embedding": lambda m: setattr(m, "pos_embed", nn.Parameter(m.pos_embed.detach().clone())),
+    "other data": lambda m: replaced_data(m.blocks[1].norm1.weight),
+    "other data of the patch embedding": lambda m: replaced_data(m.patch_embed.proj.weight),
+    "other data of the final norm": lambda m: replaced_data(m.norm.bias),
+    "the same data transposed": lambda m: transposed_data(m.blocks[1].attn.proj.weight),
+    "weights in bf16": lambda m: m.blocks.bfloat16(),
+    "one weight in bf16": lambda m: m.blocks[1].mlp.fc1.bfloat16(),
+    "train()": lambda m: m.train(),
+    "another class": lambda m: setattr(m.blocks[1].mlp.fc1, "__class__", type("Other", (nn.Linear,), {})),
+    "another block": lambda m: m.blocks.__setitem__(1, copy.deepcopy(m.blocks[0])),
+    "one block less": lambda m: m.blocks.__delitem__(1),
+    "attention not fused": lambda m: setattr(m.blocks[1].attn, "fused_attn", False),
+    "another epsilon": lambda m: setattr(m.blocks[1].norm1, "eps", 1e-3),
+    "active dropout": lambda m: setattr(m.blocks[1].attn.attn_drop, "p", 0.1) or m.blocks[1].attn.attn_drop.train(),
+    "a pool over all tokens": lambda m: setattr(m, "global_pool", "avg"),
+    "memory": lambda m: fastdeit.accelerate(m, memory="lean"),
+    "an excluded part": lambda m: fastdeit.accelerate(m, exclude="blocks.1.attn"),
+    "restore": fastdeit.restore,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_at_the_next_call(change):
+    model = build()
+    x = images(model)
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(x))
+        only_plan(model)
+        CHANGES[change](model)
+        first = recorded(lambda: model(x))
+        with KeepsAll():
+            ops = recorded(lambda: model(x))
+        later = [recorded(lambda: model(x)) for _ in range(3)]
+    expected = of_parameters(ops, model)
+    assert of_parameters(first, model) == expected
+    assert all(of_parameters(events, model) == expected for events in later)
+
+
+def test_weights_updated_in_place_are_read_by_the_plan():
+    model = build()
+    x = images(model)
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(x))
+        plan = only_plan(model)
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        model(x)
+    assert plans(model) == [plan]
+
+
+def test_a_copy_has_no_plans_and_another_models_weights_are_not_read():
+    model = build()
+    x = images(model)
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(x))
+        twin = copy.deepcopy(model)
+        assert described(twin) == []
+        plan_it(lambda: twin(x))
+        only_plan(twin)
+        ours, theirs = (recorded(lambda m=m: m(x)) for m in (model, twin))
+    assert of_parameters(ours, model) == of_parameters(theirs, twin)
+    assert of_parameters(ours, twin) != of_parameters(theirs, twin)
+
+
+def test_a_function_that_replaces_parameters_is_seen():
+    model = build()
+    x = images(model)
+    others = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(x))
+        only_plan(model)
+        events = recorded(lambda: torch.func.functional_call(model, others, (x,)))
+    read = {int.from_bytes(arg, "little") for event in events for arg in event.arguments if len(arg) == 8}
+    assert len({tensor.data_ptr() for tensor in others.values()} & read) > 20
+    assert not read & {parameter.data_ptr() for parameter in model.parameters()}
+
+
+class Looks(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+class LooksAtFunctions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "where", ["dispatch mode", "function mode", "torch.func", "global hook", "Triton's hook", "backend"]
+)
+def test_where_something_looks_on_the_ops_run(where, monkeypatch):
+    model = build()
+    x = images(model)
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(x))
+        only_plan(model)
+        monkeypatch.setattr(Plan, "__call__", lambda *_: pytest.fail("the plan ran"))
+        if where == "dispatch mode":
+            with Looks():
+                model(x)
+        elif where == "function mode":
+            with LooksAtFunctions():
+                model(x)
+        elif where == "torch.func":
+            torch.func.vmap(model)(x[:, None])
+        elif where == "global hook":
+            hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+            model(x)
+            hook.remove()
+        elif where == "Triton's hook":
+            seen = []
+            monkeypatch.setattr(runtime, "launch_enter_hook", lambda metadata: seen.append(metadata.get()["name"]))
+            model(x)
+            assert "layer_norm_forward_kernel" in seen
+        else:
+            with fastdeit.use_backend("reference"):
+                assert not any(event.kind == "triton_launch" for event in recorded(lambda: model(x)))
+
+
+def test_with_gradients_autograd_records_the_ops():
+    model = build()
+    x = images(model)
+    with precision(torch.bfloat16):
+        with torch.no_grad():
+            plan_it(lambda: model(x))
+        assert model(x).requires_grad
+        model.requires_grad_(False)
+        assert not model(x).requires_grad
+        model.blocks[1].mlp.fc1.weight.requires_grad_()
+        assert model(x).requires_grad
+
+
+@pytest.mark.parametrize("what", ["shape", "strides", "alignment", "autocast", "stream"])
+def test_other_calls_have_other_plans(what):
+    model = build()
+    x = images(model)
+    other = {
+        "shape": x[:1],
+        "strides": x.to(memory_format=torch.channels_last),
+        "alignment": torch.zeros(x.numel() + 1, device="cuda")[1:].view(x.shape),
+    }.get(what, x)
+    stream = torch.cuda.Stream() if what == "stream" else torch.cuda.current_stream()
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(x))
+    with torch.no_grad(), precision(torch.float16 if what == "autocast" else torch.bfloat16), torch.cuda.stream(stream):
+        with KeepsAll():
+            ops = recorded(lambda: model(other))
+        for _ in range(4):
+            assert of_parameters(recorded(lambda: model(other)), model) == of_parameters(ops, model)
+    assert len(plans(model)) == (1 if what == "alignment" else 2)
+
+
+def test_a_module_that_is_called_is_not_recorded():
+    model = build()
+    model.blocks[1].attn.proj = LoRA(model.blocks[1].attn.proj)
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(images(model)))
+    assert plans(model) == ["block 1: a projection is a LoRA"]
+    assert described(model) == ["2 x 3 x 64 x 64 float32: not planned: block 1: a projection is a LoRA"]
+    assert "calls with 2 x 3 x 64 x 64 float32: not planned: block 1: a proj" in str(fastdeit.explain(model))
+
+
+def test_a_function_that_replaces_one_of_ours_is_not_recorded(monkeypatch):
+    from fastdeit.kernels.norm import layer_norm
+
+    forward, calls = layer_norm.layer_norm_forward, []
+    monkeypatch.setattr(layer_norm, "layer_norm_forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    model = build()
+    with torch.no_grad(), precision(torch.bfloat16):
+        for calls_so_far in (5, 10, 15, 20):
+            model(images(model))
+            assert len(calls) == calls_so_far
+    assert ["test_planned.py is called" in entry for entry in plans(model)] == [True]
+
+
+def test_keys_and_addresses_are_bounded():
+    model = build(depth=1)
+    kept = []
+    with torch.no_grad(), precision(torch.bfloat16):
+        for batch in range(1, planning.MOST_KEYS + 3):
+            model(images(model, batch))
+        assert len(plans(model)) == planning.MOST_KEYS
+        x = images(model)
+        for _ in range(8):
+            model(x)
+            kept.append(torch.empty(4 << 20, dtype=torch.uint8, device="cuda"))  # so that the workspace is elsewhere
+        (plan,) = (entry for entry in plans(model) if isinstance(entry, Plan))
+        assert 1 <= len(plan._bound) <= planning.MOST_ADDRESSES
+
+
+def test_threads_have_workspaces_of_their_own():
+    model, failures = build(depth=1), []
+    x = images(model)
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(x))
+
+    def work():
+        try:
+            with torch.no_grad(), precision(torch.bfloat16):
+                for batch in range(30):
+                    model(x[: 1 + batch % 2])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(plans(model)) == 2
+
+
+def test_a_plan_is_captured_as_the_ops_are():
+    model = build()
+    x = images(model)
+    with torch.no_grad(), precision(torch.bfloat16):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            plan_it(lambda: model(x))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            result = model(x)
+        graph.replay()
+    only_plan(model) and result.shape == (2, 1000)
