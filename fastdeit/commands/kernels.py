@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print("{} ({}) on {}: ".format(*entry.name) + fault, file=sys.stderr)
     if args.update:
         report.update_committed(rows, {entry.name for entry in chosen})
-    sampled = ()
+    sampled: list[str] = []
     if args.sample and not args.committed and not args.update and args.only is None:
         archs = reachable.ARCHITECTURES if args.arch is None else _architectures(args.arch)
         sampled = list(_sampled_faults(archs, args.sample, args.seed))
@@ -108,7 +108,7 @@ def _estimates(entry: report.Entry, found: Resources | str) -> str:
 def _table(rows: list[dict], estimates: list[str]) -> str:
     header = ("kernel", "config", "arch", "registers", "spilled_bytes", "shared_bytes", "blocks_per_sm")
     stream = ("access_bytes", "in_flight_KB", "wgmma", "instructions a tile", "share of the floor")
-    cells = [(*header, *stream, "matrix_instructions")]
+    cells: list[tuple[str, ...]] = [(*header, *stream, "matrix_instructions")]
     for row, estimate in zip(rows, estimates, strict=True):
         matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
         cells.append((*(str(row[name]) for name in header), *_stream_cells(row["stream"]), estimate, matrix or "-"))
