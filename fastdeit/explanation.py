@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ def _prices(costs: Mapping[str, tuple[Cost, Cost]], names: list[str]) -> tuple[s
     return tuple(text for cost in sums for text in (f"{cost.launches:,}", f"{cost.bytes / 1e6:,.0f}"))
 
 
-def _why_not_fused(module: nn.Module, fallback: Tensor) -> str | None:
+def _why_not_fused(module: Any, fallback: Tensor) -> str | None:
     if "forward" in module.__dict__ and not _wraps_its_class(module):
         return "it has a forward of its own"
     parameter = next(module.parameters(), fallback)
