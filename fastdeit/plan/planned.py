@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
 
 from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
@@ -18,7 +19,7 @@ from fastdeit.plan.workspace import lifetimes, packed, views_of
 MOST_KEYS = 16  # of a model, the last used
 MOST_ADDRESSES = 4  # of a plan's workspace to which its code is bound, the last used
 _SEEN = "called once"
-_FACTS = (Tensor.data_ptr, Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.stride, Tensor.device.__get__)
+_FACTS = (Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.stride, Tensor.device.__get__)
 
 
 class Plan:
@@ -48,7 +49,8 @@ class Plan:
             self._program = Program(tape.events, offsets, [out], output.device)
         read = {view.buffer.address for event in tape.events for view in views_of(event)}
         self._parameters = [p for p in parameters if p.untyped_storage().data_ptr() in read]
-        self._found = _facts(self._parameters)
+        self._addresses = list(map(Tensor.data_ptr, self._parameters))
+        self._found, self._guard = _facts(self._parameters), _guard(self._parameters)
         self._kernels = list({id(e.made.kernel): e.made.kernel for e in tape.events if hasattr(e, "made")}.values())
         self._device = output.device
         self._bound: OrderedDict[int, Callable[[Tensor], tuple[Tensor, ...]]] = OrderedDict()
@@ -56,7 +58,12 @@ class Plan:
 
     def still_holds(self) -> bool:
         """Whether every parameter is where and what it was, which no one is told of when its `data` is replaced."""
-        return _facts(self._parameters) == self._found and not any(k.pre_run_hooks for k in self._kernels)
+        if any(kernel.pre_run_hooks for kernel in self._kernels):
+            return False
+        if list(map(Tensor.data_ptr, self._parameters)) != self._addresses:
+            return False
+        # The guard compares with the dispatch keys of where it was made too: in inference mode it fails outside of it.
+        return self._guard.check(*self._parameters) or _facts(self._parameters) == self._found
 
     def __call__(self, x: Tensor) -> Tensor:
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
@@ -74,8 +81,14 @@ class Plan:
 
 
 def _facts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
-    """What a change of `data` may change."""
+    """What a change of `data` may change beside the address."""
     return tuple(list(map(fact, tensors)) for fact in _FACTS)
+
+
+def _guard(tensors: list[Tensor]) -> Any:
+    """Compares the same in a sixth of the time: Dynamo's check of dtype, device, shape and strides, among others."""
+    shapes, strides = ([list(fact(tensor)) for tensor in tensors] for fact in (Tensor.size, Tensor.stride))
+    return TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
 
 
 _Run = Callable[[Tensor], Tensor | None]
