@@ -12,7 +12,7 @@ import zipfile
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
-from shutil import copy, copytree, ignore_patterns
+from shutil import copy, copytree, ignore_patterns, make_archive
 
 import pytest
 from packaging.requirements import Requirement
@@ -115,6 +115,12 @@ def wheel(source, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def archive(source, tmp_path_factory) -> Path:
+    """A zip of the tree in a folder of its own, as code hosts give it."""
+    return Path(make_archive(tmp_path_factory.mktemp("archive") / "fastdeit", "zip", source.parent, source.name))
+
+
+@pytest.fixture(scope="module")
 def plain(source, tmp_path_factory) -> Path:
     return environment(tmp_path_factory.mktemp("plain") / "venv", source)
 
@@ -159,6 +165,37 @@ def test_plain_install_imports_the_same_code_from_anywhere(plain, digests, tmp_p
     assert package.is_relative_to(plain.parent.parent)
     assert kernels == package / "kernels"
     assert found == digests
+
+
+def test_pip_given_a_zip_installs_the_same_code(archive, digests, tmp_path):
+    package, kernels, found = probe(environment(tmp_path / "venv", archive), cwd=tmp_path)
+    assert package.is_relative_to(tmp_path)
+    assert kernels == package / "kernels"
+    assert found == digests
+
+
+def test_a_tree_unpacked_by_zipfile_is_imported_and_built_as_the_tree(archive, digests, wheel, tmp_path):
+    """Python's zipfile makes plain files of links: there are none."""
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path)
+    [tree] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    package, kernels, found = probe(environment(tmp_path / "venv"), cwd=tree)
+    assert (package, kernels, found) == (tree / "fastdeit", tree / "kernels", digests)
+    assert contents(build("wheel", tree, tmp_path / "dist")) == contents(wheel)
+
+
+def test_mypy_reads_the_types_of_the_installed_package(plain, tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(
+        "import fastdeit.kernels.runtime.launch\nfrom fastdeit import ops\nreveal_type(ops.layer_norm)\n"
+        "reveal_type(fastdeit.kernels.runtime.launch.cdiv)\n"
+    )
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy-numpy.*,timm.*,torch.*,triton.*]\nfollow_imports = skip\nignore_missing_imports = true\n"
+    )
+    options = ("--no-incremental", "--follow-imports=silent", "--python-executable", plain)
+    told = run(sys.executable, "-m", "mypy", *options, "user.py", cwd=tmp_path)
+    assert "eps: float =" in told and "def (a: int, b: int) -> int" in told
 
 
 def test_editable_install_imports_the_tree_itself(source, digests, tmp_path):

@@ -25,7 +25,7 @@ def snippets() -> dict[str, str]:
         text = text.replace(full, small)
     parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
     sections = dict(zip(["", *parts[1::2]], parts[::2], strict=True))
-    return {name: "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)) for name, text in sections.items()}
+    return {name: "\n".join(re.findall(r"```python.*?\n(.*?)```", text, re.DOTALL)) for name, text in sections.items()}
 
 
 @pytest.fixture
