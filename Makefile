@@ -10,7 +10,7 @@ STAMP := $(VENV)/.fastdeit-installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast coverage docs test-compiled test-pillow lint kernels bench clean
+.PHONY: help install train test test-fast coverage docs notebook test-compiled test-pillow lint kernels bench clean
 
 help:
 	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-pillow  install, then run the tests of images and augmentation on the newest Pillow"
 	@echo "make lint      install, then ruff check, ruff format --check and mypy"
 	@echo "make docs      install, then build the site of the documentation into build/site, links checked"
+	@echo "make notebook  install, then execute examples/two_tokens.ipynb into build/ (minutes of training)"
 	@echo "make kernels   install, then compile every kernel configuration and report on it"
 	@echo "make bench     install, then run the short benchmarks (on a GPU)"
 	@echo "make clean     remove what builds and tools left; keeps $(VENV) and runs/"
@@ -77,6 +78,10 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo build/site/index.html
+
+notebook: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebook]'
+	$(BIN)/python -m jupyter nbconvert --to notebook --execute --output-dir build examples/two_tokens.ipynb
 
 kernels: $(STAMP)
 	$(BIN)/fastdeit kernels $(ARGS)

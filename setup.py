@@ -53,6 +53,8 @@ TEST = [
 
 # The site (`make docs`).
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+# To execute examples/two_tokens.ipynb (`make notebook`).
+NOTEBOOK = ["ipykernel>=6.29", "nbconvert>=7.16"]
 
 # package -> its directory in this tree
 DIRECTORIES = {"fastdeit": "fastdeit", "fastdeit.kernels": "kernels", "fastdeit.benchmarks": "benchmarks"}
@@ -78,7 +80,15 @@ setup(
     author="fastdeit authors",
     python_requires=">=3.10",
     install_requires=CORE,
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "loader": LOADER, "hosts": HOSTS, "docs": DOCS},
+    extras_require={
+        "train": TRAIN,
+        "test": TEST,
+        "bench": BENCH,
+        "loader": LOADER,
+        "hosts": HOSTS,
+        "docs": DOCS,
+        "notebook": NOTEBOOK,
+    },
     packages=packages(),
     package_dir=DIRECTORIES,
     package_data={"": ["*.c", "*.h", "*.json", "*.sh", "*.yaml", "py.typed"]},

@@ -1,13 +1,10 @@
-"""`fastdeit launch-cost`: what launches cost the host, per call of the launch path and per model beside timm's, without a GPU.
+"""What launches cost the host, per call of the launch path and per model beside timm's, without a GPU.
 
 A child process runs PyTorch's and Triton's CUDA code on the fake CUDA runtime, so that what is timed is Python, dispatch, autograd,
 allocator and launchers, but neither the driver nor a GPU.
 """
 
-import argparse
 import json
-import math
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -24,81 +21,21 @@ CHECK = "whether a block of a model runs fused"
 # Microseconds on a quiet machine.
 BUDGETS = {"launch, pointers": 8.0, "launch, 4 descriptors built and passed": 15.0, CHECK: 10.0}
 YARDSTICK = "torch: F.layer_norm"
-_CALLS, _REPEATS = 200, 25
+CALLS, REPEATS = 200, 25
 _MODEL_CALLS = 3  # of a model, a turn
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", nargs="*", default=MODELS, metavar="NAME", help="timm's, default: distilled DeiT-Ti, S and B"
-    )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images, default: 1")
-    parser.add_argument("--turns", type=int, default=15, metavar="N", help="that timm's and ours take, default: 15")
-    parser.add_argument(
-        "--driver-us",
-        type=float,
-        default=0.0,
-        metavar="US",
-        help="added to both for each launch: what a real driver would take, default: 0",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the tables.
-
-    Raises:
-        ValueError: an option is out of range.
-        OSError: the fake CUDA runtime is not available here.
-        RuntimeError: the measuring process failed.
-    """
-    for name in ("batch_size", "turns"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {getattr(args, name)}")
-    if not (math.isfinite(args.driver_us) and args.driver_us >= 0):
-        raise ValueError(f"--driver-us: expected microseconds, zero or more, got {args.driver_us}")
-    found = measured(list(args.model), args.batch_size, args.turns, args.driver_us)
-    print(json.dumps(found, indent=2) if args.json else f"{call_table(found['calls'])}\n\n{model_table(found, args)}")
-    return 0
 
 
 def measured(models: list[str], batch_size: int = 1, turns: int = 15, driver_us: float = 0.0) -> dict[str, Any]:
     """{"calls": {name: microseconds}, "models": rows as `host_time.HostTime`}, measured in a process of its own.
 
     Raises:
-        OSError, RuntimeError: as `run`.
+        OSError: the fake CUDA runtime is not available here.
+        RuntimeError: the measuring process failed.
     """
     child = fake_cuda.run_python("-m", __name__, json.dumps([models, batch_size, turns, _MODEL_CALLS, driver_us]))
     if child.returncode:
         raise RuntimeError(f"measuring the launch cost failed:\n{child.stderr}")
     return json.loads(child.stdout)
-
-
-def call_table(costs: dict[str, float]) -> str:
-    """The costs as text, each beside its budget and as a multiple of a call of PyTorch's."""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}"
-    lines = [f"Host microseconds per call, least of {_REPEATS} runs of {_CALLS} calls; {versions}", ""]
-    for name, cost in costs.items():
-        budget = f"  budget {BUDGETS[name]:.0f}" if name in BUDGETS else ""
-        lines.append(f"{name:50}{cost:7.1f}  {cost / costs[YARDSTICK]:5.1f} x F.layer_norm{budget}")
-    return "\n".join(lines)
-
-
-def model_table(found: dict[str, Any], args: argparse.Namespace) -> str:
-    """A line for each model, precision, pass and mode."""
-    driver = f", {args.driver_us:g} us a launch added to both" if args.driver_us else ""
-    lines = [
-        f"Processor time of the host per call in us, median of {args.turns} turns at batch size {args.batch_size}{driver}; "
-        "timm's is called eagerly",
-        "",
-        f"{'model':36}{'precision':10}{'pass':9}{'mode':10}{'timm':>9}{'fastdeit':>10}{'ratio':>8}  launches, timm's and ours",
-    ]
-    for row in found["models"]:
-        lines.append(
-            f"{row['model']:36}{row['precision']:10}{row['passed']:9}{row['mode']:10}{row['timm_us']:9.0f}"
-            f"{row['fastdeit_us']:10.0f}{row['ratio']:8.3f}  {row['timm_launches']:5}{row['fastdeit_launches']:6}"
-        )
-    return "\n".join(lines)
 
 
 # What attention asks of a launch: four tensor maps, a pointer, an integer and a number.
@@ -114,7 +51,7 @@ def microseconds(call: Callable[[], object]) -> float:
     """The least over runs of the mean cost of a call: the run that other processes disturbed least."""
     for _ in range(20):
         call()
-    return round(min(_microseconds(call, _CALLS) for _ in range(_REPEATS)), 2)
+    return round(min(_microseconds(call, CALLS) for _ in range(REPEATS)), 2)
 
 
 def _microseconds(call: Callable[[], object], calls: int) -> float:
@@ -141,7 +78,7 @@ def measure_calls() -> dict[str, float]:
     y, mean, rstd = zeros(2, 198, 192), zeros(396), zeros(396)
     strides = (x.stride(0), x.stride(1))
     args = (x, None, None, None, weight, bias, None, y, mean, rstd, 198, *strides, *strides, 1e-6)
-    constexprs = (192, 256, 16)
+    constexprs = (192, 256, 16, True)
     qkv, out = zeros(2, 198, 576, dtype=torch.bfloat16), zeros(2, 198, 192, dtype=torch.bfloat16)
 
     def descriptors():

@@ -65,14 +65,25 @@ class Report:
                 found[row.name] |= dict(timm_launches=timms.launches, timm_bytes=timms.bytes)
         return found
 
-    def __str__(self) -> str:
-        """A table. Modules that differ in their index alone and fare the same share a line: `blocks.0-11.attn`."""
+    def cells(self) -> list[tuple[str, ...]]:
+        """A header and rows of text. Modules that differ in their index alone and fare the same share a row: `blocks.0-11.attn`."""
         priced = ("launches", "MB", "timm's launches", "timm's MB") if self.costs else ()
-        lines = [("module", "kind", "runs", *priced, "reason")]
+        lines: list[tuple[str, ...]] = [("module", "kind", "runs", *priced, "reason")]
         for rows in self._alike():
             name = _joint_name([row.name for row in rows]) or "(the model)"
             prices = _prices(self.costs, [row.name for row in rows]) if priced else ()
             lines.append((name, rows[0].kind, "fused" if rows[0].fused else "stock", *prices, rows[0].reason))
+        return lines
+
+    def summary(self) -> str:
+        """How many modules run fused, the plans, and with costs the totals; a line each."""
+        fused = sum(row.fused for row in self.rows)
+        plans = "".join(f"\n{line}" for line in self.plans)
+        return f"{fused} of {len(self.rows)} modules run fused" + plans + self._total() + self._hint()
+
+    def __str__(self) -> str:
+        """The cells as a table, and the summary below it."""
+        lines = self.cells()
         last = len(lines[0]) - 1
         widths = [max(len(line[i]) for line in lines) for i in range(last)]
         lines.insert(1, tuple("-" * width for width in (*widths, len("reason"))))
@@ -85,9 +96,7 @@ class Report:
             ).rstrip()
             for line in lines
         )
-        fused = sum(row.fused for row in self.rows)
-        plans = "".join(f"\n{line}" for line in self.plans)
-        return f"{table}\n{fused} of {len(self.rows)} modules run fused" + plans + self._total() + self._hint()
+        return f"{table}\n{self.summary()}"
 
     def _total(self) -> str:
         if not self.costs:

@@ -19,7 +19,7 @@ TREES = {
 # From the bottom up: a file imports from its own layer and from those below it. A name stands for all that it contains.
 LAYERS = (
     ("fastdeit.kernels",),
-    ("fastdeit.backends", "fastdeit.refusals", "fastdeit.cost.formulas", "fastdeit.cost.models"),
+    ("fastdeit.backends", "fastdeit.refusals", "fastdeit.web_page", "fastdeit.cost.formulas", "fastdeit.cost.models"),
     ("fastdeit.ops", "fastdeit.aot"),
     ("fastdeit.blocks",),
     ("fastdeit.plan",),

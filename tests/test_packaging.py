@@ -242,7 +242,7 @@ def test_triton_is_required_on_linux_only(requirements):
 
 
 def test_extras(metadata):
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "loader", "test", "bench", "hosts", "docs"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "loader", "test", "bench", "hosts", "docs", "notebook"}
 
 
 @pytest.mark.parametrize("python", PYTHONS)

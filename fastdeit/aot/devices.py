@@ -18,7 +18,7 @@ class Device:
     mma_sync_share: float  # of that rate, what products by mma.sync reach
     fp32_lanes: int
     integer_lanes: int = 64
-    convert_lanes: int = 64
+    uniform_lanes: int = 64  # threads of the warps that one clock serves
     special_lanes: int = 16
     shuffle_lanes: int = 32
     shared_bytes: int = 128

@@ -12,7 +12,7 @@ from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.cost.formulas import Cost
 
 # Of the work of all units but the busiest, what runs while that one is busy.
-OVERLAP = 0.55
+OVERLAP = 0.5
 CLOCKS_PER_INSTRUCTION = 1.5  # of a warp by itself, in code with some independent instructions
 CLOCKS_PER_BARRIER = 25  # a barrier among a block's warps, or a shuffle, until what depends on it can be issued
 _WARP = 32
@@ -99,7 +99,7 @@ def _clocks(stream, matrix_instructions, num_warps, work, device) -> dict[str, f
     def executed(*kinds: str) -> float:
         return sum(stream.once.instructions.get(k, 0) + work.trips * stream.loop.instructions.get(k, 0) for k in kinds)
 
-    def on(lanes: int, *kinds: str) -> float:
+    def on(lanes: float, *kinds: str) -> float:
         return executed(*kinds) * num_warps * _WARP / lanes
 
     flops = stream.once.matrix_flops + work.trips * stream.loop.matrix_flops or work.matrix_flops / work.programs
@@ -111,8 +111,11 @@ def _clocks(stream, matrix_instructions, num_warps, work, device) -> dict[str, f
         "issue": executed(*every) * num_warps / _SCHEDULERS,
         "matrix": flops / (device.matrix_flops * share) if matrix_instructions else 0.0,
         "special function": on(device.special_lanes, "special"),
-        "fp32": on(device.fp32_lanes, "fp32"),
-        "integer": on(device.integer_lanes, "integer") + on(device.convert_lanes, "convert"),
+        "fp32": on(device.fp32_lanes, "fp32")
+        + on(device.fp32_lanes / 2, "fp32 pair")
+        + on(device.integer_lanes, "multiply"),
+        "integer": on(device.integer_lanes, "integer", "compare", "convert"),
+        "uniform": on(device.uniform_lanes, "uniform"),
         "shared memory": shared * num_warps * _WARP / device.shared_bytes + on(device.shuffle_lanes, "shuffle"),
     }
 

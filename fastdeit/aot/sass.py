@@ -10,19 +10,23 @@ CLASSES = {
     "global": r"LDG\b|STG|LDGSTS|UTMALDG|UTMASTG|UTMAREDG|UBLKCP|RED\b|ATOMG",
     "shared": r"LDS|STS|LDSM|STSM|LDT|STT|UTCCP",
     "local": r"LDL|STL",
-    "shuffle": r"SHFL|REDUX|VOTE",
-    "barrier": r"BAR|SYNCS|DEPBAR|LDGDEPBAR|WARPSYNC|WARPGROUP|FENCE|MEMBAR|UTMACMDFLUSH|UTCBAR|ELECT|ERRBAR|CCTL|UCGABAR",
+    "shuffle": r"SHFL|REDUX",
+    "barrier": r"BAR|SYNCS|DEPBAR|LDGDEPBAR|WARPSYNC|WARPGROUP|FENCE|MEMBAR|UTMACMDFLUSH|UTCBAR|ERRBAR|CCTL|UCGABAR",
     "convert": r"F2F|F2FP|I2F|I2FP|F2I|PRMT|HADD2|HFMA2|HMUL2|HSET|HMNMX|F2IP",
-    "fp32": r"FADD|FMUL|FFMA|FMNMX|FSEL|FSETP|FCHK|FSET",
+    "fp32 pair": r"FADD2|FMUL2|FFMA2",  # two results
+    "compare": r"FMNMX|FSEL|FSETP|FCHK|FSET",
+    "fp32": r"FADD|FMUL|FFMA",
+    "multiply": r"IMAD|IMUL|IDP",  # of integers, and moves that the compiler writes as such
     "branch": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|NOP|NANOSLEEP|YIELD|BREAK|BRX|JMP",
-    "integer": r"[A-Z]",  # what is left: integer and address arithmetic, predicates, moves, uniform instructions
+    "uniform": r"U[A-Z]|R2UR|S2UR|VOTEU|LDCU|ELECT",  # one value for a warp, on a unit of its own
+    "integer": r"[A-Z]",  # what is left: address arithmetic, logic, predicates, moves
 }
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][A-Z0-9_.x]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"\.L_x_\d+")
 _WIDTHS = (("256", 32), ("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1))
 _SHORTEST_LOOP = 8  # instructions; shorter backward branches wait for a barrier
-_WORK = {"matrix", "special", "fp32", "global", "convert"}
+_WORK = {"matrix", "special", "fp32", "fp32 pair", "compare", "global", "convert"}
 
 
 @dataclass(frozen=True)

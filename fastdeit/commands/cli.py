@@ -36,12 +36,12 @@ COMMANDS = {
     "run": Command(
         "fastdeit.commands.run", "run a script of yours or of timm, every model it creates by timm accelerated"
     ),
-    "kernels": Command("fastdeit.aot.report", "what the compiler made of every kernel, without a GPU"),
+    "kernels": Command("fastdeit.commands.kernels", "what the compiler made of every kernel, without a GPU"),
     "bench": Command("fastdeit.commands.bench", "time the fused ops beside PyTorch's own"),
     "tune": Command("fastdeit.commands.tune", "find the fastest configuration of each kernel on the GPU at hand"),
     "env": Command("fastdeit.commands.env", "versions, GPU and driver, for a bug report"),
     "launch-cost": Command(
-        "fastdeit.benchmarks.launch_cost", "host time per kernel launch and per model beside timm's, without a GPU"
+        "fastdeit.commands.launch_cost", "host time per kernel launch and per model beside timm's, without a GPU"
     ),
 }
 

@@ -3,8 +3,15 @@
 import argparse
 import contextlib
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+from fastdeit import web_page
+
+if TYPE_CHECKING:
+    from fastdeit.explanation import Report
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -25,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, metavar="N", help="add launches and memory traffic of a forward pass of N images"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the table as a self-contained HTML page")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,8 +46,18 @@ def run(args: argparse.Namespace) -> int:
     accelerate(model, exclude=args.exclude)
     with torch.autocast(on.type, DTYPES[args.amp]) if args.amp else contextlib.nullcontext():
         report = explain(model, batch_size=args.batch_size, on_gpu=args.on_gpu)
+    if args.html is not None:
+        args.html.write_text(html(args.model, report), encoding="utf-8")
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
+
+
+def html(model: str, report: "Report") -> str:
+    """The report as a page; rows that run fused are shaded."""
+    header, *rows = report.cells()
+    parts = [web_page.paragraph(line) for line in report.summary().splitlines()]
+    fused = [row[2] == "fused" for row in rows]
+    return web_page.page(f"fastdeit explain {model}", [*parts, web_page.table(header, rows, text=True, good=fused)])
 
 
 def check_model_name(name: str) -> None:

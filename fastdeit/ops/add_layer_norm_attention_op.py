@@ -16,17 +16,18 @@ from fastdeit.ops.branches import (
     Norm,
     check_head,
     check_tail,
+    either,
     fake_head,
+    fake_weights,
+    fold_layers,
     head_backward,
     head_forward,
-    head_matmul,
     head_sums,
     in_order,
     saved_head,
-    tail_forward,
+    saved_weights,
     tail_parameter_gradients,
     tail_sums,
-    tail_weight,
 )
 from fastdeit.ops.layer_norm_op import add_layer_norm_reference, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
@@ -166,6 +167,8 @@ class Saved(NamedTuple):
     qkv: Tensor  # (B, N, 3 * H * D)
     attended: Tensor  # (B, N, H * D)
     lse: Tensor  # (B, H, N) fp32
+    used_qkv_weight: Tensor | None  # as `saved_weights` says
+    used_proj_weight: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     qkv_weight: Tensor
@@ -193,16 +196,19 @@ def _forward(
     saves,
 ):
     from fastdeit.kernels.attention.forward import attention_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
 
     with without_autocast():
         norm, scale = Norm(norm_weight, norm_bias, eps), (qkv_weight.shape[0] // (3 * num_heads)) ** -0.5
         x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, qkv_weight, matmul_dtype, saves)
-        qkv, _ = head_matmul(head, rows, norm, qkv_weight, qkv_bias)
+        folded = fold_layers(head, norm, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, matmul_dtype)
+        qkv, _ = linear_forward(rows, folded.weight, folded.bias)
         del rows
         qkv = qkv.view(*x.shape[:-1], qkv.shape[-1])
         attended, lse = attention_forward(qkv, num_heads, scale)
-        out = tail_forward(attended.view(-1, attended.shape[-1]), proj_weight, proj_bias, gamma)
-    return (out.view(*x.shape[:-1], out.shape[-1]), x_new), (head.mean, head.x_hat, head.rstd, qkv, attended, lse)
+        out, _ = linear_forward(attended.view(-1, attended.shape[-1]), folded.tail_weight, folded.tail_bias)
+    made = (head.mean, head.x_hat, head.rstd, qkv, attended, lse, *saved_weights(folded, qkv_weight, proj_weight))
+    return (out.view(*x.shape[:-1], out.shape[-1]), x_new), made
 
 
 def _save(inputs, outputs, made, needs):
@@ -215,31 +221,36 @@ def _save(inputs, outputs, made, needs):
 
 def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.attention.backward import attention_backward
-    from fastdeit.kernels.norm.residual_branch import column_sums
+    from fastdeit.kernels.runtime.column_sums import add_partial_sums, column_sums
 
     (dout, dx_new), (eps, num_heads, _) = grads, options
-    *head, qkv, attended, lse, norm_weight, norm_bias, qkv_weight, proj_weight, proj_bias, gamma, drop_path_scale = (
-        saved
-    )
-    head, norm = BranchHead(*head), Norm(norm_weight, norm_bias, eps)
+    head, norm = BranchHead(*saved[:4]), Norm(saved.norm_weight, saved.norm_bias, eps)
+    qkv, attended, gamma = saved.qkv, saved.attended, saved.gamma
+    qkv_weight, proj_weight = saved.qkv_weight, saved.proj_weight
     dtypes = dict(zip(GRADIENTS, grad_dtypes, strict=True))
     with without_autocast():
         g = as_dtype(dout.reshape(-1, proj_weight.shape[0]), qkv.dtype).contiguous()
-        g_sum = column_sums(g, tail_sums(gamma, dtypes))
-        rows = attended.view(-1, attended.shape[-1])
-        found = tail_parameter_gradients(g, g_sum, rows, proj_weight, proj_bias, gamma, dtypes)
-        if any(dtypes[name] is not None for name in HEAD_GRADIENTS):
-            dattended = torch.mm(g, tail_weight(proj_weight, gamma, g.dtype)).view(attended.shape)
+        wanted, later = [(g, tail_sums(gamma, dtypes))], []
+        into_head = any(dtypes[name] is not None for name in HEAD_GRADIENTS)
+        if into_head:
+            dattended = torch.mm(g, either(saved.used_proj_weight, proj_weight)).view(attended.shape)
             scale = (qkv_weight.shape[0] // (3 * num_heads)) ** -0.5
-            dqkv = attention_backward(dattended, qkv, attended, lse, num_heads, scale).view(-1, qkv.shape[-1])
+            dqkv = attention_backward(dattended, qkv, attended, saved.lse, num_heads, scale).view(-1, qkv.shape[-1])
             del dattended
-            dqkv_sum = column_sums(dqkv, head_sums(head, dtypes))
+            wanted.append((dqkv, head_sums(head, dtypes)))
+        g_sum, *dqkv_sum = column_sums(*wanted, later=later)
+        add_partial_sums(*later)
+        rows = attended.view(-1, attended.shape[-1])
+        found = tail_parameter_gradients(g, g_sum, rows, proj_weight, saved.proj_bias, gamma, dtypes)
+        del g, wanted
+        if into_head:
             shape = (*dout.shape[:-1], qkv_weight.shape[1])
-            found |= head_backward(dqkv, dqkv_sum, dx_new, head, drop_path_scale, norm, qkv_weight, shape, dtypes)
+            weights = (qkv_weight, either(saved.used_qkv_weight, qkv_weight))
+            found |= head_backward(dqkv, *dqkv_sum, dx_new, head, saved.drop_path_scale, norm, *weights, shape, dtypes)
     return in_order(found, dtypes)
 
 
-def _fake(x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, *rest):
+def _fake(x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, *rest):
     *_, num_heads, matmul_dtype = rest
     (batch, tokens, _), width = x.shape, qkv_weight.shape[0]
     x_new, *head = fake_head(x, branch, matmul_dtype, norm_weight, norm_bias, qkv_weight)
@@ -248,13 +259,14 @@ def _fake(x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, 
         x.new_empty((batch, tokens, width // 3), dtype=matmul_dtype),
         x.new_empty((batch, num_heads, tokens), dtype=torch.float32),
     )
-    return (x.new_empty((batch, tokens, proj_weight.shape[0]), dtype=matmul_dtype), x_new), (*head, *attention)
+    used = fake_weights(matmul_dtype, qkv_weight, proj_weight, gamma)
+    return (x.new_empty((batch, tokens, proj_weight.shape[0]), dtype=matmul_dtype), x_new), (*head, *attention, *used)
 
 
 add_layer_norm_attention_unchecked = Op(
     "add_layer_norm_attention",
     outputs=("out", "x_new"),
-    made=("mean", "x_hat", "rstd", "qkv", "attended", "lse"),
+    made=("mean", "x_hat", "rstd", "qkv", "attended", "lse", "used_qkv_weight", "used_proj_weight"),
     saved=Saved,
     forward=_forward,
     save=_save,

@@ -13,18 +13,19 @@ from fastdeit.ops.branches import (
     Norm,
     check_head,
     check_tail,
+    either,
     fake_head,
+    fake_weights,
+    fold_layers,
     head_backward,
     head_forward,
-    head_matmul,
     head_sums,
     in_order,
     normalised_rows,
     saved_head,
-    tail_forward,
+    saved_weights,
     tail_parameter_gradients,
     tail_sums,
-    tail_weight,
 )
 from fastdeit.ops.layer_norm_op import add_layer_norm_reference, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
@@ -137,6 +138,8 @@ class Saved(NamedTuple):
     x_hat: Tensor | None  # (M, C)
     rstd: Tensor  # (M,) fp32
     z: Tensor | None  # (M, H), None where it is computed again
+    used_w1: Tensor | None  # as `saved_weights` says
+    used_w2: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     w1: Tensor
@@ -166,6 +169,7 @@ def _forward(
     saves,
 ):
     from fastdeit.kernels.gemm.fused_mlp import whole_mlp_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
 
     if not saves and drop_path_scale is None:
         options = dict(norm=(norm_weight, norm_bias, eps), branch=branch, gamma=gamma)
@@ -176,59 +180,75 @@ def _forward(
     with without_autocast():
         norm = Norm(norm_weight, norm_bias, eps)
         x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, w1, matmul_dtype, saves)
-        h, z = head_matmul(head, rows, norm, w1, b1, activation, needs_z=saves and not lean)
+        folded = fold_layers(head, norm, w1, b1, w2, b2, gamma, matmul_dtype)
+        needs_z = saves and not lean
+        h, z = linear_forward(rows, folded.weight, folded.bias, activation=activation, needs_z=needs_z)
         del rows
-        out = tail_forward(h, w2, b2, gamma)
-    return (out.view(*x.shape[:-1], out.shape[-1]), x_new), (head.mean, head.x_hat, head.rstd, z)
+        out, _ = linear_forward(h, folded.tail_weight, folded.tail_bias)
+    made = (head.mean, head.x_hat, head.rstd, z, *saved_weights(folded, w1, w2))
+    return (out.view(*x.shape[:-1], out.shape[-1]), x_new), made
 
 
 def _save(inputs, outputs, made, needs):
     x, _, *parameters = inputs[:10]
-    mean, x_hat, rstd, z = made
-    return Saved(*saved_head(x, outputs[1], mean, x_hat, rstd), z, *parameters)
+    mean, x_hat, rstd, *others = made
+    return Saved(*saved_head(x, outputs[1], mean, x_hat, rstd), *others, *parameters)
 
 
 def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.gemm.linear import activation_gradient
     from fastdeit.kernels.mlp.activation import activation_forward
-    from fastdeit.kernels.norm.residual_branch import column_sums
+    from fastdeit.kernels.runtime.column_sums import add_partial_sums, column_sums
 
     (dout, dx_new), (eps, activation, matmul_dtype, _) = grads, options
-    *head, z, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale = saved
+    *head, z, used_w1, used_w2, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale = saved
     head, norm = BranchHead(*head), Norm(norm_weight, norm_bias, eps)
     dtypes = dict(zip(GRADIENTS, grad_dtypes, strict=True))
     into_head = any(dtypes[name] is not None for name in HEAD_GRADIENTS)
     needs_h = dtypes["tail_weight"] is not None or dtypes["gamma"] is not None
-    h = None
+    h, later = None, []
     with without_autocast():
         g = as_dtype(dout.reshape(-1, w2.shape[0]), matmul_dtype).contiguous()
-        g_sum = column_sums(g, tail_sums(gamma, dtypes))
+        (g_sum,) = column_sums((g, tail_sums(gamma, dtypes)), later=later)
         if z is None and (into_head or needs_h):
-            z, _ = head_matmul(head, normalised_rows(head, norm, matmul_dtype), norm, w1, b1)
+            z = _pre_activation(head, norm, w1, b1, matmul_dtype)
         if into_head:
-            wanted = dict(needs_h=needs_h, dbias_dtype=head_sums(head, dtypes))
-            dz, h, dz_sum = activation_gradient(g, tail_weight(w2, gamma, g.dtype), z, activation, **wanted)
+            wanted = dict(needs_h=needs_h, dbias_dtype=head_sums(head, dtypes), later=later)
+            dz, h, dz_sum = activation_gradient(g, either(used_w2, w2), z, activation, **wanted)
         elif needs_h:
             h = activation_forward(z, activation)
+        add_partial_sums(*later)
         found = tail_parameter_gradients(g, g_sum, h, w2, b2, gamma, dtypes)
         del g, h
         if into_head:
-            shape = (*dout.shape[:-1], w1.shape[1])
-            found |= head_backward(dz, dz_sum, dx_new, head, drop_path_scale, norm, w1, shape, dtypes)
+            shape, weights = (*dout.shape[:-1], w1.shape[1]), (w1, either(used_w1, w1))
+            found |= head_backward(dz, dz_sum, dx_new, head, drop_path_scale, norm, *weights, shape, dtypes)
     return in_order(found, dtypes)
 
 
-def _fake(x, branch, norm_weight, norm_bias, w1, b1, w2, *rest):
+def _pre_activation(head: BranchHead, norm: Norm, w1: Tensor, b1: Tensor | None, matmul_dtype: torch.dtype) -> Tensor:
+    """z (M, H), computed again."""
+    from fastdeit.kernels.gemm.folded_weights import fold_forward
+    from fastdeit.kernels.gemm.linear import linear_forward
+
+    rows = normalised_rows(head, norm, matmul_dtype)
+    if head.x_hat is not None:
+        w1, b1 = fold_forward(w1, b1, matmul_dtype, column_scale=norm.weight, column_shift=norm.bias)
+    return linear_forward(rows, w1, b1)[0]
+
+
+def _fake(x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *rest):
     *_, matmul_dtype, lean = rest
     x_new, *head = fake_head(x, branch, matmul_dtype, norm_weight, norm_bias, w1)
     z = None if lean else x.new_empty((x.numel() // x.shape[-1], w1.shape[0]), dtype=matmul_dtype)
-    return (x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=matmul_dtype), x_new), (*head, z)
+    used = fake_weights(matmul_dtype, w1, w2, gamma)
+    return (x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=matmul_dtype), x_new), (*head, z, *used)
 
 
 add_layer_norm_mlp_unchecked = Op(
     "add_layer_norm_mlp",
     outputs=("out", "x_new"),
-    made=("mean", "x_hat", "rstd", "z"),
+    made=("mean", "x_hat", "rstd", "z", "used_w1", "used_w2"),
     saved=Saved,
     forward=_forward,
     save=_save,

@@ -38,6 +38,15 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Folded(NamedTuple):
+    """A branch's first and last layer as forward multiplies by them: in the matmul dtype, with norm and gamma folded in."""
+
+    weight: Tensor
+    bias: Tensor | None
+    tail_weight: Tensor
+    tail_bias: Tensor | None
+
+
 class BranchHead(NamedTuple):
     """What backward needs of a branch's head. Of x, mean and x_hat it is x_hat alone in the folded form, else the other two."""
 
@@ -80,7 +89,7 @@ def head_forward(
 ) -> tuple[Tensor | None, Tensor, BranchHead]:
     """x_new (..., C), None without a branch; the rows (M, C) that weight is to multiply, in that dtype; and what to save.
 
-    Without `saves` that is only what `head_matmul` asks of it.
+    Without `saves` that is only what `fold_layers` asks of it.
     """
     from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 
@@ -96,22 +105,29 @@ def head_forward(
     return x_new, normed, head
 
 
-def head_matmul(
+def fold_layers(
     head: BranchHead,
-    rows: Tensor,
     norm: Norm,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None = None,
-    needs_z: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """activation(z) (M, O), z itself without one, of the rows that `head_forward` or `normalised_rows` gives; z too if needed."""
-    from fastdeit.kernels.gemm.folded_weights import fold_forward
-    from fastdeit.kernels.gemm.linear import linear_forward
+    tail_weight: Tensor,
+    tail_bias: Tensor | None,
+    gamma: Tensor | None,
+    matmul_dtype: torch.dtype,
+) -> Folded:
+    """What forward multiplies by. A tensor that nothing changes is returned as it is."""
+    from fastdeit.kernels.gemm.folded_weights import fold_both_forward
 
-    if head.x_hat is not None:
-        weight, bias = fold_forward(weight, bias, rows.dtype, column_scale=norm.weight, column_shift=norm.bias)
-    return linear_forward(rows, weight, bias, activation=activation, needs_z=needs_z)
+    scale, shift = (norm.weight, norm.bias) if head.x_hat is not None else (None, None)
+    options = dict(column_scale=scale, column_shift=shift, row_scale=gamma)
+    first, last = fold_both_forward((weight, bias), (tail_weight, tail_bias), matmul_dtype, **options)
+    return Folded(*first, *last)
+
+
+def saved_weights(folded: Folded, weight: Tensor, tail_weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """For backward, the weights of both layers as forward multiplied by them; None for one that is the parameter itself."""
+    pairs = ((folded.weight, weight), (folded.tail_weight, tail_weight))
+    return tuple(None if used is parameter else used for used, parameter in pairs)
 
 
 def normalised_rows(head: BranchHead, norm: Norm, matmul_dtype: torch.dtype) -> Tensor:
@@ -147,6 +163,7 @@ def head_backward(
     drop_path_scale: Tensor | None,
     norm: Norm,
     weight: Tensor,
+    used_weight: Tensor,
     shape: tuple[int, ...],
     dtypes: Dtypes,
 ) -> dict[str, Tensor | None]:
@@ -156,9 +173,10 @@ def head_backward(
         dz: (M, O), contiguous, in the matmul dtype.
         dz_sum: its column sums (O,), as `head_sums` says.
         dx_new: of x's shape, what else the residual stream's gradient is, or None.
+        used_weight: (O, C) in the matmul dtype, what forward multiplied by.
         shape: x's.
     """
-    from fastdeit.kernels.gemm.folded_weights import fold_columns_backward, fold_forward
+    from fastdeit.kernels.gemm.folded_weights import fold_columns_backward
     from fastdeit.kernels.norm.layer_norm import layer_norm_backward
     from fastdeit.kernels.norm.residual_branch import folded_layer_norm_backward
 
@@ -171,7 +189,7 @@ def head_backward(
         gradients = fold_columns_backward(product, dz_sum, weight, norm.weight, norm.bias, **needs)
         found |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
         if wants("x", "branch"):
-            dx_hat = torch.mm(dz, fold_forward(weight, None, matmul_dtype, column_scale=norm.weight)[0])
+            dx_hat = torch.mm(dz, used_weight)
             rows = None if dx_new is None else dx_new.reshape(dx_hat.shape).contiguous()
             options = dict(drop_path_scale=contiguous(drop_path_scale), dbranch_dtype=dtypes["branch"])
             given = (dx_hat, head.x_hat, head.rstd, rows)
@@ -182,7 +200,7 @@ def head_backward(
         found["weight"] = weight_gradient(dz, normalised_rows(head, norm, matmul_dtype), dtypes["weight"])
     if wants("x", "branch", "norm_weight", "norm_bias"):
         found["x"], found["branch"], found["norm_weight"], found["norm_bias"], _ = layer_norm_backward(
-            torch.mm(dz, as_dtype(weight, matmul_dtype)).view(shape),
+            torch.mm(dz, used_weight).view(shape),
             head.x,
             head.mean,
             head.rstd,
@@ -195,21 +213,6 @@ def head_backward(
             dbias_dtype=dtypes["norm_bias"],
         )
     return found
-
-
-def tail_forward(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
-    """gamma * (h P^T + p) for h (M, H), in h's dtype."""
-    from fastdeit.kernels.gemm.folded_weights import fold_forward
-    from fastdeit.kernels.gemm.linear import linear_forward
-
-    return linear_forward(h, *fold_forward(weight, bias, h.dtype, row_scale=gamma))[0]
-
-
-def tail_weight(weight: Tensor, gamma: Tensor | None, matmul_dtype: torch.dtype) -> Tensor:
-    """gamma * P, as forward multiplies h by and backward the gradient."""
-    from fastdeit.kernels.gemm.folded_weights import fold_forward
-
-    return fold_forward(weight, None, matmul_dtype, row_scale=gamma)[0]
 
 
 def tail_parameter_gradients(
@@ -244,6 +247,20 @@ def saved_head(
     """A `BranchHead`'s fields, of what its op was given and made."""
     normalised = x if x_new is None else x_new
     return normalised if x_hat is None else None, mean, x_hat, rstd
+
+
+def either(used: Tensor | None, parameter: Tensor) -> Tensor:
+    """What forward multiplied by, of `saved_weights`."""
+    return parameter if used is None else used
+
+
+def fake_weights(
+    matmul_dtype: torch.dtype, weight: Tensor, tail_weight: Tensor, gamma: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`saved_weights` without data."""
+    changes = (weight.dtype != matmul_dtype, tail_weight.dtype != matmul_dtype or gamma is not None)
+    pairs = zip((weight, tail_weight), changes, strict=True)
+    return tuple(w.new_empty(w.shape, dtype=matmul_dtype) if change else None for w, change in pairs)
 
 
 def fake_head(

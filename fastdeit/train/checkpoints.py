@@ -103,13 +103,18 @@ def load_weights(model: nn.Module, path: Path, classes: Sequence[str] | None = N
 
 
 def check_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ValueError unless both have the same names and shapes."""
+    """Raises ValueError unless both have the same names and shapes, and real numbers where these are expected."""
     differences = [f"no {name}" for name in expected if name not in found]
     differences += [f"an unknown {name}" for name in found if name not in expected]
     differences += [
         f"{name} of shape {tuple(found[name].shape)} where the model has {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
+    ]
+    differences += [
+        f"{name} of {found[name].dtype} where the model has {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in found and found[name].is_floating_point() != tensor.is_floating_point()
     ]
     if differences:
         more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""

@@ -39,7 +39,9 @@ class Config:
     val_split: str = _help("the split to evaluate on, of a set of timm's", "validation")
     input_key: str | None = _help("column of the images in a set of timm's; by default the reader's own", None)
     target_key: str | None = _help("column of the classes in a set of timm's; by default the reader's own", None)
-    num_classes: int | None = _help("classes of a set of timm's that does not tell", None)
+    num_classes: int | None = _help(
+        "classes of a set of timm's that does not tell; of others, what there must be", None
+    )
     max_bad_images: int = _help("unreadable images that are reported and replaced; one more stops the run", 100)
     max_image_megapixels: float = _help("images with more pixels, in millions, count as unreadable", 500.0)
     img_size: int = _help("height and width of the model's input, in pixels", 224)

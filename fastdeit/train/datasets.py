@@ -50,8 +50,15 @@ def load_data(config: Config) -> Data:
     Raises:
         ImportError: the library that a set of timm's or the decoder needs is not installed.
         ValueError: the folder lacks train/ or val/, a class is empty or is in one of the two only; timm cannot make its set, or
-            nobody says how many classes it has.
+            nobody says how many classes it has; num_classes says another number than there is.
     """
+    data = _load_data(config)
+    if config.num_classes not in (None, len(data.classes)):
+        raise ValueError(f"num_classes: {config.data} has {len(data.classes)} classes, got {config.num_classes}")
+    return data
+
+
+def _load_data(config: Config) -> Data:
     mode = "L" if config.in_chans == 1 else "RGB"
     if config.data == "digits":
         return _digits(mode, config)
@@ -286,8 +293,6 @@ def _timm_classes(source: Any, config: Config) -> tuple[str, ...]:
     """Names by index, as the set has them, else the indices themselves."""
     by_name = getattr(getattr(source, "reader", None), "class_to_idx", None)
     names = sorted(by_name, key=by_name.get) if by_name else getattr(source, "classes", None)
-    if names and config.num_classes not in (None, len(names)):
-        raise ValueError(f"num_classes: {config.data} has {len(names)} classes, got {config.num_classes}")
     if not names and config.num_classes is None:
         raise ValueError(f"num_classes: {config.data} does not say how many classes it has")
     return tuple(map(str, names)) if names else tuple(map(str, range(config.num_classes)))

@@ -1,5 +1,6 @@
 """The training of one model into its folder: epochs, what is saved when, and what is said where it ends early."""
 
+import math
 import signal
 import sys
 import time
@@ -319,6 +320,7 @@ class Fit:
         checkpoints.check_same_run(state, self.config, path)
         checkpoints.check_same_tensors(state["model"], self.trainer.model.state_dict(), path)
         self.world.on_main(lambda: self._check_same_data(state, path))
+        self._check_progress(state, path)
         try:
             self.trainer.load_state_dict(state)
         except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -340,6 +342,16 @@ class Fit:
                     f"data: the images in {self.config.data}, {split}, are not those that {path} was trained on: {changed}. "
                     "Give the former ones, or start another run"
                 )
+
+    def _check_progress(self, state: dict[str, Any], path: Path) -> None:
+        """Raises ValueError unless step, epochs and sum of losses of a state can be of one run of this length."""
+        updates, epoch, step = self.trainer.schedule.updates_per_epoch, len(state["history"]), state["step"]
+        if state["epoch"] != epoch or not epoch * updates <= step <= (epoch + 1) * updates:
+            raise ValueError(
+                f"{path}: damaged: step {step} and epoch {state['epoch']} with {epoch} rows of history; an epoch has {updates}"
+            )
+        if not math.isfinite(state["loss_sum"]):
+            raise ValueError(f"{path}: damaged: loss_sum is {state['loss_sum']}, expected a finite number")
 
     def _save_state(self, name: str = checkpoints.STATE) -> None:
         about = dict(

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastdeit.train.analysis import matrix
 from fastdeit.train.config import FREE_FIELDS
@@ -15,6 +15,7 @@ from fastdeit.train.reporting import READOUTS
 
 RESULTS, REPORT = "results.json", "report.md"
 _SEED_FIELDS = {*FREE_FIELDS, "seed", "name"}  # runs that differ in these alone are repetitions of each other
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
 _PACKAGES = ("fastdeit", "torch", "triton", "timm", "numpy")
 
 DEIT = """@inproceedings{touvron2021training,
@@ -49,8 +50,8 @@ def write_results(
     disagreement: Mapping[tuple[str, str], float],
     cosines: Sequence[float] | None,
     cuda_graphs: str | None = None,
-) -> None:
-    """Writes results.json and report.md into a run's folder.
+) -> dict[str, Any]:
+    """Writes results.json and report.md into a run's folder; returns what results.json holds.
 
     Args:
         config: the run's, as plain values.
@@ -71,6 +72,7 @@ def write_results(
     }
     _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     _write(folder / REPORT, report(results, repetitions(folder, results)))
+    return results
 
 
 def repetitions(folder: Path, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -89,46 +91,57 @@ def repetitions(folder: Path, results: Mapping[str, Any]) -> dict[str, dict[str,
     return found
 
 
-def report(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of report.md. runs are the repetitions with other seeds, this one among them."""
+class Section(NamedTuple):
+    """A part of the report: a heading, a text and a table of cells, either of which may be missing."""
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+
+
+def about(results: Mapping[str, Any]) -> list[str]:
+    """What was trained, on what and with what, a sentence each."""
     config, environment = results["config"], results["environment"]
-    about = [
+    found = [
         f"{config['model']} on {config['data']}, {config['img_size']} x {config['img_size']} pixels, {config['epochs']} epochs, "
         f"batches of {config['batch_size']}, seed {config['seed']}."
     ]
     if config["distillation_type"] != "none":
-        about += [
+        found += [
             f"{config['distillation_type'].capitalize()} distillation from {config['teacher_model']}, "
             f"weight {config['distillation_alpha']:g}."
         ]
     if results.get("cuda_graphs"):
-        about += [f"CUDA graphs: {results['cuda_graphs']}."]
-    about += ["; ".join(f"{name} {value}" for name, value in environment.items()) + "."]
-    parts = [
-        f"# {config['name']}",
-        "\n".join(about),
-        "![Loss and top-1 over epochs](curves.png)",
-        "## Validation top-1 (%)",
-        _accuracy(results),
-    ]
+        found += [f"CUDA graphs: {results['cuda_graphs']}."]
+    return [*found, "; ".join(f"{name} {value}" for name, value in environment.items()) + "."]
+
+
+def sections(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    """Figures of the report. runs are the repetitions with other seeds, this one among them."""
+    found = [Section("Validation top-1 (%)", table=_accuracy(results))]
     if len(runs) > 1:
-        parts += [f"## Over {len(runs)} seeds", _over_seeds(runs)]
+        found += [Section(f"Over {len(runs)} seeds", table=_over_seeds(runs))]
     if results["disagreement"]:
-        parts += [
-            "## Who disagrees with whom",
-            "Share of validation images, in percent, that two classifiers put into different classes (Table 4 of the DeiT paper).",
-            _disagreement(results["disagreement"]),
-        ]
+        text = "Percentage of validation images that two classifiers put into different classes (Table 4 of the DeiT paper)."
+        found += [Section("Who disagrees with whom", text, _disagreement(results["disagreement"]))]
     if results["token_cosines"] is not None:
-        parts += [
-            "## How alike the two tokens are",
+        text = (
             "Cosine between class and distillation token: the learned ones, then after each block, mean over the validation "
-            "images. The DeiT paper (section 4) reports 0.06 at first and 0.93 at last for DeiT-B on ImageNet.",
-            _table(
-                ["", "learned", *(f"block {i + 1}" for i in range(len(results["token_cosines"]) - 1))],
-                [["cosine", *(f"{value:.3f}" for value in results["token_cosines"])]],
-            ),
-        ]
+            "images. The DeiT paper (section 4) reports 0.06 at first and 0.93 at last for DeiT-B on ImageNet."
+        )
+        header = ["", "learned", *(f"block {i + 1}" for i in range(len(results["token_cosines"]) - 1))]
+        row = ["cosine", *(f"{value:.3f}" for value in results["token_cosines"])]
+        found += [Section("How alike the two tokens are", text, (header, [row]))]
+    return found
+
+
+def report(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text of report.md."""
+    config = results["config"]
+    parts = [f"# {config['name']}", "\n".join(about(results)), "![Loss and top-1 over epochs](curves.png)"]
+    for section in sections(results, runs):
+        parts += [f"## {section.title}", *([section.text] if section.text else [])]
+        parts += [_table(*section.table)] if section.table else []
     parts += ["## What to cite", "```bibtex\n" + "\n\n".join(citations(config)) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -138,7 +151,7 @@ def citations(config: Mapping[str, Any]) -> list[str]:
     return [DEIT, *([DEIT_3] if "deit3" in config["model"] else []), TIMM]
 
 
-def _accuracy(results: Mapping[str, Any]) -> str:
+def _accuracy(results: Mapping[str, Any]) -> Table:
     columns = results["top1"]
     rows = [
         [label, *(f"{column[name]:.2f}" for column in columns.values())]
@@ -148,10 +161,10 @@ def _accuracy(results: Mapping[str, Any]) -> str:
     if results["teacher_top1"] is not None:
         teacher = f"teacher ({results['config']['teacher_model']})"
         rows.insert(0, [teacher, *[f"{results['teacher_top1']:.2f}"] * len(columns)])
-    return _table(["", *columns], rows)
+    return ["", *columns], rows
 
 
-def _over_seeds(runs: Mapping[str, Mapping[str, Any]]) -> str:
+def _over_seeds(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Mean and sample standard deviation; a readout that one of the runs lacks is left out."""
     runs_by_seed = sorted(runs.values(), key=lambda each: each["config"]["seed"])
     rows = []
@@ -162,15 +175,14 @@ def _over_seeds(runs: Mapping[str, Mapping[str, Any]]) -> str:
                 spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
                 rows.append([f"{label}, {title}", spread, *(f"{value:.2f}" for value in values)])
     seeds = [f"seed {each['config']['seed']}" for each in runs_by_seed]
-    return _table(["", "mean ± deviation", *seeds], rows)
+    return ["", "mean ± deviation", *seeds], rows
 
 
-def _disagreement(entries: Sequence[Sequence[Any]]) -> str:
+def _disagreement(entries: Sequence[Sequence[Any]]) -> Table:
     names, rows = matrix({(a, b): share for a, b, share in entries})
     labels = [READOUTS.get(name, name) for name in names]
-    return _table(
-        ["", *labels], [[label, *(f"{100 * v:.1f}" for v in row)] for label, row in zip(labels, rows, strict=True)]
-    )
+    rows_of_text = [[label, *(f"{100 * v:.1f}" for v in row)] for label, row in zip(labels, rows, strict=True)]
+    return ["", *labels], rows_of_text
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

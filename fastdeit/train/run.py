@@ -18,14 +18,16 @@ from fastdeit.train.evaluation import evaluate
 from fastdeit.train.files import write_atomically
 from fastdeit.train.fit import Fit, Result
 from fastdeit.train.locks import claimed
+from fastdeit.train.mistakes import confusion
 from fastdeit.train.models import create_student, create_teacher, has_distillation_head, quickened
+from fastdeit.train.report_page import write_page
 from fastdeit.train.sampling import eval_loader
 from fastdeit.train.signals import StopRequest
 from fastdeit.train.tracking import Tracker, check_packages, create_trackers
 
 
 def train(config: Config, folder: Path, resume: bool = False, world: World = SINGLE) -> Result:
-    """Trains as config says and leaves args.yaml, summary.csv, curves.png, report.md and checkpoints in folder.
+    """Trains as config says and leaves args.yaml, summary.csv, curves.png, report.md, report.html and checkpoints in folder.
 
     Args:
         config: checked.
@@ -89,7 +91,7 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
 
 
 def _report(fit: Fit, data: Data, teacher: nn.Module | None, result: Result, folder: Path) -> None:
-    """report.md and results.json, of the weights at the end of training."""
+    """report.md, report.html and results.json, of the weights at the end of training."""
     config, model, device = fit.config, fit.trainer.model, fit.trainer.device
     validation = eval_loader(data.val, config.batch_size, config.workers, device.type == "cuda")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -99,7 +101,11 @@ def _report(fit: Fit, data: Data, teacher: nn.Module | None, result: Result, fol
     if has_distillation_head(model):
         cosines = analysis.token_cosines(model, validation, config, device)
     graphs = fit.trainer.whole_step.outcome
-    report.write_results(folder, config.as_dict(), name, columns, result.teacher_top1, different, cosines, graphs)
+    results = report.write_results(
+        folder, config.as_dict(), name, columns, result.teacher_top1, different, cosines, graphs
+    )
+    counts, mistakes = confusion(model, validation, len(data.classes), config, device)
+    write_page(folder, config, results, fit.history, data.classes, counts, mistakes)
 
 
 def teacher_config(config: Config) -> Config:

@@ -192,7 +192,7 @@ def patch_embedding_backward(
     if not needs_sum or config.strips == 1:
         return dproduct, partial if partial is None else partial[0]
     total = dtokens.new_empty((tokens, C), dtype=torch.float32)
-    add_partial_sums(partial.view(config.strips, size), total)
+    add_partial_sums((partial.view(config.strips, size), total))
     return dproduct, total
 
 

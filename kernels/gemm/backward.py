@@ -16,7 +16,7 @@ from fastdeit.kernels.gemm.config import Gemm, candidates
 from fastdeit.kernels.gemm.forward import aot_config, persistent_grid, vector
 from fastdeit.kernels.gemm.tiles import backward_epilogue, load_piece, product, quarters, store_piece, tile_origin
 from fastdeit.kernels.runtime.aot_config import AotConfig
-from fastdeit.kernels.runtime.column_sums import add_partial_sums
+from fastdeit.kernels.runtime.column_sums import Table, sum_later
 from fastdeit.kernels.runtime.launch import cdiv, descriptor, launch
 
 
@@ -114,8 +114,11 @@ def gemm_backward(
     *,
     needs_h: bool = True,
     dbias_dtype: torch.dtype | None = None,
+    later: list[Table] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dz (M, N) in z's dtype, activation(z) if needed, and the column sums of dz (N,) in dbias_dtype if that is given.
+
+    With `later` those are there once `add_partial_sums` has run on it.
 
     Args:
         dy, weight, z: (M, K), (K, N) and (M, N) of one dtype, which `gemm` fits; z is contiguous.
@@ -141,7 +144,7 @@ def gemm_backward(
         constexprs += (vector(N, K, *strides),)
     launch(kernel, grid, args, constexprs, tile.num_warps, tile.num_stages)
     if dbias is not None:
-        add_partial_sums(partial, dbias)
+        sum_later(later, partial, dbias)
     return dz, h, dbias
 
 

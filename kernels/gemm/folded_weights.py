@@ -30,24 +30,14 @@ def select_config(columns: int) -> Config:
     return Config(rows=2048 // width, columns=width, num_warps=4)
 
 
-@triton.jit(do_not_specialize=["N", "C"])
-def fold_forward_kernel(
-    weight_ptr,  # (N, C)
-    bias_ptr,  # (N,) or None
-    column_scale_ptr,  # (C,) or None
-    column_shift_ptr,  # (C,) or None
-    row_scale_ptr,  # (N,) or None
-    folded_ptr,  # (N, C)
-    folded_bias_ptr,  # (N,) or None
-    N,
-    C,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,  # a power of two that divides C: lets loads be 16 bytes wide
-):
-    """row_scale * weight * column_scale, and row_scale * (bias + weight column_shift). A program owns ROWS rows."""
+@triton.jit
+def _fold(
+    block, weight_ptr, bias_ptr, column_scale_ptr, column_shift_ptr, row_scale_ptr, folded_ptr, folded_bias_ptr, N, C,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """row_scale * weight * column_scale, and row_scale * (bias + weight column_shift), of one block of ROWS rows."""
     C = multiple(C, VECTOR)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = block * ROWS + tl.arange(0, ROWS)
     shifted = tl.zeros([ROWS, COLUMNS], tl.float32)
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + row, row < N, other=0.0).to(tl.float32)
@@ -70,6 +60,53 @@ def fold_forward_kernel(
         if row_scale_ptr is not None:
             bias *= row_scale
         tl.store(folded_bias_ptr + row, bias.to(folded_bias_ptr.dtype.element_ty), row < N)
+
+
+@triton.jit(do_not_specialize=["N", "C"])
+def fold_forward_kernel(
+    weight_ptr,  # (N, C)
+    bias_ptr,  # (N,) or None
+    column_scale_ptr,  # (C,) or None
+    column_shift_ptr,  # (C,) or None
+    row_scale_ptr,  # (N,) or None
+    folded_ptr,  # (N, C)
+    folded_bias_ptr,  # (N,) or None
+    N,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides C: lets loads be 16 bytes wide
+):
+    """A program owns ROWS rows."""
+    _fold(
+        tl.program_id(0), weight_ptr, bias_ptr, column_scale_ptr, column_shift_ptr, row_scale_ptr, folded_ptr,
+        folded_bias_ptr, N, C, ROWS, COLUMNS, VECTOR,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N0", "C0", "N1", "C1"])
+def fold_both_forward_kernel(
+    # of the layer behind a LayerNorm, (N0, C0); each as in `fold_forward_kernel`
+    weight0_ptr, bias0_ptr, column_scale0_ptr, column_shift0_ptr, folded0_ptr, folded_bias0_ptr,
+    # of the layer before a LayerScale, (N1, C1)
+    weight1_ptr, bias1_ptr, row_scale1_ptr, folded1_ptr, folded_bias1_ptr,
+    N0, C0, N1, C1,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides C0 and C1
+):  # fmt: skip
+    """A program owns ROWS rows of one of the weights, the first one's before the other's."""
+    block = tl.program_id(0)
+    of_first = tl.cdiv(N0, ROWS)
+    if block < of_first:
+        _fold(
+            block, weight0_ptr, bias0_ptr, column_scale0_ptr, column_shift0_ptr, None, folded0_ptr, folded_bias0_ptr,
+            N0, C0, ROWS, COLUMNS, VECTOR,
+        )  # fmt: skip
+    else:
+        _fold(
+            block - of_first, weight1_ptr, bias1_ptr, None, None, row_scale1_ptr, folded1_ptr, folded_bias1_ptr,
+            N1, C1, ROWS, COLUMNS, VECTOR,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "C", "rows_per_strip"])
@@ -202,6 +239,43 @@ def fold_forward(
     return folded, folded_bias
 
 
+Layer = tuple[torch.Tensor, torch.Tensor | None]  # weight (N, C) and bias (N,)
+
+
+def fold_both_forward(
+    head: Layer,
+    tail: Layer,
+    dtype: torch.dtype,
+    *,
+    column_scale: torch.Tensor | None,
+    column_shift: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+) -> tuple[Layer, Layer]:
+    """`fold_forward` of a branch's first layer by columns and of its last one by rows, in one launch where both change."""
+    of_head, of_tail = dict(column_scale=column_scale, column_shift=column_shift), dict(row_scale=row_scale)
+    changes = head[0].dtype != dtype and (tail[0].dtype != dtype or row_scale is not None)
+    if not changes or not head[0].numel() or not tail[0].numel():
+        return fold_forward(*head, dtype, **of_head), fold_forward(*tail, dtype, **of_tail)
+    (weight0, bias0), (weight1, bias1) = (map(_contiguous, layer) for layer in (head, tail))
+    column_scale, column_shift, row_scale = map(_contiguous, (column_scale, column_shift, row_scale))
+    (N0, C0), (N1, C1) = weight0.shape, weight1.shape
+    folded0, folded1 = (torch.empty_like(weight, dtype=dtype) for weight in (weight0, weight1))
+    folded_bias0 = None if bias0 is column_shift is None else weight0.new_empty(N0, dtype=dtype)
+    folded_bias1 = None if bias1 is None else weight1.new_empty(N1, dtype=dtype)
+    config = select_config(min(C0, C1))
+    launch(
+        fold_both_forward_kernel,
+        (cdiv(N0, config.rows) + cdiv(N1, config.rows),),
+        (
+            *(weight0, bias0, column_scale, column_shift, folded0, folded_bias0),
+            *(weight1, bias1, row_scale, folded1, folded_bias1, N0, C0, N1, C1),
+        ),
+        (config.rows, config.columns, min(C0 & -C0, C1 & -C1, 16)),
+        config.num_warps,
+    )
+    return (folded0, folded_bias0), (folded1, folded_bias1)
+
+
 def fold_columns_backward(
     dfolded: torch.Tensor | None,
     dfolded_bias: torch.Tensor | None,
@@ -246,7 +320,7 @@ def fold_columns_backward(
             config.num_warps,
         )
         if wanted:
-            add_partial_sums(partial, *wanted)
+            add_partial_sums(*zip(partial, wanted, strict=True))
     return dweight, *sums
 
 
@@ -303,6 +377,13 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     columns = dict(column_scale_ptr=single, column_shift_ptr=single)
     for label, arguments in (("LayerNorm", forward | columns), ("LayerScale", forward | dict(row_scale_ptr=single))):
         yield AotConfig(fold_forward_kernel, arguments, tile, config.num_warps, 1, label, matrix=False)
+    names = [f"{name}{i}_ptr" for i in (0, 1) for name in ("weight", "bias")]
+    both = dict.fromkeys((*names, "column_scale0_ptr", "column_shift0_ptr"), single)
+    both |= dict.fromkeys((f"{name}{i}_ptr" for i in (0, 1) for name in ("folded", "folded_bias")), "*bf16")
+    both |= dict.fromkeys(("N0", "C0", "N1", "C1"), "i32")
+    for label, scale in (("LayerNorm", {}), ("LayerNorm and LayerScale", dict(row_scale1_ptr=single))):
+        arguments = both | scale
+        yield AotConfig(fold_both_forward_kernel, arguments, tile, config.num_warps, 1, label, matrix=False)
     backward = dict.fromkeys(("dfolded_ptr", "dbias_ptr", "weight_ptr", "dweight_ptr"), single) | columns | sizes
     backward |= dict(dscale_partial_ptr=single, dshift_partial_ptr=single, rows_per_strip="i32")
     yield AotConfig(fold_columns_backward_kernel, backward, tile, config.num_warps, 1, "LayerNorm", matrix=False)

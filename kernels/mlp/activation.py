@@ -15,7 +15,7 @@ import triton.language as tl
 from fastdeit.kernels.gemm.tiles import multiple
 from fastdeit.kernels.mlp.activation_functions import activate, activate_with_derivative
 from fastdeit.kernels.runtime.aot_config import AotConfig
-from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips
+from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later
 from fastdeit.kernels.runtime.launch import cdiv, launch
 
 
@@ -105,11 +105,12 @@ def activation_backward(
     *,
     needs_h: bool = True,
     dbias_dtype: torch.dtype | None = None,
+    later: list[Table] | None = None,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dz (M, N) in z's dtype, activation(z) if needed, and the column sums of dz (N,) in dbias_dtype if that is given.
 
-    dh and z are (M, N), contiguous.
+    dh and z are (M, N), contiguous. With `later` the sums are there once `add_partial_sums` has run on it.
     """
     M, N = z.shape
     dz = torch.empty_like(z)
@@ -129,7 +130,7 @@ def activation_backward(
         config.num_warps,
     )
     if dbias is not None:
-        add_partial_sums(partial, dbias)
+        sum_later(later, partial, dbias)
     return dz, h, dbias
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastdeit.kernels.gemm.tiles import multiple
 from fastdeit.kernels.runtime.aot_config import AotConfig
-from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips, sum_pairs
+from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later, sum_pairs
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
 
 
@@ -160,11 +160,16 @@ def scale_add_forward(
 
 
 def scale_add_backward(
-    dy: torch.Tensor, drop_path_scale: torch.Tensor | None, dtype: torch.dtype, sum_dtype: torch.dtype | None
+    dy: torch.Tensor,
+    drop_path_scale: torch.Tensor | None,
+    dtype: torch.dtype,
+    sum_dtype: torch.dtype | None,
+    later: list[Table] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """g = drop_path_scale * dy (M, N) in the given dtype, dy itself where that is the same, and its column sums (N,).
 
-    dy is contiguous. The sums are made in fp32, in a fixed order, and rounded to sum_dtype if that is given.
+    dy is contiguous. The sums are made in fp32, in a fixed order, and rounded to sum_dtype if that is given; with `later` they are
+    there once `add_partial_sums` has run on it.
     """
     M, N = dy.shape
     same = drop_path_scale is None and dy.dtype == dtype
@@ -185,7 +190,7 @@ def scale_add_backward(
         TILE.num_warps,
     )
     if total is not None:
-        add_partial_sums(partial, total)
+        sum_later(later, partial, total)
     return g, total
 
 
@@ -217,11 +222,6 @@ def folded_layer_norm_backward(
             config.num_warps,
         )
     return dx, dbranch
-
-
-def column_sums(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
-    """The sums (N,) of the columns of contiguous x (M, N), made in fp32 in a fixed order, in the given dtype; None for None."""
-    return scale_add_backward(x, None, x.dtype, dtype)[1]
 
 
 def _tokens(rows: int, drop_path_scale: torch.Tensor | None) -> int:

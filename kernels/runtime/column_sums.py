@@ -1,6 +1,7 @@
 """Sums over rows in a fixed order, in two steps: programs add strips of rows, then one kernel adds the strips' partial sums.
 
-The first step lives in the kernels that have the values in registers anyway. No atomics, so equal calls give equal bits.
+The first step lives in the kernels that have the values in registers anyway, or in one of its own for matrices that come from a
+product. No atomics, so equal calls give equal bits.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import multiprocessors
 from fastdeit.kernels.runtime.launch import cdiv, launch
 
-_TILE = (256, 16)  # partial rows and columns that a program of the second step adds at a time
+_TILE = (256, 16)  # strips and columns that a program of the second step adds at a time
 _NUM_WARPS = 8
+_STRIP_TILE = (4, 256, 4)  # rows and columns of a step of the first step's own kernel, and warps: 8 values a thread
 
 
 @triton.jit
@@ -28,36 +30,51 @@ def sum_pairs(a, b, axis: tl.constexpr, keep_dims: tl.constexpr = False):
     return tl.reduce((a, b), axis, _add_pairs, keep_dims=keep_dims)
 
 
-@triton.jit(do_not_specialize=["PROGRAMS", "C"])
+_MOST_TABLES = 3  # of one launch of the second step
+
+
+@triton.jit
+def _add_strips(
+    partial_ptr, out_ptr, strips, C, BLOCK_STRIPS: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr
+):
+    C = C // VECTOR * VECTOR
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_STRIPS, BLOCK_C], tl.float32)
+    # A table may be narrower than the grid: its last programs have nothing to add.
+    for start in tl.range(0, tl.where(tl.program_id(0) * BLOCK_C < C, strips, 0), BLOCK_STRIPS):
+        row = start + tl.arange(0, BLOCK_STRIPS)[:, None]
+        inside = (row < strips) & (col[None, :] < C)
+        total += tl.load(partial_ptr + row * C + col[None, :], inside, other=0.0)
+    tl.store(out_ptr + col, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), col < C)
+
+
+@triton.jit(do_not_specialize=["strips0", "strips1", "strips2", "C0", "C1", "C2"])
 def partial_sums_backward_kernel(
-    partial_ptr,  # (tables, PROGRAMS, C) fp32
-    out0_ptr,  # (C,) of any dtype; the tables' sums in order, None for those that are not there
+    partial0_ptr,  # (strips0, C0) fp32
+    partial1_ptr,  # the other tables, None for those that are not there
+    partial2_ptr,
+    out0_ptr,  # (C0,) of any dtype
     out1_ptr,
     out2_ptr,
-    PROGRAMS,
-    C,
-    BLOCK_PROGRAMS: tl.constexpr,
+    strips0,
+    strips1,
+    strips2,
+    C0,
+    C1,
+    C2,
+    BLOCK_STRIPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    VECTOR: tl.constexpr,  # a power of two that divides C: lets loads be 16 bytes wide
+    VECTOR: tl.constexpr,  # a power of two that divides every C: lets loads be 16 bytes wide
 ):
     """A program owns BLOCK_C columns of one table (program id 1) and adds its rows in a fixed order."""
-    C = C // VECTOR * VECTOR
-    table = tl.program_id(1)
-    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_PROGRAMS, BLOCK_C], tl.float32)
-    for start in tl.range(0, PROGRAMS, BLOCK_PROGRAMS):
-        row = start + tl.arange(0, BLOCK_PROGRAMS)[:, None]
-        inside = (row < PROGRAMS) & (col[None, :] < C)
-        total += tl.load(partial_ptr + (table * PROGRAMS + row) * C + col[None, :], inside, other=0.0)
-    result = tl.sum(total, axis=0)
-    if table == 0:
-        tl.store(out0_ptr + col, result.to(out0_ptr.dtype.element_ty), col < C)
-    if out1_ptr is not None:
-        if table == 1:
-            tl.store(out1_ptr + col, result.to(out1_ptr.dtype.element_ty), col < C)
-    if out2_ptr is not None:
-        if table == 2:
-            tl.store(out2_ptr + col, result.to(out2_ptr.dtype.element_ty), col < C)
+    if tl.program_id(1) == 0:
+        _add_strips(partial0_ptr, out0_ptr, strips0, C0, BLOCK_STRIPS, BLOCK_C, VECTOR)
+    if partial1_ptr is not None:
+        if tl.program_id(1) == 1:
+            _add_strips(partial1_ptr, out1_ptr, strips1, C1, BLOCK_STRIPS, BLOCK_C, VECTOR)
+    if partial2_ptr is not None:
+        if tl.program_id(1) == 2:
+            _add_strips(partial2_ptr, out2_ptr, strips2, C2, BLOCK_STRIPS, BLOCK_C, VECTOR)
 
 
 def row_strips(rows: int, step: int, column_blocks: int, x: torch.Tensor) -> tuple[int, int]:
@@ -71,17 +88,121 @@ def row_strips(rows: int, step: int, column_blocks: int, x: torch.Tensor) -> tup
     return cdiv(rows, rows_per_strip), rows_per_strip
 
 
-def add_partial_sums(partial: torch.Tensor, *totals: torch.Tensor) -> None:
-    """Writes the sums over the second last dimension of partial ([tables,] strips, C), contiguous fp32, into the tables' (C,)."""
-    strips, channels = partial.shape[-2:]
-    absent = (None,) * (3 - len(totals))
-    grid = (cdiv(channels, _TILE[1]), len(totals))
-    args = (partial, *totals, *absent, strips, channels)
-    launch(partial_sums_backward_kernel, grid, args, (*_TILE, min(channels & -channels, 4)), _NUM_WARPS)
+@triton.jit
+def _sum_strip(
+    x_ptr, partial_ptr, block, M, N, rows_per_strip, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr
+):
+    N = N // VECTOR * VECTOR
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    col = column[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    first = tl.program_id(1) * rows_per_strip
+    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), ROWS, num_stages=4):  # no NaN: row numbers
+        row = start + tl.arange(0, ROWS)[:, None]
+        total += tl.load(x_ptr + row.to(tl.int64) * N + col, (row < M) & (col < N), other=0.0).to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(1) * N + column, tl.sum(total, axis=0), column < N)
+
+
+@triton.jit(do_not_specialize=["M", "N0", "N1", "rows_per_strip"])
+def column_sums_backward_kernel(
+    x0_ptr,  # (M, N0)
+    x1_ptr,  # (M, N1), or None
+    partial0_ptr,  # (strips, N0) fp32
+    partial1_ptr,  # (strips, N1) fp32, or None
+    M,
+    N0,
+    N1,
+    rows_per_strip,  # a multiple of ROWS
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides N0 and N1: lets loads be 16 bytes wide
+):
+    """A program owns COLUMNS columns of one of the matrices, the first one's before the other's, of a strip (program id 1)."""
+    block = tl.program_id(0)
+    of_first = tl.cdiv(N0, COLUMNS)
+    if block < of_first:
+        _sum_strip(x0_ptr, partial0_ptr, block, M, N0, rows_per_strip, ROWS, COLUMNS, VECTOR)
+    elif x1_ptr is not None:
+        _sum_strip(x1_ptr, partial1_ptr, block - of_first, M, N1, rows_per_strip, ROWS, COLUMNS, VECTOR)
+
+
+Table = tuple[torch.Tensor, torch.Tensor]  # partial sums (strips, C), contiguous fp32, and where their total (C,) goes
+
+
+def add_partial_sums(*tables: Table) -> None:
+    """Writes each table's total, three tables a launch."""
+    for first in range(0, len(tables), _MOST_TABLES):
+        chosen = tables[first : first + _MOST_TABLES]
+        absent = _MOST_TABLES - len(chosen)
+        partials, totals = zip(*chosen, strict=True)
+        strips, channels = zip(*(partial.shape for partial in partials), strict=True)
+        vector = 4
+        for C in channels:
+            vector = min(vector, C & -C)
+        launch(
+            partial_sums_backward_kernel,
+            (cdiv(max(channels), _TILE[1]), len(chosen)),
+            (
+                *(*partials, *(None,) * absent, *totals, *(None,) * absent),
+                *(*strips, *(0,) * absent, *channels, *(0,) * absent),
+            ),
+            (*_TILE, vector),
+            _NUM_WARPS,
+        )
+
+
+def column_sums(*matrices: tuple[torch.Tensor, torch.dtype | None], later: list[Table]) -> list[torch.Tensor | None]:
+    """The sums (N,) of the columns of each matrix in its dtype, None for None, which `add_partial_sums(*later)` writes.
+
+    At most two matrices (M, N), contiguous, with as many rows; one launch reads them.
+    """
+    totals = [None if dtype is None else x.new_empty(x.shape[1], dtype=dtype) for x, dtype in matrices]
+    wanted = [(x, total) for (x, _), total in zip(matrices, totals, strict=True) if total is not None]
+    if not wanted:
+        return totals
+    if wanted[0][0].shape[0] == 0:
+        for _, total in wanted:
+            total.zero_()
+        return totals
+    rows, columns, num_warps = _STRIP_TILE
+    M, widths = wanted[0][0].shape[0], [x.shape[1] for x, _ in wanted]
+    column_blocks = sum(cdiv(width, columns) for width in widths)
+    strips, rows_per_strip = row_strips(M, rows, column_blocks, wanted[0][0])
+    partials = [x.new_empty((strips, x.shape[1]), dtype=torch.float32) for x, _ in wanted]
+    later += [(partial, total) for partial, (_, total) in zip(partials, wanted, strict=True)]
+    absent = (None,) * (2 - len(wanted))
+    launch(
+        column_sums_backward_kernel,
+        (column_blocks, strips),
+        (*(x for x, _ in wanted), *absent, *partials, *absent, M, widths[0], widths[-1], rows_per_strip),
+        (rows, columns, min(*(width & -width for width in widths), 16)),
+        num_warps,
+    )
+    return totals
+
+
+def sum_later(later: list[Table] | None, partial: torch.Tensor, total: torch.Tensor) -> None:
+    """Leaves the second step to a later launch that has more to add, or takes it now where there is no list for it."""
+    if later is None:
+        add_partial_sums((partial, total))
+    else:
+        later.append((partial, total))
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """The one configuration."""
-    types = dict(partial_ptr="*fp32", out0_ptr="*fp32", out1_ptr="*fp32", out2_ptr="*fp32", PROGRAMS="i32", C="i32")
-    tile = dict(zip(("BLOCK_PROGRAMS", "BLOCK_C"), _TILE, strict=True), VECTOR=4)
-    yield AotConfig(partial_sums_backward_kernel, types, tile, _NUM_WARPS, 1, "fp32", matrix=False)
+    """One table and the most of them; matrices in bf16, one and two."""
+    tile = dict(zip(("BLOCK_STRIPS", "BLOCK_C"), _TILE, strict=True), VECTOR=4)
+    sizes = dict.fromkeys((f"{name}{i}" for name in ("strips", "C") for i in range(_MOST_TABLES)), "i32")
+    for tables in (1, _MOST_TABLES):
+        types = dict.fromkeys((f"{name}{i}_ptr" for name in ("partial", "out") for i in range(tables)), "*fp32") | sizes
+        label = f"fp32, {tables} table{'s' if tables > 1 else ''}"
+        yield AotConfig(partial_sums_backward_kernel, types, tile, _NUM_WARPS, 1, label, matrix=False)
+    rows, columns, num_warps = _STRIP_TILE
+    strip = dict(ROWS=rows, COLUMNS=columns, VECTOR=16)
+    sizes = dict.fromkeys(("M", "N0", "N1", "rows_per_strip"), "i32")
+    for count in (1, 2):
+        types = (
+            {f"x{i}_ptr": "*bf16" for i in range(count)} | {f"partial{i}_ptr": "*fp32" for i in range(count)} | sizes
+        )
+        label = "one matrix" if count == 1 else "two matrices"
+        yield AotConfig(column_sums_backward_kernel, types, strip, num_warps, 1, label, matrix=False)

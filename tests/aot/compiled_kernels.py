@@ -14,9 +14,10 @@ from unittest import mock
 import triton
 import triton.language as tl
 
-from fastdeit.aot import catalog, reachable, report, resource_limits
+from fastdeit.aot import catalog, reachable, report, resource_limits, workloads
 from fastdeit.aot.catalog import Resources, compile_binary, compile_config, row_key, source_key
 from fastdeit.aot.instruction_stream import InstructionStream
+from fastdeit.commands import kernels
 from fastdeit.kernels.runtime.aot_config import AotConfig
 
 SAMPLE = 6  # rows that are compiled anew in every run; `fastdeit kernels` compiles all
@@ -104,6 +105,19 @@ def check_an_allowed_spill_is_one_that_happens():
             assert by_name[name].spilled_bytes == allowed, name
 
 
+def check_a_shortfall_is_one_that_happens():
+    """And no deeper, by three hundredths, than what the compiler makes of the kernels."""
+    committed, lowest = report.read_committed(), {}
+    for entry in ENTRIES:
+        shortfall = resource_limits.shortfall_of(entry.row, entry.arch)
+        resources = committed.get(row_key(entry.row, entry.arch))
+        if shortfall is not None and resources is not None:
+            shares = [x.share for x in workloads.estimates(entry.row, entry.arch, resources).values()]
+            lowest[shortfall] = min([lowest.get(shortfall, 1.0), *shares])
+    for shortfall in resource_limits.SHORTFALLS if committed else ():
+        assert 0 <= lowest[shortfall] - shortfall.lowest_share < 0.03, (shortfall, lowest[shortfall])
+
+
 def check_run_time_integers_are_not_specialised():
     """Else the lengths 1, 16 and 198 would each be compiled, and the direct launch would take one's code for another."""
     specialised = {
@@ -186,7 +200,7 @@ def report_of(*rows: AotConfig, update: Path | None = None, **flags) -> tuple[in
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        return report.run(args), out.getvalue(), err.getvalue()
+        return kernels.run(args), out.getvalue(), err.getvalue()
 
 
 def check_the_report_has_a_line_per_configuration():

@@ -10,6 +10,7 @@ import pytest
 
 from fastdeit.aot import catalog, report, resource_limits
 from fastdeit.aot.catalog import Resources
+from fastdeit.commands import kernels
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import LIMITS
 
@@ -138,6 +139,6 @@ def test_the_committed_file_is_one_row_a_line_in_the_report_s_form():
 )
 def test_an_unknown_choice_is_named(arguments, message):
     parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
+    kernels.add_arguments(parser)
     with pytest.raises(ValueError, match=message):
-        report.run(parser.parse_args(arguments))
+        kernels.run(parser.parse_args(arguments))

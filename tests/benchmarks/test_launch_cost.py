@@ -8,6 +8,7 @@ import pytest
 from fastdeit.benchmarks import launch_cost
 from fastdeit.benchmarks.host_time import MODES, PASSES, PRECISIONS
 from fastdeit.commands import cli
+from fastdeit.commands import launch_cost as command
 from fastdeit.testing import fake_cuda
 from fastdeit.testing.fake_cuda import library
 
@@ -22,8 +23,8 @@ needs_fake_cuda = pytest.mark.skipif(
 
 @needs_fake_cuda
 def test_it_measures_calls_and_models_beside_timms(capsys):
-    command = ["launch-cost", "--model", launch_cost.MODELS[0], "--turns", "2", "--driver-us", "2.5"]
-    assert cli.main([*command, "--json"]) == 0
+    arguments = ["launch-cost", "--model", launch_cost.MODELS[0], "--turns", "2", "--driver-us", "2.5"]
+    assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     over = {
         name: found["calls"][name] for name, us in launch_cost.BUDGETS.items() if found["calls"][name] > GENEROUS * us
@@ -39,10 +40,8 @@ def test_it_measures_calls_and_models_beside_timms(capsys):
         assert mode == "eager" or row["ratio"] < 0.5
         assert passed == "step" or row["ratio"] < MOST_FORWARD, f"{precision}: {row}"
     args = argparse.Namespace(turns=2, batch_size=1, driver_us=2.5)
-    assert "2.5 us a launch" in (text := launch_cost.model_table(found, args)) and len(text.splitlines()) == 3 + len(
-        rows
-    )
-    lines = launch_cost.call_table(found["calls"]).splitlines()
+    assert "2.5 us a launch" in (text := command.model_table(found, args)) and len(text.splitlines()) == 3 + len(rows)
+    lines = command.call_table(found["calls"]).splitlines()
     assert [line for line in lines if line.startswith("launch, pointers ") and line.endswith("budget 8")]
 
 

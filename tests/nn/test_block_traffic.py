@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
 B, N, C, HEADS = 2, 5, 64, 2
 LAUNCHING = ("norm.layer_norm", "mlp.activation", "attention.forward", "attention.backward", "norm.residual_branch")
+LAUNCHING += ("runtime.column_sums",)
 
 
 def recording(monkeypatch) -> list[tuple[str, int]]:

@@ -122,6 +122,7 @@ def test_weights_of_others_are_refused(tmp_path):
     [
         (nn.Linear(5, 2), r"from another model: it has weight of shape \(2, 4\) where the model has \(2, 5\)"),
         (nn.Linear(4, 2, bias=False), "from another model: it has an unknown bias"),
+        (nn.Linear(4, 2, dtype=torch.cfloat), r"it has weight of torch\.float32 where the model has torch\.complex64"),
         (nn.Sequential(nn.Linear(4, 2)), r"it has no 0\.weight; no 0\.bias; an unknown .* and 1 more"),
     ],
 )

@@ -46,6 +46,14 @@ def folder(image_folder, tmp_path):
     return shutil.copytree(image_folder, tmp_path / "images")
 
 
+@pytest.mark.parametrize("data, classes", [("digits", 10), (None, 3)])
+def test_another_number_of_classes_is_refused(small_config, data, classes):
+    config = small_config.replace(data=data or small_config.data)
+    assert len(load_data(config.replace(num_classes=classes)).classes) == classes
+    with pytest.raises(ValueError, match=rf"num_classes: .* has {classes} classes, got 7"):
+        load_data(config.replace(num_classes=7))
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"data: .*nowhere is neither `digits` nor a folder"):
         read_splits(tmp_path / "nowhere")

@@ -367,6 +367,21 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_used(whole, config, t
     assert (tmp_path / DAMAGED).exists() is (damage != "gone") and same(whole, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(step=-1), "damaged: step -1 and epoch 2 with 2 rows of history; an epoch has 3"),
+        (dict(step=10), "damaged: step 10 and epoch 2"),
+        (dict(epoch=1), "damaged: step 6 and epoch 1"),
+        (dict(loss_sum=float("nan")), "damaged: loss_sum is nan, expected a finite number"),
+    ],
+)
+def test_a_state_that_no_run_has_is_refused(whole, config, tmp_path, change, message):
+    checkpoints.save_state(tmp_path / STATE, {**load_state(whole / STATE), **change})
+    with pytest.raises(ValueError, match=rf"last\.state\.pt: {message}"):
+        run.train(config.replace(epochs=4), tmp_path, resume=True)
+
+
 def test_two_damaged_states_are_both_named(whole, config, tmp_path):
     for name in (STATE, PREVIOUS):
         (tmp_path / name).write_bytes(b"PK")

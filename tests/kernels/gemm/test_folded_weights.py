@@ -5,7 +5,12 @@ import itertools
 import pytest
 import torch
 
-from fastdeit.kernels.gemm.folded_weights import fold_columns_backward, fold_forward, fold_rows_backward
+from fastdeit.kernels.gemm.folded_weights import (
+    fold_both_forward,
+    fold_columns_backward,
+    fold_forward,
+    fold_rows_backward,
+)
 from fastdeit.testing import assert_close_to_oracle, kernel_device, kernel_dtypes, poisoned_memory
 
 DEVICE = kernel_device()
@@ -158,3 +163,26 @@ def test_infinities_and_nans_stay():
     )
     assert found[0, 0].isinf() and found[1, 1].isnan() and found[2].isfinite().all()
     assert bias[0].isinf() and bias[1].isnan() and bias[2].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shapes", [((5, 24), (24, 7)), ((70, 300), (9, 260)), ((1, 1), (3, 2))])
+@pytest.mark.parametrize("biased", [True, False])
+def test_both_layers_are_folded_as_each_alone(shapes, dtype, biased):
+    """In one launch where both change. Weights have equal bits; biases are sums, whose order may differ."""
+    head, tail = ((randn(*shape), randn(shape[0]) if biased else None) for shape in shapes)
+    scale, shift, gamma = randn(head[0].shape[1]), randn(head[0].shape[1]), randn(tail[0].shape[0])
+    for columns, rows in (((scale, shift), gamma), ((scale, None), None), ((None, None), None)):
+        options = dict(column_scale=columns[0], column_shift=columns[1])
+        with poisoned_memory():
+            found = fold_both_forward(head, tail, dtype, **options, row_scale=rows)
+        alone = fold_forward(*head, dtype, **options), fold_forward(*tail, dtype, row_scale=rows)
+        for (weight, bias), (expected, _), layer, factors in zip(
+            found, alone, (head, tail), ((*columns, None), (None, None, rows)), strict=True
+        ):
+            assert weight is expected or torch.equal(weight, expected)
+            exact = folded(*(None if t is None else t.double() for t in (*layer, *factors)))[1]
+            assert (bias is None) == (exact is None)
+            if bias is not None:
+                eager = folded(*layer, *factors)[1].to(dtype)
+                assert_close_to_oracle("bias", bias, exact, eager, magnitude(layer[0]) + exact.abs().max().item())

@@ -101,7 +101,7 @@ def test_a_direct_launch_equals_the_public_one():
     args = (x, None, None, None, weight, None, None, y, mean, rstd, 198, *strides, 1e-6)
     with record() as launches, public_launches() as public:
         for _ in range(2):
-            launch(layer_norm_forward_kernel, (396,), args, (192, 256, 16), 4)
+            launch(layer_norm_forward_kernel, (396,), args, (192, 256, 16, True), 4)
     assert public.call_count == 1
     assert launches[0] == launches[1], launches
 

@@ -1,0 +1,31 @@
+"""What tests/version_matrix.py installs and runs; the environments themselves are made by hand."""
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("version_matrix", ROOT / "tests" / "version_matrix.py")
+matrix = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(matrix)
+
+PINS = '# a comment\ntorch==2.11.0\nnumpy==2.3.5; python_version >= "3.11"\nPyYAML==6.0.3\n'
+
+
+def test_a_corner_replaces_the_pins_of_its_packages_only():
+    oldest = matrix.Corner("3.10", {"torch": "2.8.0"}, constrained=True)
+    assert matrix.constraints(PINS, oldest).split("\n") == [
+        'numpy==2.3.5; python_version >= "3.11"', "PyYAML==6.0.3", "torch==2.8.0", "",
+    ]  # fmt: skip
+    newest = matrix.Corner("3.13", {"numpy": "2.3.5"}, constrained=False)
+    assert matrix.constraints(PINS, newest) == "numpy==2.3.5\n"
+
+
+def test_requirements_are_names_of_the_core_and_of_the_extras_for_tests():
+    declared = ["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "PyYAML>=6; extra == 'train'"]
+    declared += ['mkdocs-material>=9.7; extra == "docs"', 'vit_pytorch>=1.26; extra == "hosts"']
+    assert matrix.requirements(declared) == ["pyyaml", "torch", "triton", "vit-pytorch"]
+
+
+def test_the_default_tests_are_those_of_test_fast():
+    paths = matrix.fast_selection((ROOT / "Makefile").read_text())
+    assert len(paths) > 5 and all((ROOT / path).exists() for path in paths)
