@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
 from fastdeit.plan.code import Program, Unsupported
 from fastdeit.plan.surroundings import key_of, nothing_called, why_not_plannable
-from fastdeit.plan.tape import Tape
+from fastdeit.plan.tape import Launch, Tape
 from fastdeit.plan.workspace import lifetimes, packed, views_of
 
 MOST_KEYS = 16  # of a model, the last used
 MOST_ADDRESSES = 4  # of a plan's workspace to which its code is bound, the last used
 _SEEN = "called once"
-_FACTS = (Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.stride, Tensor.device.__get__)
+_FACTS = (attrgetter("dtype"), attrgetter("shape"), Tensor.stride, attrgetter("device"))
 
 
 class Plan:
@@ -51,7 +52,8 @@ class Plan:
         self._parameters = [p for p in parameters if p.untyped_storage().data_ptr() in read]
         self._addresses = list(map(Tensor.data_ptr, self._parameters))
         self._found, self._guard = _facts(self._parameters), _guard(self._parameters)
-        self._kernels = list({id(e.made.kernel): e.made.kernel for e in tape.events if hasattr(e, "made")}.values())
+        launches = [event.made.kernel for event in tape.events if isinstance(event, Launch)]
+        self._kernels = list({id(kernel): kernel for kernel in launches}.values())
         self._device = output.device
         self._bound: OrderedDict[int, Callable[[Tensor], tuple[Tensor, ...]]] = OrderedDict()
         self._binding = threading.Lock()
@@ -87,8 +89,9 @@ def _facts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
 
 def _guard(tensors: list[Tensor]) -> Any:
     """Compares the same in a sixth of the time: Dynamo's check of dtype, device, shape and strides, among others."""
-    shapes, strides = ([list(fact(tensor)) for tensor in tensors] for fact in (Tensor.size, Tensor.stride))
-    return TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
 _Run = Callable[[Tensor], Tensor | None]
@@ -149,9 +152,7 @@ def described(module: nn.Module) -> list[str]:
     return lines
 
 
-def planned(
-    root: nn.Module, answer: tuple, run: _Run, x: Tensor, why_called: Callable[[], str | None]
-) -> Tensor | None:
+def planned(root: Any, answer: tuple, run: _Run, x: Tensor, why_called: Callable[[], str | None]) -> Tensor | None:
     """run(x), from a plan where there is one.
 
     Args:

@@ -13,9 +13,7 @@ from fastdeit.testing import fake_cuda
 from fastdeit.testing.fake_cuda import library
 
 GENEROUS = 5  # times the budget of a quiet machine
-MOST_FORWARD = (
-    0.55  # of timm's host time, eagerly and with 2.5 us a launch on both sides; docs/host-time.md has medians
-)
+MOST_FORWARD = 0.55  # of timm's host time, eagerly, with 2.5 us a launch on both sides; docs/host-time.md has medians
 needs_fake_cuda = pytest.mark.skipif(
     fake_cuda.why_unavailable() is not None, reason=f"no fake CUDA runtime: {fake_cuda.why_unavailable()}"
 )
