@@ -82,7 +82,6 @@ def _lines(rans: list[Ran], arch: int) -> list[tuple]:
         for key, counts in ran.rows.items():
             if key not in found:
                 fused, eager, share = (f"{number:.3g}" for number in ran.worst)
-                note = ran.notes.get(key[0], "")
                 state = "passed" if not ran.failure else ran.failure.splitlines()[0]
                 found[key] = (
                     f"sm_{arch}",
@@ -93,7 +92,7 @@ def _lines(rans: list[Ran], arch: int) -> list[tuple]:
                     share,
                     f"{counts.sector_ratio:.2f}",
                     f"{counts.wavefront_ratio:.2f}",
-                    f"{state}; {note}" if note else state,
+                    state,
                 )
     return list(found.values())
 

@@ -6,6 +6,7 @@ through its public function in the dtypes of its rows.
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from fastdeit import ops
+from fastdeit.backends import use_backend
 from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.attention import forward as attention
+from fastdeit.kernels.augment.operations import ROW, Operation
 from fastdeit.kernels.gemm.config import EPILOGUES, candidates, use_gemm
 from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
 from fastdeit.kernels.gemm.fused_mlp import use_whole_mlp
 from fastdeit.kernels.runtime.architecture import has_descriptors
-from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager
+from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, poisoned_memory
 
 Errors = Mapping[str, tuple[Error, Error]]  # of outputs and gradients: maximum, RMS
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -39,13 +42,15 @@ class Case(NamedTuple):
         return not any(re.search(pattern, self.name) for pattern in _LEFT_OUT)
 
 
-_LEFT_OUT = (r"layer_norm(_mlp)? C=(192|768|1024|1280|8192)", r"D=(32|48|72|88|96|104|128)", r"tail=(32|64)", r"fp16|float16",
-             r"mlp (gelu_tanh|quick)", r"distillation C=1000 (float32|\w+ \w+ none|bfloat16 cross_entropy soft)")  # fmt: skip
+_LEFT_OUT = (
+    r"layer_norm(_mlp)? C=(192|768|1024|1280|8192)", r"D=(32|48|72|88|96|104|128)", r"tail=(32|64)", r"fp16|float16",
+    r"mlp (gelu_tanh|quick)", r"augment 224", r"distillation C=1000 (float32|\w+ \w+ none|bfloat16 cross_entropy soft)",
+)  # fmt: skip
 
 
 def cases(arch: int) -> Iterator[Case]:
     """Every case for an architecture; to be run under `harness.executing(arch)`, with a seed set."""
-    for group in (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding):
+    for group in (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding, _augmentation):
         for name, function in group(arch):
             yield Case(name, function)
 
@@ -358,3 +363,36 @@ def _embed() -> Errors:
     ]
     pair = (under_autocast(f) for f in (ops.patch_embedding, ops.patch_embedding_reference))
     return assert_as_accurate_as_eager(*pair, *given)
+
+
+# ---- augmentation
+
+_ARGUMENTS = {
+    "POSTERIZE": (0, 5), "SOLARIZE": (0, 100), "SOLARIZE_ADD": (0, 60), "CONTRAST": (0, 1.4), "COLOR": (0, 0.3),
+    "BRIGHTNESS": (0, 0.7), "SHARPNESS": (0, 1.8), "AFFINE": (1, 0.94, -0.34, 4.5, 0.34, 0.94, -2.5),
+}  # fmt: skip
+
+
+def _augmentation(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    yield "augment 224x224, layers that ship", functools.partial(_augment, 224, 224, [["EQUALIZE", "AFFINE"]])
+    every = [[first, last] for first, last in itertools.pairwise([*Operation.__members__, "NONE"])]
+    yield "augment 20x17, every operation", functools.partial(_augment, 20, 17, every)
+
+
+def _augment(height: int, width: int, names: list[list[str]]) -> Errors:
+    """Bits of the reference, which are Pillow's. names: for each image its operations."""
+    images = torch.randint(256, (len(names), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    plan = torch.zeros(len(names), len(names[0]), ROW, dtype=torch.float64)
+    for image, chosen in enumerate(names):
+        for layer, name in enumerate(chosen):
+            arguments = _ARGUMENTS.get(name, ())
+            plan[image, layer, : 1 + len(arguments)] = torch.tensor([Operation[name], *arguments])
+    given = dict(
+        flips=torch.arange(len(names), dtype=torch.uint8) % 4, levels=torch.randn(3, 256), fill=(124, 116, 104)
+    )
+    expected = ops.augment_reference(images, plan, **given)
+    with use_backend("triton"), poisoned_memory():
+        found = ops.augment(images, plan, **given)
+    if not torch.equal(found, expected):
+        raise AssertionError(f"{(found != expected).sum()} of {found.numel()} elements differ from Pillow's")
+    return {"output 0": (Error(0.0, 0.0, 0.0, 0.0),) * 2}

@@ -33,8 +33,6 @@ _TYPES = {
 }
 _INT32 = 2**31
 ARCHITECTURES = (80, 89, 90, 100)
-# Faults of shipped code that are known, noted rather than raised; docs/compiled-code.md explains them.
-TOLERATED = dict.fromkeys((90, 100), frozenset({"missing proxy fence"}))
 
 
 @dataclasses.dataclass
@@ -75,11 +73,10 @@ def execute(
     grid: tuple[int, ...],
     args: tuple,
     schedule: Schedule = IN_STEP,
-    tolerated: frozenset[str] = frozenset(),
     observer: Any = None,
 ) -> Machine:
     """Runs a compiled kernel over a grid with a launch's arguments; tensors are written in place."""
-    machine = Machine(compiled.program, compiled.shared_bytes, schedule, tolerated)
+    machine = Machine(compiled.program, compiled.shared_bytes, schedule)
     machine.observer = observer
     memory = GlobalMemory(machine.fault)
     machine.launch(grid, arguments_of(compiled, args, memory), memory)
@@ -161,7 +158,6 @@ def executing(
             before_launch(kernel, grid, args, constexprs, num_warps, num_stages)
         variant = variant_of(kernel, args, constexprs, num_warps, num_stages, fp_fusion)
         compiled = compile_variant(variant, arch)
-        tolerated = TOLERATED.get(arch, frozenset())
         storages = [storage_of(t) for t in args if isinstance(t, torch.Tensor | TensorDescriptor)]
         before = [s.clone() for s in storages] if len(schedules) > 1 else []
         results: list[torch.Tensor] = []
@@ -169,7 +165,7 @@ def executing(
             for storage, held in zip(storages, before, strict=False):
                 storage.copy_(held)
             observer = Observer() if on_launch and schedule is schedules[0] else None
-            machine = execute(compiled, grid, args, schedule, tolerated, observer)
+            machine = execute(compiled, grid, args, schedule, observer)
             if observer:
                 counts = observer.counts(machine.program.instructions, machine.executed)
                 launched = Launched(variant, grid, machine, counts)

@@ -76,11 +76,9 @@ class Machine(Threads):
         program: the kernel.
         shared_bytes: dynamic shared memory of a block.
         schedule: what is left to the hardware.
-        tolerated: kinds of faults that are noted and passed over.
 
     Attributes:
         executed: warps that executed each instruction, over all launches.
-        notes: tolerated faults that happened, each once.
         observer: receives every memory access, or None (see counts.py).
     """
 
@@ -89,13 +87,11 @@ class Machine(Threads):
         program: Program,
         shared_bytes: int,
         schedule: Schedule = IN_STEP,
-        tolerated: frozenset[str] = frozenset(),
     ) -> None:
-        self.program, self.shared_bytes, self.schedule, self.tolerated = program, shared_bytes, schedule, tolerated
+        self.program, self.shared_bytes, self.schedule = program, shared_bytes, schedule
         self.threads = program.threads
         self.random = np.random.default_rng(schedule.seed)
         self.executed = np.zeros(len(program.instructions), np.int64)
-        self.notes: dict[str, str] = {}
         self.observer: Any = None
         self.current: Instruction | None = None
         self.operations = scalar.table(Approximations(schedule.seed if schedule.perturbed else None))
@@ -133,9 +129,7 @@ class Machine(Threads):
         memory.write_back()
 
     def fault(self, kind: str, detail: str) -> None:
-        if kind not in self.tolerated:
-            raise Fault(kind, detail, self.current)
-        self.notes.setdefault(kind, str(Fault(kind, detail, self.current)))
+        raise Fault(kind, detail, self.current)
 
     def _start(self, blocks: ndarray) -> None:
         self.start_threads(blocks, self.grid, self._garbage)
@@ -182,6 +176,9 @@ class Machine(Threads):
             if opcode in ("bra", "bra.uni"):
                 at, moved = self._branch(instruction, at), True
                 continue
+            if opcode == "brx.idx":
+                at, moved = self._branch_by_index(instruction), True
+                continue
             if opcode in ("ret", "exit"):
                 at, moved = self._next(), True
                 continue
@@ -209,7 +206,7 @@ class Machine(Threads):
         if self.bulk_copies.unfinished():
             self.fault("unfinished", "a tensor store may still read shared memory when its block ends")
         if self.copies.unfinished() or self.products.unfinished():
-            self.notes.setdefault("asynchronous copies or products under way when the block ends", self.program.name)
+            self.fault("unfinished", "an asynchronous copy or a product is under way when its block ends")
         self.mbarriers.check_idle()
 
     def late(self) -> bool:
@@ -261,6 +258,15 @@ class Machine(Threads):
         self.set_active(stay)
         return at + 1
 
+    def _branch_by_index(self, instruction: Instruction) -> int | None:
+        targets = self.program.listed_targets(instruction)
+        index = self.pick(self.reader(instruction.operands[0], "u32")())
+        if (index >= len(targets)).any():
+            self.fault("branch", f"index {index.max()} into {len(targets)} targets")
+        for number in np.unique(index).tolist():
+            self._put(self._ready, targets[number], self.spread(index == number))
+        return self._next()
+
     def _arrive(self, at: int, group: int) -> bool:
         """Whether whole groups of threads have arrived at a barrier; then those are active, and the others are parked."""
         if self.active is None:
@@ -290,8 +296,8 @@ class Machine(Threads):
     def _build(self, instruction: Instruction) -> tuple[Step, int]:
         """What executes an instruction, and the number of threads that do so together (0: any)."""
         opcode = instruction.opcode
-        if opcode in ("bra", "bra.uni", "ret", "exit"):
-            if opcode in ("ret", "exit") and instruction.guard:
+        if opcode in ("bra", "bra.uni", "brx.idx", "ret", "exit"):
+            if opcode in ("brx.idx", "ret", "exit") and instruction.guard:
                 raise PtxError(f"{instruction}: predicated {opcode}")
             return (lambda: None), 0
         try:

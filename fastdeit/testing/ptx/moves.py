@@ -1,4 +1,4 @@
-"""mov with packing, ld and st (PTX ISA 9.7.9)."""
+"""mov with packing, ld and st (PTX ISA 9.7.9), atom (9.7.13)."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -110,6 +110,20 @@ def store(machine: "Machine", instruction: Instruction) -> Step:
     return step
 
 
+def atomic_add(machine: "Machine", instruction: Instruction) -> Step:
+    """atom.shared.add.u32."""
+    target, where, value = instruction.operands
+    address, read, write = machine.address(where), machine.reader(value, "u32"), machine.writer(target, "u32")
+
+    def step() -> None:
+        at, lanes = address(), machine.lanes()
+        if machine.observer:
+            machine.observer.access(instruction, lanes, at, 4)
+        write(machine.spread(machine.shared.add(lanes, at, machine.pick(read()))))
+
+    return step
+
+
 def _count(instruction: Instruction, found: int) -> int:
     expected = next((int(part[1:]) for part in instruction.parts if part in ("v2", "v4", "v8")), 1)
     if found != expected:
@@ -122,6 +136,7 @@ _VECTORS = [f".{v}{k}" for v in ("", "v2.", "v4.") for k in _KINDS if not (v == 
 
 BUILDERS = {
     **{f"mov.{kind}": move for kind in ("b16", "b32", "b64", "u16", "u32", "u64", "s32", "f32")},
+    "atom.shared.add.u32": atomic_add,
     **{f"ld.param.{kind}": load_parameter for kind in _KINDS},
     **{f"ld.{space}{rest}": load for space in ("global", "shared") for rest in _VECTORS},
     **{f"st.{space}{rest}": store for space in ("global", "shared") for rest in _VECTORS},

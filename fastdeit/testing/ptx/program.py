@@ -85,9 +85,10 @@ class Parameter(NamedTuple):
 _WIDTHS = {"pred": 0, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "u16": 2, "u32": 4, "u64": 8, "f32": 4, "f64": 8}
 _PARAMETER = re.compile(r"\.param\b.*?\.(b8|u8|u16|u32|u64|f32|f64|b32|b64)\b.*?([\w$]+)(?:\[(\d+)\])?$")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\n\{", re.S)
+_BRANCH_TARGETS = re.compile(r"\.branchtargets\b[^;]*;")
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)\s*")
 _GUARD = re.compile(r"@(!?)(%?[\w$]+)\s+")
-_FLOAT = re.compile(r"0[fF]([0-9A-Fa-f]{8})$")
+_FLOAT = re.compile(r"0(?:[fF]([0-9A-Fa-f]{8})|[dD]([0-9A-Fa-f]{16}))$")
 _INTEGER = re.compile(r"-?(0x[0-9A-Fa-f]+|\d+)U?$")
 
 
@@ -98,6 +99,7 @@ class Program:
         name, parameters, threads: the entry, its parameters in order, and threads of a block (`.reqntid`).
         instructions: in order.
         targets: label -> index of the instruction that it precedes; labels of an inner scope carry the scope's number.
+        branch_targets: label of a `.branchtargets` list -> the labels in it.
         widths: bytes of each register by index, 0 for predicates.
         arch: compute capability of `.target`, such as 90.
     """
@@ -114,10 +116,12 @@ class Program:
         self.parameters = [self._parameter(text) for text in _split(re.sub(r"//[^\n]*", "", entry[2]))]
         self.instructions: list[Instruction] = []
         self.targets: dict[str, int] = {}
+        self.branch_targets: dict[str, list[str]] = {}
         self.widths: list[int] = []
         self._registers: dict[str, Register] = {}  # name with scope -> register
         self._files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx))
-        self._read_body(ptx[entry.end() :], ptx.count("\n", 0, entry.end()) + 1)
+        body = _BRANCH_TARGETS.sub(_on_one_line, ptx[entry.end() :])
+        self._read_body(body, ptx.count("\n", 0, entry.end()) + 1)
 
     def target(self, instruction: Instruction) -> int:
         """Where a branch goes."""
@@ -125,6 +129,13 @@ class Program:
         if not isinstance(label, Symbol) or label.name not in self.targets:
             raise PtxError(f"{instruction}: no such label")
         return self.targets[label.name]
+
+    def listed_targets(self, instruction: Instruction) -> list[int]:
+        """Where a `brx.idx` may go."""
+        name = instruction.operands[1].name
+        if name not in self.branch_targets:
+            raise PtxError(f"{instruction}: no list of targets")
+        return [self.targets[label] for label in self.branch_targets[name]]
 
     @staticmethod
     def _parameter(text: str) -> Parameter:
@@ -152,16 +163,20 @@ class Program:
                     scopes.pop()
                     continue
                 while label := _LABEL.match(statement):
-                    self.targets[label[1] + scopes[-1]] = len(self.instructions)
+                    name = label[1] + scopes[-1]
+                    self.targets[name] = len(self.instructions)
                     statement = statement[label.end() :]
                 if not statement:
                     continue
                 try:
-                    if statement.startswith("."):
+                    if statement.startswith(".branchtargets"):
+                        labels = _split(statement.removeprefix(".branchtargets"))
+                        self.branch_targets[name] = [label + scopes[-1] for label in labels]
+                    elif statement.startswith("."):
                         self._declare(statement, scopes[-1])
                     else:
                         self.instructions.append(self._instruction(statement, scopes, number, source))
-                except (KeyError, ValueError, TypeError) as error:
+                except (KeyError, ValueError, TypeError, AttributeError) as error:
                     raise PtxError(f"PTX line {number}: cannot parse {statement!r}") from error
         raise PtxError("the body has no end")
 
@@ -207,12 +222,17 @@ class Program:
         if text.startswith("%"):
             return Special(text)
         if found := _FLOAT.match(text):
-            return Immediate(int(found[1], 16))
+            return Immediate(int(found[1] or found[2], 16))
         if _INTEGER.match(text):
             return Immediate(int(text.rstrip("U"), 0))
         if not re.fullmatch(r"[\w$]+", text):
             raise ValueError(text)
         return Symbol(text + scopes[-1] if text + scopes[-1] in self.targets else text)
+
+
+def _on_one_line(found: re.Match) -> str:
+    """A statement of several lines as one line and as many empty ones."""
+    return found[0].replace("\n", " ") + "\n" * found[0].count("\n")
 
 
 def _split(text: str) -> list[str]:

@@ -24,7 +24,7 @@ class Ran:
     """One case: what it launched, its errors, and what went wrong.
 
     rows: (kernel, label) of each shipped row that it launched -> its counts. instructions: of all launches, in warps. failure:
-    None, or the error's text. notes: kernels with known faults. seconds: of processor time. opcodes: that were executed.
+    None, or the error's text. seconds: of processor time. opcodes: that were executed.
     """
 
     case: str
@@ -32,7 +32,6 @@ class Ran:
     instructions: int = 0
     errors: Errors = dataclasses.field(default_factory=dict)
     failure: str | None = None
-    notes: dict[str, str] = dataclasses.field(default_factory=dict)
     opcodes: set[str] = dataclasses.field(default_factory=set)
     seconds: float = 0.0
 
@@ -55,8 +54,6 @@ def run_case(case: Case, arch: int, *, thorough: bool) -> Ran:
         if row is not None:
             name = row.kernel.__name__, row.label
             ran.rows[name] = ran.rows.get(name, Counts()) + launched.counts
-        for text in launched.machine.notes.values():
-            ran.notes.setdefault(launched.variant.kernel.__name__, text)
         instructions = launched.machine.program.instructions
         ran.opcodes |= {i.opcode for i, n in zip(instructions, launched.machine.executed, strict=True) if n}
 

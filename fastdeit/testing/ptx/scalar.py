@@ -71,6 +71,11 @@ def _integer() -> dict[str, Operation]:
     add(f"max.{words}", np.maximum, 2)
     add(f"div.{words}", _quotient, 2)
     add(f"rem.{words}", _remainder, 2)
+    for name, function in (("add", np.add), ("min", np.minimum), ("max", np.maximum)):
+        for kind in ("s16", "u16"):
+            found[f"{name}.{kind}x2"] = Operation(
+                ("b32", "b32"), ("b32",), lambda a, b, f=function, k=kind: _of_halves(f, k, a, b)
+            )
     for kind in ("s16", "s32", "s64"):
         found[f"neg.{kind}"] = Operation((kind,), (kind,), np.negative)
         found[f"abs.{kind}"] = Operation((kind,), (kind,), np.abs)
@@ -86,9 +91,27 @@ def _integer() -> dict[str, Operation]:
             (kind,),
             lambda a, b, to=to, bits=bits: ((a.astype(to) * b.astype(to)) >> to(bits)).astype(a.dtype),
         )
+    found["mul.hi.s64"] = Operation(("s64", "s64"), ("s64",), _upper_half_of_product)
+    found["popc.b32"] = Operation(("b32",), ("u32",), lambda a: np.bitwise_count(a).astype(np.uint32))
     for kind in ("s32", "u32", "s64", "u64"):
         found[f"bfe.{kind}"] = Operation((kind, "u32", "u32"), (kind,), _extract_field)
     return found
+
+
+def _of_halves(function: Callable, kind: str, a: ndarray, b: ndarray) -> ndarray:
+    """A function of 16-bit integers on both halves of 32-bit registers."""
+    halves_of_both = (np.ascontiguousarray(x)[..., None].view(numpy_type(kind)) for x in (a, b))
+    return np.ascontiguousarray(function(*halves_of_both)).view(np.uint32)[..., 0]
+
+
+def _upper_half_of_product(a: ndarray, b: ndarray) -> ndarray:
+    """Bits 64 to 127 of the product of signed numbers, by halves of 32 bits."""
+    low, half = np.int64(0xFFFFFFFF), np.int64(32)
+    a_high, a_low, b_high, b_low = a >> half, a & low, b >> half, b & low
+    carry = ((a_low.view(np.uint64) * b_low.view(np.uint64)) >> np.uint64(32)).view(np.int64)
+    first = a_high * b_low + carry
+    second = a_low * b_high + (first & low)
+    return a_high * b_high + (first >> half) + (second >> half)
 
 
 def _quotient(a: ndarray, b: ndarray) -> ndarray:
@@ -213,6 +236,10 @@ def _floating_point(approximations: Approximations) -> dict[str, Operation]:
             found[f"{name}.ftz{suffix}.f32"] = Operation(
                 ("f32", "f32"), ("f32",), lambda a, b, f=function: flush(f(flush(a), flush(b)))
             )
+    for name, function in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("div", np.divide)):
+        found[f"{name}.rn.f64"] = Operation(("f64", "f64"), ("f64",), function)
+    for name, largest in (("max", True), ("min", False)):
+        found[f"{name}.f64"] = Operation(("f64", "f64"), ("f64",), extreme(largest, False))
     for name in ("ex2", "lg2", "rcp", "rsqrt", "sqrt"):
         function = approximations.unary(name)
         found[f"{name}.approx.f32"] = Operation(("f32",), ("f32",), function)
@@ -271,7 +298,8 @@ def _comparison() -> dict[str, Operation]:
     of_floats |= {f"{name}u": _unordered(function) for name, function in _ORDERED.items()}
     of_floats |= {"num": lambda a, b: ~_any_nan(a, b), "nan": lambda a, b: _any_nan(a, b)}
     for name, function in of_floats.items():
-        found[f"setp.{name}.f32"] = Operation(("f32", "f32"), ("pred",), function)
+        for kind in ("f32", "f64"):
+            found[f"setp.{name}.{kind}"] = Operation((kind, kind), ("pred",), function)
         found[f"setp.{name}.ftz.f32"] = Operation(
             ("f32", "f32"), ("pred",), lambda a, b, f=function: f(flush(a), flush(b))
         )
@@ -320,11 +348,13 @@ def _conversion() -> dict[str, Operation]:
         found[f"cvt.{to}.{of}"] = Operation((of,), (to,), lambda a, to=to: a.astype(numpy_type(to)))
     for of in integers:
         found[f"cvt.rn.f32.{of}"] = Operation((of,), ("f32",), lambda a: a.astype(np.float32))
-    for to in ("s32", "u32", "s64", "u64"):
-        for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
-            found[f"cvt.{mode}.{to}.f32"] = Operation(
-                ("f32",), (to,), lambda a, to=to, f=function: _to_integer(f(a), to)
-            )
+        found[f"cvt.rn.f64.{of}"] = Operation((of,), ("f64",), lambda a: a.astype(np.float64))
+    for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
+        for to, of in itertools.product(("s32", "u32", "s64", "u64"), ("f32", "f64")):
+            found[f"cvt.{mode}.{to}.{of}"] = Operation((of,), (to,), lambda a, to=to, f=function: _to_integer(f(a), to))
+        found[f"cvt.{mode}.f64.f64"] = Operation(("f64",), ("f64",), function)
+    found["cvt.rn.f32.f64"] = Operation(("f64",), ("f32",), lambda a: canonical(a.astype(np.float32)))
+    found["cvt.f64.f32"] = Operation(("f32",), ("f64",), lambda a: a.astype(np.float64))
     found["cvt.f32.bf16"] = Operation(("b16",), ("f32",), lambda a: canonical(to_f32(a, "bf16")))
     found["cvt.f32.f16"] = Operation(("b16",), ("f32",), lambda a: canonical(to_f32(a, "f16")))
     for kind in ("f16", "bf16"):

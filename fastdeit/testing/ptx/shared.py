@@ -62,6 +62,7 @@ class SharedMemory:
         self.recent = np.zeros(
             total, np.uint8
         )  # bytes written since the block's last barrier, where write_stamp is of then
+        self.added = np.full(total, _NEVER)  # the floor at which atom.add last changed the word
         self.read_stamp = np.full(total, _NEVER)
         self.read_by_lanes = np.full(total, _NEVER)  # the floor at which several threads of the warp had read the word
         self.read_by_warps = np.full(total, _NEVER)
@@ -104,7 +105,7 @@ class SharedMemory:
     def load(self, lanes: ndarray, address: ndarray, width: int, count: int) -> list[ndarray]:
         first = self.locate(lanes, address, width * count)
         words = first[:, None] + np.arange(max(width * count // 4, 1))
-        self.read(lanes, words, _byte_mask(address, width))
+        self.read(lanes, words, _byte_mask(address, width * count))
         at = (first * 4 + (address & 3)) // width
         view = self.views[width]
         return [view[at + k] for k in range(count)]
@@ -120,7 +121,7 @@ class SharedMemory:
             same = np.stack([view[at + k] == value for k, value in enumerate(values)], 1)
             return np.repeat(same, 2, 1) if width == 8 else same.reshape(*words.shape, -1).all(2)
 
-        self.write(lanes, words, _byte_mask(address, width), unchanged)
+        self.write(lanes, words, _byte_mask(address, width * len(values)), unchanged)
         for k, value in enumerate(values):
             view[at + k] = value
             if (view[at + k] != value).any():
@@ -164,6 +165,31 @@ class SharedMemory:
         self.write_stamp[words] = self.stamps[lanes, None]
         self.write_clock[words] = self.clock
         self.copied[words] = 0
+
+    def add(self, lanes: ndarray, address: ndarray, values: ndarray) -> ndarray:
+        """atom.add of 32-bit words, in the order of `lanes`; returns what each thread found."""
+        words = self.locate(lanes, address, 4)
+        if (self.written[words] != 15).any():
+            self._why_unwritten(words[self.written[words] != 15])
+        stamps, floors = self.stamps[lanes], self.floors[lanes]
+        others_add = self.added[words] >= floors  # then the order of this one and theirs does not matter
+        last = np.where((self.recent[words] != 0) & ~others_add, self.write_stamp[words], _NEVER)
+        if (last >= floors).any():
+            self._require_order(last, stamps, floors, "atomic after write")
+        last = np.where(others_add, _NEVER, self.read_stamp[words])
+        if (last >= floors).any():
+            self._require_order(last, stamps, floors, "atomic after read")
+        order = np.argsort(words, kind="stable")
+        sums = np.cumsum(values[order], dtype=np.uint32) - values[order]  # of the threads before
+        starts = np.r_[True, np.diff(words[order]) != 0]
+        found = np.empty_like(values)
+        found[order] = self.words[words[order]] + sums - sums[starts][np.cumsum(starts) - 1]
+        np.add.at(self.words, words, values)
+        self.clock += 1
+        self.added[words] = floors
+        self.recent[words] = 15
+        self.write_stamp[words], self.write_clock[words], self.copied[words] = stamps, self.clock, 0
+        return found
 
     def require_free(
         self,
@@ -259,11 +285,11 @@ class SharedMemory:
             self.read_stamp[words] = _NEVER
 
 
-def _byte_mask(address: ndarray, width: int) -> ndarray | int:
-    """Which bytes of a word an access of `width` bytes touches."""
-    if width >= 4:
+def _byte_mask(address: ndarray, nbytes: int) -> ndarray | int:
+    """Which bytes of a word an access of `nbytes` touches."""
+    if nbytes >= 4:
         return 15
-    return ((1 << width) - 1 << (address & 3)).astype(np.uint8)[:, None]
+    return ((1 << nbytes) - 1 << (address & 3)).astype(np.uint8)[:, None]
 
 
 def _some(values: ndarray, where: ndarray) -> str:

@@ -81,18 +81,35 @@ def elect(machine: "Machine", instruction: Instruction) -> Step:
 
 
 def reduce(machine: "Machine", instruction: Instruction) -> Step:
-    """redux.sync.max.f32 and min: over the warp; NaN is dropped."""
+    """redux.sync: sum, maximum or minimum over the warp; of floats NaN is dropped."""
     target, value, members = instruction.operands
     read_members = machine.reader(members, "b32")
-    choose = np.fmax if "max" in instruction.parts else np.fmin
-    read, write = machine.reader(value, "f32"), machine.writer(target, "f32")
+    _, _, name, kind = instruction.parts
+    floats = kind == "f32"
+    choose = {"add": np.add, "max": np.fmax if floats else np.maximum, "min": np.fmin if floats else np.minimum}[name]
+    read, write = machine.reader(value, kind), machine.writer(target, kind)
 
     def step() -> None:
         machine.require_whole_warps()
-        if (read_members() != np.uint32(0xFFFFFFFF)).any():
+        if (machine.pick(read_members()) != np.uint32(0xFFFFFFFF)).any():
             raise PtxError(f"{instruction}: only full member masks are known")
         values = np.broadcast_to(read(), machine.lane_count).reshape(-1, 32)
-        write(np.repeat(canonical(choose.reduce(values, 1)), 32))
+        found = choose.reduce(values, 1, dtype=values.dtype)  # integer sums wrap
+        write(np.repeat(canonical(found) if floats else found, 32))
+
+    return step
+
+
+def ballot(machine: "Machine", instruction: Instruction) -> Step:
+    """vote.sync.ballot: a bit for each lane whose predicate holds."""
+    target, value, members = instruction.operands
+    _require_all_members(members)
+    read, write = machine.reader(value, "pred"), machine.writer(target, "b32")
+
+    def step() -> None:
+        machine.require_whole_warps()
+        bits = np.broadcast_to(read(), machine.lane_count).reshape(-1, 32)
+        write(np.repeat(np.packbits(bits, axis=1, bitorder="little").view(np.uint32)[:, 0], 32))
 
     return step
 
@@ -288,6 +305,8 @@ BUILDERS = {
     **dict.fromkeys(expand("shfl.sync.{up,down,bfly,idx}.b32"), shuffle),
     "elect.sync": elect,
     **dict.fromkeys(expand("redux.sync.{max,min}.f32"), reduce),
+    **dict.fromkeys(expand("redux.sync.{add,max,min}.{s32,u32}"), reduce),
+    "vote.sync.ballot.b32": ballot,
     **dict.fromkeys(expand("cp.async.{ca,cg}.shared.global"), async_copy),
     "cp.async.commit_group": async_commit,
     "cp.async.wait_group": async_wait,

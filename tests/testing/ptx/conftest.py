@@ -61,13 +61,12 @@ def execute() -> Callable[..., list[np.ndarray]]:
         blocks: int = 1,
         shared: int = 0,
         schedule: Schedule = IN_STEP,
-        tolerated: frozenset[str] = frozenset(),
         maps: Sequence[tuple[torch.Tensor, tuple[int, ...], int]] = (),
         observer: object = None,
     ) -> list[np.ndarray]:
         inputs = inputs or {}
         program = program_of(body, list(inputs), outputs, threads, maps=len(maps))
-        machine = Machine(program, shared, schedule, tolerated)
+        machine = Machine(program, shared, schedule)
         machine.observer = observer
         memory = GlobalMemory(machine.fault)
         tensors = []

@@ -311,7 +311,7 @@ def test_full_range_division_errs_within_two_units():
     a, b = (rng.uniform(1, 2, 20_000).astype(np.float32) for _ in range(2))
     true = a.astype(np.float64) / b
     ulps = np.abs(formats.Approximations(3).divide(a, b) - true) / np.spacing(true.astype(np.float32))
-    assert 0.9 < ulps.max() <= 2
+    assert 1.7 < ulps.max() <= 2
     assert (formats.Approximations(None).divide(a, b) == a / b).all()
 
 

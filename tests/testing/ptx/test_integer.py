@@ -10,7 +10,7 @@ REGISTERS = {2: "%rs", 4: "%r", 8: "%rd"}
 
 def case(opcode, operands, expected, widths=None, out=None):
     """opcode over operands whose widths in bytes default to that of the opcode's type."""
-    width = int(opcode.rsplit(".", 1)[1][1:]) // 8
+    width = int(opcode.rsplit(".", 1)[1][1:].removesuffix("x2")) // 8
     return pytest.param(
         opcode, operands, expected, widths or (width,) * len(operands), out or width, id=f"{opcode} {operands}"
     )
@@ -30,6 +30,17 @@ CASES = [
     case("mul.wide.s16", (-2, 0x7FFF), -2 * 0x7FFF, out=4),
     case("mul.hi.s32", (-1, 2), -1),
     case("mul.hi.u32", (M32, 2), 1),
+    case("mul.hi.s64", (-1, 2), -1),
+    case("mul.hi.s64", (1 << 62, 6), 1),
+    case("mul.hi.s64", (1 << 63, 1 << 63), 1 << 62),
+    case("mul.hi.s64", (0x123456789ABCDEF0, 0x0FEDCBA987654321), 0x123456789ABCDEF0 * 0x0FEDCBA987654321 >> 64),
+    case("mul.hi.s64", (-0x123456789ABCDEF0, 0x0FEDCBA987654321), -0x123456789ABCDEF0 * 0x0FEDCBA987654321 >> 64),
+    case("popc.b32", (0xF0000001,), 5),
+    case("popc.b32", (M32,), 32),
+    case("add.s16x2", (0x0001FFFF, 0x7FFF0001), 0x80000000, widths=(4, 4), out=4),  # no carry into the upper half
+    case("min.s16x2", (0x0001FFFF, 0x7FFF0001), 0x0001FFFF, widths=(4, 4), out=4),
+    case("min.u16x2", (0x0001FFFF, 0x7FFF0001), 0x00010001, widths=(4, 4), out=4),
+    case("max.s16x2", (0x0001FFFF, 0x7FFF0001), 0x7FFF0001, widths=(4, 4), out=4),
     case("mad.lo.s32", (-3, 7, 30), 9),
     case("mad.lo.s64", (1 << 40, 1 << 30, 5), 5),
     case("mad.wide.s32", (-1, 4, 1 << 40), (1 << 40) - 4, widths=(4, 4, 8), out=8),

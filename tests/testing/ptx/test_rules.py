@@ -89,6 +89,24 @@ BROKEN = {
         "setp.lt.u32 %p1, %tid, 16;\n@!%p1 bra $L2;\nshfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;\n$L2: mov.b32 %r3, 0;",
         "a part of its warp",
     ),
+    "atomic after a write": (
+        "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\nmov.b32 %r31, 0;\natom.shared.add.u32 %r2, [%r31], %r1;",
+        "atomic after write of another thread",
+    ),
+    "atomic after a read": (
+        "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\nbar.sync 0;\nld.shared.b32 %r2, [%r30];\nmov.b32 %r31, 0;\n"
+        "atom.shared.add.u32 %r2, [%r31], %r1;",
+        "atomic after read of another thread",
+    ),
+    "read after an atomic": (
+        "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\nbar.sync 0;\natom.shared.add.u32 %r2, [%r30], %r1;\n"
+        "xor.b32 %r31, %r30, 128;\nld.shared.b32 %r2, [%r31];",
+        "read after write of another thread",
+    ),
+    "atomic on unwritten memory": (
+        "shl.b32 %r30, %tid, 2;\natom.shared.add.u32 %r2, [%r30], %r1;",
+        "unwritten shared memory",
+    ),
     "two barriers": (
         "setp.lt.u32 %p1, %tid, 32;\n@%p1 bra $L1;\nbar.sync 0;\nbra.uni $L2;\n$L1: bar.sync 0;\n$L2: mov.b32 %r2, 0;",
         "not all threads of the group reach this barrier",
@@ -119,6 +137,11 @@ KEPT = {
         "and.b32 %r30, %tid, 31;\nshr.u32 %r31, %tid, 5;\nshl.b32 %r30, %r30, 2;\nshl.b32 %r31, %r31, 1;\n"
         "add.s32 %r30, %r30, %r31;\nst.shared.b16 [%r30], %rs1;\nbar.sync 0;\nand.b32 %r31, %r30, 124;\n"
         "ld.shared.b32 %r2, [%r31];"
+    ),
+    "atomics on one word": BROKEN["atomic after a write"][0].replace("mov", "bar.sync 0;\nmov")
+    + "\nbar.sync 0;\nld.shared.b32 %r2, [%r31];",
+    "bytes in pairs": (
+        "shl.b32 %r30, %tid, 1;\nst.shared.v2.b8 [%r30], {%rs1, %rs1};\nbar.sync 0;\nld.shared.v2.b8 {%rs2, %rs3}, [%r30];"
     ),
     "own word": "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\nld.shared.b32 %r2, [%r30];\nst.shared.b32 [%r30], %r2;",
     "the same value twice": "mov.b32 %r30, 0;\nmov.b32 %r2, 5;\nst.shared.b32 [%r30], %r2;\nst.shared.b32 [%r30], %r2;",
@@ -262,3 +285,48 @@ def test_what_is_unknown_is_an_error_with_its_line(execute, line):
 def test_a_text_without_a_kernel_is_refused():
     with pytest.raises(PtxError, match=r"one \.entry"):
         Program(".version 8.7\n.target sm_90a\n")
+
+
+@pytest.mark.parametrize("schedule", [IN_STEP, SHUFFLED], ids=["in step", "shuffled"])
+def test_atomic_additions_return_what_they_found(execute, schedule):
+    body = """
+        shl.b32 %r30, %tid, 2;
+        st.shared.b32 [%r30], 7;
+        and.b32 %r31, %r30, 4;
+        bar.sync 0;
+        atom.shared.add.u32 %r2, [%r31], %r1;
+        bar.sync 0;
+        ld.shared.b32 %r3, [%r30];
+    """
+    found, after = execute(body, {"%r1": LANES + 1}, ["%r2", "%r3"], threads=64, shared=256, schedule=schedule)
+    for word in range(2):
+        added = (LANES + 1)[word::2]
+        assert after[word] == 7 + added.sum() and (after[2:] == 7).all()
+        order = np.argsort(found[word::2])  # some order of the threads gives these
+        assert (found[word::2][order] == 7 + np.cumsum(added[order]) - added[order]).all()
+
+
+TABLE = """
+    and.b32 %r2, %tid, 1;
+    shr.u32 %r3, %tid, 5;
+    add.s32 %r2, %r2, %r3;
+    $L_table: .branchtargets
+        $L_a,
+        $L_b,
+        $L_a;
+    brx.idx %r2, $L_table;
+    $L_a: mov.b32 %r9, 10;
+    bra.uni $L_end;
+    $L_b: mov.b32 %r9, 20;
+    $L_end: bar.sync 0;
+"""
+
+
+def test_an_indexed_branch_takes_each_thread_to_its_target(execute):
+    (found,) = execute(TABLE, {}, ["%r9"], threads=64)
+    assert found.tolist() == [10, 20] * 16 + [20, 10] * 16
+
+
+def test_an_index_past_the_targets_is_a_fault(execute):
+    with pytest.raises(Fault, match="index 3 into 3 targets"):
+        execute(TABLE, {}, ["%r9"], threads=96)

@@ -64,6 +64,25 @@ def test_reduction_over_the_warp_drops_nan(execute):
     assert (found[0].view(np.float32) == 3).all() and (found[1].view(np.float32) == -5).all()
 
 
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_reductions_of_integers(execute, kind):
+    x = np.random.default_rng(0).integers(0, 1 << 32, 64, np.uint64).astype(np.uint32)
+    body = "\n".join(f"redux.sync.{name}.{kind} %r{i}, %r1, %r9;" for i, name in enumerate(("add", "min", "max"), 2))
+    found = execute(body, {"%r1": x, "%r9": np.uint32(0xFFFFFFFF)}, ["%r2", "%r3", "%r4"], threads=64)
+    warps = x.view(np.int32 if kind == "s32" else np.uint32).reshape(2, 32)
+    with np.errstate(over="ignore"):
+        expected = [warps.sum(1, dtype=warps.dtype), warps.min(1), warps.max(1)]
+    for value, of_warps in zip(found, expected, strict=True):
+        assert (value == np.repeat(of_warps.view(np.uint32), 32)).all()
+
+
+def test_a_ballot_has_a_bit_for_each_lane(execute):
+    body = "setp.lt.u32 %p1, %r1, 7;\nvote.sync.ballot.b32 %r2, %p1, -1;"
+    values = np.r_[LANES, LANES + 2].astype(np.uint32)
+    (found,) = execute(body, {"%r1": values}, ["%r2"], threads=64)
+    assert found.tolist() == [0b1111111] * 32 + [0b11111] * 32
+
+
 FILL = """
     shl.b32 %r30, %tid, 4;
     st.shared.v4.b32 [%r30], {%r1, %r2, %r3, %r4};
