@@ -305,7 +305,7 @@ def attention_whole_backward_kernel(
     S is transposed, the only orientation in which dK and dV of 256 keys fit the registers; dQ is (K^T dS^T)^T.
 
     Padded keys are zeros, which add nothing to dQ as long as their P is finite: the exponent, a probability's, is clamped at 0. In
-    fp16 their dS may overflow all the same, and is masked. Padded queries are zeros too, but times a key at -Inf they are NaN: their
+    fp16 their dS may overflow all the same, and is masked. Padded queries are zeros too, but NaN times a key at -Inf: their
     logits are selected away."""
     batch = tl.program_id(0) // H
     head = tl.program_id(0) % H
