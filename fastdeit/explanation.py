@@ -146,7 +146,8 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
         twin = next((c for c in cls.__mro__ if c in sources), None)
         if twin is not None:
             reason = _why_not_fused(module, fallback)
-            rows.append(Row(name, sources[twin].__name__, reason is None, reason or ""))
+            note = module.note() if reason is None and hasattr(module, "note") else None
+            rows.append(Row(name, sources[twin].__name__, reason is None, reason or note or ""))
             if hasattr(module, "why_not_embedded"):
                 embeddings[f"{name}.patch_embed.proj" if name else "patch_embed.proj"] = module
         elif cls in fused:
