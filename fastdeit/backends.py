@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastdeit import refusals
 from fastdeit.kernels.runtime.observer import under_dispatch_mode
-from fastdeit.refusals import refused, why_refused
 
 BACKENDS = ("auto", "triton", "reference")
 _MINIMUM_CAPABILITY = (8, 0)
@@ -103,22 +103,22 @@ def why_reference(x: Tensor, *, products: bool = False, kernels: tuple[str, ...]
     if not _takes_all:
         on_a_gpu = x.is_cuda or _supposes_gpu
         reason = _why_not_on_gpu(x, products) if on_a_gpu else _why_not_interpreted(x)
-    if reason is None and refused:
-        reason = why_refused(*kernels)
+    if reason is None and refusals.refused:
+        reason = refusals.why_refused(*kernels)
     return reason if reason is None else refuse(reason)
 
 
 def settings(x: Tensor) -> tuple | None:
-    """What `why_reference` and the ops' checks read beside their arguments, for tensors on x's device.
+    """What `why_reference` and the ops' checks read beside their arguments, for tensors on x's device, and the grad mode.
 
     None where a call must not rest on an earlier one: inside a torch.func transform, and once a kernel was refused.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None or refused:
+    if torch._C._functorch.peek_interpreter_stack() is not None or refusals.refused:
         return None
     kind = "cuda" if x.is_cuda else x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     tf32 = autocast is None and x.dtype is torch.float32 and _tf32_allowed()
-    return _backend, _supposes_gpu, _takes_all, autocast, tf32
+    return _backend, _supposes_gpu, _takes_all, autocast, tf32, torch.is_grad_enabled(), refusals.generation
 
 
 def refuse(reason: str) -> str:

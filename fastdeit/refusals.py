@@ -19,6 +19,9 @@ _EVERY_OP = "runtime"  # the subject of what all ops use
 refused: dict[str, str] = {}
 # ops with dtypes, shapes and frozen inputs of calls whose backward was compiled
 _compiled: set[tuple] = set()
+# How many calls were unlike all before them, and how often they were all forgotten.
+_first_calls = 0
+generation = 0
 _F = TypeVar("_F", bound=Callable)
 
 
@@ -31,16 +34,18 @@ def why_refused(*subjects: str) -> str | None:
 
 def forget() -> None:
     """The kernels are tried anew, for tests and after a change of the machine's compiler."""
+    global generation
     refused.clear()
     _compiled.clear()
+    generation += 1
 
 
 def or_reference(op: _F) -> _F:
     """A public op that is called again when a kernel of it is refused. Its `why_reference` then names the refusal, so that this
     call and all later ones run the reference.
 
-    The first call with gradients, for each combination of dtypes, shapes and frozen inputs, also compiles the kernels of backward:
-    a refusal of one of those hands the op over before anything depends on what forward has saved.
+    A first call (`first_call`) with gradients, for each combination of dtypes, shapes and frozen inputs, also compiles the kernels
+    of backward: a refusal of one of those hands the op over before anything depends on what forward has saved.
 
     Raises:
         RuntimeError: a kernel is refused under the backend "triton", or inside the capture of a CUDA graph.
@@ -48,9 +53,12 @@ def or_reference(op: _F) -> _F:
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args, **kwargs)
+        before = _first_calls
         try:
             result = op(*args, **kwargs)
-            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            if _first_calls != before and torch.is_grad_enabled():
                 _compile_backward(op.__name__, result, (*args, *kwargs.values()))
             return result
         except RuntimeError as error:
@@ -58,6 +66,13 @@ def or_reference(op: _F) -> _F:
         return op(*args, **kwargs)
 
     return call
+
+
+def first_call() -> bool:
+    """Notes that an op's call is unlike all before it. False where its backward cannot be compiled: the next is a first one too."""
+    global _first_calls
+    _first_calls += 1
+    return not (torch.is_grad_enabled() and _inside_something())
 
 
 def _compile_backward(op: str, result: Any, inputs: tuple) -> None:
@@ -99,7 +114,7 @@ def _inside_something() -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._current_graph_task_id() != -1
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        or torch.cuda.is_current_stream_capturing()
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="FILE", help=f"one kernel file of {', '.join(KERNEL_FILES)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--committed", action="store_true", help="compile only what has changed since resources.json")
-    parser.add_argument("--update", action="store_true", help="the same, and write resources.json anew")
+    parser.add_argument("--update", action="store_true", help="the same, and rewrite resources.json")
     parser.add_argument(
         "--sample",
         type=int,
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"compile besides, for each architecture, N configurations that calls drawn at random reach (default {SAMPLE}; "
         "not with --only, --committed or --update)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of that sample")
     parser.add_argument(
-        "--streams", action="store_true", help="compile also what is on record without its instruction stream"
+        "--streams", action="store_true", help="also compile rows of resources.json that have no instruction stream"
     )
 
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print("{} ({}) on {}: ".format(*entry.name) + fault, file=sys.stderr)
     if args.update:
         report.update_committed(rows, {entry.name for entry in chosen})
-    sampled = ()
+    sampled: list[str] = []
     if args.sample and not args.committed and not args.update and args.only is None:
         archs = reachable.ARCHITECTURES if args.arch is None else _architectures(args.arch)
         sampled = list(_sampled_faults(archs, args.sample, args.seed))
@@ -108,7 +108,7 @@ def _estimates(entry: report.Entry, found: Resources | str) -> str:
 def _table(rows: list[dict], estimates: list[str]) -> str:
     header = ("kernel", "config", "arch", "registers", "spilled_bytes", "shared_bytes", "blocks_per_sm")
     stream = ("access_bytes", "in_flight_KB", "wgmma", "instructions a tile", "share of the floor")
-    cells = [(*header, *stream, "matrix_instructions")]
+    cells: list[tuple[str, ...]] = [(*header, *stream, "matrix_instructions")]
     for row, estimate in zip(rows, estimates, strict=True):
         matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
         cells.append((*(str(row[name]) for name in header), *_stream_cells(row["stream"]), estimate, matrix or "-"))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdeit import backends
+from fastdeit import backends, refusals
 
 _LIMIT = 4096  # calls an op; images of ever new sizes would add to them without end
 # Without a Python call for each tensor.
@@ -18,7 +18,10 @@ _read = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 class PassedCalls:
     """The calls of one op that passed its checks, by everything that these read of a call: of each tensor type, shape, dtype,
-    device, layout and whether it requires a gradient, the options with their types, and `backends.settings`."""
+    device, layout and whether it requires a gradient, the options with their types, and `backends.settings`.
+
+    The kernels of backward were compiled for them too (`refusals.or_reference`).
+    """
 
     def __init__(self) -> None:
         self._passed: set[tuple] = set()
@@ -46,7 +49,7 @@ class PassedCalls:
         if torch.compiler.is_compiling():
             return
         facts = _facts(tensors, options)
-        if facts is not None:
+        if refusals.first_call() and facts is not None:
             if len(self._passed) >= _LIMIT:
                 self._passed.clear()
             self._passed.add(facts)

@@ -99,17 +99,16 @@ class Op:
         ctx.save_for_backward(*saved)
         ctx.options = inputs[self._tensors :]
         ctx.result = outputs[0].shape, outputs[0].dtype
-        ctx.grad_dtypes = [
-            tensor.dtype if need else None
-            for tensor, need in zip(inputs[: self._tensors], ctx.needs_input_grad, strict=False)
-        ]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[: self._tensors]]
 
     def _gradients(self, ctx, grads, saved, backward) -> Sequence[Tensor | None]:
         """Those of the tensors, by `backward`, which is either way's."""
         if grads[0] is None:
             shape, dtype = ctx.result
             grads = (_first_tensor(saved).new_zeros(shape, dtype=dtype), *grads[1:])
-        dtypes = list(ctx.grad_dtypes)
+        needed = zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
+        all_dtypes = [dtype if needs else None for dtype, needs in needed]
+        dtypes = list(all_dtypes)
         shared = self._added is not None and dtypes[0] is not None and dtypes[0] == dtypes[1]
         shared = shared and all(saved[field] is None for field in self._added)
         if shared:
@@ -119,8 +118,8 @@ class Op:
         input_grads = list(backward(grads, saved, ctx.options, dtypes))
         if shared:
             input_grads[1] = input_grads[0]
-        if self._passed_on is not None and ctx.grad_dtypes[self._passed_on] is not None:
-            input_grads[self._passed_on] = grads[0].to(ctx.grad_dtypes[self._passed_on])
+        if self._passed_on is not None and all_dtypes[self._passed_on] is not None:
+            input_grads[self._passed_on] = grads[0].to(all_dtypes[self._passed_on])
         return input_grads
 
     # ---- eager

@@ -10,18 +10,17 @@ import torch
 
 import fastdeit
 
-# Without gradients: the package without kernels/, and with them. A weight that is cast under autocast takes launches of its own.
-LIMITS = {torch.bfloat16: (64, 121), torch.float32: (61, 172)}
+# Without gradients, what kernels/ does aside: in one dtype, and under autocast.
+LIMITS = {torch.bfloat16: 64, torch.float32: 61}
 
 
 def python_calls(function) -> Counter:
-    """Calls of this package's functions by their files."""
-    package, calls = f"{fastdeit.__path__[0]}", Counter()
-    roots = (package, f"{fastdeit.kernels.__path__[0]}")
+    """Calls of this package's functions by their files, without those of kernels/."""
+    package, calls = fastdeit.__path__[0], Counter()
 
     def count(frame, event, _):
         code = frame.f_code
-        if event == "call" and not code.co_flags & CO_GENERATOR and code.co_filename.startswith(roots):
+        if event == "call" and not code.co_flags & CO_GENERATOR and code.co_filename.startswith(package):
             calls[code.co_filename] += 1
 
     for _ in range(3):
@@ -37,14 +36,10 @@ def python_calls(function) -> Counter:
 @pytest.mark.fake_device
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_a_blocks_forward_makes_few_python_calls(dtype):
-    import fastdeit.kernels
-
     model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1).eval().cuda().to(dtype)
     block = fastdeit.accelerate(model).blocks[0]
     x = torch.zeros(2, 198, 192, dtype=dtype, device="cuda")
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.float32):
         assert block.why_not_fused(x) is None
         calls = python_calls(lambda: block(x))
-    outside = sum(count for file, count in calls.items() if "/kernels/" not in file)
-    most_outside, most = LIMITS[dtype]
-    assert outside <= most_outside and calls.total() <= most, calls
+    assert calls.total() <= LIMITS[dtype], calls

@@ -60,6 +60,7 @@ SETTINGS = {
     "a GPU supposed": backends.supposed_gpu,
     "all tensors": backends.kernels_for_all_tensors,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "grad mode": torch.no_grad,
 }
 
 
@@ -103,6 +104,18 @@ def test_a_call_inside_a_transform_is_checked(passed):
 def test_after_a_refusal_all_calls_are_checked(passed, monkeypatch):
     monkeypatch.setitem(refusals.refused, "norm", "refused on this machine")
     assert not passed.has(tensors(), 1e-6, 2, "gelu")
+
+
+def test_after_everything_is_forgotten_all_calls_are_checked(passed):
+    refusals.forget()
+    assert not passed.has(tensors(), 1e-6, 2, "gelu")
+
+
+def test_a_call_whose_backward_cannot_be_compiled_here_is_checked_again(passed):
+    calls = PassedCalls()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # as checkpointing has
+        calls.add(tensors())
+    assert not calls.has(tensors())
 
 
 def test_sizes_without_end_do_not_fill_the_memory():
