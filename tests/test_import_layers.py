@@ -119,9 +119,11 @@ def test_the_core_needs_no_library_of_the_extras():
     assert {m: names for m, names in beyond.items() if names} == {}
 
 
-def test_no_host_is_imported_because_fastdeit_knows_it():
+def test_fastdeit_brings_no_library_before_it_is_used_and_no_host_because_it_knows_it():
     code = (
         "import sys, torch, fastdeit\n"
+        "assert not {'timm', 'triton', 'fastdeit.ops', 'fastdeit.nn', 'fastdeit.losses'} & set(sys.modules)\n"
+        "assert {fastdeit.ops.layer_norm, fastdeit.nn.Block, fastdeit.losses.DistillationLoss}\n"
         "import timm.layers\n"
         "fastdeit.explain(fastdeit.accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2))))\n"
         "print([m for m in ('transformers', 'vit_pytorch') if m in sys.modules or 'fastdeit.nn.' + m in sys.modules])"

@@ -218,6 +218,18 @@ def test_a_swap_after_compiling_is_seen_both_ways(kernels_stood_in):
             assert kernels_stood_in["add_layer_norm_attention"] > 0  # counted while Dynamo traces
 
 
+def test_compiled_code_is_dropped_where_a_class_changes_and_kept_where_none_does(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    model = tiny()
+    for function in (fastdeit.accelerate, fastdeit.restore):
+        resets.clear()
+        function(model)
+        assert len(resets) == 1
+        function(model)
+        assert len(resets) == 1
+
+
 @pytest.mark.parametrize("change", [dict(exclude="blocks.*.attn.qkv"), dict(memory="lean")])
 def test_options_that_change_no_class_are_seen_after_compiling(kernels_stood_in, change):
     model = fastdeit.accelerate(tiny().eval())

@@ -163,6 +163,14 @@ def run_attention(body: spec.Attention, x: Tensor) -> Tensor:
     return dropped_out(body.out_dropout, F.linear(out, *_read(body.proj)))
 
 
+def run_between_projections(body: spec.Attention, qkv: Tensor, fused: bool) -> Tensor:
+    """(B, N, 3 * H * D) -> (B, N, H * D). fused: by the kernel; else by PyTorch, which takes what a called projection may give."""
+    if fused:
+        return ops.attention(qkv, body.num_heads)
+    q, k, v = qkv.unflatten(-1, (3, body.num_heads, body.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def run_mlp(body: spec.Mlp, x: Tensor) -> Tensor:
     """(..., C) -> (..., C_out)."""
     out = ops.mlp(x, *_read(body.fc1), *_read(body.fc2), activation=body.activation)

@@ -70,11 +70,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser, total: int) -> None:
         type=Path,
         default=Path("bench"),
         metavar="DIR",
-        help="of the results, default: bench. Cases that it has are not measured again",
+        help="folder of the results (default: bench); cases that it holds are not measured again",
     )
-    parser.add_argument("--seconds", type=float, default=total, metavar="N", help=f"stop in time; default: {total}")
     parser.add_argument(
-        "--toy", action="store_true", help="tiny shapes on the CPU: shows that the suites run, measures nothing"
+        "--seconds", type=float, default=total, metavar="N", help=f"time limit in seconds (default: {total})"
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="tiny shapes on the CPU, to check that the suites run; times mean nothing"
     )
 
 

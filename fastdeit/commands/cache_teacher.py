@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--labels", metavar="FILE", help="where to (default: NAME.labels); an interrupted run goes on")
     parser.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="processes of the training that is to use them (default: 1)"
+        "--labels", metavar="FILE", help="file to write (default: NAME.labels); an interrupted run continues"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes of the training run that will read them (default: 1)",
     )
     add_config_arguments(parser)
     parser.usage = "fastdeit cache-teacher [-h] [--config NAME|FILE] [--labels FILE] [--ranks N] [--FIELD VALUE ...]"

@@ -21,27 +21,28 @@ COMMANDS = {
     "train": Command(
         "fastdeit.commands.train", "train a DeiT, by default on handwritten digits with a convnet teacher"
     ),
-    "eval": Command("fastdeit.commands.eval", "accuracy of a checkpoint, per head and of both together"),
-    "predict": Command("fastdeit.commands.predict", "the likeliest classes of images, by a checkpoint"),
+    "eval": Command("fastdeit.commands.eval", "print the accuracy of a checkpoint, of each head and of both together"),
+    "predict": Command("fastdeit.commands.predict", "print the most likely classes of images"),
     "cache-teacher": Command(
-        "fastdeit.commands.cache_teacher", "run the teacher once and keep its labels for every later training"
+        "fastdeit.commands.cache_teacher", "run the teacher once and save its labels for later training runs"
     ),
     "shrink-data": Command(
-        "fastdeit.commands.shrink_data", "make smaller JPEG files of a folder of images once, to decode them faster"
+        "fastdeit.commands.shrink_data", "write smaller JPEG copies of a folder of images, which decode faster"
     ),
-    "explain": Command("fastdeit.commands.explain", "what of a timm model runs fused, and why the rest does not"),
+    "explain": Command("fastdeit.commands.explain", "list what of a timm model runs fused, and why the rest does not"),
     "verify": Command(
-        "fastdeit.commands.verify", "on your device and weights: every layer's error beside timm's, speed and memory"
+        "fastdeit.commands.verify",
+        "compare every layer with timm and float64 on your device and weights; measure speed and memory",
     ),
-    "run": Command(
-        "fastdeit.commands.run", "run a script of yours or of timm, every model it creates by timm accelerated"
+    "run": Command("fastdeit.commands.run", "run a script unedited, with every model that timm creates accelerated"),
+    "kernels": Command(
+        "fastdeit.commands.kernels", "compile every kernel and report registers, spills and instructions, without a GPU"
     ),
-    "kernels": Command("fastdeit.commands.kernels", "what the compiler made of every kernel, without a GPU"),
-    "bench": Command("fastdeit.commands.bench", "time the fused ops beside PyTorch's own"),
-    "tune": Command("fastdeit.commands.tune", "find the fastest configuration of each kernel on the GPU at hand"),
-    "env": Command("fastdeit.commands.env", "versions, GPU and driver, for a bug report"),
+    "bench": Command("fastdeit.commands.bench", "time fused ops and models against PyTorch and other baselines"),
+    "tune": Command("fastdeit.commands.tune", "find the fastest configuration of each kernel on this GPU"),
+    "env": Command("fastdeit.commands.env", "print versions, GPU and driver for a bug report"),
     "launch-cost": Command(
-        "fastdeit.commands.launch_cost", "host time per kernel launch and per model beside timm's, without a GPU"
+        "fastdeit.commands.launch_cost", "measure host time per kernel launch and per model against timm, without a GPU"
     ),
 }
 

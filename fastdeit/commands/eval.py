@@ -17,24 +17,25 @@ CLASSES = 1000  # of a model that no checkpoint gives the classes of: ImageNet's
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--checkpoint", metavar="PATH", help="weights (.safetensors) of a run, or its folder for the last ones"
+        "--checkpoint", metavar="PATH", help="weights (.safetensors), or a run folder for its last weights"
     )
     source.add_argument(
-        "--config", metavar="NAME|FILE", help="with --throughput: the model of a configuration, no weights needed"
+        "--config", metavar="NAME|FILE", help="with --throughput: time the model of this configuration, without weights"
     )
-    parser.add_argument("--data", metavar="digits|DIR", help="other images than those of the run's val/")
+    parser.add_argument("--data", metavar="digits|DIR", help="evaluate these images instead of the run's val/")
     parser.add_argument(
         "--labels",
         metavar="real|FILE",
-        help="which classes count as right for an image of --data: ReaL's labels, or a JSON list or object "
-        "(docs/evaluation.md)",
+        help="labels for the images of --data: ReaL's labels, or a JSON list or object (docs/evaluation.md)",
     )
-    parser.add_argument("--device", help="by default the run's, or a GPU if there is one")
+    parser.add_argument("--device", help="device to use (default: the run's, or a GPU if there is one)")
     add_image_limit(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     speed = parser.add_argument_group("throughput, by the method of the DeiT paper's Table 5")
     speed.add_argument("--throughput", action="store_true", help="time the model on synthetic images instead")
-    speed.add_argument("--batch-size", type=int, metavar="N", help="by default the largest that fits on a GPU")
+    speed.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per call (default: the largest batch that fits on a GPU)"
+    )
     speed.add_argument("--runs", type=int, metavar="N", help="timed runs (default: 30)")
 
 

@@ -18,16 +18,18 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a timm model name, such as deit_tiny_distilled_patch16_224")
-    parser.add_argument("--device", help="where it would run (default: cuda if there is one, else cpu)")
+    parser.add_argument("--device", help="device of the model (default: cuda if there is one, else cpu)")
     parser.add_argument(
-        "--on-gpu", action="store_true", help="explain what would run on a GPU of capability 8.0 or newer, without one"
+        "--on-gpu", action="store_true", help="explain what would run on a GPU of capability 8.0 or newer; needs no GPU"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of the parameters (default: %(default)s)"
     )
     parser.add_argument("--amp", choices=("float16", "bfloat16"), help="explain what runs under autocast to this dtype")
     parser.add_argument("--train", action="store_true", help="explain training mode rather than evaluation")
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these modules timm's")
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="modules that keep timm's implementation"
+    )
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="add launches and memory traffic of a forward pass of N images"
     )

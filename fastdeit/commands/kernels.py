@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="FILE", help=f"one kernel file of {', '.join(KERNEL_FILES)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--committed", action="store_true", help="compile only what has changed since resources.json")
-    parser.add_argument("--update", action="store_true", help="the same, and write resources.json anew")
+    parser.add_argument("--update", action="store_true", help="the same, and rewrite resources.json")
     parser.add_argument(
         "--sample",
         type=int,
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"compile besides, for each architecture, N configurations that calls drawn at random reach (default {SAMPLE}; "
         "not with --only, --committed or --update)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of that sample")
     parser.add_argument(
-        "--streams", action="store_true", help="compile also what is on record without its instruction stream"
+        "--streams", action="store_true", help="also compile rows of resources.json that have no instruction stream"
     )
 
 

@@ -18,16 +18,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=launch_cost.MODELS,
         metavar="NAME",
-        help="timm's, default: distilled DeiT-Ti, S and B",
+        help="timm models (default: distilled DeiT-Ti, S and B)",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images, default: 1")
-    parser.add_argument("--turns", type=int, default=15, metavar="N", help="that timm's and ours take, default: 15")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per call (default: 1)")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=15,
+        metavar="N",
+        help="measurements of each implementation, taken in turns (default: 15)",
+    )
     parser.add_argument(
         "--driver-us",
         type=float,
         default=0.0,
         metavar="US",
-        help="added to both for each launch: what a real driver would take, default: 0",
+        help="assumed driver time per launch, added to both (default: 0)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

@@ -12,10 +12,13 @@ from fastdeit.train.extras import check_extras
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="weights (.safetensors) of a run, or its folder"
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="weights (.safetensors), or a run folder for its last weights",
     )
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes an image (default: 5)")
-    parser.add_argument("--device", help="by default the run's, or a GPU if there is one")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to print per image (default: 5)")
+    parser.add_argument("--device", help="device to use (default: the run's, or a GPU if there is one)")
     add_image_limit(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -1,4 +1,4 @@
-"""`fastdeit run SCRIPT ARGS...`: runs a script that knows nothing of fastdeit, every model it creates by timm accelerated."""
+"""`fastdeit run SCRIPT ARGS...`: runs a script unedited, with every model that timm creates accelerated."""
 
 import argparse
 import contextlib
@@ -17,9 +17,9 @@ from fastdeit.swap import accelerate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module's name, as of python -m")
+    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module name, as with python -m")
     parser.add_argument("script", metavar="SCRIPT", help="a training or evaluation script, such as timm's train.py")
-    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="what the script is to get")
+    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="arguments of the script")
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:

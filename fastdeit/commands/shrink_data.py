@@ -10,15 +10,19 @@ from fastdeit.train.extras import check_extras
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="the images: SRC/train/CLASS/ and SRC/val/CLASS/")
-    parser.add_argument("target", metavar="DST", help="where to; the same command goes on where one was interrupted")
+    parser.add_argument("target", metavar="DST", help="folder to write; the same command continues an interrupted run")
     parser.add_argument(
-        "--short-side", type=int, default=256, metavar="N", help="pixels; smaller images are copied (default: 256)"
+        "--short-side",
+        type=int,
+        default=256,
+        metavar="N",
+        help="shorter side in pixels; smaller images are copied (default: 256)",
     )
-    parser.add_argument(
-        "--quality", type=int, default=90, metavar="N", help="of the JPEG files, 1 to 100 (default: 90)"
-    )
+    parser.add_argument("--quality", type=int, default=90, metavar="N", help="JPEG quality, 1 to 100 (default: 90)")
     parser.add_argument("--val", action="store_true", help="shrink validation images too; by default they are copied")
-    parser.add_argument("--threads", type=int, metavar="N", help="images at the same time (default: the cores)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="images processed at the same time (default: number of cores)"
+    )
     parser.add_argument(
         "--max-image-megapixels", type=float, metavar="N", help="a larger image counts as unreadable (default: 500)"
     )

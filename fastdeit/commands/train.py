@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--measure-data",
         action="store_true",
-        help="time the loader alone and the training step alone, and say which is the bottleneck; keep nothing",
+        help="time the loader alone and the training step alone, and print which is the bottleneck; save nothing",
     )
     instead.add_argument(
         "--throughput",

@@ -30,19 +30,19 @@ class _OutOfTime(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", choices=(*OPS, "all"), help="whose kernels")
+    parser.add_argument("op", choices=(*OPS, "all"), help="op whose kernels to tune")
     parser.add_argument(
-        "--out", type=Path, default=Path("tuning"), metavar="DIR", help="of the results; default: tuning"
+        "--out", type=Path, default=Path("tuning"), metavar="DIR", help="folder of the results (default: tuning)"
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=480,
         metavar="N",
-        help="stop in time, to be continued by a later run; default: 480",
+        help="time limit in seconds; a later run continues (default: 480)",
     )
     parser.add_argument(
-        "--toy", action="store_true", help="tiny shapes on the CPU: shows that it runs, measures nothing"
+        "--toy", action="store_true", help="tiny shapes on the CPU, to check that it runs; times mean nothing"
     )
 
 

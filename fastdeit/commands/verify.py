@@ -17,15 +17,25 @@ SECONDS_TO_SET_UP = 60.0  # of one candidate; the first call of a kernel compile
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a timm model name, such as deit_tiny_distilled_patch16_224")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of that model, as timm loads them")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="of the checkpoint (default: the model's own)")
-    parser.add_argument("--img-size", type=int, metavar="N", help="pixels a side (default: the model's own)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights of that model, loaded as timm loads them"
+    )
+    parser.add_argument(
+        "--num-classes", type=int, metavar="N", help="number of classes of the checkpoint (default: the model's)"
+    )
+    parser.add_argument("--img-size", type=int, metavar="N", help="pixels per side (default: the model's)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images (default: 32 on a GPU, 2 elsewhere)")
-    parser.add_argument("--device", help="where it runs (default: cuda if there is one, else cpu)")
+    parser.add_argument("--device", help="device to use (default: cuda if there is one, else cpu)")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--amp", choices=("float16", "bfloat16"), help="under autocast (default on a GPU: bfloat16)")
-    precision.add_argument("--dtype", choices=DTYPES, help="of the parameters, without autocast (default elsewhere)")
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these modules timm's")
+    precision.add_argument(
+        "--amp", choices=("float16", "bfloat16"), help="dtype of autocast (default on a GPU: bfloat16)"
+    )
+    precision.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the parameters, without autocast (default elsewhere)"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="modules that keep timm's implementation"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 

@@ -398,3 +398,16 @@ def test_a_plan_is_captured_as_the_ops_are():
             result = model(x)
         graph.replay()
     only_plan(model) and result.shape == (2, 1000)
+
+
+def test_a_plan_runs_on_the_device_of_its_model():
+    model = build().to("cuda:1")
+    x = images(model).to("cuda:1")
+    with torch.no_grad(), precision(torch.bfloat16):
+        with torch.cuda.device(1):
+            plan_it(lambda: model(x))
+            only_plan(model)
+            planned = recorded(lambda: model(x))
+        away = recorded(lambda: model(x))  # on another device than the current one the ops run
+    assert {event.device for event in planned} == {event.device for event in away} == {1}
+    assert of_parameters(planned, model) == of_parameters(away, model)

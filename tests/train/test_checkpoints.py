@@ -77,6 +77,16 @@ def test_state_comes_back_to_the_bit_without_pickled_code(tmp_path):
     assert torch.equal(loaded["model"]["weight"], state["model"]["weight"]) and loaded["history"] == state["history"]
 
 
+def test_of_two_states_the_last_is_taken_and_a_good_one_has_no_problem(tmp_path):
+    for step in (4, 8):
+        checkpoints.save_state(tmp_path / checkpoints.STATE, make_state(step=step))
+    state, path, problem = checkpoints.newest_state(tmp_path)
+    assert (state["step"], path, problem) == (8, tmp_path / checkpoints.STATE, None)
+    path.write_bytes(b"")
+    state, path, problem = checkpoints.newest_state(tmp_path)
+    assert (state["step"], path) == (4, tmp_path / checkpoints.PREVIOUS) and "cannot be read" in problem
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_truncated_weights_are_named(weights, share):
     os.truncate(weights, int(share * weights.stat().st_size))

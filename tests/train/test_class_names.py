@@ -60,6 +60,14 @@ def test_the_names_are_in_the_metadata_and_equal_weights_are_equal_files(tmp_pat
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_tensors_start_at_a_multiple_of_eight_bytes(tmp_path, small_config, length):
+    """As safetensors has it, whatever the length of the names; readers map the file."""
+    save_weights(tmp_path / "w.safetensors", {"w": torch.ones(2)}, small_config, ("a" * length,))
+    data = (tmp_path / "w.safetensors").read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0 and data[-8:] == torch.ones(2).numpy().tobytes()
+
+
 def renamed(folder, source, names):
     """A copy of the images of three digits under other names."""
     for split in ("train", "val"):

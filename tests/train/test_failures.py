@@ -18,6 +18,7 @@ from fastdeit.train.failures import ERROR, RunFailedError
 from fastdeit.train.locks import LOCK, Lock
 from fastdeit.train.monitor import NonFiniteLossError, NonFiniteWeightsError
 from fastdeit.train.signals import Stopped
+from fastdeit.train.workers import WorkerDiedError
 
 
 @pytest.fixture
@@ -434,6 +435,19 @@ def test_a_worker_that_is_killed_is_named_and_the_state_saved(config, tmp_path, 
         rf"^worker 0 of the loader \(process {killed[0]}\) was killed by SIGKILL, as the kernel does.*step 6 is saved"
     )
     assert load_state(tmp_path / STATE)["step"] == 6 and not workers._alive
+
+
+@pytest.mark.parametrize("code, words", [(3, "ended with exit code 3"), (-15, "was killed by SIGTERM"), (0, None)])
+def test_what_ended_a_worker_is_said(monkeypatch, code, words):
+    class Ended:
+        exitcode, pid = code, 7
+
+    ended = Ended()
+    monkeypatch.setattr(workers, "_alive", {ended: 1})
+    failing = map(raises(RuntimeError("DataLoader worker exited")), [None])
+    expected = WorkerDiedError if words else RuntimeError
+    with pytest.raises(expected, match=rf"^worker 1 of the loader \(process 7\) {words}$" if words else "DataLoader"):
+        next(workers.batches_of(failing))
 
 
 def test_memory_that_is_used_up_says_what_takes_less():
