@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit import ops
-from fastdeit.backends import product_dtype
+from fastdeit.backends import matmul_dtype
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_not_attention_call
 from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict, exported, why_called
@@ -113,7 +113,7 @@ def _run_joint(
     x, added, _, scale = pending
     norm, body = branch.norm, branch.body
     gamma = branch.layer_scale._parameters.get(branch.gamma) if folds_tail else None
-    if gamma is not None and product_dtype(x) is torch.float16:
+    if gamma is not None and matmul_dtype(x) is torch.float16:
         return None
     norm_weight, norm_bias = _read(norm)
     given = (x, added, norm_weight, norm_bias, norm.module.eps)
@@ -126,7 +126,7 @@ def _run_joint(
         x, out = ops.add_layer_norm_attention(*given, *weights, gamma=gamma, drop_path_scale=scale)
     else:
         weights = (*_read(body.fc1), *_read(body.fc2))
-        options = {"activation": body.activation, "lean": block.memory == "lean"}
+        options = {"activation": body.activation, "recompute": "preactivation" if block.memory == "lean" else None}
         x, out = ops.add_layer_norm_mlp(*given, *weights, gamma=gamma, drop_path_scale=scale, **options)
     if drops_out:
         out = body.out_dropout(out)
