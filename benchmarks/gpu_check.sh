@@ -201,6 +201,7 @@ summarize() {
             [ -e "$folder/log/$name.outcome" ] &&
                 echo "| $name | $(cat "$folder/log/$name.outcome") | $(cat "$folder/log/$name.seconds") | log/$name.txt |"
         done
+        [ -e "$folder/log/estimated.txt" ] && { echo; echo "## Estimated and measured"; echo; cat "$folder/log/estimated.txt"; }
         [ -e "$folder/profile/profile.md" ] && { echo; sed 's/^#/##/' "$folder/profile/profile.md"; }
         [ -e "$folder/bench.md" ] && { echo; sed 's/^#/##/' "$folder/bench.md"; }
     } >"$folder/summary.md"
@@ -211,20 +212,21 @@ summarize() {
     >"$folder/log/gpu.txt" 2>"$folder/log/gpu.error" || echo "fastdeit cannot be imported: log/gpu.error" >"$folder/log/gpu.txt"
 "$python" -m pip list --format=freeze >"$folder/log/packages.txt" 2>/dev/null
 
-# In order: can it run, is it right, what does it do, how fast is it, is it clean. Expected on an H200, first guesses: 20, 30, 40, 60,
-# 20, 40, 60, 200, 180, 120, 120 and 120 seconds; tune takes what it is given.
+# In order: can it run, is it right, is it as fast as estimated, what does it do, how fast is it, is it clean. Expected on an H200, first
+# guesses, from install on: 20, 30, 180, 60, 40, 60, 20, 40, 60, 200, 120, 120 and 120 seconds; tune takes what it is given.
 # First what can hang a GPU, each alone: one attention with descriptors, then its backward from autograd's thread.
 stage descriptor_forward 60 "$python" -m fastdeit.benchmarks.first_descriptors forward
 stage descriptor_backward 60 "$python" -m fastdeit.benchmarks.first_descriptors backward
 stage install 60 bash -c install
 stage kernels 120 bash -c kernels
+stage parity 300 bash -c parity
+stage estimated 120 "$python" -m fastdeit.benchmarks.estimated $toy
 stage small_kernels 120 "$python" -m fastdeit.benchmarks.small_kernels
 stage verify 120 bash -c verify
 stage repeat 60 "$python" -m fastdeit.benchmarks.repeat_step $toy
 stage profile 90 "$python" -m fastdeit bench profile --out "$folder/profile" $toy
 stage train 120 bash -c train
 stage bench 300 bash -c bench
-stage parity 300 bash -c parity
 stage gpu_tests 180 bash -c gpu_tests
 stage memcheck 180 bash -c "sanitizer memcheck"
 stage racecheck 180 bash -c "sanitizer racecheck"

@@ -78,14 +78,14 @@ def _images(model: nn.Module, precision: str, batch_size: int) -> Tensor:
 def _call(model: nn.Module, precision: str, passed: str, images: Tensor) -> Callable[[], Any]:
     context = contextlib.nullcontext if precision == "bf16" else lambda: torch.autocast("cuda", torch.bfloat16)
 
+    model.train(passed == "step")
+
     @torch.inference_mode()
     def forward() -> None:
-        model.eval()
         with context():
             model(images)
 
     def step() -> None:
-        model.train()
         model.zero_grad(set_to_none=True)
         with context():
             outputs = model(images)

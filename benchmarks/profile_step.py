@@ -79,6 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
 def profiled(call: Callable[[], Any], device: torch.device, trace: Path | None = None) -> list[Entry]:
     """The kernels (on a CPU: operations) of one call, the longest first."""
+    return summed(kernel_times(call, device, trace))
+
+
+def kernel_times(call: Callable[[], Any], device: torch.device, trace: Path | None = None) -> list[tuple[str, float]]:
+    """Each launch of a kernel (on a CPU: each operation) of one call, and its microseconds."""
     for _ in range(WARM_UP):
         call()
     on_gpu = device.type == "cuda"
@@ -90,8 +95,8 @@ def profiled(call: Callable[[], Any], device: torch.device, trace: Path | None =
     if trace is not None:
         profile.export_chrome_trace(str(trace))
     if on_gpu:
-        return summed((e.name, e.self_device_time_total) for e in device_events(profile))
-    return summed((e.name, e.self_cpu_time_total) for e in profile.events())
+        return [(e.name, e.self_device_time_total) for e in device_events(profile)]
+    return [(e.name, e.self_cpu_time_total) for e in profile.events()]
 
 
 def summed(timed: Iterable[tuple[str, float]]) -> list[Entry]:

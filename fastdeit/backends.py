@@ -88,7 +88,7 @@ def why_reference(x: Tensor, *, products: bool = False, kernels: tuple[str, ...]
 
     Args:
         x: the op's main input; its device and dtype decide.
-        products: the op multiplies matrices, in `product_dtype(x)`. In IEEE fp32 those have no matrix instructions, so on a GPU
+        products: the op multiplies matrices, in `matmul_dtype(x)`. In IEEE fp32 those have no matrix instructions, so on a GPU
             they are left to the libraries unless `torch.backends.cuda.matmul` allows TF32.
         kernels: subjects (folders of kernels) that the op uses: one of them may have been refused on this machine.
 
@@ -135,7 +135,7 @@ def refuse(reason: str) -> str:
 def _why_not_on_gpu(x: Tensor, products: bool) -> str | None:
     dtype = x.dtype
     if products and dtype not in _LOW_PRECISION:
-        dtype = product_dtype(x)
+        dtype = matmul_dtype(x)
     if dtype not in _LOW_PRECISION:
         if dtype is not torch.float32:
             return f"{dtype_name(dtype)} input"
@@ -156,7 +156,7 @@ def in_functional_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product of x runs in: under autocast the low precision that PyTorch's own products take."""
     kind = "cuda" if x.is_cuda else x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype in KERNEL_DTYPES:

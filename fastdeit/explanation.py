@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,8 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
         twin = next((c for c in cls.__mro__ if c in sources), None)
         if twin is not None:
             reason = _why_not_fused(module, fallback)
-            rows.append(Row(name, sources[twin].__name__, reason is None, reason or ""))
+            note = module.note() if reason is None and hasattr(module, "note") else None
+            rows.append(Row(name, sources[twin].__name__, reason is None, reason or note or ""))
             if hasattr(module, "why_not_embedded"):
                 embeddings[f"{name}.patch_embed.proj" if name else "patch_embed.proj"] = module
         elif cls in fused:
@@ -186,7 +187,7 @@ def _prices(costs: Mapping[str, tuple[Cost, Cost]], names: list[str]) -> tuple[s
     return tuple(text for cost in sums for text in (f"{cost.launches:,}", f"{cost.bytes / 1e6:,.0f}"))
 
 
-def _why_not_fused(module: nn.Module, fallback: Tensor) -> str | None:
+def _why_not_fused(module: Any, fallback: Tensor) -> str | None:
     if "forward" in module.__dict__ and not _wraps_its_class(module):
         return "it has a forward of its own"
     parameter = next(module.parameters(), fallback)

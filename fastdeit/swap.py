@@ -22,26 +22,27 @@ _ONLY_NORMS = (
 
 
 def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "usual") -> nn.Module:
-    """Gives every module that has a fused twin that class, in place: timm's, and those of docs/hosts.md.
+    """Replaces the class of every module that has a fused counterpart, in place: of timm, and of the libraries in docs/hosts.md.
 
-    Parameters, buffers, hooks, names and the modules themselves stay what they are; only `forward` changes, and it runs the host's
-    code wherever the kernels do not cover the call. Calling it again is harmless, and brings modules made since into line. Compiled
-    code is dropped (`torch.compiler.reset`): it would go on running the other class. Warns where nothing but LayerNorms is fused.
+    Parameters, buffers, hooks, names and the modules themselves stay the same. Only `forward` changes, and it falls back to the
+    library's implementation for calls that the kernels do not support. A second call also replaces modules that were added since.
+    Compiled code is dropped (`torch.compiler.reset`), since it would keep running the former class. Warns where only LayerNorms are
+    fused.
 
     Args:
-        model: any module; may itself be one to swap.
-        exclude: names of modules to leave (or make) timm's, with everything inside them, as `model.named_modules()` has them;
-            `*`, `?` and `[...]` match as in file names. They are called as timm calls them: what contains one and would compute in
-            its place (a model its `patch_embed`, an MLP its `fc1`) runs timm's code around it. `explain` says so.
-        memory: what the blocks keep for backward, `fastdeit.nn.Block.memory`. "usual" is 0.56 of timm's bytes under autocast to
-            bf16; "lean" is a third, for one product per block that backward computes again.
+        model: any module; its own class may be replaced too.
+        exclude: names of modules that keep (or get back) their library's class, with everything inside them, as in
+            `model.named_modules()`; `*`, `?` and `[...]` match as in file names. An excluded module is always called normally; a
+            parent that would bypass it (a model its `patch_embed`, an MLP its `fc1`) falls back. `explain` reports that.
+        memory: what the blocks save for backward, `fastdeit.nn.Block.memory`. "usual" saves 0.56 of timm's bytes under autocast
+            to bf16; "lean" saves a third and recomputes one GEMM per block in backward.
 
     Returns:
         model.
 
     Raises:
-        TypeError: model is not a module, or is a scripted one, or exclude is no text or texts.
-        ValueError: an exclude pattern matches no module, or memory is another.
+        TypeError: model is not a module or is scripted, or exclude is neither a string nor strings.
+        ValueError: an exclude pattern matches no module, or memory is neither "usual" nor "lean".
         RuntimeError: a module's class was derived at run time from one that would be swapped, as `fully_shard` and
             `parametrize` do.
     """
@@ -64,7 +65,7 @@ def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate`, in place: every fused module gets timm's or PyTorch's own class again.
+    """Undoes `accelerate`, in place: every fused module gets the class of timm, PyTorch or its library again.
 
     Returns:
         model.
@@ -86,21 +87,21 @@ def restore(model: nn.Module) -> nn.Module:
 def explain(model: nn.Module, *, batch_size: int | None = None, on_gpu: bool = False) -> Report:
     """What runs fused in model, and why the rest does not.
 
-    Each module is asked as its forward asks, for an input of its parameters' device and dtype in the present state: training or
-    evaluation, backend, autocast. So call it inside `torch.autocast` if that is where the model runs. Weights that `fully_shard`
-    has sharded count as gathered, which they are in forward.
+    Each module is judged by the rules of its forward, for an input of its parameters' device and dtype in the present state
+    (training or evaluation, backend, autocast). Call it under the autocast that the model runs in. Weights sharded by `fully_shard`
+    are judged as gathered, as they are in forward.
 
     Args:
         model: any module.
-        batch_size: of a forward pass whose launches and memory traffic the report then has, by arithmetic, as the model runs and as
-            timm runs it; for timm's vision transformers.
-        on_gpu: answer for a model on a CPU as if it were on a GPU of capability 8.0 or newer.
+        batch_size: adds launches and memory traffic of a forward pass of that many images, by arithmetic, for the model as it
+            runs and for timm's; timm's vision transformers only.
+        on_gpu: judge a model on a CPU as if it were on a GPU of capability 8.0 or newer.
 
     Returns:
         A `Report`: rows (name, kind, fused, reason) in the order of `model.named_modules()`; `str()` of it is a table.
 
     Raises:
-        TypeError: model is not a module, or batch_size not an int.
+        TypeError: model is not a module, or batch_size is not an int.
         ValueError: batch_size is below 1, or given for a model whose costs are not known.
     """
     named = _named_modules(model)

@@ -90,6 +90,14 @@ def test_a_block_without_a_title_runs(block, monkeypatch):
         assert words[0] == "fastdeit" and cli.main(words[1:]) == 0, words
 
 
+def test_the_readme_shows_what_explain_prints(capsys):
+    """The table does not depend on the width of the model."""
+    options = ["--device", "cpu", "--on-gpu", "--amp", "bfloat16"]
+    assert cli.main(["explain", "deit_tiny_distilled_patch16_224", *options]) == 0
+    shown = re.search(r"^```text\n(module .*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    assert shown == capsys.readouterr().out
+
+
 def test_python_that_is_not_run_compiles():
     for block in blocks():
         if block.language == "python":

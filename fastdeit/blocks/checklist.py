@@ -155,14 +155,23 @@ def why_not_norm(norm: spec.Affine, source: type[nn.LayerNorm]) -> str | None:
 
 
 def why_not_attention(body: spec.Attention) -> str | None:
-    """Why attention runs the host's code, whatever it is called with."""
-    projections = (body.qkv, body.proj) if isinstance(body.qkv, spec.Affine) else (*body.qkv, body.proj)
-    return (
-        body.beyond
-        or why_not_bypassed((*(layer.module for layer in projections), *body.between))
-        or next(filter(None, map(why_not_linear, projections)), None)
-        or why_not_inactive_dropout(body.dropout)
-    )
+    """Why attention runs the host's code, or its projections are called, whatever it is called with."""
+    return why_not_between_projections(body) or why_projections_called(body)
+
+
+def why_not_between_projections(body: spec.Attention) -> str | None:
+    """Why what attention does between its projections is the host's code, whatever it is called with."""
+    modules = (*(layer.module for layer in _projections(body)), *body.between)
+    return body.beyond or why_not_bypassed(modules) or why_not_inactive_dropout(body.dropout)
+
+
+def why_projections_called(body: spec.Attention) -> str | None:
+    """Why the projections are called, None if products on their weights may take their place."""
+    return next(filter(None, map(why_not_linear, _projections(body))), None)
+
+
+def _projections(body: spec.Attention) -> tuple[spec.Affine, ...]:
+    return (body.qkv, body.proj) if isinstance(body.qkv, spec.Affine) else (*body.qkv, body.proj)
 
 
 def why_not_mlp(body: spec.Mlp) -> str | None:

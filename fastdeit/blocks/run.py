@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit import ops
-from fastdeit.backends import product_dtype
+from fastdeit.backends import matmul_dtype
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_not_attention_call
 from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict, exported, why_called
@@ -113,7 +113,7 @@ def _run_joint(
     x, added, _, scale = pending
     norm, body = branch.norm, branch.body
     gamma = branch.layer_scale._parameters.get(branch.gamma) if folds_tail else None
-    if gamma is not None and product_dtype(x) is torch.float16:
+    if gamma is not None and matmul_dtype(x) is torch.float16:
         return None
     norm_weight, norm_bias = _read(norm)
     given = (x, added, norm_weight, norm_bias, norm.module.eps)
@@ -126,7 +126,7 @@ def _run_joint(
         x, out = ops.add_layer_norm_attention(*given, *weights, gamma=gamma, drop_path_scale=scale)
     else:
         weights = (*_read(body.fc1), *_read(body.fc2))
-        options = {"activation": body.activation, "lean": block.memory == "lean"}
+        options = {"activation": body.activation, "recompute": "preactivation" if block.memory == "lean" else None}
         x, out = ops.add_layer_norm_mlp(*given, *weights, gamma=gamma, drop_path_scale=scale, **options)
     if drops_out:
         out = body.out_dropout(out)
@@ -161,6 +161,14 @@ def run_attention(body: spec.Attention, x: Tensor) -> Tensor:
     """(B, N, C) -> (B, N, C_out)."""
     out = ops.attention(F.linear(x, *_packed(body.qkv)), body.num_heads)
     return dropped_out(body.out_dropout, F.linear(out, *_read(body.proj)))
+
+
+def run_between_projections(body: spec.Attention, qkv: Tensor, fused: bool) -> Tensor:
+    """(B, N, 3 * H * D) -> (B, N, H * D). fused: by the kernel; else by PyTorch, which takes what a called projection may give."""
+    if fused:
+        return ops.attention(qkv, body.num_heads)
+    q, k, v = qkv.unflatten(-1, (3, body.num_heads, body.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def run_mlp(body: spec.Mlp, x: Tensor) -> Tensor:

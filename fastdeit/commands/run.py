@@ -1,4 +1,4 @@
-"""`fastdeit run SCRIPT ARGS...`: runs a script that knows nothing of fastdeit, every model it creates by timm accelerated."""
+"""`fastdeit run SCRIPT ARGS...`: runs a script unedited, with every model that timm creates accelerated."""
 
 import argparse
 import contextlib

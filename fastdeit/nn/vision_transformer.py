@@ -63,8 +63,8 @@ class FusedTrunk(FusedModule):
             return type(self).forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
         answer = looked_at(self)
         if _why_masked(attn_mask, is_causal) is None:
-            run, why_called = (functools.partial(f, answer) for f in (self._prefix_tokens, self._why_called))
-            tokens = planned(self, answer, run, x, why_called)
+            run = functools.partial(self._prefix_tokens, answer)
+            tokens = planned(self, answer, run, x, functools.partial(self._why_called, answer))
             if tokens is not None:
                 return self.forward_head(tokens)
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)

@@ -94,7 +94,7 @@ def add_layer_norm_attention(
             options = dict(gamma=gamma, drop_path_scale=drop_path_scale)
             return add_layer_norm_attention_reference(x, branch, norm_weight, norm_bias, eps, *weights, **options)
         _passed.add(tensors, eps, num_heads)
-    out, x_new = add_layer_norm_attention_unchecked(*tensors, eps, num_heads, backends.product_dtype(x))
+    out, x_new = add_layer_norm_attention_unchecked(*tensors, eps, num_heads, backends.matmul_dtype(x))
     return x if branch is None else x_new, out
 
 
@@ -230,24 +230,26 @@ def _backward(grads, saved, options, grad_dtypes):
     dtypes = dict(zip(GRADIENTS, grad_dtypes, strict=True))
     with without_autocast():
         g = as_dtype(dout.reshape(-1, proj_weight.shape[0]), qkv.dtype).contiguous()
-        wanted, later = [(g, tail_sums(gamma, dtypes))], []
+        summed, later = [(g, tail_sums(gamma, dtypes))], []
         into_head = any(dtypes[name] is not None for name in HEAD_GRADIENTS)
         if into_head:
             dattended = torch.mm(g, either(saved.used_proj_weight, proj_weight)).view(attended.shape)
             scale = (qkv_weight.shape[0] // (3 * num_heads)) ** -0.5
             dqkv = attention_backward(dattended, qkv, attended, saved.lse, num_heads, scale).view(-1, qkv.shape[-1])
             del dattended
-            wanted.append((dqkv, head_sums(head, dtypes)))
-        g_sum, *dqkv_sum = column_sums(*wanted, later=later)
+            summed.append((dqkv, head_sums(head, dtypes)))
+        g_sum, *dqkv_sum = column_sums(*summed, later=later)
         add_partial_sums(*later)
         rows = attended.view(-1, attended.shape[-1])
-        found = tail_parameter_gradients(g, g_sum, rows, proj_weight, saved.proj_bias, gamma, dtypes)
-        del g, wanted
+        input_grads = tail_parameter_gradients(g, g_sum, rows, proj_weight, saved.proj_bias, gamma, dtypes)
+        del g, summed
         if into_head:
             shape = (*dout.shape[:-1], qkv_weight.shape[1])
             weights = (qkv_weight, either(saved.used_qkv_weight, qkv_weight))
-            found |= head_backward(dqkv, *dqkv_sum, dx_new, head, saved.drop_path_scale, norm, *weights, shape, dtypes)
-    return in_order(found, dtypes)
+            input_grads |= head_backward(
+                dqkv, *dqkv_sum, dx_new, head, saved.drop_path_scale, norm, *weights, shape, dtypes
+            )
+    return in_order(input_grads, dtypes)
 
 
 def _fake(x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, *rest):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops.arguments import check_recompute, instead_of_lean
 from fastdeit.ops.branches import (
     GRADIENTS,
     HEAD_GRADIENTS,
@@ -53,7 +54,8 @@ def add_layer_norm_mlp(
     activation: str = "gelu",
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
-    lean: bool = False,
+    recompute: str | None = None,
+    lean: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The MLP's half of a pre-norm transformer block, from the addition before it to the output that is still to be added.
 
@@ -73,26 +75,30 @@ def add_layer_norm_mlp(
         activation: as `mlp` takes it.
         gamma: (O,) or None, LayerScale. It is folded into w2, so in fp16 it must not be far below 1.
         drop_path_scale: (x.shape[0],) float32 or None, of `branch`, without gradient.
-        lean: compute the pre-activation again in backward rather than save it: one more product, and of 10 bytes a token and
+        recompute: "preactivation" computes it again in backward rather than save it: one more GEMM, and of 10 bytes a token and
             channel 2 are left at an MLP ratio of 4 under autocast.
+        lean: the former spelling of that, deprecated.
 
     Returns:
         x_new (x itself without a branch), in the promoted dtype of x and branch; and out, (..., O), in the matmul dtype.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or weights differ from x in dtype outside autocast.
-        ValueError: a shape or device does not fit, eps is negative or NaN, or activation is unknown.
+        ValueError: a shape or device does not fit, eps is negative or NaN, or activation or recompute is unknown.
     """
+    if lean is not None:
+        recompute = instead_of_lean(lean)
     tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale)
-    if not _passed.has(tensors, eps, activation):
+    if not _passed.has(tensors, eps, activation, recompute):
         check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps)
         check_mlp(x, w1, b1, w2, b2, activation)
         check_tail(x, gamma, w2)
+        check_recompute(recompute)
         if why_reference(x, branch) is not None or lacks_elements(w1, w2):
             options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
             return add_layer_norm_mlp_reference(x, branch, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
-        _passed.add(tensors, eps, activation)
-    out, x_new = add_layer_norm_mlp_unchecked(*tensors, eps, activation, backends.product_dtype(x), lean)
+        _passed.add(tensors, eps, activation, recompute)
+    out, x_new = add_layer_norm_mlp_unchecked(*tensors, eps, activation, backends.matmul_dtype(x), recompute)
     return x if branch is None else x_new, out
 
 
@@ -164,7 +170,7 @@ def _forward(
     eps: float,
     activation: str,
     matmul_dtype: torch.dtype,
-    lean: bool,
+    recompute: str | None,
     *,
     saves,
 ):
@@ -181,7 +187,7 @@ def _forward(
         norm = Norm(norm_weight, norm_bias, eps)
         x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, w1, matmul_dtype, saves)
         folded = fold_layers(head, norm, w1, b1, w2, b2, gamma, matmul_dtype)
-        needs_z = saves and not lean
+        needs_z = saves and recompute is None
         h, z = linear_forward(rows, folded.weight, folded.bias, activation=activation, needs_z=needs_z)
         del rows
         out, _ = linear_forward(h, folded.tail_weight, folded.tail_bias)
@@ -213,17 +219,17 @@ def _backward(grads, saved, options, grad_dtypes):
         if z is None and (into_head or needs_h):
             z = _pre_activation(head, norm, w1, b1, matmul_dtype)
         if into_head:
-            wanted = dict(needs_h=needs_h, dbias_dtype=head_sums(head, dtypes), later=later)
-            dz, h, dz_sum = activation_gradient(g, either(used_w2, w2), z, activation, **wanted)
+            needs = dict(needs_h=needs_h, dbias_dtype=head_sums(head, dtypes), later=later)
+            dz, h, dz_sum = activation_gradient(g, either(used_w2, w2), z, activation, **needs)
         elif needs_h:
             h = activation_forward(z, activation)
         add_partial_sums(*later)
-        found = tail_parameter_gradients(g, g_sum, h, w2, b2, gamma, dtypes)
+        input_grads = tail_parameter_gradients(g, g_sum, h, w2, b2, gamma, dtypes)
         del g, h
         if into_head:
             shape, weights = (*dout.shape[:-1], w1.shape[1]), (w1, either(used_w1, w1))
-            found |= head_backward(dz, dz_sum, dx_new, head, drop_path_scale, norm, *weights, shape, dtypes)
-    return in_order(found, dtypes)
+            input_grads |= head_backward(dz, dz_sum, dx_new, head, drop_path_scale, norm, *weights, shape, dtypes)
+    return in_order(input_grads, dtypes)
 
 
 def _pre_activation(head: BranchHead, norm: Norm, w1: Tensor, b1: Tensor | None, matmul_dtype: torch.dtype) -> Tensor:
@@ -238,9 +244,9 @@ def _pre_activation(head: BranchHead, norm: Norm, w1: Tensor, b1: Tensor | None,
 
 
 def _fake(x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *rest):
-    *_, matmul_dtype, lean = rest
+    *_, matmul_dtype, recompute = rest
     x_new, *head = fake_head(x, branch, matmul_dtype, norm_weight, norm_bias, w1)
-    z = None if lean else x.new_empty((x.numel() // x.shape[-1], w1.shape[0]), dtype=matmul_dtype)
+    z = None if recompute is not None else x.new_empty((x.numel() // x.shape[-1], w1.shape[0]), dtype=matmul_dtype)
     used = fake_weights(matmul_dtype, w1, w2, gamma)
     return (x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=matmul_dtype), x_new), (*head, z, *used)
 

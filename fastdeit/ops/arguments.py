@@ -1,5 +1,6 @@
 """The checks that the ops' arguments have in common. They raise before any work begins."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -59,3 +60,15 @@ def check_drop_path_scale(x: Tensor, drop_path_scale: Tensor | None) -> None:
         raise ValueError(f"drop_path_scale: expected one factor per sample of x {tuple(x.shape)}, got {given}")
     if drop_path_scale.requires_grad:
         raise ValueError("drop_path_scale: expected a tensor without gradient, got one that requires it")
+
+
+def check_recompute(recompute: Any) -> None:
+    """None, or what backward computes again rather than that forward saves it."""
+    if recompute not in (None, "preactivation"):
+        raise ValueError(f"recompute: expected 'preactivation' or None, got {recompute!r}")
+
+
+def instead_of_lean(lean: bool) -> str | None:
+    """What `recompute` is where `lean` was given, its former spelling."""
+    warnings.warn("lean is deprecated: pass recompute='preactivation'", DeprecationWarning, stacklevel=4)
+    return "preactivation" if lean else None

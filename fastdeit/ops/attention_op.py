@@ -115,7 +115,7 @@ def why_reference(x: Tensor, head_dim: int, scale: float | None = None) -> str |
         return backends.refuse(f"head dimension {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}")
     if scale is not None and scale <= 0:
         return backends.refuse(f"scale {scale} is not positive")
-    if head_dim > _LARGEST_TF32_HEAD_DIM and backends.on_gpu(x) and backends.product_dtype(x) == torch.float32:
+    if head_dim > _LARGEST_TF32_HEAD_DIM and backends.on_gpu(x) and backends.matmul_dtype(x) == torch.float32:
         return backends.refuse(f"head dimension {head_dim} in TF32 is over the kernel's {_LARGEST_TF32_HEAD_DIM}")
     return backends.why_reference(x, products=True, kernels=("attention",))
 

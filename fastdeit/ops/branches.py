@@ -23,7 +23,7 @@ from fastdeit.ops.arguments import check_vector
 from fastdeit.ops.layer_norm_op import check_branch, check_normalised
 from fastdeit.ops.matmul import as_dtype, contiguous, parameter_gradients, weight_gradient
 
-Dtypes = dict[str, torch.dtype | None]  # of the gradients that are wanted, by name; None for one that is not
+Dtypes = dict[str, torch.dtype | None]  # of the gradients that are needed, by name; None for one that is not
 
 # The gradients of a branch op in the order of its tensors. Weight and bias are of the layer after the norm.
 HEAD_GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias")
@@ -142,14 +142,14 @@ def normalised_rows(head: BranchHead, norm: Norm, matmul_dtype: torch.dtype) -> 
 
 
 def head_sums(head: BranchHead, dtypes: Dtypes) -> torch.dtype | None:
-    """The dtype in which `head_backward` wants the column sums of dz, if it wants them."""
+    """The dtype in which `head_backward` needs the column sums of dz, if it needs them."""
     if head.x_hat is None:
         return dtypes["bias"]
     return torch.float32 if any(dtypes[name] is not None for name in ("bias", "norm_bias", "weight")) else None
 
 
 def tail_sums(gamma: Tensor | None, dtypes: Dtypes) -> torch.dtype | None:
-    """The dtype in which `tail_parameter_gradients` wants the column sums of g, if it wants them."""
+    """The dtype in which `tail_parameter_gradients` needs the column sums of g, if it needs them."""
     if gamma is None:
         return dtypes["tail_bias"]
     return torch.float32 if any(dtypes[name] is not None for name in ("tail_bias", "gamma")) else None
@@ -180,26 +180,28 @@ def head_backward(
     from fastdeit.kernels.norm.layer_norm import layer_norm_backward
     from fastdeit.kernels.norm.residual_branch import folded_layer_norm_backward
 
-    wants = lambda *names: any(dtypes[name] is not None for name in names)  # noqa: E731
+    needs_any = lambda *names: any(dtypes[name] is not None for name in names)  # noqa: E731
     matmul_dtype = dz.dtype
-    found: dict[str, Tensor | None] = {"bias": dz_sum}
+    grads: dict[str, Tensor | None] = {"bias": dz_sum}
     if head.x_hat is not None:
-        product = weight_gradient(dz, head.x_hat, torch.float32) if wants("norm_weight", "weight") else None
-        needs = dict(needs_weight=wants("weight"), needs_scale=wants("norm_weight"), needs_shift=wants("norm_bias"))
+        product = weight_gradient(dz, head.x_hat, torch.float32) if needs_any("norm_weight", "weight") else None
+        needs = dict(
+            needs_weight=needs_any("weight"), needs_scale=needs_any("norm_weight"), needs_shift=needs_any("norm_bias")
+        )
         gradients = fold_columns_backward(product, dz_sum, weight, norm.weight, norm.bias, **needs)
-        found |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
-        if wants("x", "branch"):
+        grads |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
+        if needs_any("x", "branch"):
             dx_hat = torch.mm(dz, used_weight)
             rows = None if dx_new is None else dx_new.reshape(dx_hat.shape).contiguous()
             options = dict(drop_path_scale=contiguous(drop_path_scale), dbranch_dtype=dtypes["branch"])
             given = (dx_hat, head.x_hat, head.rstd, rows)
             dx, dbranch = folded_layer_norm_backward(*given, dtypes["x"], **options)
-            found["x"], found["branch"] = (None if t is None else t.view(shape) for t in (dx, dbranch))
-        return found
-    if wants("weight"):
-        found["weight"] = weight_gradient(dz, normalised_rows(head, norm, matmul_dtype), dtypes["weight"])
-    if wants("x", "branch", "norm_weight", "norm_bias"):
-        found["x"], found["branch"], found["norm_weight"], found["norm_bias"], _ = layer_norm_backward(
+            grads["x"], grads["branch"] = (None if t is None else t.view(shape) for t in (dx, dbranch))
+        return grads
+    if needs_any("weight"):
+        grads["weight"] = weight_gradient(dz, normalised_rows(head, norm, matmul_dtype), dtypes["weight"])
+    if needs_any("x", "branch", "norm_weight", "norm_bias"):
+        grads["x"], grads["branch"], grads["norm_weight"], grads["norm_bias"], _ = layer_norm_backward(
             torch.mm(dz, used_weight).view(shape),
             head.x,
             head.mean,
@@ -212,7 +214,7 @@ def head_backward(
             dweight_dtype=dtypes["norm_weight"],
             dbias_dtype=dtypes["norm_bias"],
         )
-    return found
+    return grads
 
 
 def tail_parameter_gradients(
@@ -236,9 +238,9 @@ def tail_parameter_gradients(
     return dict(zip(names, gradients, strict=True))
 
 
-def in_order(found: dict[str, Tensor | None], dtypes: Dtypes) -> list[Tensor | None]:
-    """The gradients that are wanted in the order of `dtypes`, each in its dtype; None for the others."""
-    return [None if dtype is None else as_dtype(found[name], dtype) for name, dtype in dtypes.items()]
+def in_order(grads: dict[str, Tensor | None], dtypes: Dtypes) -> list[Tensor | None]:
+    """The gradients that are needed in the order of `dtypes`, each in its dtype; None for the others."""
+    return [None if dtype is None else as_dtype(grads[name], dtype) for name, dtype in dtypes.items()]
 
 
 def saved_head(

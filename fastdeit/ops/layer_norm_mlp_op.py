@@ -4,7 +4,13 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.add_layer_norm_mlp_op import add_layer_norm_mlp_unchecked, why_reference
-from fastdeit.ops.arguments import check_drop_path_scale, check_residual, check_vector
+from fastdeit.ops.arguments import (
+    check_drop_path_scale,
+    check_recompute,
+    check_residual,
+    check_vector,
+    instead_of_lean,
+)
 from fastdeit.ops.layer_norm_op import check_normalised, layer_norm_reference
 from fastdeit.ops.matmul import lacks_elements, promoted
 from fastdeit.ops.mlp_op import check_mlp, mlp_reference
@@ -29,7 +35,8 @@ def layer_norm_mlp(
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    lean: bool = False,
+    recompute: str | None = None,
+    lean: bool | None = None,
 ) -> Tensor:
     """residual + gamma * drop_path_scale * mlp(layer_norm(x)): the second half of a pre-norm transformer block.
 
@@ -46,26 +53,30 @@ def layer_norm_mlp(
         gamma: (O,) or None, LayerScale. It is folded into w2, so in fp16 it must not be far below 1.
         drop_path_scale: (x.shape[0],) float32 or None, without gradient.
         residual: (..., O) or None.
-        lean: compute the pre-activation again in backward rather than save it: one more product, and of the 10 bytes 2 are left.
+        recompute: "preactivation" computes it again in backward rather than save it: one more GEMM, and of the 10 bytes 2 are left.
+        lean: the former spelling of that, deprecated.
 
     Returns:
         (..., O), of the dtype that PyTorch's promotion gives the formula.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or weights differ from x in dtype outside autocast.
-        ValueError: a shape or device does not fit, eps is negative or NaN, or activation is unknown.
+        ValueError: a shape or device does not fit, eps is negative or NaN, or activation or recompute is unknown.
     """
+    if lean is not None:
+        recompute = instead_of_lean(lean)
     tensors = (x, None, norm_weight, norm_bias, w1, b1, w2, b2, gamma, None)
-    given = ((*tensors, drop_path_scale, residual), eps, activation)
+    given = ((*tensors, drop_path_scale, residual), eps, activation, recompute)
     if not _passed.has(*given):
         check_normalised(x, norm_weight, norm_bias, eps, "norm_")
         check_mlp(x, w1, b1, w2, b2, activation)
         _check(x, w2, gamma, drop_path_scale, residual)
+        check_recompute(recompute)
         if why_reference(x) is not None or lacks_elements(w1, w2):
             options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale, residual=residual)
             return layer_norm_mlp_reference(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
         _passed.add(*given)
-    out, _ = add_layer_norm_mlp_unchecked(*tensors, eps, activation, backends.product_dtype(x), lean)
+    out, _ = add_layer_norm_mlp_unchecked(*tensors, eps, activation, backends.matmul_dtype(x), recompute)
     return _added(out.to(promoted(out.dtype, gamma)), drop_path_scale, residual)
 
 

@@ -62,7 +62,7 @@ def linear(
         if why_reference(x) is not None or lacks_elements(weight):
             return linear_reference(x, weight, bias, **options, save_preactivation=save_preactivation)
         _passed.add(tensors, activation)
-    out, z = linear_unchecked(*tensors, activation, backends.product_dtype(x), save_preactivation)
+    out, z = linear_unchecked(*tensors, activation, backends.matmul_dtype(x), save_preactivation)
     return (out, z.view(out.shape)) if save_preactivation else out
 
 

@@ -61,7 +61,7 @@ def parameter_gradients(
 
     Args:
         g: (M, O), contiguous, the gradient of out.
-        g_sum: its column sums (O,), where the gradient of the bias or of gamma is wanted: in fp32 with gamma.
+        g_sum: its column sums (O,), where the gradient of the bias or of gamma is needed: in fp32 with gamma.
         rows: (M, K), where those of the weight or gamma are.
     """
     from fastdeit.kernels.gemm.folded_weights import fold_rows_backward

@@ -53,7 +53,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         if why_reference(x) is not None or lacks_elements(w1, w2):
             return mlp_reference(*tensors, activation=activation)
         _passed.add(tensors, activation)
-    (y,) = mlp_unchecked(*tensors, activation, backends.product_dtype(x))
+    (y,) = mlp_unchecked(*tensors, activation, backends.matmul_dtype(x))
     return y
 
 

@@ -54,7 +54,7 @@ def patch_embedding(
         if why_reference(images) is not None:
             return patch_embedding_reference(*tensors)
         _passed.add(tensors)
-    (tokens,) = patch_embedding_unchecked(*tensors, backends.product_dtype(images))
+    (tokens,) = patch_embedding_unchecked(*tensors, backends.matmul_dtype(images))
     return tokens
 
 
@@ -77,7 +77,7 @@ def patch_embedding_reference(
 
 def why_reference(images: Tensor) -> str | None:
     """None when `patch_embedding` runs its kernel on images, else why it runs the reference, a convolution."""
-    if backends.on_gpu(images) and backends.product_dtype(images) == torch.float32:
+    if backends.on_gpu(images) and backends.matmul_dtype(images) == torch.float32:
         return "float32 convolutions and matrix products take TF32 by switches of their own"
     return backends.why_reference(images, kernels=("embedding",))
 
@@ -174,9 +174,9 @@ def _backward(grads, saved, options, grad_dtypes):
     (matmul_dtype,), dtypes = options, dict(zip(_INPUTS, grad_dtypes, strict=True))
     input_grads: dict[str, Tensor] = {}
     of_class, of_prefix = _prefix_tokens(class_token, None), _prefix_tokens(class_token, more_tokens)
-    product_dtype = None if dtypes["images"] is None and dtypes["weight"] is None else matmul_dtype
+    matmul_dtype = None if dtypes["images"] is None and dtypes["weight"] is None else matmul_dtype
     needs_sum = any(dtypes[name] is not None for name in _INPUTS[2:])
-    dproduct, total = patch_embedding_backward(dtokens.contiguous(), of_prefix, product_dtype, needs_sum=needs_sum)
+    dproduct, total = patch_embedding_backward(dtokens.contiguous(), of_prefix, matmul_dtype, needs_sum=needs_sum)
     with without_autocast():
         if dtypes["weight"] is not None:
             input_grads["weight"] = weight_gradient(dproduct, patches, dtypes["weight"]).view(weight.shape)

@@ -3,22 +3,24 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
 
 from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
 from fastdeit.plan.code import Program, Unsupported
 from fastdeit.plan.surroundings import key_of, nothing_called, why_not_plannable
-from fastdeit.plan.tape import Tape
+from fastdeit.plan.tape import Launch, Tape
 from fastdeit.plan.workspace import lifetimes, packed, views_of
 
 MOST_KEYS = 16  # of a model, the last used
 MOST_ADDRESSES = 4  # of a plan's workspace to which its code is bound, the last used
 _SEEN = "called once"
-_FACTS = (Tensor.data_ptr, Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.stride, Tensor.device.__get__)
+_FACTS = (attrgetter("dtype"), attrgetter("shape"), Tensor.stride, attrgetter("device"))
 
 
 class Plan:
@@ -48,15 +50,22 @@ class Plan:
             self._program = Program(tape.events, offsets, [out], output.device)
         read = {view.buffer.address for event in tape.events for view in views_of(event)}
         self._parameters = [p for p in parameters if p.untyped_storage().data_ptr() in read]
-        self._found = _facts(self._parameters)
-        self._kernels = list({id(e.made.kernel): e.made.kernel for e in tape.events if hasattr(e, "made")}.values())
+        self._addresses = list(map(Tensor.data_ptr, self._parameters))
+        self._found, self._guard = _facts(self._parameters), _guard(self._parameters)
+        launches = [event.made.kernel for event in tape.events if isinstance(event, Launch)]
+        self._kernels = list({id(kernel): kernel for kernel in launches}.values())
         self._device = output.device
         self._bound: OrderedDict[int, Callable[[Tensor], tuple[Tensor, ...]]] = OrderedDict()
         self._binding = threading.Lock()
 
     def still_holds(self) -> bool:
         """Whether every parameter is where and what it was, which no one is told of when its `data` is replaced."""
-        return _facts(self._parameters) == self._found and not any(k.pre_run_hooks for k in self._kernels)
+        if any(kernel.pre_run_hooks for kernel in self._kernels):
+            return False
+        if list(map(Tensor.data_ptr, self._parameters)) != self._addresses:
+            return False
+        # The guard compares with the dispatch keys of where it was made too: in inference mode it fails outside of it.
+        return self._guard.check(*self._parameters) or _facts(self._parameters) == self._found
 
     def __call__(self, x: Tensor) -> Tensor:
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
@@ -74,8 +83,15 @@ class Plan:
 
 
 def _facts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
-    """What a change of `data` may change."""
+    """What a change of `data` may change beside the address."""
     return tuple(list(map(fact, tensors)) for fact in _FACTS)
+
+
+def _guard(tensors: list[Tensor]) -> Any:
+    """Compares the same in a sixth of the time: Dynamo's check of dtype, device, shape and strides, among others."""
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
 _Run = Callable[[Tensor], Tensor | None]
@@ -136,9 +152,7 @@ def described(module: nn.Module) -> list[str]:
     return lines
 
 
-def planned(
-    root: nn.Module, answer: tuple, run: _Run, x: Tensor, why_called: Callable[[], str | None]
-) -> Tensor | None:
+def planned(root: Any, answer: tuple, run: _Run, x: Tensor, why_called: Callable[[], str | None]) -> Tensor | None:
     """run(x), from a plan where there is one.
 
     Args:

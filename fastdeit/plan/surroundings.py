@@ -96,8 +96,7 @@ def nothing_called(tape: Tape) -> Iterator[None]:
         code = frame.f_code
         if code not in known:
             known[code] = _why_not_understood(code)
-        reason = known[code]
-        if reason is not None:
+        if (reason := known[code]) is not None:
             tape.refuse(reason)
 
     sys.settrace(look)  # without a result it is told of calls alone

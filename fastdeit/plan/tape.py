@@ -192,8 +192,7 @@ class Tape(LaunchObserver):
     def _repeat(self, kind_of: "_Kind", args: tuple, kwargs: dict[str, Any], result: Tensor) -> None:
         name, kind, out_dtype = kind_of.name, REPEATED[kind_of.name], None
         if name == "aten::mm.dtype":
-            *given, out_dtype = args
-            args = tuple(given)
+            args, out_dtype = args[:2], args[2]
         if kind == "copy_":
             args = args[1:] if name == "aten::copy_" else args
             written = isinstance(args[0], Tensor) and args[0].is_cuda and not args[0].is_neg()

@@ -302,7 +302,11 @@ def attention_whole_backward_kernel(
 ):
     """A program owns a head: all its keys stay, and five products instead of seven give the three gradients.
 
-    S is transposed, the only orientation in which dK and dV of 256 keys fit the registers; dQ is (K^T dS^T)^T."""
+    S is transposed, the only orientation in which dK and dV of 256 keys fit the registers; dQ is (K^T dS^T)^T.
+
+    Padded keys are zeros, which add nothing to dQ as long as their P is finite: the exponent, a probability's, is clamped at 0. In
+    fp16 their dS may overflow all the same, and is masked. Padded queries are zeros too, but NaN times a key at -Inf: their
+    logits are selected away."""
     batch = tl.program_id(0) // H
     head = tl.program_id(0) % H
     row_start = tl.program_id(0).to(tl.int64) * N
@@ -317,12 +321,14 @@ def attention_whole_backward_kernel(
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         row = query + tl.arange(0, BLOCK_Q)
         lse = tl.load(lse_ptr + row_start + row, row < N, other=0.0)
-        inside = (tl.arange(0, KEYS)[:, None] < N) & (row[None, :] < N)
-        p = tl.exp2(tl.dot(k, q.T, input_precision="tf32") * (scale * LOG2E) - lse[None, :])
-        p = tl.where(inside, p, 0.0)
+        logits = tl.dot(k, q.T, input_precision="tf32") * (scale * LOG2E) - lse[None, :]
+        logits = tl.where(row[None, :] < N, logits, float("-inf"))
+        p = tl.exp2(tl.minimum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL))
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="tf32")
         ds = p * (tl.dot(v, do.T, input_precision="tf32") - delta[None, :])
-        ds = tl.where(inside, ds, 0.0).to(q.dtype)
+        if q.dtype == tl.float16:
+            ds = tl.where((tl.arange(0, KEYS)[:, None] < N) & (row[None, :] < N), ds, 0.0)
+        ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="tf32")
         dq = tl.dot(k.T, ds, input_precision="tf32").T * scale
         dq_desc.store([batch, head, query, 0], dq.to(dq_desc.dtype).reshape(1, 1, BLOCK_Q, D))

@@ -1,5 +1,6 @@
 """The stages of benchmarks/gpu_check.sh, at toy size on the CPU."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -22,18 +23,21 @@ STAGES = [
     "descriptor_backward",
     "install",
     "kernels",
+    "parity",
+    "estimated",
     "small_kernels",
     "verify",
     "repeat",
     "profile",
 ]
-STAGES += ["train", "bench", "parity", "gpu_tests"]
+STAGES += ["train", "bench", "gpu_tests"]
 STAGES += ["memcheck", "racecheck", "tune"]
 # What these run has tests of its own.
 ELSEWHERE = [
     "descriptor_forward",
     "descriptor_backward",
     "kernels",
+    "estimated",
     "small_kernels",
     "verify",
     "train",
@@ -246,3 +250,24 @@ def test_the_command_says_what_it_needs(capsys):
         assert "a profile needs a CUDA device; --toy" in capsys.readouterr().err
     assert cli.main(["bench", "profile", "--toy", "--model", "no_such_model"]) == 2
     assert "timm has no 'no_such_model'" in capsys.readouterr().err
+
+
+def test_what_was_measured_stands_beside_the_estimate():
+    """And the command runs at toy size. Kernels are compiled in a process of their own, so that this one's stay interpreted."""
+    program = """
+from fastdeit.benchmarks import estimated
+times = {("B", "autocast", "activation_forward_kernel"): 200.0, ("S", "bf16", "layer_norm_forward_kernel"): 50.0}
+rows = [*estimated.compared(times, 90)]
+print([(r["kernel"], r["DeiT"], r["precision"], r["measured, µs"]) for r in rows if r["measured, µs"] != "-"])
+assert all(r["estimated, µs"] > 0 for r in rows)
+(ratio,) = (r["measured / estimated"] for r in rows if r["measured, µs"] == 200.0)
+assert 1.2 < ratio < 1.6
+assert estimated.main(["--toy"]) == 0
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, _, rest = done.stdout.partition("\n")
+    expected = [("activation_forward_kernel", "B", "autocast", 200.0), ("layer_norm_forward_kernel", "S", "bf16", 50.0)]
+    assert sorted(ast.literal_eval(first)) == expected
+    assert "Estimated for H200 SXM" in rest and "attention_forward_descriptor_kernel" in rest

@@ -121,6 +121,12 @@ def test_the_fused_children_of_a_block_that_steps_aside_stay_fused(kernels_stood
     assert kernels_stood_in == {"layer_norm": 2, "attention": 1, "mlp": 1}
 
 
+def said(module) -> str | None:
+    """Why it steps aside, or what of it is called."""
+    reason = module.why_not_fused(tokens())
+    return module.note() if reason is None and hasattr(module, "note") else reason
+
+
 class LoraLinear(nn.Linear):
     """The shape of low-rank adapters: a subclass that adds its own product."""
 
@@ -141,7 +147,48 @@ def test_a_low_rank_adapter_still_acts(kernels_stood_in, name):
     for m in (module, expected):
         setattr(m.get_submodule(parent), child, lora)
     torch.testing.assert_close(module(tokens()), expected(tokens()))
-    assert module.get_submodule(parent).why_not_fused(tokens()) == "a projection is a LoraLinear"
+    called = "its projections are called: " if parent == "attn" else ""
+    assert said(module.get_submodule(parent)) == f"{called}a projection is a LoraLinear"
+    assert kernels_stood_in["attention"] == (parent == "attn")  # the kernel runs between them
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj"])
+def test_an_adapters_gradients_are_timms(kernels_stood_in, name):
+    parent, child = name.split(".")
+    gradients = []
+    for cls in (Block, TimmBlock):
+        module = block(cls).requires_grad_(False)
+        torch.manual_seed(5)
+        lora = LoraLinear(module.get_submodule(name)).requires_grad_(False)
+        for part in (lora.down, lora.up):
+            part.requires_grad_()
+        setattr(module.get_submodule(parent), child, lora)
+        x = tokens(requires_grad=True)
+        module(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in lora.parameters() if p.requires_grad)])
+        assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
+    assert len(gradients[0]) == 5 and kernels_stood_in["attention"] == 1
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_a_called_projection_gives_of_another_class_is_pytorchs(kernels_stood_in):
+    class Tagged(torch.Tensor):
+        seen = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    class Tagging(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).as_subclass(Tagged)
+
+    module, expected = block(), block(TimmBlock)
+    for m in (module, expected):
+        m.attn.qkv.__class__ = Tagging
+    torch.testing.assert_close(module(tokens()).as_subclass(torch.Tensor), expected(tokens()).as_subclass(torch.Tensor))
+    assert nn.functional.scaled_dot_product_attention in Tagged.seen and not kernels_stood_in["attention"]
 
 
 class ScaledTensor(torch.Tensor):
@@ -166,7 +213,7 @@ def test_a_tensor_subclass_as_weight_still_acts(kernels_stood_in, name, weight):
         owner._parameters[weight] = subclass
     torch.testing.assert_close(module(tokens()), expected(tokens()))
     asked = module.get_submodule(name if "norm" in name else name.split(".")[0])
-    assert asked.why_not_fused(tokens()) == "a weight is a ScaledTensor"
+    assert said(asked).removeprefix("its projections are called: ") == "a weight is a ScaledTensor"
 
 
 def test_a_tensor_subclass_as_input_sees_timms_operations(kernels_stood_in):
@@ -195,7 +242,9 @@ def test_a_weight_that_became_a_buffer_or_an_attribute_still_acts(kernels_stood_
             put(owner, weight, tensor)
         torch.testing.assert_close(module(tokens()), expected(tokens()))
         asked = module.get_submodule(name if "norm" in name else name.split(".")[0])
-        assert asked.why_not_fused(tokens()) == "a weight is not among its module's parameters"
+        assert (
+            said(asked).removeprefix("its projections are called: ") == "a weight is not among its module's parameters"
+        )
 
 
 def test_a_parametrized_weight_still_acts(kernels_stood_in):

@@ -6,7 +6,7 @@ import torch
 from fastdeit import backends, testing
 
 
-def _kept_bytes(function, given, parameters) -> int:
+def _saved_bytes(function, given, parameters) -> int:
     """Bytes of distinct storages saved for backward, without parameters and what has the size of one: their casts."""
     casts = {(p.numel(), size) for p in parameters for size in (2, 4)}
     kept = {}
@@ -45,8 +45,8 @@ def _run(function, given):
 
 
 @pytest.fixture
-def kept_bytes():
-    return _kept_bytes
+def saved_bytes():
+    return _saved_bytes
 
 
 @pytest.fixture

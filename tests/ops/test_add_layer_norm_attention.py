@@ -96,27 +96,27 @@ def test_without_some_parameters(absent, autocast):
     assert_accurate([None if name in absent else t for name, t in named], autocast=autocast)
 
 
-# ---- what is kept
+# ---- what is saved
 
 
-def test_keeps_x_hat_qkv_the_output_and_statistics_under_autocast(kept_bytes):
+def test_saves_x_hat_qkv_the_output_and_statistics_under_autocast(saved_bytes):
     given = [t.requires_grad_() for t in tensors((4, 31), autocast=torch.bfloat16)]
     with backends.use_backend("triton"):
-        kept = kept_bytes(taking_all(ops.add_layer_norm_attention, autocast=torch.bfloat16), given, given[2:])
+        kept = saved_bytes(taking_all(ops.add_layer_norm_attention, autocast=torch.bfloat16), given, given[2:])
     assert kept == 4 * 31 * (2 * 40 + 2 * 3 * 64 + 2 * 64 + 4 * 2 + 4)
 
 
-def test_keeps_x_and_both_statistics_in_one_dtype(kept_bytes):
+def test_saves_x_and_both_statistics_in_one_dtype(saved_bytes):
     given = [t.requires_grad_() for t in tensors((4, 31))]
     with backends.use_backend("triton"):
-        kept = kept_bytes(taking_all(ops.add_layer_norm_attention), given, given[2:])
+        kept = saved_bytes(taking_all(ops.add_layer_norm_attention), given, given[2:])
     assert kept == 4 * 31 * (DTYPES[0].itemsize * (40 + 3 * 64 + 64) + 4 * (2 + 2))
 
 
-def test_nothing_is_kept_without_gradients(kept_bytes):
+def test_nothing_is_saved_without_gradients(saved_bytes):
     given = tensors()
     with backends.use_backend("triton"):
-        assert kept_bytes(taking_all(ops.add_layer_norm_attention), given, given[2:]) == 0
+        assert saved_bytes(taking_all(ops.add_layer_norm_attention), given, given[2:]) == 0
         with torch.no_grad():
             out = taking_all(ops.add_layer_norm_attention)(*(t.requires_grad_() for t in given))
     assert [t.grad_fn for t in out] == [None, None]

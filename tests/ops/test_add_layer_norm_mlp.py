@@ -44,15 +44,17 @@ def taking_all(function, autocast=None, drop_path_scale=None, **options):
     return call
 
 
-def assert_accurate(given, frozen=(), lean=False, **options):
-    op = taking_all(ops.add_layer_norm_mlp, lean=lean, **options)
+def assert_accurate(given, frozen=(), recompute=None, **options):
+    op = taking_all(ops.add_layer_norm_mlp, recompute=recompute, **options)
     assert_as_accurate_as_eager(op, taking_all(ops.add_layer_norm_mlp_reference, **options), *given, frozen=frozen)
 
 
 @form
-@pytest.mark.parametrize("lean", [False, True])
-def test_addition_layer_scale_and_drop_path(lean, dtype, autocast):
-    assert_accurate(tensors(dtype=dtype, autocast=autocast), lean=lean, autocast=autocast, drop_path_scale=scales())
+@pytest.mark.parametrize("recompute", [None, "preactivation"])
+def test_addition_layer_scale_and_drop_path(recompute, dtype, autocast):
+    assert_accurate(
+        tensors(dtype=dtype, autocast=autocast), recompute=recompute, autocast=autocast, drop_path_scale=scales()
+    )
 
 
 @form
@@ -78,11 +80,11 @@ def test_one_input_frozen(frozen):
     assert_accurate(tensors(autocast=torch.bfloat16), [frozen], autocast=torch.bfloat16, drop_path_scale=scales())
 
 
-@pytest.mark.parametrize(("autocast", "lean"), [(None, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("autocast", "recompute"), [(None, None), (torch.bfloat16, "preactivation")])
 @pytest.mark.parametrize("absent", [("norm_weight",), ("norm_bias",), ("b1", "b2"), ("gamma",), (*NAMES[2:4], "b1")])
-def test_without_some_parameters(absent, autocast, lean):
+def test_without_some_parameters(absent, autocast, recompute):
     named = zip(NAMES, tensors(autocast=autocast), strict=True)
-    assert_accurate([None if name in absent else t for name, t in named], lean=lean, autocast=autocast)
+    assert_accurate([None if name in absent else t for name, t in named], recompute=recompute, autocast=autocast)
 
 
 def test_parameters_that_are_no_fp32_masters_are_not_folded():
@@ -95,29 +97,31 @@ def test_parameters_that_are_no_fp32_masters_are_not_folded():
     assert_as_accurate_as_eager(taking_all(ops.add_layer_norm_mlp, autocast=torch.float16), eager, *given)
 
 
-# ---- what is kept
+# ---- what is saved
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_keeps_x_hat_rstd_and_unless_lean_the_preactivation_under_autocast(kept_bytes, lean):
+@pytest.mark.parametrize("recompute", [None, "preactivation"])
+def test_saves_x_hat_rstd_and_unless_lean_the_preactivation_under_autocast(saved_bytes, recompute):
     given = [t.requires_grad_() for t in tensors((2, 25), 192, 768, autocast=torch.bfloat16)]
     with backends.use_backend("triton"):
-        kept = kept_bytes(taking_all(ops.add_layer_norm_mlp, autocast=torch.bfloat16, lean=lean), given, given[2:])
-    assert kept == 50 * (2 * 192 + 4 + (0 if lean else 2 * 768))
+        kept = saved_bytes(
+            taking_all(ops.add_layer_norm_mlp, autocast=torch.bfloat16, recompute=recompute), given, given[2:]
+        )
+    assert kept == 50 * (2 * 192 + 4 + (0 if recompute else 2 * 768))
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_keeps_x_the_statistics_and_unless_lean_the_preactivation_in_one_dtype(kept_bytes, lean):
+@pytest.mark.parametrize("recompute", [None, "preactivation"])
+def test_saves_x_the_statistics_and_unless_lean_the_preactivation_in_one_dtype(saved_bytes, recompute):
     given = [t.requires_grad_() for t in tensors((4, 50), 32, 128)]
     with backends.use_backend("triton"):
-        kept = kept_bytes(taking_all(ops.add_layer_norm_mlp, lean=lean), given, given[2:])
-    assert kept == 200 * 4 * (32 + 2 + (0 if lean else 128))
+        kept = saved_bytes(taking_all(ops.add_layer_norm_mlp, recompute=recompute), given, given[2:])
+    assert kept == 200 * 4 * (32 + 2 + (0 if recompute else 128))
 
 
-def test_nothing_is_kept_without_gradients(kept_bytes):
+def test_nothing_is_saved_without_gradients(saved_bytes):
     given = tensors()
     with backends.use_backend("triton"):
-        assert kept_bytes(taking_all(ops.add_layer_norm_mlp), given, given[2:]) == 0
+        assert saved_bytes(taking_all(ops.add_layer_norm_mlp), given, given[2:]) == 0
         with torch.no_grad():
             out = taking_all(ops.add_layer_norm_mlp)(*(t.requires_grad_() for t in given))
     assert [t.grad_fn for t in out] == [None, None]
@@ -133,15 +137,18 @@ def equal(left, right):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_the_lean_form_gives_the_same_bits(run, autocast):
     given = tensors((20, 3), autocast=autocast)
-    results = [run(taking_all(ops.add_layer_norm_mlp, autocast=autocast, lean=lean), given) for lean in (False, True)]
+    results = [
+        run(taking_all(ops.add_layer_norm_mlp, autocast=autocast, recompute=recompute), given)
+        for recompute in (None, "preactivation")
+    ]
     assert equal(*results)
 
 
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("recompute", [None, "preactivation"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("added", [False, True])
-def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, autocast, lean, monkeypatch):
-    options = dict(autocast=autocast, lean=lean, drop_path_scale=scales(2) if added else None)
+def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, autocast, recompute, monkeypatch):
+    options = dict(autocast=autocast, recompute=recompute, drop_path_scale=scales(2) if added else None)
     function = taking_all(ops.add_layer_norm_mlp, **options)
     as_tuple = lambda *given: out if isinstance(out := function(*given), tuple) else (out,)  # noqa: E731
     given = tensors((2, 3), autocast=autocast)

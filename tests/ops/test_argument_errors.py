@@ -79,3 +79,16 @@ def test_an_argument_of_any_wrong_kind_is_named(name):
             with pytest.raises((TypeError, ValueError)) as error:
                 op(**good | {argument: given})
             assert str(error.value).startswith(f"{argument}: "), f"{argument}={given!r}: {error.value}"
+
+
+@pytest.mark.parametrize("name", ["add_layer_norm_mlp", "layer_norm_mlp"])
+def test_what_is_recomputed_and_its_former_spelling(name):
+    x, w1, w2 = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(8, 16)
+    given = (x, None, None, 1e-6, w1, None, w2, None)
+    given = (x, None, *given[1:]) if name == "add_layer_norm_mlp" else given
+    op = getattr(ops, name)
+    with pytest.raises(ValueError, match="recompute: expected 'preactivation' or None, got 'all'"):
+        op(*given, recompute="all")
+    with pytest.warns(DeprecationWarning, match="lean is deprecated: pass recompute='preactivation'"):
+        old = op(*given, lean=True)
+    torch.testing.assert_close(old, op(*given, recompute="preactivation"))

@@ -139,36 +139,36 @@ def test_parameters_that_are_no_fp32_masters_are_not_folded():
     assert_as_accurate_as_eager(op, eager, *given)
 
 
-# ---- what is kept
+# ---- what is saved
 
 
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("recompute", [None, "preactivation"])
 @pytest.mark.parametrize("ratio", [4, 8 / 3])
-def test_keeps_little_under_autocast(kept_bytes, ratio, lean):
-    """At most 0.46 of what PyTorch keeps: 10 bytes a token and channel of 22 at a ratio of 4, lean 2, and rstd."""
+def test_saves_little_under_autocast(saved_bytes, ratio, recompute):
+    """At most 0.46 of what PyTorch saves: 10 bytes a token and channel of 22 at a ratio of 4, 2 recomputed, and rstd."""
     rows, channels, hidden = 2 * 25, 192, int(192 * ratio)
     given = [t.requires_grad_() for t in tensors((2, 25), channels, hidden, channels)[:7]]
     with backends.use_backend("triton"):
-        fused = taking_all(ops.layer_norm_mlp, autocast=torch.bfloat16, residual="x", lean=lean)
-        ours = kept_bytes(fused, given, given[1:])
+        fused = taking_all(ops.layer_norm_mlp, autocast=torch.bfloat16, residual="x", recompute=recompute)
+        ours = saved_bytes(fused, given, given[1:])
     eager = taking_all(ops.layer_norm_mlp_reference, autocast=torch.bfloat16, residual="x")
-    eagers = kept_bytes(eager, given, given[1:])
-    assert ours == rows * (2 * channels + (0 if lean else 2 * hidden) + 4)
+    eagers = saved_bytes(eager, given, given[1:])
+    assert ours == rows * (2 * channels + (0 if recompute else 2 * hidden) + 4)
     assert ours <= (0.46 if ratio == 4 else 0.48) * eagers
 
 
-def test_keeps_the_input_statistics_and_the_preactivation_alone_in_one_dtype(kept_bytes):
+def test_saves_the_input_statistics_and_the_preactivation_alone_in_one_dtype(saved_bytes):
     given = [t.requires_grad_() for t in tensors((4, 50), 32, 128, 32)[:7]]
     rows = 4 * 50
     with backends.use_backend("triton"):
-        kept = kept_bytes(taking_all(ops.layer_norm_mlp), given, given[1:])
+        kept = saved_bytes(taking_all(ops.layer_norm_mlp), given, given[1:])
     assert kept == rows * (32 + 128 + 2) * 4
 
 
-def test_nothing_is_kept_without_gradients(kept_bytes):
+def test_nothing_is_saved_without_gradients(saved_bytes):
     given = tensors()
     with backends.use_backend("triton"):
-        assert kept_bytes(taking_all(ops.layer_norm_mlp), given, given[1:]) == 0
+        assert saved_bytes(taking_all(ops.layer_norm_mlp), given, given[1:]) == 0
         given = [t.requires_grad_() for t in given]
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
@@ -199,7 +199,10 @@ def test_repeated_runs_give_the_same_bits(autocast):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_the_lean_form_gives_the_same_bits(autocast):
     given = tensors((2, 3))
-    results = [run(taking_all(ops.layer_norm_mlp, autocast=autocast, lean=lean), given) for lean in (False, True)]
+    results = [
+        run(taking_all(ops.layer_norm_mlp, autocast=autocast, recompute=recompute), given)
+        for recompute in (None, "preactivation")
+    ]
     assert equal(*results)
 
 

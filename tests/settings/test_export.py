@@ -83,7 +83,7 @@ def test_a_trace_is_of_timms_operations_and_gives_their_bits(settings, small, ke
 
 @pytest.mark.parametrize("accelerated_first", [True, False])
 def test_dynamic_quantization_leaves_the_products_to_pytorch(settings, small, kernels_stood_in, accelerated_first):
-    """`quantize_dynamic(model, {nn.Linear}, torch.qint8)`: attention and Mlp step aside, since their products are quantized."""
+    """`quantize_dynamic(model, {nn.Linear}, torch.qint8)`: quantized projections are called, around the kernel in attention."""
     timms = small().eval()
     quantize = lambda m: torch.ao.quantization.quantize_dynamic(m, qconfig_spec={nn.Linear}, dtype=torch.qint8)  # noqa: E731
     expected = quantize(copy.deepcopy(timms))
@@ -92,10 +92,12 @@ def test_dynamic_quantization_leaves_the_products_to_pytorch(settings, small, ke
     else:
         got = fastdeit.accelerate(quantize(timms))
     x = settings.images()
-    reasons = settings.why_not_fused(got)
-    assert {reasons[f"blocks.{i}.{part}"] for i in (0, 1) for part in ("attn", "mlp")} == {
-        "a projection is a torch.ao.nn.quantized.dynamic.modules.linear.Linear"
-    }
+    rows = fastdeit.explain(got).as_dict()
+    reason = "a projection is a torch.ao.nn.quantized.dynamic.modules.linear.Linear"
+    for number in (0, 1):
+        assert rows[f"blocks.{number}.mlp"] == {"kind": "Mlp", "fused": False, "reason": reason}
+        called = f"its projections are called: {reason}"
+        assert rows[f"blocks.{number}.attn"] == {"kind": "Attention", "fused": True, "reason": called}
     torch.testing.assert_close(got(x), expected(x))
     assert torch.equal(fastdeit.restore(got)(x), expected(x))
 

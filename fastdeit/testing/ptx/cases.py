@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -387,7 +387,7 @@ def _augment(height: int, width: int, names: list[list[str]]) -> Errors:
         for layer, name in enumerate(chosen):
             arguments = _ARGUMENTS.get(name, ())
             plan[image, layer, : 1 + len(arguments)] = torch.tensor([Operation[name], *arguments])
-    given = dict(
+    given: dict[str, Any] = dict(
         flips=torch.arange(len(names), dtype=torch.uint8) % 4, levels=torch.randn(3, 256), fill=(124, 116, 104)
     )
     expected = ops.augment_reference(images, plan, **given)

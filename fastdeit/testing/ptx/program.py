@@ -132,10 +132,10 @@ class Program:
 
     def listed_targets(self, instruction: Instruction) -> list[int]:
         """Where a `brx.idx` may go."""
-        name = instruction.operands[1].name
-        if name not in self.branch_targets:
+        label = instruction.operands[1]
+        if not isinstance(label, Symbol) or label.name not in self.branch_targets:
             raise PtxError(f"{instruction}: no list of targets")
-        return [self.targets[label] for label in self.branch_targets[name]]
+        return [self.targets[target] for target in self.branch_targets[label.name]]
 
     @staticmethod
     def _parameter(text: str) -> Parameter:

@@ -100,8 +100,8 @@ def _integer() -> dict[str, Operation]:
 
 def _of_halves(function: Callable, kind: str, a: ndarray, b: ndarray) -> ndarray:
     """A function of 16-bit integers on both halves of 32-bit registers."""
-    halves_of_both = (np.ascontiguousarray(x)[..., None].view(numpy_type(kind)) for x in (a, b))
-    return np.ascontiguousarray(function(*halves_of_both)).view(np.uint32)[..., 0]
+    left, right = (np.ascontiguousarray(x)[..., None].view(numpy_type(kind)) for x in (a, b))
+    return np.ascontiguousarray(function(left, right)).view(np.uint32)[..., 0]
 
 
 def _upper_half_of_product(a: ndarray, b: ndarray) -> ndarray:
@@ -376,7 +376,7 @@ def _to_integer(value: ndarray, kind: str) -> ndarray:
     limits = np.iinfo(to)
     wide = value.astype(np.float64)
     inside = (wide >= float(limits.min)) & (wide < float(limits.max) + 1)
-    result = np.where(inside, wide, 0.0).astype(to)
+    result: ndarray = np.where(inside, wide, 0.0).astype(to)
     result = np.where(wide >= float(limits.max) + 1, to(limits.max), result)
     result = np.where(wide < float(limits.min), to(limits.min), result)
     nan = to(0) if WIDTH[kind] == 4 else (1 << 63 if kind == "u64" else limits.min)

@@ -66,6 +66,7 @@ class SharedMemory:
         self.read_stamp = np.full(total, _NEVER)
         self.read_by_lanes = np.full(total, _NEVER)  # the floor at which several threads of the warp had read the word
         self.read_by_warps = np.full(total, _NEVER)
+        self.read_clock = np.full(total, _NEVER)  # of the last generic read
         self.write_clock = np.full(total, _NEVER)  # of the last generic write; -1 for the asynchronous proxy's
         self.copied = np.zeros(total, np.int64)  # the tensor copy that wrote the word
 
@@ -141,6 +142,7 @@ class SharedMemory:
                 self.fault("shared race", "reads what a tensor copy wrote without having waited on its mbarrier")
         before = self.read_stamp[words]
         self.read_stamp[words] = stamps
+        self.read_clock[words] = self.clock
         after = self.read_stamp[words]
         several = (after != stamps) | ((before >= floors) & (before != stamps))
         if several.any():
@@ -248,7 +250,7 @@ class SharedMemory:
         self.clock += 1
         if copy:
             self.write_stamp[words] = _NEVER
-            self.write_clock[words] = _NEVER
+            self.write_clock[words] = self.read_clock[words] = _NEVER
         else:
             self.write_stamp[words] = self.stamps[lanes, None]
             self.write_clock[words] = self.clock
@@ -271,18 +273,29 @@ class SharedMemory:
         own = stamps == (self.stamps[issuers[:, :1]] if one else _NEVER)
         if (generic & (stamps >= self.floors[issuers[:, :1]]) & ~own).any():
             self.fault("shared race", "asynchronous read of what another thread wrote without barrier")
-        writers = words // self.stride * self.threads + (stamps & _THREAD)
-        covered = (self.fenced[writers] > clocks) | (self.fenced[issuers].min(1)[:, None] > clocks)
-        if (generic & ~covered).any():
+        if self._unfenced(words, issuers, stamps, clocks):
             return "no fence.proxy.async between generic writes and their asynchronous read"
+        return None
+
+    def _unfenced(self, words: ndarray, issuers: ndarray, stamps: ndarray, clocks: ndarray) -> bool:
+        """Whether neither those who accessed words at these stamps and clocks, -1 for nobody, nor the issuers fenced since."""
+        accessors = words // self.stride * self.threads + np.where(clocks >= 0, stamps & _THREAD, 0)
+        covered = (self.fenced[accessors] > clocks) | (self.fenced[issuers].min(1)[:, None] > clocks)
+        return bool(((clocks >= 0) & ~covered).any())
+
+    def overwritten_unfenced(self, words: ndarray, issuers: ndarray) -> str | None:
+        """Why a tensor copy into `words` (k, n) by the threads `issuers` (k,) lacks a proxy fence, or None."""
+        for stamps, clocks in ((self.write_stamp, self.write_clock), (self.read_stamp, self.read_clock)):
+            if self._unfenced(words, issuers[:, None], stamps[words], clocks[words]):
+                return "no fence.proxy.async between generic accesses and a tensor copy to their place"
         return None
 
     def end_borrow(self, words: ndarray, issuers: ndarray) -> None:
         """The read is over: `issuers` (k, threads) know it, others of the block only behind a barrier."""
         np.add.at(self.borrowed, words, -1)
         self.read_stamp[words] = self.stamps[issuers[:, :1]]
-        if issuers.shape[1] > 1:  # other threads of a warpgroup know it too
-            self.read_stamp[words] = _NEVER
+        if issuers.shape[1] > 1:  # each warp knows its own part of a wgmma to be over
+            self.read_by_warps[words] = self.floors[issuers[:, :1]]
 
 
 def _byte_mask(address: ndarray, nbytes: int) -> ndarray | int:

@@ -116,6 +116,9 @@ def copy(machine: "Machine", instruction: Instruction) -> Step:
             machine.observer.tensor_copy(instruction, int(length.sum()))
         if loads:
             values = _read_global(machine, lanes, address, length, found.itemsize)
+            missing = machine.shared.overwritten_unfenced(words, lanes)
+            if missing:
+                machine.fault("missing proxy fence", missing)
             machine.shared.begin_fill(lanes, words)
             machine.mbarriers.fill(lanes, barrier_address(), size, words, values.reshape(len(lanes), -1))
         else:

@@ -167,7 +167,7 @@ def test_a_whole_branch(dtype, autocast, op, reference, products, backend, launc
 @each_backend
 def test_a_lean_branch(backend, launched):
     with use_gemm(backend, TILE):
-        op = branch(ops.add_layer_norm_mlp, torch.float16, lean=True)
+        op = branch(ops.add_layer_norm_mlp, torch.float16, recompute="preactivation")
         reference = branch(ops.add_layer_norm_mlp_reference, torch.float16)
         assert_as_accurate_as_eager(op, reference, *branch_tensors())
     assert launched == dict(gemm_forward=1, gemm_backward=1)

@@ -200,6 +200,22 @@ def test_only_threads_that_waited_see_a_copy(execute):
         )
 
 
+@pytest.mark.parametrize(
+    "access", ["st.shared.b32 [%r50], %r50;", "ld.shared.b32 %r52, [%r50];"], ids=["write", "read"]
+)
+def test_a_copy_to_where_threads_accessed_memory_needs_a_proxy_fence(execute, access):
+    before = (
+        "shl.b32 %r50, %tid, 2;\nst.shared.b32 [%r50], %r50;\nfence.proxy.async.shared::cta;\nbar.sync 0;\n" + access
+    )
+    given = dict(threads=64, shared=BARRIER + 8, maps=[(torch.ones(8, 16, dtype=torch.int32), (4, 16), 0)])
+    with pytest.raises(
+        Fault, match=r"missing proxy fence: no fence\.proxy\.async between generic accesses and a tensor copy"
+    ):
+        execute(f"{before}\n{load(256, '0, 0')}", {}, ["%r51"], **given)
+    (found,) = execute(f"{before}\nfence.proxy.async.shared::cta;\n{load(256, '0, 0')}", {}, ["%r51"], **given)
+    assert (found == 1).all()
+
+
 def test_phases_alternate(execute):
     body = """setp.eq.b32 %p1, %tid, 0;
         mov.b32 %r40, 0;

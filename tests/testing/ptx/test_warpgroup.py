@@ -252,6 +252,15 @@ def test_a_product_of_another_shape_needs_a_fence(execute):
     assert (found[:, :8] == 2 * (a @ b[:8].T)).all()
 
 
+def test_memory_that_a_product_read_is_written_behind_a_barrier(execute):
+    """Each warp's wait is for its own part of the product, and every part reads all of B."""
+    a, b = operands("bf16", 16)
+    wait, write = "wgmma.wait_group.sync.aligned 0;", f"st.shared.b32 [%r90+{B_AT}], %r90;"
+    with pytest.raises(Fault, match="write after read of another thread"):
+        run(execute, "bf16", 16, a, b, parts=dict(wait=f"{wait}\n{write}"))
+    run(execute, "bf16", 16, a, b, parts=dict(wait=f"{wait}\nbar.sync 0;\n{write}"))
+
+
 def test_a_move_of_a_result_under_way_reads_it(execute):
     a, b = operands("bf16", 8)
     with pytest.raises(Fault, match="a result is read before"):
