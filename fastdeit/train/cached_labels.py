@@ -41,41 +41,11 @@ STORE_EVERY = 60  # seconds
 FILES_READ = 1000
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")  # that augment
 BEFORE = {"decoder": "pillow", "resize": "pillow"}  # of a file that does not say
-FIELDS_OF_LABELS = [
-    "seed",
-    "batch_size",
-    "repeated_aug",
-    "img_size",
-    "in_chans",
-    "mean",
-    "std",
-    "interpolation",
-    "resize",
-    "simple_random_crop",
-    "scale",
-    "ratio",
-    "hflip",
-    "vflip",
-    "three_augment",
-    "aa",
-    "color_jitter",
-    "color_jitter_prob",
-    "grayscale_prob",
-    "gaussian_blur_prob",
-    "reprob",
-    "remode",
-    "recount",
-    "mixup",
-    "cutmix",
-    "cutmix_minmax",
-    "mixup_prob",
-    "mixup_switch_prob",
-    "mixup_mode",
-    "mixup_off_epoch",
-    "precision",
-    "teacher_model",
-    "teacher_kwargs",
-]
+_SAMPLING = ("seed", "batch_size", "repeated_aug", "in_chans", "img_size", "mean", "std", "interpolation", "resize")
+_GEOMETRY = ("simple_random_crop", "scale", "ratio", "hflip", "vflip", "reprob", "remode", "recount")
+_COLOURS = ("three_augment", "aa", "color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob")
+_MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch")
+FIELDS_OF_LABELS = _SAMPLING + _GEOMETRY + _COLOURS + _MIXING + ("precision", "teacher_model", "teacher_kwargs")
 
 
 def label_header(config: Config, data: Data, device: torch.device, ranks: int, teacher_hash: str) -> dict[str, Any]:
