@@ -18,6 +18,7 @@ from fastdeit.kernels.attention import config as attention
 from fastdeit.kernels.embedding import patch_embedding
 from fastdeit.kernels.mlp import activation
 from fastdeit.kernels.norm import layer_norm
+from fastdeit.kernels.runtime import column_sums
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.launch import cdiv
 
@@ -119,6 +120,11 @@ def _streams(model: str, shape: Shape, arch: int, device: Device) -> Iterator[La
         *("activation_backward_kernel", "gelu bf16", model),
         _strips(rows, config.rows, columns, Cost(24 * elements, 8 * elements, 1), device),
     )
+
+    step, width, _ = column_sums.STRIP_TILE  # of the gradients of an attention branch and of its qkv
+    summed = Cost(4 * rows * channels, 2 * 4 * rows * channels, 1)
+    strips = _strips(rows, step, cdiv(channels, width) + cdiv(3 * channels, width), summed, device)
+    yield Launch("column_sums_backward_kernel", "two matrices", model, strips)
 
     size, patches = shape.tokens * channels, (shape.tokens - _PREFIX) * channels
     cut = patch_embedding.select_config(BATCH, size, device.multiprocessors)

@@ -16,7 +16,7 @@ from fastdeit.kernels.runtime.launch import cdiv, launch
 
 _TILE = (256, 16)  # strips and columns that a program of the second step adds at a time
 _NUM_WARPS = 8
-_STRIP_TILE = (4, 256, 4)  # rows and columns of a step of the first step's own kernel, and warps: 8 values a thread
+STRIP_TILE = (4, 256, 4)  # rows and columns of a step of the first step's own kernel, and warps: 8 values a thread
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def column_sums(*matrices: tuple[torch.Tensor, torch.dtype | None], later: list[
         for _, total in wanted:
             total.zero_()
         return totals
-    rows, columns, num_warps = _STRIP_TILE
+    rows, columns, num_warps = STRIP_TILE
     M, widths = wanted[0][0].shape[0], [x.shape[1] for x, _ in wanted]
     column_blocks = sum(cdiv(width, columns) for width in widths)
     strips, rows_per_strip = row_strips(M, rows, column_blocks, wanted[0][0])
@@ -197,7 +197,7 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         types = dict.fromkeys((f"{name}{i}_ptr" for name in ("partial", "out") for i in range(tables)), "*fp32") | sizes
         label = f"fp32, {tables} table{'s' if tables > 1 else ''}"
         yield AotConfig(partial_sums_backward_kernel, types, tile, _NUM_WARPS, 1, label, matrix=False)
-    rows, columns, num_warps = _STRIP_TILE
+    rows, columns, num_warps = STRIP_TILE
     strip = dict(ROWS=rows, COLUMNS=columns, VECTOR=16)
     sizes = dict.fromkeys(("M", "N0", "N1", "rows_per_strip"), "i32")
     for count in (1, 2):

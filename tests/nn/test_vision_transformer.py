@@ -83,6 +83,13 @@ def test_the_last_block_projects_queries_of_the_prefix_alone(kernels_stood_in, m
     assert sizes == [*block, *block, *pruned, *heads]
 
 
+class Doubled(torch.nn.Sequential):
+    """Blocks with work of its own around them."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -96,6 +103,7 @@ def test_the_last_block_projects_queries_of_the_prefix_alone(kernels_stood_in, m
         lambda m: fastdeit.accelerate(m, exclude="norm"),
         lambda m: setattr(m, "global_pool", "avg"),
         lambda m: setattr(m, "norm", torch.nn.Identity()),
+        lambda m: setattr(m, "blocks", Doubled(*m.blocks)),
     ],
 )
 def test_whatever_would_notice_takes_the_plain_path(kernels_stood_in, change):

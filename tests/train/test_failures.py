@@ -462,6 +462,12 @@ def test_an_error_that_is_not_ours_has_its_type_and_place():
     except ValueError as error:
         assert failures.cause(error).startswith("ValueError: invalid literal") and not failures.expected(error)
         assert ", line " in failures.cause(error)
+    assert failures.cause(KeyError("x")) == "KeyError: 'x'"  # that nothing raised has no place
+
+
+def test_a_cause_is_waited_for_where_processes_work_together_alone():
+    assert failures.patience(RuntimeError("[gloo] Connection closed by peer")) == 5
+    assert failures.patience(RuntimeError("odd")) == failures.patience(ValueError("peer")) == 0
 
 
 def test_the_command_says_it_in_one_line(config, tmp_path, monkeypatch, capsys):
