@@ -164,8 +164,8 @@ def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, auto
 def test_registered_op_passes_opcheck(products):
     x, branch, *parameters = (t.requires_grad_() for t in tensors((3,), 8, 16))
     inputs = (*parameters, None, 1e-6, "gelu", products)
-    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, (x, branch, *inputs, False, True))
-    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, (x, None, *inputs, True, True))
+    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, (x, branch, *inputs, None, True))
+    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, (x, None, *inputs, "preactivation", True))
 
 
 @pytest.mark.parametrize("unused", [0, 1])
