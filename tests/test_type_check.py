@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("type_check", HERE / "type_check.py")
 type_check = importlib.util.module_from_spec(spec)
@@ -36,3 +38,9 @@ def test_a_line_too_many_fails_with_the_lines_of_that_file_only():
 def test_the_list_shrinks_and_never_grows():
     granted = {"kernels/a.py": 1, "fastdeit/ops/b.py": 5, "fastdeit/gone.py": 2}
     assert type_check.shrunk(FOUND, granted) == {"fastdeit/ops/b.py": 1, "kernels/a.py": 1}
+
+
+def test_without_mypy_nothing_passes(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="mypy is not installed"):
+        type_check.run_mypy()

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -27,7 +28,9 @@ def link_tree() -> None:
 
 
 def run_mypy() -> str:
-    """mypy's output, its paths relative to the linked tree."""
+    """mypy's output, its paths relative to the linked tree. Raises SystemExit where there is no mypy, or it fails."""
+    if importlib.util.find_spec("mypy") is None:  # Python then ends with 1, as mypy does after errors in types
+        raise SystemExit("mypy is not installed: pip install --constraint constraints.txt mypy")
     link_tree()
     options = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
     command = [sys.executable, "-m", "mypy", *options, "fastdeit"]

@@ -13,7 +13,7 @@ from fastdeit.testing import fake_cuda
 from fastdeit.testing.fake_cuda import library
 
 GENEROUS = 5  # times the budget of a quiet machine
-MOST_FORWARD = 0.55  # of timm's host time, eagerly, with 2.5 us a launch on both sides; docs/host-time.md has medians
+MOST_FORWARD = 0.6  # of timm's host time, eagerly, with 2.5 us a launch on both sides; docs/host-time.md has medians
 needs_fake_cuda = pytest.mark.skipif(
     fake_cuda.why_unavailable() is not None, reason=f"no fake CUDA runtime: {fake_cuda.why_unavailable()}"
 )
@@ -21,7 +21,7 @@ needs_fake_cuda = pytest.mark.skipif(
 
 @needs_fake_cuda
 def test_it_measures_calls_and_models_beside_timms(capsys):
-    arguments = ["launch-cost", "--model", launch_cost.MODELS[0], "--turns", "2", "--driver-us", "2.5"]
+    arguments = ["launch-cost", "--model", launch_cost.MODELS[0], "--turns", "3", "--driver-us", "2.5"]
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     over = {
@@ -37,7 +37,7 @@ def test_it_measures_calls_and_models_beside_timms(capsys):
         assert row["ratio"] == pytest.approx(row["fastdeit_us"] / row["timm_us"], rel=0.5)
         assert mode == "eager" or row["ratio"] < 0.5
         assert passed == "step" or row["ratio"] < MOST_FORWARD, f"{precision}: {row}"
-    args = argparse.Namespace(turns=2, batch_size=1, driver_us=2.5)
+    args = argparse.Namespace(turns=3, batch_size=1, driver_us=2.5)
     assert "2.5 us a launch" in (text := command.model_table(found, args)) and len(text.splitlines()) == 3 + len(rows)
     lines = command.call_table(found["calls"]).splitlines()
     assert [line for line in lines if line.startswith("launch, pointers ") and line.endswith("budget 8")]

@@ -55,7 +55,7 @@ def test_a_run_leaves_its_folder(whole, small_config):
         "summary.csv",
         "curves.png",
     }
-    once = {"args.yaml", "ema.safetensors", "report.md", "results.json"}
+    once = {"args.yaml", "ema.safetensors", "report.md", "report.html", "results.json"}
     assert found == student | {f"teacher/{name}" for name in student} | once
     saved = config_from(yaml.safe_load((whole / "args.yaml").read_text()))
     assert saved.decoder != "auto" and saved.replace(decoder="auto") == small_config
