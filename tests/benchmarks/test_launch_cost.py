@@ -13,7 +13,7 @@ from fastdeit.testing import fake_cuda
 from fastdeit.testing.fake_cuda import library
 
 GENEROUS = 5  # times the budget of a quiet machine
-MOST_FORWARD = 0.6  # of timm's host time, eagerly, with 2.5 us a launch on both sides; docs/host-time.md has medians
+MOST_FORWARD = 0.55  # of timm's host time, eagerly, with 2.5 us a launch on both sides; docs/host-time.md has medians
 needs_fake_cuda = pytest.mark.skipif(
     fake_cuda.why_unavailable() is not None, reason=f"no fake CUDA runtime: {fake_cuda.why_unavailable()}"
 )
@@ -22,8 +22,11 @@ needs_fake_cuda = pytest.mark.skipif(
 @needs_fake_cuda
 def test_it_measures_calls_and_models_beside_timms(capsys):
     arguments = ["launch-cost", "--model", launch_cost.MODELS[0], "--turns", "3", "--driver-us", "2.5"]
-    assert cli.main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    for _ in range(3):  # a machine that is busy with something else may slow down either side
+        assert cli.main([*arguments, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        if all(row["ratio"] < MOST_FORWARD for row in found["models"] if row["passed"] == "forward"):
+            break
     over = {
         name: found["calls"][name] for name, us in launch_cost.BUDGETS.items() if found["calls"][name] > GENEROUS * us
     }
