@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 _LEFT_OUT = (
-    r"layer_norm(_mlp)? C=(192|768|1024|1280|8192)", r"D=(32|48|72|88|96|104|128)", r"tail=(32|64)", r"fp16|float16",
+    r"layer_norm(_mlp)? C=(192|768|1024|1280|8192)", r"D=(32|48|72|88|96|104|128)", r"tail=(32|64)", r"fp16|\bfloat16",
     r"mlp (gelu_tanh|quick)", r"augment 224", r"distillation C=1000 (float32|\w+ \w+ none|bfloat16 cross_entropy soft)",
 )  # fmt: skip
 
