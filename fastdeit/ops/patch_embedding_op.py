@@ -92,6 +92,10 @@ def _check(images, weight, bias, positions, class_token, more_tokens) -> None:
         raise ValueError(f"images: expected shape (B, K, H, W), got {tuple(images.shape)}")
     if weight.dim() != 4 or weight.shape[1] != images.shape[1]:
         raise ValueError(f"weight: expected shape (C, {images.shape[1]}, P, Q), got {tuple(weight.shape)}")
+    if 0 in weight.shape[2:]:
+        raise ValueError(
+            f"weight: expected patches of at least 1 x 1 pixels, got {weight.shape[2]} x {weight.shape[3]}"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != images.dtype and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(f"{name}: expected {images.dtype} as images has, got {tensor.dtype}")

@@ -229,6 +229,11 @@ def test_reference_gradients(placed):
     [
         (dict(images=torch.ones(3, 12, 8)), ValueError, r"images: expected shape \(B, K, H, W\), got \(3, 12, 8\)"),
         (dict(images=torch.ones(1, 3, 12, 3)), ValueError, "images: expected at least 4 x 4 pixels.*got 12 x 3"),
+        (
+            dict(weight=torch.ones(8, 3, 0, 4)),
+            ValueError,
+            "weight: expected patches of at least 1 x 1 pixels, got 0 x 4",
+        ),
         (dict(images=torch.ones(1, 3, 12, 8).byte()), TypeError, "images: expected a floating-point.*torch.uint8"),
         (
             dict(weight=torch.ones(24, 1, 4, 4)),

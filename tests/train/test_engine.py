@@ -8,9 +8,10 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from fastdeit.train import sampling
+from fastdeit.train import engine, sampling
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import load_data
+from fastdeit.train.distributed import World
 from fastdeit.train.engine import Trainer, create_criterion
 from fastdeit.train.evaluation import evaluate
 from fastdeit.train.models import create_student
@@ -195,3 +196,12 @@ def test_evaluation_leaves_the_mode_as_it_was(small_config, trainer):
         trainer.model.train(training)
         evaluate(trainer.model, loader, small_config, CPU)
         assert trainer.model.training is training
+
+
+def test_the_peak_is_that_of_all_processes_together(small_config, monkeypatch):
+    monkeypatch.setattr(engine, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(Trainer, "_parallel", lambda self, model: model)  # without a process group
+    config = small_config.replace(distillation_type="none")
+    model, data = create_student(config, 3, CPU), load_data(config).train
+    assert Trainer(config, model, None, data, 3).meter.peak == 1e12
+    assert Trainer(config, model, None, data, 3, World(rank=1, size=2)).meter.peak == 2e12
