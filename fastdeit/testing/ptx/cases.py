@@ -4,7 +4,6 @@ A case fixes what the tables would choose from sizes that a CPU cannot run (atte
 through its public function in the dtypes of its rows.
 """
 
-import contextlib
 import functools
 import itertools
 import re
@@ -25,6 +24,7 @@ from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
 from fastdeit.kernels.gemm.fused_mlp import use_whole_mlp
 from fastdeit.kernels.runtime.architecture import has_descriptors
 from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, poisoned_memory
+from fastdeit.testing.ptx.tf32 import in_tf32_products, tf32
 
 Errors = Mapping[str, tuple[Error, Error]]  # of outputs and gradients: maximum, RMS
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -84,7 +84,17 @@ def _layer_norms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
         if channels != WIDTHS[-1]:
             yield f"layer_norm C={channels} bf16", functools.partial(_layer_norm, channels)
         yield f"add_layer_norm C={channels} autocast", functools.partial(_add_layer_norm, channels)
-        yield f"add_layer_norm_mlp C={channels} autocast", functools.partial(_add_layer_norm_mlp, channels)
+        hidden = 256 if channels == 192 else 32
+        yield f"add_layer_norm_mlp C={channels} autocast", functools.partial(_add_layer_norm_mlp, channels, hidden)
+    yield (
+        "add_layer_norm_mlp without LayerScale, autocast",
+        functools.partial(_add_layer_norm_mlp, 384, 256, scaled=False),
+    )
+    yield (
+        "add_layer_norm_mlp, pre-activation recomputed, autocast",
+        functools.partial(_add_layer_norm_mlp, 384, 32, lean=True),
+    )
+    yield "add_layer_norm_mlp, first layer bf16, autocast", functools.partial(_add_layer_norm_mlp, 384, 256, first=BF16)
     yield "layer_norm_mlp autocast", _layer_norm_mlp
     yield "linear, residual branch, bf16", functools.partial(_residual_linear, BF16)
     yield "linear, residual branch, autocast", functools.partial(_residual_linear, FP32)
@@ -126,17 +136,28 @@ def _norm_weights(dtype: torch.dtype, channels: int) -> list[Tensor]:
     return [randn(channels, dtype=dtype, scale=0.3, shift=1), randn(channels, dtype=dtype, scale=0.2)]
 
 
-def _add_layer_norm_mlp(channels: int) -> Errors:
-    """LayerNorm and LayerScale folded into the weights, behind a branch with a drop-path factor."""
+def _add_layer_norm_mlp(
+    channels: int, hidden: int, scaled: bool = True, lean: bool = False, first: torch.dtype = FP32
+) -> Errors:
+    """LayerNorm and LayerScale folded into the weights, behind a branch with a drop-path factor.
+
+    scaled: with LayerScale. lean: backward makes the pre-activation again. first: the first layer's dtype.
+    """
     x, branch = randn(4, 3, channels, dtype=FP32, scale=2, shift=1), randn(4, 3, channels)
-    weights = [*_norm_weights(FP32, channels), *_mlp_weights(FP32, channels, 256 if channels == 192 else 32)]
-    gamma = randn(channels, dtype=FP32, scale=0.2, shift=0.7)
+    weights = [*_norm_weights(first, channels), *_mlp_weights(FP32, channels, hidden)]
+    weights[2:4] = (weight.to(first) for weight in weights[2:4])
+    gamma = randn(channels, dtype=FP32, scale=0.2, shift=0.7) if scaled else None
+
+    def call(
+        op: Callable, x: Tensor, branch: Tensor, g: Tensor, b: Tensor, *rest: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        *layers, gamma, scale = rest
+        options = dict(recompute="preactivation") if lean and op is ops.add_layer_norm_mlp else {}
+        return op(x, branch, g, b, 1e-6, *layers, gamma=gamma, drop_path_scale=scale, **options)
+
     pair = (
-        under_autocast(lambda x, branch, g, b, w1, b1, w2, b2, gamma, scale, f=f: f(
-            x, branch, g, b, 1e-6, w1, b1, w2, b2, gamma=gamma, drop_path_scale=scale
-        ))
-        for f in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
-    )  # fmt: skip
+        under_autocast(functools.partial(call, op)) for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
+    )
     return assert_as_accurate_as_eager(*pair, x, branch, *weights, gamma, _scales(4), frozen=(9,))
 
 
@@ -181,6 +202,7 @@ def _residual_linear(dtype: torch.dtype) -> Errors:
 
 
 def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    yield "add_layer_norm_attention autocast", _add_layer_norm_attention
     for case in attention_config.aot_cases(arch):
         yield f"attention {case.label}", functools.partial(_attend, case)
     if has_descriptors(arch):
@@ -188,6 +210,21 @@ def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
         for keys in (128, 256):
             whole = attention_config.whole_tiles(keys)
             yield f"attention, one program, {keys} keys", functools.partial(_attend, home, whole, keys - 3)
+
+
+def _add_layer_norm_attention() -> Errors:
+    """The attention branch of a block, whose bias gradients are column sums of two matrices."""
+    x, branch = randn(2, TOKENS, 64, dtype=FP32), randn(2, TOKENS, 64)
+    weights = [
+        *_norm_weights(FP32, 64),
+        *(randn(192, 64, dtype=FP32, scale=0.1), randn(192, dtype=FP32, scale=0.1)),
+        *(randn(64, 64, dtype=FP32, scale=0.1), randn(64, dtype=FP32, scale=0.1)),
+    ]
+    pair = (
+        under_autocast(lambda x, branch, g, b, wq, bq, wp, bp, f=f: f(x, branch, g, b, 1e-6, wq, bq, wp, bp, 1))
+        for f in (ops.add_layer_norm_attention, ops.add_layer_norm_attention_reference)
+    )
+    return assert_as_accurate_as_eager(*pair, x, branch, *weights)
 
 
 def _attend(case: attention_config.Case, whole: attention_config.Tiles | None = None, tokens: int = 0) -> Errors:
@@ -198,44 +235,8 @@ def _attend(case: attention_config.Case, whole: attention_config.Tiles | None = 
     heads = 2 if case.config.forward.own == 64 and case.head_dim == 64 else 1
     qkv = randn(1, tokens, 3 * heads * case.head_dim, dtype=dtype)
     eager = in_tf32_products if dtype == FP32 else None
-    with mock.patch.object(attention, "select_config", lambda *_: config), _tf32(dtype == FP32):
+    with mock.patch.object(attention, "select_config", lambda *_: config), tf32(dtype == FP32):
         return assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, heads, eager=eager)
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else matmul.fp32_precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-class _Tf32Product(torch.autograd.Function):
-    """a @ b with operands cut to TF32, in forward and backward: what the matrix units make of float32 registers."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return _to_tf32(a) @ _to_tf32(b)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return _to_tf32(g) @ _to_tf32(b).transpose(-2, -1), _to_tf32(a).transpose(-2, -1) @ _to_tf32(g)
-
-
-def _to_tf32(x: Tensor) -> Tensor:
-    """Cut to 10 bits of fraction."""
-    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def in_tf32_products(qkv: Tensor, heads: int) -> Tensor:
-    """Attention by matrix products in TF32: what an fp32 kernel is compared with where TF32 is allowed."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    p = _Tf32Product.apply(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)).softmax(-1)
-    return _Tf32Product.apply(p, v).transpose(1, 2).flatten(2)
 
 
 # ---- losses

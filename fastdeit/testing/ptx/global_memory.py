@@ -72,6 +72,13 @@ class GlobalMemory:
 
     def load(self, blocks: ndarray, address: ndarray, width: int, count: int) -> list[ndarray]:
         """`count` numbers of `width` bytes from each address; `blocks` are the accessing blocks' numbers in the grid."""
+        parts = _by_storage(address)
+        if len(parts) > 1:
+            found = [np.empty(len(address), UNSIGNED[width]) for _ in range(count)]
+            for part in parts:
+                for whole, numbers in zip(found, self.load(blocks[part], address[part], width, count), strict=True):
+                    whole[part] = numbers
+            return found
         storage, first = self._locate(address, width, count)
         view, index = storage.views[width], first // width
         found = []
@@ -81,6 +88,11 @@ class GlobalMemory:
         return found
 
     def store(self, blocks: ndarray, address: ndarray, width: int, values: list[ndarray]) -> None:
+        parts = _by_storage(address)
+        if len(parts) > 1:
+            for part in parts:
+                self.store(blocks[part], address[part], width, [value[part] for value in values])
+            return
         storage, first = self._locate(address, width, len(values))
         view, index = storage.views[width], first // width
         for k, value in enumerate(values):
@@ -119,12 +131,6 @@ class GlobalMemory:
 
     def _locate(self, address: ndarray, width: int, count: int) -> tuple[_Storage, ndarray]:
         storage, _ = self.storage_at(int(address[0]))
-        number = int(address[0]) >> SLOT
-        if (address >> SLOT != number).any():
-            stray = address[address >> SLOT != number]
-            self.fault(
-                "global access outside the tensors", f"{len(stray)} threads leave the tensor, one at {stray[0]:#x}"
-            )
         first = address & (1 << SLOT) - 1
         nbytes = width * count
         if (first % nbytes).any():
@@ -136,3 +142,11 @@ class GlobalMemory:
                 stray = first[~storage.held[first + k * width]]
                 self.fault("global access outside the tensors", f"offset {stray[0]} is no element of the tensor")
         return storage, first
+
+
+def _by_storage(address: ndarray) -> list[ndarray]:
+    """The places of the addresses of each storage: blocks may have tensors of their own, further apart than any offset."""
+    slots = address >> SLOT
+    if (slots == slots[0]).all():
+        return [np.arange(len(address))]
+    return [np.flatnonzero(slots == slot) for slot in np.unique(slots)]

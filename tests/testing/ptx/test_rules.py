@@ -172,6 +172,17 @@ def test_global_accesses_stay_on_the_tensor(execute, change, message):
         execute(global_copy(change), {"%r1": LANES}, ["%r2"], threads=64)
 
 
+def test_one_instruction_may_access_several_tensors(execute):
+    body = """setp.lt.u32 %p1, %tid, 16;
+        selp.b64 %rd2, %a0, %a1, %p1;
+        ld.global.b32 %r5, [%rd2];
+        add.s32 %r5, %r5, 1000;
+        st.global.b32 [%rd2], %r5;
+        ld.global.b32 %r6, [%rd2];"""
+    (found,) = execute(body, {"%r1": LANES, "%r2": LANES + 100}, ["%r6"], threads=64)
+    np.testing.assert_array_equal(found, 1000 + LANES + 100 * (np.arange(64) >= 16))
+
+
 def test_blocks_do_not_write_one_address(execute):
     execute("mov.b32 %r2, 1;", {"%r1": LANES}, [], threads=64, blocks=2)
     with pytest.raises(Fault, match="two blocks write one address"):
