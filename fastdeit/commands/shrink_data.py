@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fastdeit.train.image_files import MAX_MEGAPIXELS
-    from fastdeit.train.shrinking import Report, Shrinking, shrink, total
+    from fastdeit.train.shrinking import Shrinking, shrink
     from fastdeit.train.signals import Stopped, StopRequest
 
     threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
@@ -42,13 +42,10 @@ def run(args: argparse.Namespace) -> int:
     limit = MAX_MEGAPIXELS if args.max_image_megapixels is None else args.max_image_megapixels
     options = Shrinking(args.short_side, args.quality, args.val, limit)
     source, target = Path(args.source), Path(args.target)
-    report = Report()
-    with (
-        StopRequest().listening() as stop,
-        tqdm(total=total(source), desc="images", unit="image", disable=None) as bar,
-    ):
+    with StopRequest().listening() as stop, tqdm(desc="images", unit="image", disable=None) as bar:
         steps = shrink(source, target, options, threads)
-        for report in steps:
+        for report in steps:  # which has images: an empty class is an error
+            bar.total = report.total
             bar.update(report.done - bar.n)
             if stop.number is not None:
                 steps.close()

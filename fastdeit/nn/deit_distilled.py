@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 
 from fastdeit.blocks.adapters.deit import describe_distilled, register
-from fastdeit.blocks.call_rules import why_global_hook, why_not_plain_call, why_not_trunk_call
-from fastdeit.blocks.embedding import embed, why_not_embedding_call
-from fastdeit.blocks.run import run_trunk
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.nn.vision_transformer import FusedTrunk
 
@@ -28,21 +25,21 @@ class DistilledVisionTransformer(FusedTrunk, _file.DistilledVisionTransformer, s
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if not isinstance(self, FusedTrunk):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, x)
-        description, (verdict, embedding) = looked_at(self)
-        if (why_not_plain_call(x) or verdict.model or why_global_hook()) is not None:
+        tokens = self._prefix_tokens(looked_at(self), x)
+        if tokens is None:
             return super(FusedTrunk, self).forward(x)
-        if embedding is None and why_not_embedding_call(self, x) is None:
-            tokens = embed(self, x)
-        else:
-            patches = self.patch_embed(x)
-            prefix = [token.expand(len(patches), -1, -1) for token in (self.cls_token, self.dist_token)]
-            tokens = self.pos_drop(torch.cat((*prefix, patches), dim=1) + self.pos_embed)
-        reason = why_not_plain_call(tokens) or verdict.norm or verdict.block or why_not_trunk_call(verdict, tokens)
-        if reason is None:
-            tokens = run_trunk(description, verdict, tokens)
-        else:
-            for block in self.blocks:
-                tokens = block(tokens)
-            tokens = self.norm(tokens)
         logits, logits_dist = self.head(tokens[:, 0]), self.head_dist(tokens[:, 1])
         return (logits, logits_dist) if self.training else (logits + logits_dist) / 2
+
+    def _made_tokens(self, x: Tensor) -> Tensor:
+        patches = self.patch_embed(x)
+        prefix = [token.expand(len(patches), -1, -1) for token in (self.cls_token, self.dist_token)]
+        return self.pos_drop(torch.cat((*prefix, patches), dim=1) + self.pos_embed)
+
+    def _before_blocks(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def _blocks_in_turn(self, tokens: Tensor) -> Tensor:
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)

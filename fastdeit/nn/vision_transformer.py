@@ -20,7 +20,11 @@ _Answer = tuple[Trunk, tuple[TrunkVerdict, str | None]]  # what `looked_at` give
 
 
 class FusedTrunk(FusedModule):
-    """The forward of both models. `forward_features` and `forward_intermediates` stay timm's."""
+    """The forward of both models. `forward_features` and `forward_intermediates` stay timm's.
+
+    `_made_tokens`, `_before_blocks` and `_blocks_in_turn` are what timm's code does where an op does not take its place; a drop-in
+    for a model that does it otherwise overrides them.
+    """
 
     describe = describe_trunk
 
@@ -82,15 +86,19 @@ class FusedTrunk(FusedModule):
         description, (verdict, embedding) = answer
         if (why_not_plain_call(x) or verdict.model or why_global_hook()) is not None:
             return None
-        if embedding is None and why_not_embedding_call(self, x) is None:
-            tokens = embed(self, x)
-        else:
-            tokens = self._pos_embed(self.patch_embed(x))
-        tokens = dropped_out(self.norm_pre, dropped_out(self.patch_drop, tokens))
+        fused = embedding is None and why_not_embedding_call(self, x) is None
+        tokens = self._before_blocks(embed(self, x) if fused else self._made_tokens(x))
         reason = why_not_plain_call(tokens) or verdict.norm or verdict.block or why_not_trunk_call(verdict, tokens)
-        if reason is not None:
-            return self.norm(self.blocks(tokens))
-        return run_trunk(description, verdict, tokens)
+        return self._blocks_in_turn(tokens) if reason is not None else run_trunk(description, verdict, tokens)
+
+    def _made_tokens(self, x: Tensor) -> Tensor:
+        return self._pos_embed(self.patch_embed(x))
+
+    def _before_blocks(self, tokens: Tensor) -> Tensor:
+        return dropped_out(self.norm_pre, dropped_out(self.patch_drop, tokens))
+
+    def _blocks_in_turn(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.blocks(tokens))
 
 
 def _why_masked(attn_mask: Tensor | None, is_causal: bool) -> str | None:

@@ -11,6 +11,7 @@ from fastdeit.train.transform_errors import described
 
 MAX_MEGAPIXELS = 500.0  # 1.5 GB once decoded; the largest photographs of single cameras have 150
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of grey images
+GREY = ("1", "L", "LA")
 _LIMIT = threading.Lock()  # around PIL's own limit, which holds for the whole process
 
 
@@ -18,7 +19,7 @@ class UnreadableImageError(ValueError):
     """An image cannot be decoded; the message starts with its path."""
 
 
-def read_image(path: str | Path, mode: str, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+def read_image(path: str | Path, mode: str | None, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """`open_image`. Raises UnreadableImageError that names path."""
     try:
         return open_image(path, mode, max_megapixels)
@@ -26,12 +27,12 @@ def read_image(path: str | Path, mode: str, max_megapixels: float = MAX_MEGAPIXE
         raise UnreadableImageError(f"{path}: cannot be read as an image: {described(error)}") from error
 
 
-def open_image(file: str | Path | BinaryIO, mode: str, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+def open_image(file: str | Path | BinaryIO, mode: str | None, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """The image in PIL's `mode`, decoded whole.
 
     Args:
         file: a path or an open file.
-        mode: `L` or `RGB`.
+        mode: `L` or `RGB`; None for that of the two which the image's colours need.
         max_megapixels: refuse an image with more pixels, before it is decoded.
 
     Raises:
@@ -44,7 +45,8 @@ def open_image(file: str | Path | BinaryIO, mode: str, max_megapixels: float = M
             raise ValueError(
                 f"{image.width}x{image.height} are {megapixels:.1f} megapixels, max_image_megapixels is {max_megapixels:g}"
             )
-        return eight_bits(image).convert(mode)
+        image = eight_bits(image)
+        return image.convert(mode or ("L" if image.mode in GREY else "RGB"))
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

@@ -18,10 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from fastdeit.train.files import TEMPORARY, WriteError, why, write_atomically
-from fastdeit.train.image_files import MAX_MEGAPIXELS, SIXTEEN_BITS, UnreadableImageError, open_image
+from fastdeit.train.image_files import MAX_MEGAPIXELS, UnreadableImageError, read_image
 from fastdeit.train.image_folders import read_splits
 from fastdeit.train.locks import claimed
-from fastdeit.train.transform_errors import described
 
 NOTE = "shrink-data.json"  # beside train/ and val/: how they were made
 JPEG = (".jpg", ".jpeg")
@@ -58,8 +57,10 @@ class Shrinking:
 
 @dataclass
 class Report:
-    """What became of the images: counts by "shrunk", "copied" and "kept" (from a call before), bytes, and the unreadable."""
+    """What became of the images: counts by "shrunk", "copied" and "kept" (from a call before), bytes, and the unreadable; and how
+    many there are."""
 
+    total: int
     counts: Counter[str] = field(default_factory=Counter)
     bytes_before: int = 0
     bytes_after: int = 0
@@ -104,7 +105,7 @@ def shrink(source: Path, target: Path, options: Shrinking, threads: int) -> Iter
     """
     tasks = list(_tasks(source, target, options))
     _check_target(target, options)
-    report = Report()
+    report = Report(len(tasks))
     remaining = iter(tasks)
     with claimed(target, what=f"DST: {target}"), ThreadPoolExecutor(threads) as pool:
         write_atomically(target / NOTE, lambda file: file.write(json.dumps(options.note(), indent=2).encode()))
@@ -122,11 +123,6 @@ def shrink(source: Path, target: Path, options: Shrinking, threads: int) -> Iter
                     yield report
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def total(source: Path) -> int:
-    """Images of both splits. Raises ValueError as `shrink`."""
-    return sum(map(len, read_splits(source)))
 
 
 def _tasks(source: Path, target: Path, options: Shrinking) -> Iterator[_Task]:
@@ -216,12 +212,7 @@ def _shrunk(path: Path, options: Shrinking) -> bytes | None:
     Raises:
         UnreadableImageError: it cannot be decoded.
     """
-    try:
-        with Image.open(path) as image:
-            grey = image.mode in ("1", "L", "LA", *SIXTEEN_BITS)
-        image = open_image(path, "L" if grey else "RGB", options.max_megapixels)
-    except Exception as error:  # what PIL raises depends on the format and on where the file is damaged
-        raise UnreadableImageError(f"{path}: cannot be read as an image: {described(error)}") from error
+    image = read_image(path, None, options.max_megapixels)
     scale = options.short_side / min(image.size)
     if scale >= 1:
         return None

@@ -96,6 +96,11 @@ def test_a_second_call_makes_what_is_missing_or_has_changed(source, tmp_path, ca
     assert (target / "train/a/cmyk.jpg").stat().st_ino == stands and not list(target.rglob("*.tmp"))
 
 
+def test_pils_own_limit_on_size_does_not_count(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert shrink(source, tmp_path / "small") == 0
+
+
 def test_unreadable_images_are_named_and_left_out(source, tmp_path, capsys):
     damaged = source / "train/a/large.jpg"
     damaged.write_bytes(damaged.read_bytes()[:300])

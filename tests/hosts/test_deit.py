@@ -164,6 +164,14 @@ def test_the_distilled_models_state_stays_deits(distilled):
     assert type(fastdeit.restore(model)).__module__ == "models" and torch.equal(model(X), stock)
 
 
+def test_a_forward_that_ends_in_the_class_s_keeps_the_model_fused(distilled, kernels_stood_in):
+    """Such as Accelerate's wrapper puts on an instance."""
+    model = fastdeit.accelerate(distilled())
+    model.forward = lambda x: type(model).forward(model, x)
+    model(X)
+    assert kernels_stood_in["attention_qkv"] == 1
+
+
 def test_what_is_in_a_blocks_place_is_called_and_a_replaced_method_is_kept(distilled, kernels_stood_in):
     model = distilled()
     model.blocks[1] = nn.Identity()

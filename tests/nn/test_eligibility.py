@@ -127,6 +127,21 @@ def said(module) -> str | None:
     return module.note() if reason is None and hasattr(module, "note") else reason
 
 
+@pytest.fixture
+def recorder() -> type[torch.Tensor]:
+    """A class of tensors that notes in `seen` which functions are called with them."""
+
+    class Recorder(torch.Tensor):
+        seen = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    return Recorder
+
+
 class LoraLinear(nn.Linear):
     """The shape of low-rank adapters: a subclass that adds its own product."""
 
@@ -171,24 +186,16 @@ def test_an_adapters_gradients_are_timms(kernels_stood_in, name):
     torch.testing.assert_close(*gradients)
 
 
-def test_what_a_called_projection_gives_of_another_class_is_pytorchs(kernels_stood_in):
-    class Tagged(torch.Tensor):
-        seen = []  # noqa: RUF012
-
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            cls.seen.append(func)
-            return super().__torch_function__(func, types, args, kwargs or {})
-
+def test_what_a_called_projection_gives_of_another_class_is_pytorchs(kernels_stood_in, recorder):
     class Tagging(nn.Linear):
         def forward(self, x):
-            return super().forward(x).as_subclass(Tagged)
+            return super().forward(x).as_subclass(recorder)
 
     module, expected = block(), block(TimmBlock)
     for m in (module, expected):
         m.attn.qkv.__class__ = Tagging
     torch.testing.assert_close(module(tokens()).as_subclass(torch.Tensor), expected(tokens()).as_subclass(torch.Tensor))
-    assert nn.functional.scaled_dot_product_attention in Tagged.seen and not kernels_stood_in["attention"]
+    assert nn.functional.scaled_dot_product_attention in recorder.seen and not kernels_stood_in["attention"]
 
 
 class ScaledTensor(torch.Tensor):
@@ -216,17 +223,9 @@ def test_a_tensor_subclass_as_weight_still_acts(kernels_stood_in, name, weight):
     assert said(asked).removeprefix("its projections are called: ") == "a weight is a ScaledTensor"
 
 
-def test_a_tensor_subclass_as_input_sees_timms_operations(kernels_stood_in):
-    class Recorder(torch.Tensor):
-        seen = []  # noqa: RUF012
-
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            cls.seen.append(func)
-            return super().__torch_function__(func, types, args, kwargs or {})
-
-    block()(tokens().as_subclass(Recorder))
-    assert nn.functional.layer_norm in Recorder.seen and nn.functional.scaled_dot_product_attention in Recorder.seen
+def test_a_tensor_subclass_as_input_sees_timms_operations(kernels_stood_in, recorder):
+    block()(tokens().as_subclass(recorder))
+    assert nn.functional.layer_norm in recorder.seen and nn.functional.scaled_dot_product_attention in recorder.seen
     assert not kernels_stood_in
 
 

@@ -15,9 +15,9 @@ from types import ModuleType
 import timm.layers
 from torch import nn
 
-from fastdeit.blocks.adapters.timm import describe_blocks, describe_mlp
+from fastdeit.blocks.adapters.timm import describe_blocks, describe_mlp, why_methods_replaced
 from fastdeit.blocks.fused_module import is_fused
-from fastdeit.blocks.snapshot import OWN_METHODS, register_methods
+from fastdeit.blocks.snapshot import register_methods
 from fastdeit.blocks.spec import NOTHING, Affine, Attention, Block, Branch, Trunk
 
 # Digests of methods that the fused forward takes the place of: of the repository since 2022, to its last commit, 7e160fe.
@@ -88,11 +88,6 @@ def _describe_attention(attn: nn.Module) -> Attention:
 
 def describe_distilled(model: nn.Module) -> Trunk:
     """The distilled model of models.py: its heads read the class token and the distillation token."""
-    children, beyond = model._modules, None
-    for name in ("forward", "forward_features"):
-        if name in model.__dict__:
-            beyond = "a method was replaced on the model"
-        elif getattr(model.source, name) is not OWN_METHODS[model.source, name]:
-            beyond = f"a method of deit's {model.source.__name__} was replaced"
-    blocks = children["blocks"]
+    children = model._modules
+    blocks, beyond = children["blocks"], why_methods_replaced(model, ("forward_features",))
     return Trunk(describe_blocks(blocks), blocks, Affine(children["norm"]), 2, beyond)

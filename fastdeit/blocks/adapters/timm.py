@@ -1,5 +1,7 @@
 """Where timm's vision transformers keep the parts of a block, and of a model around its blocks."""
 
+from collections.abc import Iterable
+
 import timm.layers
 from timm.models import deit, vision_transformer
 from torch import nn
@@ -76,9 +78,17 @@ def _beyond(model: vision_transformer.VisionTransformer) -> str | None:
         return "gradients are checkpointed"
     if model.global_pool != "token" or model.attn_pool is not None or model.num_prefix_tokens < 1:
         return "the pooling reads every token"
-    if any(name in model.__dict__ for name in _METHODS):
-        return "a method was replaced on the model"
+    return why_methods_replaced(model, _METHODS)
+
+
+def why_methods_replaced(model: nn.Module, methods: Iterable[str]) -> str | None:
+    """None if the model's forward calls these methods of its source class as they were, on an instance that has none of its own.
+
+    A forward of its own that ends in the class's, as Accelerate's wrapper does, is not in the way.
+    """
     source = model.source
-    if any(getattr(source, name) is not OWN_METHODS[source, name] for name in ("forward", *_METHODS)):
-        return f"a method of timm's {source.__name__} was replaced"
+    if any(name in model.__dict__ for name in methods):
+        return "a method was replaced on the model"
+    if any(getattr(source, name) is not OWN_METHODS[source, name] for name in ("forward", *methods)):
+        return f"a method of {source.__module__.partition('.')[0]}'s {source.__name__} was replaced"
     return None
