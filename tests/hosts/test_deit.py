@@ -155,6 +155,13 @@ def test_the_distilled_model_is_fused_as_a_whole(hosts, distilled, kernels_stood
     )  # the last block's prefix
 
 
+def test_what_timms_forward_does_and_deits_does_not_is_left_out(hosts, distilled, kernels_stood_in):
+    """Its constructor is timm's, and takes a rate at which timm's forward drops patches."""
+    model = BothHeads(distilled(patch_drop_rate=0.5)).train()
+    hosts.assert_as_accurate(model, X)
+    assert kernels_stood_in["attention_qkv"]
+
+
 def test_the_distilled_models_state_stays_deits(distilled):
     model = distilled()
     keys, stock = list(model.state_dict()), model(X)
