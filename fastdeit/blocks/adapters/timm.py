@@ -1,6 +1,7 @@
 """Where timm's vision transformers keep the parts of a block, and of a model around its blocks."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import timm.layers
 from timm.models import deit, vision_transformer
@@ -86,7 +87,7 @@ def why_methods_replaced(model: nn.Module, methods: Iterable[str]) -> str | None
 
     A forward of its own that ends in the class's, as Accelerate's wrapper does, is not in the way.
     """
-    source = model.source
+    source = cast(type, model.source)
     if any(name in model.__dict__ for name in methods):
         return "a method was replaced on the model"
     if any(getattr(source, name) is not OWN_METHODS[source, name] for name in ("forward", *methods)):
