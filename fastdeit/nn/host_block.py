@@ -62,6 +62,14 @@ class HostBlock(FusedModule):
         description, verdict = looked_at(self)
         return self.why_not_arguments(args, kwargs) or why_not_all_fused_call(description, verdict, x)
 
+    def note(self) -> str | None:
+        """What of it is called where it runs fused, None if nothing is."""
+        verdict = looked_at(self)[1]
+        if (reason := next(filter(None, verdict.parts), None)) is not None:
+            return f"a part of it is called: {reason}"
+        reason = next(filter(None, verdict.called), None)
+        return None if reason is None else f"its projections are called: {reason}"
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, HostBlock):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, *args, **kwargs)
