@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.inference.architecture import STREAM, Options
-from fastdeit.inference.folding import Host, Normalisation
+from fastdeit.inference.host import Host, Normalisation
 
 
 def converted(host: Host, options: Options) -> dict[str, Tensor]:
@@ -12,4 +12,4 @@ def converted(host: Host, options: Options) -> dict[str, Tensor]:
     dtype = STREAM[options.precision]
     levels = Normalisation(options.mean, options.std) if options.images == "uint8" else None
     with torch.no_grad():
-        return {name: tensor.to(dtype) for name, tensor in host.weights(levels, options.readout, (dtype,))}
+        return {name: tensor.to(dtype) for name, tensor in host.weights(levels, options.readout, dtype)}

@@ -1,19 +1,37 @@
 """The parts of an optimized model. Their tensors are buffers: nothing in them is trained."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit import ops
+from fastdeit.inference import architecture
+
+Weights = Mapping[str, Tensor | None]  # of a module, by the names of its buffers
+
+
+def under(weights: Weights, prefix: str) -> dict[str, Tensor | None]:
+    """Those whose names begin with prefix and a dot, by what follows that."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
 
 
 class Linear(nn.Module):
-    """x W^T + b in the dtype of the residual stream."""
+    """x W^T + b in the dtype of the residual stream.
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    Args:
+        weights: `weight` (O, C) and `bias` (O,).
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weights: Weights) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.register_buffer("weight", weights["weight"])
+        self.register_buffer("bias", weights["bias"])
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """(..., C) -> (..., O), of the layer's outputs those in `rows`."""
@@ -21,13 +39,21 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """The residual addition and the LayerNorm after it, whose weight and bias are in the layers that follow, or here."""
+    """The residual addition and the LayerNorm after it.
 
-    def __init__(self, eps: float, weight: Tensor | None, bias: Tensor | None) -> None:
+    Args:
+        eps: added to the variance.
+        weights: `weight` (C,) and `bias` (C,), empty where the layers that follow have them.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, eps: float, weights: Weights) -> None:
         super().__init__()
         self.eps = eps
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.register_buffer("weight", weights.get("weight"))
+        self.register_buffer("bias", weights.get("bias"))
 
     def forward(self, x: Tensor, branch: Tensor | None, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + gamma * branch (B, N, C), and its normalised tokens."""
@@ -37,20 +63,23 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Images to tokens."""
+    """Images to tokens.
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        positions: Tensor | None,
-        class_token: Tensor | None,
-        more_tokens: Tensor | None,
-    ) -> None:
+    Args:
+        weights: `weight` and `bias`, and where there are any `positions`, `class_token` and `more_tokens`, as
+            `ops.patch_embedding` takes them.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    positions: Tensor | None
+    class_token: Tensor | None
+    more_tokens: Tensor | None
+
+    def __init__(self, weights: Weights) -> None:
         super().__init__()
-        tensors = dict(weight=weight, bias=bias, positions=positions, class_token=class_token, more_tokens=more_tokens)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+        for name in ("weight", "bias", "positions", "class_token", "more_tokens"):
+            self.register_buffer(name, weights.get(name))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, K, H, W) -> (B, N, C)."""
@@ -59,19 +88,32 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, up to its last residual addition, which is the next block's."""
+    """A transformer block, up to its last residual addition, which is the next block's.
 
-    def __init__(self, num_heads: int, head_dim: int, activation: str) -> None:
+    Args:
+        architecture: its own.
+        weights: of its parts, as `norm1.weight`; `gamma1` and `gamma2` (C,) where the layers before them do not have them.
+    """
+
+    norm1: Norm
+    qkv: Linear
+    proj: Linear
+    norm2: Norm
+    fc1: Linear
+    fc2: Linear
+    gamma1: Tensor | None
+    gamma2: Tensor | None
+
+    def __init__(self, architecture: architecture.Block, weights: Weights) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.activation = num_heads, head_dim, activation
-        self.norm1: Norm
-        self.qkv: Linear
-        self.proj: Linear
-        self.norm2: Norm
-        self.fc1: Linear
-        self.fc2: Linear
-        self.register_buffer("gamma1", None)
-        self.register_buffer("gamma2", None)
+        self.num_heads, self.head_dim = architecture.num_heads, architecture.head_dim
+        self.activation = architecture.activation
+        for norm, eps in zip(("norm1", "norm2"), architecture.eps, strict=True):
+            setattr(self, norm, Norm(eps, under(weights, norm)))
+        for layer in ("qkv", "proj", "fc1", "fc2"):
+            setattr(self, layer, Linear(under(weights, layer)))
+        for scale in ("gamma1", "gamma2"):
+            self.register_buffer(scale, weights.get(scale))
 
     def forward(
         self, x: Tensor, branch: Tensor | None, gamma: Tensor | None, keep: int | None

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fastdeit.inference.architecture import READOUTS, Architecture, Options
 from fastdeit.inference.conversion import converted
-from fastdeit.inference.folding import Host
-from fastdeit.inference.layers import Block, Embedding, Linear, Norm
+from fastdeit.inference.host import Host
+from fastdeit.inference.layers import Block, Embedding, Linear, Norm, under
 from fastdeit.ops import layer_norm
 from fastdeit.ops.matmul import without_autocast
 
@@ -23,18 +23,23 @@ class OptimizedModel(nn.Module):
         weights: folded, by the names of the buffers, in the dtypes that they are to have.
     """
 
+    embedding: Embedding
+    norm_before: Norm | None
+    norm: Norm
+
     def __init__(self, architecture: Architecture, options: Options, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.architecture, self.options = architecture, options
-        part = _Parts(weights)
-        self.embedding = Embedding(**part.under("embedding", "positions", "class_token", "more_tokens"))
+        self.embedding = Embedding(under(weights, "embedding"))
         self.norm_before = None
         if architecture.eps_before is not None:
-            self.norm_before = Norm(architecture.eps_before, **part.under("norm_before", "weight", "bias"))
-        self.blocks = nn.ModuleList(part.block(i, block) for i, block in enumerate(architecture.blocks))
-        self.norm = Norm(architecture.eps, **part.under("norm", "weight", "bias"))
+            self.norm_before = Norm(architecture.eps_before, under(weights, "norm_before"))
+        self.blocks = nn.ModuleList(
+            Block(block, under(weights, f"blocks.{index}")) for index, block in enumerate(architecture.blocks)
+        )
+        self.norm = Norm(architecture.eps, under(weights, "norm"))
         heads = ("class", "distillation") if options.readout == "softmax_sum" else (options.readout,)
-        self.heads = nn.ModuleDict({name: Linear(**part.under(f"heads.{name}")) for name in heads})
+        self.heads = nn.ModuleDict({name: Linear(under(weights, f"heads.{name}")) for name in heads})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,25 +151,3 @@ class OptimizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.options.precision}, images={self.options.images!r}, {READOUTS[self.options.readout]}"
-
-
-class _Parts:
-    """Takes modules' tensors out of a dictionary."""
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self.weights = weights
-
-    def under(self, prefix: str, *optional: str) -> dict[str, Tensor | None]:
-        start = f"{prefix}."
-        found = {n.removeprefix(start): t for n, t in self.weights.items() if n.startswith(start)}
-        return dict.fromkeys(optional) | found
-
-    def block(self, index: int, block: Any) -> Block:
-        made, prefix = Block(block.num_heads, block.head_dim, block.activation), f"blocks.{index}"
-        for name, eps in zip(("norm1", "norm2"), block.eps, strict=True):
-            setattr(made, name, Norm(eps, **self.under(f"{prefix}.{name}", "weight", "bias")))
-        for name in ("qkv", "proj", "fc1", "fc2"):
-            setattr(made, name, Linear(**self.under(f"{prefix}.{name}")))
-        for name in ("gamma1", "gamma2"):
-            made.register_buffer(name, self.weights.get(f"{prefix}.{name}"))
-        return made

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastdeit.inference.architecture import IMAGES, READOUTS, STREAM, Options
 from fastdeit.inference.conversion import converted
-from fastdeit.inference.folding import Host, Normalisation
+from fastdeit.inference.host import Host, Normalisation
 from fastdeit.inference.model import OptimizedModel
 
 
@@ -47,8 +47,7 @@ def optimize_for_inference(
     levels = normalisation(model, architecture.in_chans, mean, std) if images == "uint8" else None
     if images == "float" and (mean is not None or std is not None):
         raise ValueError("mean, std: expected None with images='float', which are normalised already")
-    device = host.model.head.weight.device
-    check_device(precision, device)
+    check_device(precision, host.device)
     options = Options(precision, images, readout, *(levels or ()))
     return OptimizedModel(architecture, options, converted(host, options)).eval()
 
