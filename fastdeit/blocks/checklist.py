@@ -271,8 +271,9 @@ def _why_called(branch: spec.Branch) -> str | None:
         return f"a {type(branch.module).__name__} is called"
     kind = getattr(branch.module, "source", type(branch.module))  # a host's own part has no class of ours
     reason = why_not_bypassed((branch.module,)) or why_replaced(kind)
-    around = why_not_between_projections if isinstance(body, spec.Attention) else _why_not_around_projections
-    return reason or around(body)
+    if isinstance(body, spec.Mlp):
+        return reason or _why_not_around_projections(body)
+    return reason or why_not_between_projections(body)
 
 
 def _why_not_pruned(block: spec.Block, parts: tuple[str | None, ...]) -> str | None:

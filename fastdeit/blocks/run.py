@@ -89,12 +89,10 @@ def run_block(
         if not fused:
             call = branch.module if branch.call is None else branch.call
             out = call(tokens, **call_arguments) if branch.takes_mask else call(tokens)
-        elif called is not None:
-            out = (run_mlp_called if isinstance(body, spec.Mlp) else run_attention_called)(body, tokens)
         elif isinstance(body, spec.Mlp):
-            out = run_mlp(body, tokens)
+            out = run_mlp(body, tokens) if called is None else run_mlp_called(body, tokens)
         elif keep is None:
-            out = run_attention(body, tokens)
+            out = run_attention(body, tokens) if called is None else run_attention_called(body, tokens)
         else:
             x, out, keep = x[:, :keep], _run_attention_prefix(body, tokens, keep), None
         if not folds_tail:
