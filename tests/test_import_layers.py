@@ -25,6 +25,7 @@ LAYERS = (
     ("fastdeit.plan",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.swap", "fastdeit.explanation", "fastdeit.cost.view", "fastdeit.cost", "fastdeit.testing"),
+    ("fastdeit.inference",),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
     ("fastdeit.train", "fastdeit.verification"),
     ("fastdeit.benchmarks",),

@@ -59,14 +59,22 @@ class HostBlock(FusedModule):
     def why_not_fused(self, *args: Any, **kwargs: Any) -> str | None:
         """Why `forward` would run the host's code, None if it would run the kernels."""
         x, args, kwargs = self._tokens(args, kwargs)
-        description, verdict = looked_at(self)
+        description, verdict = self._looked_at()
         return self.why_not_arguments(args, kwargs) or why_not_all_fused_call(description, verdict, x)
+
+    def note(self) -> str | None:
+        """What of it is called where it runs fused, None if nothing is."""
+        _, verdict = self._looked_at()
+        if (reason := next(filter(None, verdict.parts), None)) is not None:
+            return f"a part of it is called: {reason}"
+        reason = next(filter(None, verdict.called), None)
+        return None if reason is None else f"its projections are called: {reason}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, HostBlock):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, *args, **kwargs)
         x, *rest = self._tokens(args, kwargs)
-        description, verdict = looked_at(self)
+        description, verdict = self._looked_at()
         if self.why_not_arguments(*rest) is not None or why_not_all_fused_call(description, verdict, x) is not None:
             return super().forward(*args, **kwargs)
         return self.finish(run_block(description, verdict, PendingResidual(x), attention_fused=True, defer=False))
@@ -74,6 +82,9 @@ class HostBlock(FusedModule):
     def finish(self, pending: PendingResidual) -> Tensor:
         """The block's output, from its last addition."""
         return pending.x + pending.branch
+
+    def _looked_at(self) -> tuple[spec.Block, BlockVerdict]:
+        return looked_at(self)
 
     def _tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
         """The tokens, None if they were not given, and the other arguments."""
