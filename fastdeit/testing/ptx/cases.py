@@ -86,12 +86,12 @@ def _layer_norms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
         yield f"add_layer_norm C={channels} autocast", functools.partial(_add_layer_norm, channels)
         hidden = 256 if channels == 192 else 32
         yield f"add_layer_norm_mlp C={channels} autocast", functools.partial(_add_layer_norm_mlp, channels, hidden)
-    for name, options in {
-        " without LayerScale": dict(hidden=256, scaled=False),
-        ", pre-activation recomputed": dict(hidden=32, lean=True),
-        ", first layer bf16": dict(hidden=256, first=BF16),
-    }.items():
-        yield f"add_layer_norm_mlp{name}, autocast", functools.partial(_add_layer_norm_mlp, 384, **options)
+    for name, *options in (
+        (" without LayerScale", 256, False),
+        (", pre-activation recomputed", 32, True, True),
+        (", first layer bf16", 256, True, False, BF16),
+    ):
+        yield f"add_layer_norm_mlp{name}, autocast", functools.partial(_add_layer_norm_mlp, 384, *options)
     yield "layer_norm_mlp autocast", _layer_norm_mlp
     yield "linear, residual branch, bf16", functools.partial(_residual_linear, BF16)
     yield "linear, residual branch, autocast", functools.partial(_residual_linear, FP32)

@@ -206,7 +206,7 @@ def table(outcomes: Counter) -> list[str]:
     lines = ["| kind | mutants | caught | redundant | holes | by |", "|---|---|---|---|---|---|"]
     kinds = dict.fromkeys(kind for kind, _ in outcomes)
     for kind in [*kinds, None]:
-        by = Counter()
+        by: Counter = Counter()
         for (k, outcome), n in outcomes.items():
             by[outcome] += n * (kind in (k, None))
         redundant, holes = by.pop("redundant", 0), by.pop("hole", 0)

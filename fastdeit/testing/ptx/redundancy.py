@@ -25,6 +25,7 @@ class Touch(NamedTuple):
     lanes: ndarray  # (k,) threads
     words: ndarray  # (k, n), numbered over all blocks that run together
     writes: bool
+    ends: bool  # completes an asynchronous access that was told of when it began
 
 
 class _Recorded(SharedMemory):
@@ -55,7 +56,7 @@ class _Recorded(SharedMemory):
 
     def end_fill(self, lanes: ndarray, words: ndarray, values: ndarray, *, copy: int = 0) -> None:
         if not copy:
-            self.record.touch(lanes, words, True)
+            self.record.touch(lanes, words, True, ends=True)
         super().end_fill(lanes, words, values, copy=copy)
 
     def begin_borrow(self, words: ndarray, issuers: ndarray) -> str | None:
@@ -65,7 +66,7 @@ class _Recorded(SharedMemory):
 
     def end_borrow(self, words: ndarray, issuers: ndarray) -> None:
         for thread in {0, issuers.shape[1] - 1}:
-            self.record.touch(issuers[:, thread], words, False)
+            self.record.touch(issuers[:, thread], words, False, ends=True)
         super().end_borrow(words, issuers)
 
     def synchronise(self, lanes: ndarray, words: ndarray, changes: bool) -> None:
@@ -80,7 +81,7 @@ class _Groups(CommitGroups):
         self._record = record
 
     def issue(self, agents: ndarray, complete: Callable[[ndarray], None]) -> None:
-        number = self._record.operations = self._record.operations + 1
+        number = self._record.issued = self._record.issued + 1
 
         def noted(part: ndarray) -> None:
             self._record.completions[number, self._record.line()] += len(part)
@@ -105,7 +106,7 @@ class Record(Machine):
     def __init__(self, program: Program, shared_bytes: int, line: int = 0) -> None:
         super().__init__(program, shared_bytes, IN_STEP)
         self.touches: list[list[Touch]] = []  # of blocks that run together
-        self.operations = 0
+        self.issued = 0  # asynchronous operations
         self.completions: Counter = Counter()
         self.digest = hashlib.sha256()
         for at, instruction in enumerate(program.instructions):
@@ -113,19 +114,16 @@ class Record(Machine):
                 step, group = self._code[at]
                 self._code[at] = self._watched(step, instruction), group
 
-    def start_memory(self, blocks: int) -> SharedMemory:
-        found = super().start_memory(blocks, _Recorded)
-        found.record = self
+    def start_memory(self, blocks: int, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
         self.touches.append([])
-        return found
+        return super().start_memory(blocks, type("Recorded", (_Recorded,), {"record": self}))
 
     def start_groups(self, agents: int) -> CommitGroups:
         return _Groups(agents, self)
 
-    def touch(self, lanes: ndarray, words: ndarray, writes: bool) -> None:
-        self.touches[-1].append(
-            Touch(self.line(), lanes, np.broadcast_to(words, (len(lanes), words.shape[-1])), writes)
-        )
+    def touch(self, lanes: ndarray, words: ndarray, writes: bool, ends: bool = False) -> None:
+        words = np.broadcast_to(words, (len(lanes), words.shape[-1]))
+        self.touches[-1].append(Touch(self.line(), lanes, words, writes, ends))
 
     def line(self) -> int:
         return self.current.line if self.current else 0
@@ -233,6 +231,22 @@ def memory_is_not_used_again(original: Record, line: int) -> str | None:
     return "redundant: nothing accesses these 8 bytes afterwards"
 
 
+def copy_is_not_read(original: Record, line: int) -> str | None:
+    for touches in original.touches:
+        fresh: set[int] = set()  # words that the copy wrote, and nobody since
+        for touch in touches:
+            if touch.ends or not (fresh or touch.line == line):
+                continue
+            words = set(touch.words.reshape(-1).tolist())
+            if touch.line == line:
+                fresh |= words
+            elif touch.writes:
+                fresh -= words
+            elif fresh & words:
+                return None
+    return "redundant here: nothing reads what it copies"
+
+
 def registers_were_fenced(program: Program, line: int) -> str | None:
     """On every path no other instruction than wgmma names, since the fence before, a register that a wgmma behind this one uses."""
     at = next(i for i, instruction in enumerate(program.instructions) if instruction.line == line)
@@ -314,6 +328,8 @@ def proof(kind: str, line: int, original: Record, mutant: Record) -> str | None:
         return barrier_orders_nothing(original, line)
     if kind == "mbarrier.inval dropped":
         return memory_is_not_used_again(original, line)
+    if kind == "cp.async dropped":
+        return copy_is_not_read(original, line)
     if kind == "wgmma.fence dropped":
         return registers_were_fenced(original.program, line)
     if "wait" in kind or "commit" in kind:

@@ -101,6 +101,13 @@ def test_an_invalidation_is_redundant_where_its_bytes_are_not_used_again(recorde
     assert bool(redundancy.memory_is_not_used_again(record, line)) == unused
 
 
+@pytest.mark.parametrize("at, unread", [(512, True), (0, False)])
+def test_a_copy_is_redundant_where_nothing_reads_it(recorded, at, unread):
+    body = COPIES.format("", "") + f"\nst.shared.b32 [%r30+512], %r1;\nld.shared.b32 %r2, [%r30+{at}];"
+    record, line = recorded(body, "cp.async.ca")
+    assert bool(redundancy.copy_is_not_read(record, line)) == unread
+
+
 def wgmma(first="", second=""):
     """Two products on the same registers, each behind a fence."""
     results = "{" + ", ".join(f"%r{100 + i}" for i in range(4)) + "}"
