@@ -1,7 +1,7 @@
 """The fused forward that the blocks of other libraries have in common."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,11 +22,13 @@ class HostBlock(FusedModule):
     Attributes:
         memory: what is saved for backward, as in `fastdeit.nn.Block`.
         tokens_name: the host's name for the argument (B, N, C).
+        keep: how many of the tokens that enter it gives, None for all.
     """
 
     covers_parts = True
     memory = "usual"
     tokens_name = "x"
+    keep: ClassVar[int | None] = None
 
     def describe_parts(self) -> spec.Block:
         """The block as data.
@@ -73,11 +75,19 @@ class HostBlock(FusedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, HostBlock):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, *args, **kwargs)
-        x, *rest = self._tokens(args, kwargs)
+        x, others, named = self._tokens(args, kwargs)
         description, verdict = self._looked_at()
-        if self.why_not_arguments(*rest) is not None or why_not_all_fused_call(description, verdict, x) is not None:
+        if (
+            self.why_not_arguments(others, named) is not None
+            or why_not_all_fused_call(description, verdict, x) is not None
+        ):
             return super().forward(*args, **kwargs)
-        return self.finish(run_block(description, verdict, PendingResidual(x), attention_fused=True, defer=False))
+        pending = PendingResidual(self.enter(x, others, named))
+        return self.finish(run_block(description, verdict, pending, attention_fused=True, defer=False, keep=self.keep))
+
+    def enter(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The tokens that enter the block, from a call's."""
+        return x
 
     def finish(self, pending: PendingResidual) -> Tensor:
         """The block's output, from its last addition."""
