@@ -1,4 +1,9 @@
-"""Every op's kernels, forward and backward, under the checker for Triton's interpreter; and the checker finds planted faults."""
+"""Every op's kernels, forward and backward, under the checker for Triton's interpreter; and the checker finds planted faults.
+
+With `-s` the last line says how much was checked.
+"""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -39,6 +44,15 @@ def same(x):
     return x
 
 
+CHECKED = Counter()  # calls of ops, and the checker's counts over all of them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def totals():
+    yield
+    print("\nchecked:", ", ".join(f"{count} {what}" for what, count in CHECKED.items()))
+
+
 def check(op, *inputs, frozen=()):
     """Runs op and its gradients of all floating-point inputs but the frozen, and returns what the checker found."""
     leaves = [x.detach() for x in inputs]
@@ -51,6 +65,7 @@ def check(op, *inputs, frozen=()):
         outputs = [y for y in outputs if y.requires_grad]
         torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], [torch.randn_like(y) for y in outputs])
     assert checker.counts["launches"] > 1 and checker.counts["stores"] > 1
+    CHECKED.update({"ops, forward and backward": 1}, findings=len(checker.findings), **checker.counts)
     return checker.findings
 
 
