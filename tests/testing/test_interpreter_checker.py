@@ -16,7 +16,7 @@ from fastdeit.kernels.runtime.launch import launch
 from fastdeit.testing.interpreter_checker import checked_interpreter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
-MULTIPLES = (tiles.multiple,)
+MULTIPLES = (tiles.assume_multiple_of,)
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -218,7 +218,7 @@ def copy_kernel(x_ptr, y_ptr, N, FAULT: tl.constexpr, BLOCK: tl.constexpr):
     if FAULT == "assume":
         tl.assume(N > 100)
     if FAULT == "multiple":
-        at += tiles.multiple(N, 16) - N // 16 * 16
+        at += tiles.assume_multiple_of(N, 16) - N // 16 * 16
     if FAULT == "write past the end":
         tl.store(y_ptr + at, x)
     elif FAULT == "one address":
