@@ -119,7 +119,7 @@ def attention_forward_kernel(
 @triton.jit(do_not_specialize=["N", "H"])
 def attention_forward_descriptor_kernel(
     q0_desc,  # of (B, 3H, N, D), block [1, 1, BLOCK_Q, D0]
-    q1_desc,  # block [1, 1, BLOCK_Q, D1], None where D1 is 0, as all of the second pieces
+    q1_desc,  # block [1, 1, BLOCK_Q, D1], None where D1 is 0, as all of the second split
     kv0_desc,  # BLOCK_KV rows
     kv1_desc,
     tail0_desc,  # TAIL rows
