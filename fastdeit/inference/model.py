@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.inference.architecture import READOUTS, Architecture, Options
-from fastdeit.inference.conversion import converted
+from fastdeit.inference.conversion import converted, factors_name
 from fastdeit.inference.host import Host
 from fastdeit.inference.layers import Block, Embedding, Linear, Norm, under
 from fastdeit.ops import layer_norm
@@ -119,6 +119,8 @@ class OptimizedModel(nn.Module):
     def refresh(self, model: nn.Module) -> None:
         """Takes over the weights that model has now, in place, so that captured graphs and holders of the buffers see them.
 
+        Scales that were calibrated stay.
+
         Raises:
             TypeError: model is not a module.
             ValueError: it is not of the architecture that this one was made of, or no longer fused as a whole.
@@ -133,7 +135,10 @@ class OptimizedModel(nn.Module):
             raise ValueError(
                 f"model: expected a distillation head, which the readout {self.options.readout!r} reads, got none"
             )
-        weights, buffers = converted(host, self.options), dict(self.named_buffers())
+        buffers = dict(self.named_buffers())
+        scales = {f"{layer}.input_scale" for layer in self.options.quantized}
+        scales |= {factors_name(layer) for layer in self.options.quantized}
+        weights = converted(host, self.options, {name: t for name, t in buffers.items() if name in scales})
         if weights.keys() != buffers.keys():
             differing = sorted(weights.keys() ^ buffers.keys())
             raise ValueError(

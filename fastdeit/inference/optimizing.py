@@ -1,11 +1,17 @@
 """`optimize_for_inference`: from a trained model to a frozen one."""
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
 import torch
 from torch import nn
 
-from fastdeit.inference.architecture import IMAGES, READOUTS, STREAM, Options
+from fastdeit.inference.architecture import FORMATS, IMAGES, RANGES, READOUTS, STREAM, Options
+from fastdeit.inference.calibration import calibrate
 from fastdeit.inference.conversion import converted
 from fastdeit.inference.host import Host, Normalisation
+from fastdeit.inference.layers import LAYERS
 from fastdeit.inference.model import OptimizedModel
 
 
@@ -13,6 +19,9 @@ def optimize_for_inference(
     model: nn.Module,
     precision: str = "bf16",
     *,
+    calibration: Iterable[Any] | None = None,
+    value_range: str | None = None,
+    exclude: Iterable[str] = (),
     images: str = "float",
     readout: str | None = None,
     mean: tuple[float, ...] | None = None,
@@ -25,7 +34,15 @@ def optimize_for_inference(
 
     Args:
         model: a timm VisionTransformer or another model that `accelerate` fuses as a whole, on its device. It is not changed.
-        precision: "bf16" or "fp16". Logits are as close to float64 as model's own in that dtype, within a factor of two.
+        precision: "bf16" or "fp16": logits are as close to float64 as model's own in that dtype, within a factor of two. "fp8" or
+            "int8": attention's and the MLPs' projections in 8 bits on a bf16 residual stream, with a scale for each output channel
+            of a weight and for each token behind a LayerNorm. `OptimizedModel.report` says what that costs.
+        calibration: for fp8 and int8, batches of images as the result takes them, or pairs of a batch and labels. They give the
+            scales behind GELU and attention; 256 images of several classes are enough.
+        value_range: what those scales must reach: "maximum", all values (the default of fp8), or "percentile", 99.99 % of them (the
+            default of int8, whose steps are even).
+        exclude: for fp8 and int8, names of modules that stay in bf16 with all inside them, as in `model.named_modules()`; `*`, `?`
+            and `[...]` match as in file names. The patch embedding and the heads always do.
         images: what the result takes: "float", normalised images, or "uint8", raw ones.
         readout: "class" (logits of the class token), "distillation", "mean" (of both, as DeiT predicts) or "softmax_sum" (of both
             heads' probabilities). By default "mean" with a distillation head, else "class".
@@ -49,7 +66,63 @@ def optimize_for_inference(
         raise ValueError("mean, std: expected None with images='float', which are normalised already")
     check_device(precision, host.device)
     options = Options(precision, images, readout, *(levels or ()))
-    return OptimizedModel(architecture, options, converted(host, options)).eval()
+    if precision not in FORMATS:
+        for name, given in (
+            ("calibration", calibration),
+            ("value_range", value_range),
+            ("exclude", tuple(exclude) or None),
+        ):
+            if given is not None:
+                raise ValueError(f"{name}: expected nothing for {precision}, in which no layer is quantized")
+        return OptimizedModel(architecture, options, converted(host, options)).eval()
+    value_range = value_range or {"fp8": "maximum", "int8": "percentile"}[precision]
+    _check_choice("value_range", value_range, RANGES)
+    excluded = excluded_modules(host.model, exclude)
+    if calibration is None:
+        raise ValueError(f"calibration: expected batches of images, from which {precision} has its scales, got None")
+    measured = OptimizedModel(architecture, options._replace(precision="bf16"), converted(host, options)).eval()
+    quantized = quantized_layers(measured, excluded)
+    scales = calibrate(measured, calibration, quantized, precision, value_range)
+    options = options._replace(quantized=quantized)
+    return OptimizedModel(architecture, options, converted(host, options, scales)).eval()
+
+
+def excluded_modules(model: nn.Module, exclude: Iterable[str]) -> set[str]:
+    """Names of the modules that patterns match, and of all inside them.
+
+    Raises:
+        TypeError: a pattern is not a string.
+        ValueError: one matches nothing.
+    """
+    names, excluded = [name for name, _ in model.named_modules()], set()
+    for pattern in (exclude,) if isinstance(exclude, str) else exclude:
+        if not isinstance(pattern, str):
+            raise TypeError(f"exclude: expected names of modules or patterns of them, got {pattern!r}")
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise ValueError(f"exclude: no module of the model matches {pattern!r}")
+        for match in matches:
+            excluded.update(name for name in names if match in ("", name) or name.startswith(match + "."))
+    return excluded
+
+
+def quantized_layers(model: OptimizedModel, excluded: set[str]) -> tuple[str, ...]:
+    """As of `Options`: layers whose sizes are multiples of 16, as 8-bit products need, and that are not excluded.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = []
+    for index, block in enumerate(model.architecture.blocks):
+        for layer, name in zip(LAYERS, block.names, strict=True):
+            sizes = model.get_buffer(f"blocks.{index}.{layer}.weight").shape
+            if name not in excluded and not any(size % 16 for size in sizes):
+                found.append(f"blocks.{index}.{layer}")
+    if not found:
+        raise ValueError(
+            "exclude: expected to leave a layer to quantize, of sizes that are multiples of 16; none is left"
+        )
+    return tuple(found)
 
 
 def normalisation(
@@ -77,7 +150,7 @@ def check_device(precision: str, device: torch.device) -> None:
     """Raises ValueError where a GPU has no arithmetic of a precision. A CPU runs every one, by its reference."""
     if device.type != "cuda":
         return
-    capability, least = torch.cuda.get_device_capability(device), (8, 0)
+    capability, least = torch.cuda.get_device_capability(device), (8, 9) if precision == "fp8" else (8, 0)
     if capability < least:
         raise ValueError(
             f"precision: {precision!r} needs a GPU of compute capability {least[0]}.{least[1]} or newer, and {device} has "
