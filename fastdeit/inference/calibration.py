@@ -4,14 +4,16 @@ For int8 the outliers of some channels are moved into the weights that follow (X
 of two, so that nothing is rounded on the way.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastdeit.inference.architecture import FORMATS
-from fastdeit.inference.conversion import factors_name
+from fastdeit.inference.conversion import NORMS, factors_name
+from fastdeit.inference.layers import Block
 from fastdeit.inference.model import OptimizedModel
 from fastdeit.kernels.quantization.bounds import LARGEST, SMALLEST
 
@@ -25,7 +27,7 @@ def calibrate(
     """The buffers that quantized layers need beside their weights.
 
     Args:
-        model: in bf16, whose activations are measured.
+        model: in bf16, whose activations are measured; its blocks are left with observers.
         images: batches as model takes them, or pairs of a batch and labels.
         quantized: layers, as of `Options`.
         precision: "fp8" or "int8".
@@ -36,17 +38,8 @@ def calibrate(
     """
     statistics = {layer: _Statistics() for layer in quantized}
     for index, block in enumerate(model.blocks):
-
-        def observe(layer: str, x: Tensor, block: str = f"blocks.{index}") -> None:
-            if f"{block}.{layer}" in statistics:
-                statistics[f"{block}.{layer}"].add(x, static=layer in ("proj", "fc2"))
-
-        block.observer = observe
-    try:
-        _check_classes(model, images)
-    finally:
-        for block in model.blocks:
-            block.observer = None
+        cast(Block, block).observer = functools.partial(_add, statistics, f"blocks.{index}")
+    _check_classes(model, images)
     largest, found = LARGEST[FORMATS[precision]], {}
     for layer, seen in statistics.items():
         name = factors_name(layer)
@@ -55,8 +48,14 @@ def calibrate(
             scale = max(reached, SMALLEST) / largest
             found[f"{layer}.input_scale"] = torch.full((1,), scale, dtype=torch.float32, device=model.device)
         elif precision == "int8":
-            found[name] = _factors(seen.channels, model.get_submodule(layer).weight)
+            found[name] = _factors(seen.channels, model.get_buffer(f"{layer}.weight"))
     return found
+
+
+def _add(statistics: Mapping[str, "_Statistics"], block: str, layer: str, x: Tensor) -> None:
+    seen = statistics.get(f"{block}.{layer}")
+    if seen is not None:
+        seen.add(x, static=layer not in NORMS)
 
 
 def batches(images: Any, argument: str) -> Iterator[tuple[Tensor, Tensor | None]]:

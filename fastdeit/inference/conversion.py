@@ -33,7 +33,7 @@ def converted(
             if kind != "weight" or layer not in options.quantized:
                 found[name] = tensor.to(stream)
                 continue
-            factors = calibrated.get(factors_name(layer))
+            factors = calibrated.get(factors_name(layer) or "")
             tensor = tensor if factors is None else tensor / factors.double()
             found[name], scale = quantize_rows_reference(tensor, FORMATS[options.precision])
             input_scale = calibrated.get(f"{layer}.input_scale")

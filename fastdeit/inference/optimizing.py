@@ -4,15 +4,15 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastdeit.inference.architecture import FORMATS, IMAGES, RANGES, READOUTS, STREAM, Options
+from fastdeit.inference.architecture import FORMATS, IMAGES, RANGES, READOUTS, STREAM, Architecture, Options
 from fastdeit.inference.calibration import calibrate
 from fastdeit.inference.conversion import converted
+from fastdeit.inference.device import check_device
 from fastdeit.inference.host import Host, Normalisation
 from fastdeit.inference.layers import LAYERS
-from fastdeit.inference.model import OptimizedModel
+from fastdeit.inference.model import OptimizedModel, Preprocessing
 
 
 def optimize_for_inference(
@@ -74,7 +74,7 @@ def optimize_for_inference(
         ):
             if given is not None:
                 raise ValueError(f"{name}: expected nothing for {precision}, in which no layer is quantized")
-        return OptimizedModel(architecture, options, converted(host, options)).eval()
+        return _made(model, architecture, options, converted(host, options))
     value_range = value_range or {"fp8": "maximum", "int8": "percentile"}[precision]
     _check_choice("value_range", value_range, RANGES)
     excluded = excluded_modules(host.model, exclude)
@@ -84,7 +84,25 @@ def optimize_for_inference(
     quantized = quantized_layers(measured, excluded)
     scales = calibrate(measured, calibration, quantized, precision, value_range)
     options = options._replace(quantized=quantized)
-    return OptimizedModel(architecture, options, converted(host, options, scales)).eval()
+    return _made(model, architecture, options, converted(host, options, scales))
+
+
+def _made(model: nn.Module, architecture: Architecture, options: Options, weights: dict[str, Tensor]) -> OptimizedModel:
+    optimized = OptimizedModel(architecture, options, weights, preprocessing_of(model)).eval()
+    optimized.remember(model)
+    return optimized
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """As timm's configuration of the model has it, where that is complete, else nothing."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    known: dict[str, Any] = {
+        name: config.get(name) for name in ("crop_pct", "interpolation", "crop_mode", "mean", "std")
+    }
+    if any(value is None for value in known.values()):
+        return Preprocessing()
+    known |= {name: tuple(known[name]) for name in ("mean", "std")}
+    return Preprocessing(**known)
 
 
 def excluded_modules(model: nn.Module, exclude: Iterable[str]) -> set[str]:
@@ -94,7 +112,8 @@ def excluded_modules(model: nn.Module, exclude: Iterable[str]) -> set[str]:
         TypeError: a pattern is not a string.
         ValueError: one matches nothing.
     """
-    names, excluded = [name for name, _ in model.named_modules()], set()
+    names = [name for name, _ in model.named_modules()]
+    excluded: set[str] = set()
     for pattern in (exclude,) if isinstance(exclude, str) else exclude:
         if not isinstance(pattern, str):
             raise TypeError(f"exclude: expected names of modules or patterns of them, got {pattern!r}")
@@ -144,18 +163,6 @@ def normalisation(
             raise ValueError(f"{name}: expected {channels} finite numbers{' above 0' * (name == 'std')}, got {values}")
         found.append(values)
     return Normalisation(*found)
-
-
-def check_device(precision: str, device: torch.device) -> None:
-    """Raises ValueError where a GPU has no arithmetic of a precision. A CPU runs every one, by its reference."""
-    if device.type != "cuda":
-        return
-    capability, least = torch.cuda.get_device_capability(device), (8, 9) if precision == "fp8" else (8, 0)
-    if capability < least:
-        raise ValueError(
-            f"precision: {precision!r} needs a GPU of compute capability {least[0]}.{least[1]} or newer, and {device} has "
-            f"{capability[0]}.{capability[1]}"
-        )
 
 
 def _readout(readout: str | None, distilled: bool) -> str:

@@ -1,6 +1,7 @@
 """A linear layer of 8-bit operands: the product by cuBLAS, and what follows it. There is no gradient."""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +47,16 @@ def quantized_linear(
     _check(q, row_scale, weight, column_scale, bias)
     rows = q.reshape(-1, q.shape[-1])
     shape = (*q.shape[:-1], len(weight))
-    options = dict(activation=activation, scale=scale, out_dtype=out_dtype)
+    options: dict[str, Any] = dict(activation=activation, scale=scale, out_dtype=out_dtype)
     if q.dtype == torch.int8:
         z = _integer_product(rows, weight).view(shape)
         return rescale(z, row_scale=row_scale, column_scale=column_scale, bias=bias, **options)
-    if not q.is_cuda:
-        z = _float8_product(rows, weight).view(shape)
+    if not q.is_cuda:  # there `_scaled_mm` takes one scale a tensor, and is slow
+        z = F.linear(rows.float(), weight.float()).view(shape)
         return rescale(z, row_scale=row_scale, column_scale=column_scale, bias=bias, **options)
     row_scale = _ones(len(rows), q.device) if row_scale is None else row_scale.reshape(-1, 1)
     bias = None if bias is None else bias.bfloat16()
-    scales = dict(scale_a=row_scale, scale_b=column_scale[None], bias=bias)
+    scales: dict[str, Any] = dict(scale_a=row_scale, scale_b=column_scale[None], bias=bias)
     z = torch._scaled_mm(rows, weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True).view(shape)
     plain = activation is None and out_dtype == torch.bfloat16
     return z if plain else rescale(z, **options)
@@ -75,14 +76,10 @@ def quantized_linear_reference(
     """What `quantized_linear` means, in plain PyTorch on float32; with out_dtype float64 or float64 scales it is the oracle."""
     exact = torch.float64 in (out_dtype, column_scale.dtype)
     wide = torch.float64 if exact else torch.float32
-    options = dict(row_scale=row_scale, column_scale=column_scale, bias=bias, activation=activation, scale=scale)
+    options: dict[str, Any] = dict(
+        row_scale=row_scale, column_scale=column_scale, bias=bias, activation=activation, scale=scale
+    )
     return rescale_reference(F.linear(q.to(wide), weight.to(wide)), **options, out_dtype=out_dtype)
-
-
-def _float8_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """On a CPU `_scaled_mm` takes one scale a tensor: 1, and the others come after it."""
-    one = torch.ones((), device=rows.device)
-    return torch._scaled_mm(rows, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
 
 
 def _integer_product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What stands between two products of 8-bit operands. There is no gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,9 @@ def rescale(
         ValueError: a shape or device does not fit z, activation is another, or scale is missing or not wanted.
     """
     _check(z, row_scale, column_scale, bias, activation, scale, out_dtype)
-    options = dict(row_scale=row_scale, column_scale=column_scale, bias=bias, activation=activation, scale=scale)
+    options: dict[str, Any] = dict(
+        row_scale=row_scale, column_scale=column_scale, bias=bias, activation=activation, scale=scale
+    )
     if why_reference(z, out_dtype) is not None:
         return rescale_reference(z, **options, out_dtype=out_dtype)
     run = _registered if backends.registered_path(z) else _launched

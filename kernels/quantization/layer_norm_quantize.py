@@ -8,6 +8,7 @@ The normalised tokens are never in memory in more than 8 bits. A row stays in re
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -96,7 +97,9 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
             types |= dict(q_ptr=f"*{name}", scale_ptr="*fp32", eps="fp32")
             if not dtype.is_floating_point:
                 types["weight_ptr"] = "*bf16"
-            constexprs = dict(C=channels, CHANNELS=next_power_of_2(channels), FLOAT8=dtype.is_floating_point)
+            constexprs: dict[str, Any] = dict(
+                C=channels, CHANNELS=next_power_of_2(channels), FLOAT8=dtype.is_floating_point
+            )
             constexprs |= dict(LARGEST=LARGEST[dtype], SMALLEST=SMALLEST)
             warps, label = select_config(channels, arch).num_warps, f"C={channels} {name}"
             yield AotConfig(layer_norm_quantize_kernel, types, constexprs, warps, 1, label, matrix=False)

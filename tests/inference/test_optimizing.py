@@ -9,7 +9,7 @@ from torch import nn
 
 import fastdeit
 from fastdeit import backends, optimize_for_inference, testing
-from fastdeit.inference.optimizing import check_device
+from fastdeit.inference.device import check_device
 from fastdeit.testing import kernel_device
 
 MODELS = {

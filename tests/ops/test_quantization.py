@@ -133,6 +133,17 @@ def test_quantized_linear(dtype, tokens, rows):
     assert_close_to_oracle("y", got, exact, plain)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="of a CPU, where _scaled_mm takes one scale a tensor")
+def test_float8_products_are_those_of_scaled_mm():
+    q, row_scale = quantize_rows_reference(torch.randn(5, 48), FLOAT8)
+    weight, column_scale = quantize_rows_reference(torch.randn(32, 48), FLOAT8)
+    one = torch.ones(())
+    product = torch._scaled_mm(q, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    got = ops.quantized_linear(q, row_scale, weight, column_scale, out_dtype=torch.float32)
+    expected = product * row_scale[:, None] * column_scale
+    assert (got - expected).norm() <= 1e-6 * expected.norm()
+
+
 @FORMATS
 def test_an_eight_bit_result_feeds_the_next_layer(dtype):
     q, row_scale = quantize_rows_reference(torch.randn(2, 5, 32), dtype)
