@@ -11,7 +11,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ("fastdeit", "kernels", "benchmarks")
 READABLE_VARIABLES = {
     "TRITON_INTERPRET",  # Triton's own switch, on which kernels are interpreted
-    "CUBLAS_WORKSPACE_CONFIG",  # which cuBLAS reads: a deterministic run sets it unless the user has
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",

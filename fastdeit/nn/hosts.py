@@ -10,7 +10,7 @@ from fastdeit.blocks.fused_module import FUSED_CLASSES
 
 # The host's file -> ours that has the fused classes for it, and their names there.
 _HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "timm.models.cait": ("fastdeit.nn.cait", ("LayerScaleBlock",)),
+    "timm.models.cait": ("fastdeit.nn.cait", ("LayerScaleBlock", "LayerScaleBlockClassAttn")),
     "models": ("fastdeit.nn.deit_distilled", ("DistilledVisionTransformer",)),
     "models_v2": ("fastdeit.nn.deit_blocks", ("Block", "LayerScaleBlock")),
     "torchvision.models.vision_transformer": ("fastdeit.nn.torchvision", ("EncoderBlock",)),

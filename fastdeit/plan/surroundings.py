@@ -126,7 +126,7 @@ def _is_tritons(file: str) -> bool:
 def why_parts_called(trunk: spec.Trunk, verdict: TrunkVerdict) -> str | None:
     """Why a module inside the blocks is called in a run that carries the residual through them."""
     for name, judged in zip(trunk.blocks, verdict.blocks, strict=True):
-        reason = next(filter(None, (*judged.parts, *judged.out_dropouts)), None)
+        reason = next(filter(None, (*judged.parts, *judged.called, *judged.out_dropouts)), None)
         if reason is not None:
             return f"block {name}: {reason}"
     return None

@@ -43,7 +43,7 @@ def tokens(dtype=torch.float32):
 def all_fused(module, x) -> bool:
     """Whether all of the block runs fused, its last addition left to what follows, without a call of any of its modules."""
     description, verdict = looked_at(module)
-    if verdict.deferred is not None or any(verdict.parts):
+    if verdict.deferred is not None or any((*verdict.parts, *verdict.called)):
         return False
     attention = description.branches[0].body
     reason = why_not_plain_call(x) or why_not_block_call(verdict, x) or why_not_attention_call(attention, x)

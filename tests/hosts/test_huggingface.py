@@ -222,7 +222,6 @@ CHANGES = {
     "its attention is causal": lambda layer: setattr(layer.attention, "is_causal", True),
     "the activation is Tanh()": lambda layer: setattr(layer.mlp, "activation_fn", nn.Tanh()),
     "a Identity is called": lambda layer: setattr(layer, "mlp", nn.Identity()),
-    "a projection is a Bilinear": lambda layer: setattr(layer.attention, "q_proj", nn.Bilinear(32, 32, 32)),
     "this version of transformers keeps its parts elsewhere: 'o_proj'": lambda layer: delattr(
         layer.attention, "o_proj"
     ),
@@ -235,6 +234,32 @@ def test_what_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reaso
     assert not hosts.why_not(model)
     CHANGES[reason](model.vit.layers[0])
     assert hosts.why_not(model) == {reason}
+
+
+@pytest.mark.parametrize("kind", ["stand-in", "PEFT", "torchao"])
+def test_adapters_and_quantized_weights_leave_layers_fused(hosts, make, kernels_stood_in, kind):
+    """The kernel runs between calls of the projections, and so does all around."""
+    model = hosts.assert_adapters_act(make(), kind, X, "q_proj", "v_proj")
+    assert kernels_stood_in["attention_qkv"] == 2 and kernels_stood_in["add_layer_norm_mlp"] == 2
+    (note,) = hosts.notes(model)
+    assert note.startswith("its projections are called: a ")
+
+
+def test_adapters_of_an_mlp_leave_its_attention_fused(hosts, make, kernels_stood_in):
+    hosts.assert_adapters_act(make(), "stand-in", X, "fc1", "o_proj")
+    assert kernels_stood_in["attention_qkv"] == 2 and kernels_stood_in["add_layer_norm_mlp"] == 0
+
+
+def test_a_projection_that_gives_another_dtype_is_pytorchs_to_judge(hosts, make, kernels_stood_in):
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).half()
+
+    model = fastdeit.accelerate(make(layers=1))
+    model.vit.layers[0].attention.k_proj.__class__ = Halved
+    with pytest.raises(RuntimeError, match="same dtype"):
+        hosts.output(model, X)
+    assert kernels_stood_in["attention_qkv"] == 0
 
 
 @pytest.mark.parametrize("part", ["", ".attention", ".mlp", ".mlp.activation_fn"])
