@@ -93,7 +93,6 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         ("cast int8", "bf16", "i8", False, None),
         ("int8 product", "i32", "bf16", True, None),
         ("int8 product gelu int8", "i32", "i8", True, "gelu"),
-        ("gelu int8", "bf16", "i8", False, "gelu"),
     ]
     if arch >= 89:
         forms += [("cast float8", "bf16", "fp8e4nv", False, None), ("gelu float8", "bf16", "fp8e4nv", False, "gelu")]
