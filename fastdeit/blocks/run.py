@@ -15,7 +15,7 @@ from fastdeit.backends import matmul_dtype
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_not_attention_call, why_not_plain_call
 from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict, exported, why_called
-from fastdeit.kernels.attention.config import HANDED_OVER
+from fastdeit.kernels.attention.config import SDPA_PREFERRED
 
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 
@@ -121,7 +121,7 @@ def _run_joint(
     norm_weight, norm_bias = _read(norm)
     given = (x, added, norm_weight, norm_bias, norm.module.eps)
     if isinstance(body, spec.Attention):
-        if HANDED_OVER:
+        if SDPA_PREFERRED:
             return None
         qkv = body.qkv
         qkv = _read(qkv) if isinstance(qkv, spec.Affine) else _packed(qkv)

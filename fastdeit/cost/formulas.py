@@ -99,7 +99,7 @@ def mlp_forward(rows: int, channels: int, hidden: int, *, element_bytes: int = 2
     return Cost(4 * rows * channels * hidden, traffic * element_bytes, 3)
 
 
-def whole_mlp_forward(
+def fused_mlp_forward(
     rows: int, channels: int, hidden: int, *, element_bytes: int = 2, stream_bytes: int | None = None
 ) -> Cost:
     """The same in one kernel, which leaves nothing between the layers in memory; with a size of the residual stream's elements also

@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.gemm.tiles import multiple
+from fastdeit.kernels.gemm.tiles import assume_multiple_of
 from fastdeit.kernels.mlp.activation_functions import activate
 from fastdeit.kernels.quantization.bounds import LARGEST
 from fastdeit.kernels.quantization.formats import quantized
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.launch import cdiv, launch
 
-ROWS, COLUMNS, NUM_WARPS = 4, 256, 4  # of a program: 8 values a thread
+BLOCK_M, BLOCK_N, NUM_WARPS = 4, 256, 4  # of a program: 8 values a thread
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -37,13 +37,13 @@ def rescale_kernel(
     LARGEST: tl.constexpr,  # of the format, or None
     FLOAT8: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides N: lets loads be 16 bytes wide
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """A program owns ROWS x COLUMNS values."""
-    N = multiple(N, VECTOR)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """A program owns BLOCK_M x BLOCK_N values."""
+    N = assume_multiple_of(N, VECTOR)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = (row < M) & (col < N)
     at = row.to(tl.int64) * N + col
     y = tl.load(z_ptr + at, inside, other=0).to(tl.float32)
@@ -79,11 +79,11 @@ def rescale(
             LARGEST.get(out_dtype),
             out_dtype == torch.float8_e4m3fn,
             min(N & -N, 16),
-            ROWS,
-            COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
         )
         args = (z, row_scale, column_scale, bias, scale, out, M, N)
-        launch(rescale_kernel, (cdiv(M, ROWS), cdiv(N, COLUMNS)), args, constexprs, NUM_WARPS)
+        launch(rescale_kernel, (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N)), args, constexprs, NUM_WARPS)
     return out
 
 
@@ -104,5 +104,5 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
             types["scale_ptr"] = "*fp32"
         dtype = {"i8": torch.int8, "fp8e4nv": torch.float8_e4m3fn}.get(out)
         constexprs = dict(ACTIVATION=activation, LARGEST=None if dtype is None else LARGEST[dtype])
-        constexprs |= dict(FLOAT8=out == "fp8e4nv", VECTOR=16, ROWS=ROWS, COLUMNS=COLUMNS)
+        constexprs |= dict(FLOAT8=out == "fp8e4nv", VECTOR=16, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         yield AotConfig(rescale_kernel, types, constexprs, NUM_WARPS, 1, label, matrix=False)

@@ -21,7 +21,7 @@ from fastdeit.kernels.attention import forward as attention
 from fastdeit.kernels.augment.operations import ROW, Operation
 from fastdeit.kernels.gemm.config import EPILOGUES, candidates, use_gemm
 from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
-from fastdeit.kernels.gemm.fused_mlp import use_whole_mlp
+from fastdeit.kernels.gemm.fused_mlp import use_fused_mlp
 from fastdeit.kernels.runtime.architecture import has_descriptors
 from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, poisoned_memory
 from fastdeit.testing.ptx.tf32 import in_tf32_products, tf32
@@ -207,7 +207,7 @@ def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     if has_descriptors(arch):
         home = next(c for c in attention_config.aot_cases(arch) if c.config.descriptors and c.head_dim == 64)
         for keys in (128, 256):
-            whole = attention_config.whole_tiles(keys)
+            whole = attention_config.one_program_tiles(keys)
             yield f"attention, one program, {keys} keys", functools.partial(_attend, home, whole, keys - 3)
 
 
@@ -326,7 +326,7 @@ def _fused_mlps(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
 
 def _fused_mlp(config) -> Errors:
     x, weights = randn(2, 83, 192), _mlp_weights(BF16, 192, 320)
-    with use_whole_mlp(config):
+    with use_fused_mlp(config):
         return assert_as_accurate_as_eager(ops.mlp, ops.mlp_reference, x, *weights, frozen=range(5))
 
 
@@ -340,7 +340,7 @@ def _fused_add_layer_norm_mlp(config, dtype: torch.dtype) -> Errors:
         )
         for f in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
     )
-    with use_whole_mlp(config):
+    with use_fused_mlp(config):
         return assert_as_accurate_as_eager(
             *pair, x, branch, *norm, *_mlp_weights(dtype, 192, 320), gamma, frozen=range(9)
         )
