@@ -45,6 +45,10 @@ class NotInstalled(Exception):
     """A candidate's library is missing: its row says so."""
 
 
+class NotSupported(Exception):
+    """The device cannot run a candidate: its row says why."""
+
+
 class OutOfTime(BaseException):
     """No Exception: compilers handle those of what they run."""
 
@@ -198,6 +202,8 @@ class _Timer:
             self.row.status = f"not measured: not set up within {seconds:.0f} s"
         except NotInstalled as missing:
             self.row.status = f"not installed: {missing}"
+        except NotSupported as reason:
+            self.row.status = f"not supported: {reason}"
         except Exception as error:  # a baseline that fails is a row, not the end of the suite
             self.row.status = "out of memory" if _is_out_of_memory(error) else f"failed: {_described(error)}"
         if self.row.status != "ok":

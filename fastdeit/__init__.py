@@ -22,14 +22,30 @@ from fastdeit.backends import get_backend, set_backend, use_backend
 
 if _TYPE_CHECKING:
     from fastdeit import losses, nn, ops
+    from fastdeit.inference.file import load_optimized
+    from fastdeit.inference.optimizing import optimize_for_inference
     from fastdeit.swap import accelerate, explain, restore
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "explain", "get_backend", "losses", "nn", "ops", "restore", "set_backend", "use_backend"]
+__all__ = [
+    "accelerate",
+    "explain",
+    "get_backend",
+    "load_optimized",
+    "losses",
+    "nn",
+    "ops",
+    "optimize_for_inference",
+    "restore",
+    "set_backend",
+    "use_backend",
+]
 
 # Imported at their first use: they bring timm and Triton into the process.
 _LAZY = {name: f"fastdeit.{name}" for name in ("losses", "nn", "ops")}
 _LAZY |= dict.fromkeys(("accelerate", "explain", "restore"), "fastdeit.swap")
+_LAZY["load_optimized"] = "fastdeit.inference.file"
+_LAZY["optimize_for_inference"] = "fastdeit.inference.optimizing"
 
 
 def __getattr__(name: str) -> object:

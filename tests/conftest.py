@@ -30,6 +30,7 @@ ON = not torch.cuda.is_available() and os.environ.get("FASTDEIT_TESTS_ON")
 torch.set_num_threads(1)  # tests run in parallel processes
 if os.environ.get("TRITON_INTERPRET") == "1":
     testing.correct_interpreter_bfloat16()
+    testing.correct_interpreter_float8()
     testing.cache_interpreter_builtins()
 
 
@@ -63,11 +64,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Every test starts from the same seed and from the default backend, whatever ran before it."""
+    """Every test starts from the same seed, backend and environment, whatever ran before it."""
     torch.manual_seed(0)
     backends.set_backend("auto")
+    before = dict(os.environ)
     yield
     backends.set_backend("auto")
+    for name in [name for name in os.environ if name not in before]:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 @pytest.fixture

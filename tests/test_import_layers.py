@@ -25,13 +25,14 @@ LAYERS = (
     ("fastdeit.plan",),
     ("fastdeit.nn", "fastdeit.losses"),
     ("fastdeit.swap", "fastdeit.explanation", "fastdeit.cost.view", "fastdeit.cost", "fastdeit.testing"),
+    ("fastdeit.inference",),
     ("fastdeit",),  # the public names alone: `import fastdeit` is an import of everything so far
     ("fastdeit.train", "fastdeit.verification"),
     ("fastdeit.benchmarks",),
     ("fastdeit.commands", "fastdeit.__main__"),
 )
 KERNEL_LIBRARIES = {"torch", "triton"}
-CORE_LIBRARIES = {"numpy", "torch", "triton", "timm"}
+CORE_LIBRARIES = {"numpy", "torch", "triton", "timm", "safetensors"}  # the last is a requirement of timm
 WITH_EXTRAS = (
     "fastdeit.train",
     "fastdeit.benchmarks",

@@ -11,7 +11,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ("fastdeit", "kernels", "benchmarks")
 READABLE_VARIABLES = {
     "TRITON_INTERPRET",  # Triton's own switch, on which kernels are interpreted
-    "CUBLAS_WORKSPACE_CONFIG",  # which cuBLAS reads: a deterministic run sets it unless the user has
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -159,7 +158,7 @@ RULES = {  # rule: (the directories it is for, file patterns)
     bare_imports: ((*PACKAGE, "tests", "docs"), ("*.py",)),
     private_imports: ((*PACKAGE, "tests"), ("*.py",)),
     steers_the_formatter: (
-        (*(f"fastdeit/{s}" for s in SUBJECTS), "benchmarks", "tests/nn", "tests/ops", "tests/train"),
+        (*(f"fastdeit/{s}" for s in SUBJECTS), "kernels", "benchmarks", "tests/nn", "tests/ops", "tests/train"),
         ("*.py",),
     ),
 }

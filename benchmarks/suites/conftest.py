@@ -25,6 +25,7 @@ SUITES = (
     "distillation",
     "embedding",
     "augment",
+    "gemm",
 )  # in a round, this order
 _LEAST_SECONDS = 8  # for which a case is begun
 _LINE = pytest.StashKey[str]()

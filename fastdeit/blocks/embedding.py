@@ -53,7 +53,7 @@ def why_not_embedding_call(model: nn.Module, images: Tensor) -> str | None:
 
 
 def _why_not_tokens(model: nn.Module, patches: int) -> str | None:
-    positions, *prefix = added = _added(model)
+    positions, *prefix = added = added_tokens(model)
     for tensor in added:
         if tensor is None:
             continue
@@ -70,7 +70,7 @@ def _why_not_tokens(model: nn.Module, patches: int) -> str | None:
     return None if positions.shape[1] == tokens else f"{positions.shape[1]} positions for {tokens} tokens"
 
 
-def _added(model: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def added_tokens(model: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Positions, class token and what follows that: a distilled model has no use for registers."""
     more = "dist_token" if "dist_token" in model._parameters else "reg_token"
     return _tensor(model, "pos_embed"), _tensor(model, "cls_token"), _tensor(model, more)
@@ -84,7 +84,7 @@ def _tensor(model: nn.Module, name: str) -> Tensor | None:
 def embed(model: nn.Module, images: Tensor) -> Tensor:
     """The tokens (B, N, C) that timm's `patch_embed` and `_pos_embed` make, where neither rule above objects."""
     parameters = model._modules["patch_embed"]._modules["proj"]._parameters
-    added = _added(model)
+    added = added_tokens(model)
     tokens = ops.patch_embedding(images, parameters["weight"], parameters["bias"], *added)
     return tokens if added[0] is None else dropped_out(model.pos_drop, tokens)
 

@@ -54,12 +54,11 @@ DEIT = {"Ti": _deit(192, 3), "S": _deit(384, 6), "B": _deit(768, 12), "L": _deit
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of work in a model: forward and backward, `count` times."""
+    """One kind of work in a model: forward and backward, `count` times. FLOPs are those of the matrix units alone."""
 
     name: str
     forward: Cost
     backward: Cost
-    matrix: bool  # its arithmetic runs on the matrix units
     count: int = 1
 
 
@@ -140,15 +139,14 @@ def seconds(found: list[Part], flops_per_second: float, bytes_per_second: float)
 def part_seconds(part: Part, flops_per_second: float, bytes_per_second: float) -> float:
     """One part's share of `seconds`."""
     times = (
-        max(cost.flops / flops_per_second if part.matrix else 0.0, cost.bytes / bytes_per_second)
-        for cost in (part.forward, part.backward)
+        max(cost.flops / flops_per_second, cost.bytes / bytes_per_second) for cost in (part.forward, part.backward)
     )
     return part.count * sum(times)
 
 
 def training_flops_per_image(shape: Shape) -> float:
     """Matrix arithmetic of forward and backward for one image, all tokens counted: the F of MFU (three times a forward pass)."""
-    forward = sum(p.count * p.forward.flops for p in parts(shape, 1, "eager", training=False) if p.matrix)
+    forward = sum(p.count * p.forward.flops for p in parts(shape, 1, "eager", training=False))
     return 3.0 * forward
 
 
@@ -175,7 +173,6 @@ def _embedding(shape: Shape, batch: int, execution: str, precision: str) -> Part
         "patch embedding",
         Cost(flops, traffic + copied + forward * elements, launches),
         Cost(flops, traffic + backward * elements, backward_launches),
-        matrix=True,
     )
 
 
@@ -198,7 +195,6 @@ def _block(
         "norms and additions",
         Cost(0, forward * (elements + few) // 2, launches),
         Cost(0, backward * (elements + few) // 2, backward_launches),
-        matrix=False,
     )
     qkv = _product("qkv", batch * shape.tokens, 3 * shape.channels, shape.channels, not ideal)
     if queries < shape.tokens:  # two products
@@ -214,7 +210,6 @@ def _block(
         "attention",
         Cost(2 * product, 4 * (elements + few) + lse, 1),
         Cost(products * product, moved * (elements + few) // 2 + lse, launched),
-        matrix=True,
     )
     yield _product("proj", rows, shape.channels, shape.channels, not ideal)
     yield from mlp_parts(rows, shape.channels, shape.mlp, execution, training=training)
@@ -239,7 +234,7 @@ def mlp_parts(rows: int, channels: int, hidden: int, execution: str, *, training
     # Backward reads pre-activation and gradient, writes the gradient; here also the activation, which was not kept, and a bias'.
     written, launches = (4, 2) if ships else (3, 1)
     between = Cost(0, 2 * hidden_bytes, 1), Cost(0, written * hidden_bytes, launches)
-    return [fc1, Part("activation", *between, matrix=False), fc2]
+    return [fc1, Part("activation", *between), fc2]
 
 
 def _product(name: str, rows: int, outputs: int, inputs: int, bias_sum: bool) -> Part:
@@ -252,7 +247,6 @@ def _product(name: str, rows: int, outputs: int, inputs: int, bias_sum: bool) ->
         name,
         Cost(flops, traffic + 2 * weights, 1),
         Cost(2 * flops, 2 * traffic + 8 * weights + bias, 3 if bias_sum else 2),
-        matrix=True,
     )
 
 
@@ -285,5 +279,4 @@ def _heads(shape: Shape, batch: int, execution: str, training: bool) -> Iterator
         "heads and loss",
         Cost(flops, weights + (1 + passes) * logits, heads + forward),
         Cost(2 * flops, 3 * (weights + logits), 3 * heads + backward),
-        matrix=True,
     )

@@ -13,6 +13,7 @@ from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
 from fastdeit.refusals import or_reference
 
+CENTRE = 128  # subtracted from uint8 levels
 _INPUTS = ("images", "weight", "bias", "positions", "class_token", "more_tokens")
 
 
@@ -34,9 +35,9 @@ def patch_embedding(
 
     Args:
         images: (B, K, H, W), a float dtype, any strides. Patches do not overlap; what is left over at the right and at the bottom
-            is not read.
+            is not read. uint8 is read as level - 128, which float16 and bfloat16 hold exactly.
         weight: (C, K, P, Q), a convolution's, of patches of P x Q pixels; bias: (C,) or None. Outside autocast of the images'
-            dtype.
+            dtype, if that is a float dtype.
         positions: (1, tokens, C), or (1, patches, C) to be added to the patches alone, or None.
         class_token: (1, 1, C) or None.
         more_tokens: (1, any number, C) or None: the distillation token (Touvron et al. 2021, section 4), or registers.
@@ -45,16 +46,18 @@ def patch_embedding(
         (B, tokens, C): the prefix tokens, then the patches row by row, in the dtype that PyTorch's promotion gives the formula.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or outside autocast weight or bias has not the images' dtype.
+        TypeError: an argument is not a floating-point tensor, images neither that nor uint8, or outside autocast weight or bias has
+            not the images' dtype.
         ValueError: a shape or device does not fit.
     """
     tensors = (images, weight, bias, positions, class_token, more_tokens)
     if not _passed.has(tensors):
         _check(*tensors)
-        if why_reference(images) is not None:
+        if why_reference(images if images.is_floating_point() else weight) is not None:
             return patch_embedding_reference(*tensors)
         _passed.add(tensors)
-    (tokens,) = patch_embedding_unchecked(*tensors, backends.matmul_dtype(images))
+    matmul_dtype = backends.matmul_dtype(images if images.is_floating_point() else weight)
+    (tokens,) = patch_embedding_unchecked(*tensors, matmul_dtype)
     return tokens
 
 
@@ -67,6 +70,7 @@ def patch_embedding_reference(
     more_tokens: Tensor | None = None,
 ) -> Tensor:
     """What `patch_embedding` means, in plain PyTorch. Run in float64 it is the oracle."""
+    images = images if images.is_floating_point() else images.to(weight.dtype) - CENTRE
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     if positions is not None and positions.shape[1] == tokens.shape[1]:
         tokens, positions = tokens + positions, None
@@ -87,7 +91,8 @@ def _check(images, weight, bias, positions, class_token, more_tokens) -> None:
     for name, tensor in given.items():
         if tensor is None and name not in ("images", "weight"):
             continue
-        check_beside(name, tensor, images, "images")
+        if name != "images" or not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
+            check_beside(name, tensor, images, "images")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (B, K, H, W), got {tuple(images.shape)}")
     if weight.dim() != 4 or weight.shape[1] != images.shape[1]:
@@ -97,8 +102,9 @@ def _check(images, weight, bias, positions, class_token, more_tokens) -> None:
             f"weight: expected patches of at least 1 x 1 pixels, got {weight.shape[2]} x {weight.shape[3]}"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != images.dtype and not torch.is_autocast_enabled(images.device.type):
-            raise TypeError(f"{name}: expected {images.dtype} as images has, got {tensor.dtype}")
+        like, whose = (images, "images") if images.is_floating_point() else (weight, "weight")
+        if tensor is not None and tensor.dtype != like.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(f"{name}: expected {like.dtype} as {whose} has, got {tensor.dtype}")
     (height, width), (rows, columns) = images.shape[2:], weight.shape[2:]
     if height < rows or width < columns:
         raise ValueError(f"images: expected at least {rows} x {columns} pixels, a patch, got {height} x {width}")
@@ -155,7 +161,11 @@ def _forward(
     from fastdeit.kernels.embedding.patch_embedding import patch_embedding_forward
 
     pixels = _as_patches(images, weight)
-    patches = torch.empty(pixels.shape, dtype=matmul_dtype, device=images.device).copy_(pixels)
+    patches = torch.empty(pixels.shape, dtype=matmul_dtype, device=images.device)
+    if images.is_floating_point():
+        patches.copy_(pixels)
+    else:
+        torch.sub(pixels, float(CENTRE), out=patches)
     patches = patches.view(pixels.shape[:3].numel(), pixels.shape[3:].numel())
     with without_autocast():
         product = torch.mm(patches, weight.reshape(len(weight), -1).to(matmul_dtype).t())

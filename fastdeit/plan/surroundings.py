@@ -15,7 +15,7 @@ from fastdeit import backends
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_global_hook
 from fastdeit.blocks.checklist import TrunkVerdict
-from fastdeit.kernels.attention.config import HANDED_OVER
+from fastdeit.kernels.attention.config import SDPA_PREFERRED
 from fastdeit.plan.tape import Tape
 
 _MODULE_CALLS = {nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__}
@@ -68,7 +68,7 @@ def key_of(x: Tensor, needs: tuple[bool, ...] = ()) -> tuple:
         needs: whether x and each parameter need gradients, of a call with gradients.
     """
     from fastdeit.kernels.gemm.config import gemm_in_force
-    from fastdeit.kernels.gemm.fused_mlp import whole_mlp_in_force
+    from fastdeit.kernels.gemm.fused_mlp import fused_mlp_in_force
 
     device = x.get_device()
     return (
@@ -79,8 +79,8 @@ def key_of(x: Tensor, needs: tuple[bool, ...] = ()) -> tuple:
         torch._C._cuda_getCurrentRawStream(device),
         backends.settings(x),
         gemm_in_force(),
-        whole_mlp_in_force(),
-        tuple(HANDED_OVER.items()),
+        fused_mlp_in_force(),
+        tuple(SDPA_PREFERRED.items()),
         needs,
     )
 
@@ -155,7 +155,7 @@ def _is_tritons(file: str) -> bool:
 def why_parts_called(trunk: spec.Trunk, verdict: TrunkVerdict) -> str | None:
     """Why a module inside the blocks is called in a run that carries the residual through them."""
     for name, judged in zip(trunk.blocks, verdict.blocks, strict=True):
-        reason = next(filter(None, (*judged.parts, *judged.out_dropouts)), None)
+        reason = next(filter(None, (*judged.parts, *judged.called, *judged.out_dropouts)), None)
         if reason is not None:
             return f"block {name}: {reason}"
     return None

@@ -304,12 +304,16 @@ def test_what_fails_or_is_missing_is_a_row_beside_the_others():
     def missing():
         raise timing.NotInstalled("liger-kernel")
 
+    def unsupported():
+        raise timing.NotSupported("no FP8")
+
     def failing():
         raise ValueError("first line\nsecond")
 
-    rows = timing.measure({"a": lambda: None, "b": missing, "c": failing}, no_inputs)
-    assert [r.status for r in rows] == ["ok", "not installed: liger-kernel", "failed: ValueError: first line"]
-    assert rows[0].median_us > 0 and rows[1].median_us is None and rows[2].median_us is None
+    rows = timing.measure({"a": lambda: None, "b": missing, "c": unsupported, "d": failing}, no_inputs)
+    reasons = ["not installed: liger-kernel", "not supported: no FP8", "failed: ValueError: first line"]
+    assert [r.status for r in rows] == ["ok", *reasons]
+    assert rows[0].median_us > 0 and not any(r.median_us for r in rows[1:])
 
 
 def test_a_candidate_that_takes_too_long_to_set_up_is_a_row():

@@ -56,6 +56,18 @@ def test_as_accurate_as_eager(more, placed, dtype, autocast):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_are_read_less_128(dtype):
+    """Raw images give what those levels give as numbers, to the bit, whatever their memory layout."""
+    _, *rest = tensors(dtype=dtype)
+    levels = torch.randint(0, 256, (3, 3, 12, 8), dtype=torch.uint8, device=DEVICE)
+    with backends.use_backend("triton"):
+        expected = ops.patch_embedding(levels.to(dtype) - 128, *rest)
+        for images in (levels, levels.to(memory_format=torch.channels_last), levels.repeat(1, 1, 1, 2)[..., :8]):
+            assert torch.equal(ops.patch_embedding(images, *rest), expected)
+    assert_accurate([levels.to(dtype) - 128, *rest])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("absent", [{i} for i in range(2, 6)] + [{2, 3}, {4, 5}, {3, 4, 5}, {2, 3, 4, 5}], ids=str)
 def test_without_some_of_them(absent, dtype):
     given = tensors(placed="all" if absent.isdisjoint({4, 5}) else "patches", dtype=dtype)
@@ -234,7 +246,7 @@ def test_reference_gradients(placed):
             ValueError,
             "weight: expected patches of at least 1 x 1 pixels, got 0 x 4",
         ),
-        (dict(images=torch.ones(1, 3, 12, 8).byte()), TypeError, "images: expected a floating-point.*torch.uint8"),
+        (dict(images=torch.ones(1, 3, 12, 8).char()), TypeError, "images: expected a floating-point.*torch.int8"),
         (
             dict(weight=torch.ones(24, 1, 4, 4)),
             ValueError,
