@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.commands import explain as explain_command
-from fastdeit.commands import named_model
+from fastdeit.commands import named_model, precision_costs
 from fastdeit.commands.explain import DTYPES
+from fastdeit.inference.architecture import STREAM
 from fastdeit.verification import KINDS, Layer, Pair, outputs_of, upstream_of, wanted_gradients
 
 SECONDS_TO_SET_UP = 60.0  # of one candidate; the first call of a kernel compiles it
@@ -37,6 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="modules that keep timm's implementation"
     )
+    precision.add_argument(
+        "--precision",
+        choices=tuple(STREAM),
+        help="report what optimize_for_inference in this precision costs, instead of comparing accelerated layers",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="of --precision: images to calibrate with and to report on, at most 512 (default: random ones, which say little)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -47,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: an argument that does not fit, or too little memory.
     """
     device = explain_command.device(args.device)
+    if args.precision is not None:
+        return precision_costs.run(args, _model(args).to(device).eval())
+    if args.images is not None:
+        raise ValueError("--images: is for --precision, which was not given")
     amp = args.amp or ("bfloat16" if device.type == "cuda" and args.dtype is None else None)
     batch = (32 if device.type == "cuda" else 2) if args.batch_size is None else args.batch_size
     for option, value in (("batch-size", batch), ("img-size", args.img_size), ("num-classes", args.num_classes)):
