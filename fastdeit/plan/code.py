@@ -32,6 +32,9 @@ class _TensorMap(NamedTuple):
     like: Any
 
 
+_STREAM = object()  # among the arguments of a launch: where it goes, which is known when the code is bound
+
+
 class _TensorAt(NamedTuple):
     """A tensor in the workspace."""
 
@@ -76,11 +79,20 @@ class Program:
         self.inputs = 1 + max((event_input for event_input in map(self._input, events)), default=-1)
         self._code = self._compiled(len(outputs))
 
-    def bind(self, base: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The function for a workspace at this address. While it runs the caller holds that."""
+    def bind(
+        self, base: int, output: torch.Tensor | None = None, stream: int | None = None
+    ) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The function for a workspace at this address. While it runs the caller holds that.
+
+        Args:
+            output: what the function writes and returns, the only output; by default new tensors at each call.
+            stream: that it launches kernels on, as an integer; by default the current one. GEMMs are on that of the call.
+        """
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index) if stream is None else stream
         with torch.inference_mode(False):  # so that the tensors may be written to outside of inference mode too
-            values = {name: self._value(value, base) for name, value in self._constants.items()}
-        names = dict(empty=torch.empty, mm=torch.mm, addmm=torch.addmm, device=self._device)
+            values = {name: self._value(value, base, stream) for name, value in self._constants.items()}
+        made = torch.empty if output is None else lambda *_, **__: output
+        names = dict(empty=made, mm=torch.mm, addmm=torch.addmm, device=self._device)
         return FunctionType(self._code, values | names, "replay")
 
     # ---- writing
@@ -104,7 +116,7 @@ class Program:
         if launcher is None:
             raise Unsupported(f"{event.made.kernel.__name__} needs memory of its own")
         parts: list[str] = []
-        constants: list[Any] = list(launcher.leading)
+        constants: list[Any] = [*launcher.grid, _STREAM, *launcher.leading]
         for position, arg in enumerate((*event.args, *event.made.constexprs)):
             if isinstance(arg, Descriptor):
                 constants.append(self._tensor_map(arg, launcher.maps[position]))
@@ -162,24 +174,26 @@ class Program:
 
     # ---- binding
 
-    def _value(self, value: Any, base: int) -> Any:
+    def _value(self, value: Any, base: int, stream: int) -> Any:
         kind = type(value)
         if kind is _Address:
             return base + value.offset
         if kind is _TensorAt:
-            return tensor_at(self._value(value.address, base), value.view, self._device)
-        if kind is tuple and any(type(item) in (_Address, _TensorMap) for item in value):
-            return self._arguments(value, base)
+            return tensor_at(self._value(value.address, base, stream), value.view, self._device)
+        if value is _STREAM:
+            return stream
+        if kind is tuple and any(item is _STREAM or type(item) in (_Address, _TensorMap) for item in value):
+            return self._arguments(value, base, stream)
         return value
 
-    def _arguments(self, values: tuple, base: int) -> tuple:
+    def _arguments(self, values: tuple, base: int, stream: int) -> tuple:
         from fastdeit.kernels.runtime.raw_launch import tensor_map_arguments
 
         made: list[Any] = []
         for value in values:
             if type(value) is _TensorMap:
                 shape, strides = value.descriptor.shape, value.descriptor.strides
-                made += tensor_map_arguments(self._value(value.address, base), shape, strides, value.like)
+                made += tensor_map_arguments(self._value(value.address, base, stream), shape, strides, value.like)
             else:
-                made.append(self._value(value, base))
+                made.append(self._value(value, base, stream))
         return tuple(made)

@@ -13,6 +13,7 @@ from torch._C._dynamo.guards import TensorGuards
 from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
 from fastdeit.plan.code import Program, Unsupported
+from fastdeit.plan.graphs import AutomaticGraph
 from fastdeit.plan.surroundings import key_of, nothing_called, why_not_plannable
 from fastdeit.plan.tape import Launch, Tape
 from fastdeit.plan.workspace import lifetimes, packed, views_of
@@ -57,6 +58,8 @@ class Plan:
         self._device = output.device
         self._bound: OrderedDict[int, Callable[[Tensor], tuple[Tensor, ...]]] = OrderedDict()
         self._binding = threading.Lock()
+        self._output = output.shape, output.dtype
+        self.graph = AutomaticGraph()
 
     def still_holds(self) -> bool:
         """Whether every parameter is where and what it was, which no one is told of when its `data` is replaced."""
@@ -68,10 +71,21 @@ class Plan:
         return self._guard.check(*self._parameters) or _facts(self._parameters) == self._found
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.graph.run(self, x)
+
+    def launch(self, x: Tensor) -> Tensor:
+        """The output, a new tensor, by a launch after the other."""
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
         address = workspace.data_ptr()
         (out,) = (self._bound.get(address) or self._bind(address))(x)
         return out
+
+    def fixed(self, stream: int) -> tuple[Callable[[Tensor], object], Tensor, Tensor]:
+        """The launches for memory that is no one else's: a function of the input, the output that it writes, and a workspace."""
+        shape, dtype = self._output
+        out = torch.empty(shape, dtype=dtype, device=self._device)
+        workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
+        return self._program.bind(workspace.data_ptr(), out, stream), out, workspace
 
     def _bind(self, address: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
         with self._binding:
@@ -147,7 +161,13 @@ def described(module: nn.Module) -> list[str]:
         return []
     lines = []
     for (shape, _, dtype, *_), entry in list(plans.entries.items()):
-        state = "planned" if isinstance(entry, Plan) else entry if entry is _SEEN else f"not planned: {entry}"
+        state = (
+            f"planned, {entry.graph.state}"
+            if isinstance(entry, Plan)
+            else entry
+            if entry is _SEEN
+            else f"not planned: {entry}"
+        )
         lines.append(f"{' x '.join(map(str, shape))} {backends.dtype_name(dtype)}: {state}")
     return lines
 

@@ -25,6 +25,13 @@ PLAIN = "deit_tiny_patch16_224"
 SMALL = dict(depth=2, img_size=64)
 
 
+@pytest.fixture(autouse=True)
+def _launches():
+    fastdeit.set_graphs("off")
+    yield
+    fastdeit.set_graphs()
+
+
 @functools.cache
 def _built(name, **options):
     with torch.device("cuda"):
