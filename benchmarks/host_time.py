@@ -21,7 +21,10 @@ from fastdeit.testing import fake_cuda
 
 PRECISIONS = ("bf16", "autocast")  # a bf16 model, or fp32 parameters under autocast to bf16
 PASSES = ("forward", "step")
-MODES = ("eager", "captured")  # launches one by one; in a CUDA graph, a forward pass by `fastdeit.set_graphs`, a step by hand
+MODES = (
+    "eager",
+    "captured",
+)  # launches one by one; in a CUDA graph, a forward pass by `fastdeit.set_graphs`, a step by hand
 LAUNCHES = ("launch", "triton_launch", "gemm", "graph_launch", "memset", "copy_on_device")
 _WARM_UP = 8  # calls: the first compiles, and the seventh may capture a graph
 

@@ -95,7 +95,9 @@ def test_a_graph_holds_the_launches_of_its_plan(model):
     x = images()
     launches = of(recorded(lambda: plan.launch(x)))
     capture_again = recorded(lambda: graphs._Graph(plan, x))
-    captured = of(event for event in capture_again if "FillFunctor" not in event.name)  # the generator's seed and offset
+    captured = of(
+        event for event in capture_again if "FillFunctor" not in event.name
+    )  # the generator's seed and offset
     assert captured == launches and len(launches) > 10
 
 
