@@ -31,6 +31,9 @@ LOADER = ["simplejpeg>=1.9", "nvidia-nvimgcodec-cu12>=0.9; sys_platform == 'linu
 BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
 # Libraries whose models are accelerated too (docs/hosts.md), for the tests of that; none is needed to import fastdeit.
 HOSTS = [
+    "accelerate>=1.15",
+    "peft>=0.21",
+    "torchao>=0.18",
     "torchvision>=0.26",
     "transformers>=5.24",
     "vit-pytorch>=1.26",

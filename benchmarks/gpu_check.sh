@@ -112,8 +112,8 @@ bench() {
     [ -n "$toy" ] && chosen=(--toy --only layer_norm -k fp32-forward)
     results=$folder/bench/$("$python" -c "
 import sys
-from fastdeit.benchmarks import pieces
-print(pieces.digest(pieces.identity(bool(sys.argv[1]))))" "$toy") || return
+from fastdeit.benchmarks import results_folder as results
+print(results.digest(results.identity(bool(sys.argv[1]))))" "$toy") || return
     "$python" -m fastdeit bench quick --out "$results" "${chosen[@]}"
     code=$?
     "$python" -m fastdeit bench report "$results" >"$folder/bench.md" || return

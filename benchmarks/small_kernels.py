@@ -20,7 +20,7 @@ from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.attention.backward import attention_backward
 from fastdeit.kernels.attention.forward import attention_forward
 from fastdeit.kernels.gemm import config as gemm_config
-from fastdeit.kernels.gemm import fused_mlp as whole_mlp
+from fastdeit.kernels.gemm import fused_mlp
 from fastdeit.kernels.runtime.architecture import architecture, has_descriptors, multiprocessors
 from fastdeit.testing import kernel_device, kernel_dtypes
 
@@ -62,9 +62,9 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
         torch.full((2, 2, 8), 2.0, dtype=torch.float64, device=x.device),
     )
     yield "augment", lambda: ops.augment(pixels, operation)
-    narrow = randn(2, tokens, whole_mlp.CHANNELS.value), randn(128, 192), None, randn(192, 128), None
-    for config in whole_mlp.candidates(architecture(x)):
-        with whole_mlp.use_whole_mlp(config), torch.no_grad():
+    narrow = randn(2, tokens, fused_mlp.CHANNELS.value), randn(128, 192), None, randn(192, 128), None
+    for config in fused_mlp.candidates(architecture(x)):
+        with fused_mlp.use_fused_mlp(config), torch.no_grad():
             yield f"mlp in one kernel, {config.backend}", lambda: ops.mlp(*narrow)
     if dtype != torch.float32:
         yield from descriptor_attention(randn(2, tokens, 3 * channels).detach())
@@ -87,13 +87,13 @@ def descriptor_attention(qkv: torch.Tensor) -> Iterator[tuple[str, Callable[[], 
     many = 1024, 1, tokens, tokens, qkv.shape[2] // 3  # so many samples fill any GPU
     config = attention_config.select_config(*many, qkv.element_size(), arch, multiprocessors(qkv), True)
     yield "attention, descriptors", lambda: attention_forward(qkv, 1, 0.125, config)[0]
-    for form in (config, replace(config, whole=attention_config.whole_tiles(tokens))):
+    for form in (config, replace(config, one_program=attention_config.one_program_tiles(tokens))):
 
         def gradient(form=form):
             out, lse = attention_forward(qkv, 1, 0.125, form)
             return attention_backward(torch.ones_like(out), qkv, out, lse, 1, 0.125, form)
 
-        yield f"its gradient in {'two kernels' if form.whole is None else 'one kernel'}", gradient
+        yield f"its gradient in {'two kernels' if form.one_program is None else 'one kernel'}", gradient
 
 
 def run(name: str, call: Callable[[], torch.Tensor]) -> bool:

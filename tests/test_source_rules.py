@@ -158,7 +158,7 @@ RULES = {  # rule: (the directories it is for, file patterns)
     bare_imports: ((*PACKAGE, "tests", "docs"), ("*.py",)),
     private_imports: ((*PACKAGE, "tests"), ("*.py",)),
     steers_the_formatter: (
-        (*(f"fastdeit/{s}" for s in SUBJECTS), "benchmarks", "tests/nn", "tests/ops", "tests/train"),
+        (*(f"fastdeit/{s}" for s in SUBJECTS), "kernels", "benchmarks", "tests/nn", "tests/ops", "tests/train"),
         ("*.py",),
     ),
 }

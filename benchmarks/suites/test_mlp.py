@@ -179,15 +179,15 @@ def derivative(sizes: Sizes, _) -> Work:
 
 def in_one_kernel(work: Work, sizes: Sizes) -> Work:
     """The same forward, whatever the table says; its floor beside the one of a compiler, which takes the library's products."""
-    from fastdeit.kernels.gemm.fused_mlp import candidates, use_whole_mlp
+    from fastdeit.kernels.gemm.fused_mlp import candidates, use_fused_mlp
     from fastdeit.kernels.runtime.architecture import architecture
 
     config = candidates(architecture(torch.empty(0, device=kernel_device())))[0]
     stream_bytes = None if work.op is ops.mlp else 4  # of what a branch starts with
-    cost = costs.whole_mlp_forward(sizes.rows, sizes.channels, sizes.hidden, stream_bytes=stream_bytes)
+    cost = costs.fused_mlp_forward(sizes.rows, sizes.channels, sizes.hidden, stream_bytes=stream_bytes)
 
     def op(*given):
-        with use_whole_mlp(config):
+        with use_fused_mlp(config):
             return work.op(*given)
 
     def floors(ceilings):

@@ -19,8 +19,7 @@ from fastdeit.kernels.attention.backward import attention_backward
 from fastdeit.kernels.attention.config import Tiles
 from fastdeit.kernels.attention.forward import attention_forward, config_for
 from fastdeit.kernels.gemm import config as gemm_config
-from fastdeit.kernels.gemm import fused_mlp as whole_mlp
-from fastdeit.kernels.gemm import linear
+from fastdeit.kernels.gemm import fused_mlp, linear
 from fastdeit.kernels.mlp import activation as mlp
 from fastdeit.kernels.norm import layer_norm
 from fastdeit.kernels.runtime.architecture import architecture
@@ -88,9 +87,9 @@ def cases(op: str, toy: bool) -> Iterator[Case]:
         yield from _gemms(toy)
         for dtype in (torch.float16,) if toy else (torch.bfloat16, torch.float16):
             for batch in (2,) if toy else GEMM_BATCHES:
-                yield _whole_mlp(batch, dtype, "mlp", "", 1, toy)
+                yield _fused_mlp(batch, dtype, "mlp", "", 1, toy)
                 for stream in STREAMS:
-                    yield _whole_mlp(batch, dtype, "add_layer_norm_mlp", stream, len(STREAMS), toy)
+                    yield _fused_mlp(batch, dtype, "add_layer_norm_mlp", stream, len(STREAMS), toy)
 
 
 def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) -> Iterator[Case]:
@@ -101,7 +100,7 @@ def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) 
     pointers = config_for(probe, batch, heads, tokens, tokens, head_dim, False)
     bases = {"pointers": pointers}
     if attention_config.has_descriptors(architecture(probe)):
-        bases["descriptors"] = replace(now, descriptors=True, whole=None)
+        bases["descriptors"] = replace(now, descriptors=True, one_program=None)
     group = f"D={head_dim}{'' if now.forward.own >= 64 else ' narrow'}"
     where = f"B={batch} N={tokens} H={heads} D={head_dim}"
 
@@ -139,13 +138,13 @@ def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) 
             forwards.append(forward(f"forward {form}", base, tiles, chosen and tiles == now.forward))
         for entry in ("dq", "dkv"):
             for tiles in _tiles(getattr(base, entry), toy):
-                present = chosen and now.whole is None and tiles == getattr(now, entry)
+                present = chosen and now.one_program is None and tiles == getattr(now, entry)
                 backwards.append(backward(f"{entry} {form}", tiles, replace(base, **{entry: tiles}), present))
-    if "descriptors" in bases and attention_config.whole_fits(tokens, head_dim):
-        first = attention_config.whole_tiles(tokens)
+    if "descriptors" in bases and attention_config.one_program_fits(tokens, head_dim):
+        first = attention_config.one_program_tiles(tokens)
         for tiles in [first] if toy else [first, replace(first, num_stages=3), replace(first, block=16)]:
-            config = replace(bases["descriptors"], whole=tiles)
-            backwards.append(backward("whole", tiles, config, tiles == now.whole))
+            config = replace(bases["descriptors"], one_program=tiles)
+            backwards.append(backward("whole", tiles, config, tiles == now.one_program))
     call = dict(head_dim=head_dim, tokens=tokens, batch_heads=batch * heads)
     common = dict(group=group, batch=batch, tokens=tokens, inputs=inputs, call=call)
     name = f"attention forward {where}"
@@ -298,11 +297,11 @@ def _gemm(batch, tokens, N, K, dtype: torch.dtype, epilogue: str, stream: str, s
     return Case(name, f"{epilogue} {N}x{K}", batch, tokens, inputs, reference, found, call=key)
 
 
-def _whole_mlp(batch: int, dtype: torch.dtype, form: str, stream: str, streams: int, toy: bool) -> Case:
+def _fused_mlp(batch: int, dtype: torch.dtype, form: str, stream: str, streams: int, toy: bool) -> Case:
     """DeiT-Ti's MLP for inference, in library products beside one kernel."""
     tokens, channels, hidden = (3, 192, 64) if toy else (198, 192, 768)
     arch = architecture(torch.empty(0, device=kernel_device()))
-    now = whole_mlp.select_config(batch * tokens, hidden, dtype, form, arch)
+    now = fused_mlp.select_config(batch * tokens, hidden, dtype, form, arch)
     op, plain = getattr(ops, form), getattr(ops, f"{form}_reference")
     wide = torch.float32 if stream == "fp32 stream" else dtype
 
@@ -326,12 +325,12 @@ def _whole_mlp(batch: int, dtype: torch.dtype, form: str, stream: str, streams: 
 
     def candidate(config):
         def run(*arguments):
-            with whole_mlp.use_whole_mlp(config), use_backend("triton"):
+            with fused_mlp.use_fused_mlp(config), use_backend("triton"):
                 return call(op, *arguments)
 
         return Candidate("whole", config, run, config == now)
 
-    tried = (whole_mlp.Config("tma", 16, 32, 4, 2),) if toy else whole_mlp.candidates(arch)
+    tried = (fused_mlp.Config("tma", 16, 32, 4, 2),) if toy else fused_mlp.candidates(arch)
     found = [candidate(config) for config in dict.fromkeys([None, now, *tried])]
     key = dict(M=batch * tokens, hidden=hidden, dtype=str(dtype), form=form, cases=streams)
     name = " ".join(filter(None, (f"mlp whole {form} M={batch * tokens}", str(dtype).removeprefix("torch."), stream)))

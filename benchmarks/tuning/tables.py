@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastdeit.kernels.attention.config import WHOLE_BACKWARD_TOKENS, around
+from fastdeit.kernels.attention.config import ONE_PROGRAM_BACKWARD_TOKENS, around
 from fastdeit.kernels.gemm import config as gemm_config
 from fastdeit.kernels.gemm import fused_mlp
 from fastdeit.kernels.gemm.config import CUBLAS
@@ -24,12 +24,12 @@ def table(op: str, results: list[dict[str, Any]]) -> str:
     if op == "mlp":
         pointwise = [result for result in results if not result["call"]]
         products = [result for result in results if "epilogue" in result["call"]]
-        whole = [result for result in results if "form" in result["call"]]
+        fused = [result for result in results if "form" in result["call"]]
         lines = [f"return {parts['config']}" for parts in choices(pointwise).values()]
         lines = ["# kernels/mlp/activation.py, select_config", *lines, ""] if lines else []
         lines += ["# kernels/gemm/config.py", *_measured("GEMMS", gemm_config.GEMMS, products, CUBLAS), ""]
         return "\n".join(
-            [*lines, "# kernels/gemm/fused_mlp.py", *_measured("WHOLE_MLPS", fused_mlp.WHOLE_MLPS, whole, None)]
+            [*lines, "# kernels/gemm/fused_mlp.py", *_measured("FUSED_MLPS", fused_mlp.FUSED_MLPS, fused, None)]
         )
     chosen = choices(results)
     if op == "layer_norm":
@@ -38,15 +38,15 @@ def table(op: str, results: list[dict[str, Any]]) -> str:
         return "\n".join(
             ["# kernels/norm/layer_norm.py", "CONFIGS = {", f"    {_architecture()}: {{", *lines, "    },", "}"]
         )
-    lines = ["# kernels/attention/config.py", f"HANDED_OVER = {hand_overs(results)}"]
-    lines += [f"WHOLE_BACKWARD_TOKENS = {_whole_table(results)}"]
+    lines = ["# kernels/attention/config.py", f"SDPA_PREFERRED = {hand_overs(results)}"]
+    lines += [f"ONE_PROGRAM_BACKWARD_TOKENS = {_one_program_table(results)}"]
     for group, parts in chosen.items():
         for form in ("pointers", "descriptors"):
             entries = [parts.get(f"{entry} {form}") for entry in ("forward", "dq", "dkv")]
             if all(entries):
                 lines += [f"# _tiles, {group}, {form}", f"return {', '.join(entries)}"]
         if "whole" in parts:
-            lines += [f"# whole_tiles, {group}", f"return {parts['whole']}"]
+            lines += [f"# one_program_tiles, {group}", f"return {parts['whole']}"]
     return "\n".join(lines)
 
 
@@ -65,7 +65,7 @@ def _least(entries: dict[str, list[float]]) -> str:
     return min((config for config, logs in entries.items() if len(logs) == most), key=lambda c: sum(entries[c]))
 
 
-def whole_tokens(results: list[dict[str, Any]]) -> int:
+def one_program_tokens(results: list[dict[str, Any]]) -> int:
     """Up to how many tokens backward in one kernel was faster, in every case, than the best of two kernels."""
     longest = 0
     for result in sorted(results, key=lambda result: result["tokens"]):
@@ -86,9 +86,9 @@ def whole_tokens(results: list[dict[str, Any]]) -> int:
     return longest
 
 
-def _whole_table(results: list[dict[str, Any]]) -> dict[int, int]:
+def _one_program_table(results: list[dict[str, Any]]) -> dict[int, int]:
     arch = _architecture()
-    return WHOLE_BACKWARD_TOKENS | ({arch: whole_tokens(results)} if has_descriptors(arch) else {})
+    return ONE_PROGRAM_BACKWARD_TOKENS | ({arch: one_program_tokens(results)} if has_descriptors(arch) else {})
 
 
 def hand_overs(results: list[dict[str, Any]]) -> dict[int, tuple]:

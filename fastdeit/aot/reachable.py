@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeit import backends, ops
 from fastdeit.aot import catalog
-from fastdeit.kernels.attention.config import PIECES
+from fastdeit.kernels.attention.config import HEAD_DIM_SPLITS
 from fastdeit.kernels.runtime import architecture
 from fastdeit.kernels.runtime import launch as launch_module
 from fastdeit.kernels.runtime.aot_config import AotConfig
@@ -135,7 +135,7 @@ def _tokens(draw: random.Random) -> int:
 
 
 def _attention(draw: random.Random) -> _Call:
-    head_dim, heads, batch = draw.choice(sorted(PIECES)), draw.choice([1, 2]), draw.choice([1, 140])
+    head_dim, heads, batch = draw.choice(sorted(HEAD_DIM_SPLITS)), draw.choice([1, 2]), draw.choice([1, 140])
     dtype, tokens = _dtype(draw), _tokens(draw)
     if draw.random() < 0.3:
         q, k, v = (_tensor(draw, batch, n, heads, head_dim, dtype=dtype) for n in (tokens, *[_tokens(draw)] * 2))

@@ -12,7 +12,7 @@ from torch.nn.modules import module as module_hooks
 
 from fastdeit.blocks import spec
 from fastdeit.blocks.checklist import BlockVerdict, Gamma, TrunkVerdict, exported
-from fastdeit.kernels.attention.config import HANDED_OVER
+from fastdeit.kernels.attention.config import SDPA_PREFERRED
 from fastdeit.ops.attention_op import why_handed_over
 from fastdeit.ops.attention_op import why_reference as why_no_attention_kernel
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm_kernel
@@ -48,7 +48,7 @@ def why_not_attention_call(body: spec.Attention, x: Tensor) -> str | None:
     if x.dim() != 3:
         return "the input is not (B, N, C)"
     reason = why_no_attention_kernel(x, body.head_dim)
-    if reason is None and HANDED_OVER:
+    if reason is None and SDPA_PREFERRED:
         batch, tokens, _ = x.shape
         reason = why_handed_over(x, body.head_dim, tokens, batch * body.num_heads)
     return reason

@@ -154,37 +154,34 @@ def why_not_norm(norm: spec.Affine, source: type[nn.LayerNorm]) -> str | None:
     return why_not_weights(norm) if module.elementwise_affine else None
 
 
-def why_not_attention(body: spec.Attention) -> str | None:
-    """Why attention runs the host's code, or its projections are called, whatever it is called with."""
-    return why_not_between_projections(body) or why_projections_called(body)
-
-
 def why_not_between_projections(body: spec.Attention) -> str | None:
     """Why what attention does between its projections is the host's code, whatever it is called with."""
     modules = (*(layer.module for layer in _projections(body)), *body.between)
     return body.beyond or why_not_bypassed(modules) or why_not_inactive_dropout(body.dropout)
 
 
-def why_projections_called(body: spec.Attention) -> str | None:
+def why_projections_called(body: spec.Attention | spec.Mlp) -> str | None:
     """Why the projections are called, None if products on their weights may take their place."""
     return next(filter(None, map(why_not_linear, _projections(body))), None)
 
 
-def _projections(body: spec.Attention) -> tuple[spec.Affine, ...]:
+def _projections(body: spec.Attention | spec.Mlp) -> tuple[spec.Affine, ...]:
+    if isinstance(body, spec.Mlp):
+        return body.fc1, body.fc2
     return (body.qkv, body.proj) if isinstance(body.qkv, spec.Affine) else (*body.qkv, body.proj)
 
 
 def why_not_mlp(body: spec.Mlp) -> str | None:
-    """Why an MLP runs the host's code, whatever it is called with."""
+    """Why an MLP runs the host's code, or its projections are called, whatever it is called with."""
+    return _why_not_around_projections(body) or why_projections_called(body)
+
+
+def _why_not_around_projections(body: spec.Mlp) -> str | None:
+    """Why an MLP is the host's code even if its projections are called."""
     if body.activation is None:
         return f"the activation is {body.act}"
-    return (
-        body.beyond
-        or why_not_bypassed((body.fc1.module, body.act, *body.between, body.fc2.module))
-        or why_not_linear(body.fc1)
-        or why_not_linear(body.fc2)
-        or why_not_inactive_dropout(body.dropout)
-    )
+    modules = (body.fc1.module, body.act, *body.between, body.fc2.module)
+    return body.beyond or why_not_bypassed(modules) or why_not_inactive_dropout(body.dropout)
 
 
 # ---- blocks
@@ -200,6 +197,7 @@ class BlockVerdict(NamedTuple):
         block: why the host's code runs around the block's parts, None if norms and residual additions run fused.
         deferred: why the last addition may not be left to what follows the block.
         parts: of each branch, why its module is called, None if it runs fused without a call.
+        called: of each branch, why the projections of what is fused are called, None if their weights are read.
         out_dropouts: of each branch, why the dropout after its body is called, None if that would give its input back.
         pruned: why the block may not be run for the first tokens alone.
         gammas: parameters of LayerScale in all branches but the last.
@@ -209,6 +207,7 @@ class BlockVerdict(NamedTuple):
     block: str | None
     deferred: str | None
     parts: tuple[str | None, ...]
+    called: tuple[str | None, ...]
     out_dropouts: tuple[str | None, ...]
     pruned: str | None
     gammas: tuple[Gamma, ...]
@@ -219,7 +218,7 @@ def judge_block(block: spec.Block) -> BlockVerdict:
     """What its modules allow."""
     if block.beyond is not None:
         each = (block.beyond,) * len(block.branches)
-        return BlockVerdict(block.beyond, block.beyond, each, each, block.beyond, (), ())
+        return BlockVerdict(block.beyond, block.beyond, each, each, each, block.beyond, (), ())
     *inner, last = block.branches
     reason = why_replaced(block.source)
     for branch in block.branches:
@@ -227,12 +226,13 @@ def judge_block(block: spec.Block) -> BlockVerdict:
     for branch in inner:
         reason = reason or _why_not_tail(branch, block.module)
     parts = tuple(_why_called(branch) for branch in block.branches)
+    called = tuple(None if branch.body is None else why_projections_called(branch.body) for branch in block.branches)
     if block.all_fused:
         reason = reason or next(filter(None, parts), None)
     deferred = why_not_bypassed((block.module,)) or reason or _why_not_tail(last, block.module)
     dropouts = tuple(None if branch.body is None else why_called(branch.body.out_dropout) for branch in block.branches)
-    pruned = _why_not_pruned(block, parts)
-    return BlockVerdict(reason, deferred, parts, dropouts, pruned, _gammas(inner), _gammas([last]))
+    pruned = _why_not_pruned(block, parts) or called[0]
+    return BlockVerdict(reason, deferred, parts, called, dropouts, pruned, _gammas(inner), _gammas([last]))
 
 
 def _why_not_norm_of(branch: spec.Branch) -> str | None:
@@ -271,7 +271,9 @@ def _why_called(branch: spec.Branch) -> str | None:
         return f"a {type(branch.module).__name__} is called"
     kind = getattr(branch.module, "source", type(branch.module))  # a host's own part has no class of ours
     reason = why_not_bypassed((branch.module,)) or why_replaced(kind)
-    return reason or (why_not_attention(body) if isinstance(body, spec.Attention) else why_not_mlp(body))
+    if isinstance(body, spec.Mlp):
+        return reason or _why_not_around_projections(body)
+    return reason or why_not_between_projections(body)
 
 
 def _why_not_pruned(block: spec.Block, parts: tuple[str | None, ...]) -> str | None:

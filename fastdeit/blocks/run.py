@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastdeit import ops
 from fastdeit.backends import matmul_dtype
 from fastdeit.blocks import spec
-from fastdeit.blocks.call_rules import why_not_attention_call
+from fastdeit.blocks.call_rules import why_not_attention_call, why_not_plain_call
 from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict, exported, why_called
-from fastdeit.kernels.attention.config import HANDED_OVER
+from fastdeit.kernels.attention.config import SDPA_PREFERRED
 
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 
@@ -73,23 +73,26 @@ def run_block(
         call_arguments: keyword arguments of a module that takes the block's mask, where it is called.
     """
     last = block.branches[-1]
-    for branch, reason, dropout in zip(block.branches, verdict.parts, verdict.out_dropouts, strict=True):
+    judged = zip(block.branches, verdict.parts, verdict.called, verdict.out_dropouts, strict=True)
+    for branch, reason, called, dropout in judged:
         body = branch.body
         fused = reason is None and (attention_fused or not isinstance(body, spec.Attention))
         folds_tail = defer or branch is not last
-        if fused and keep is None and pending.gamma is None:
+        reads_weights = fused and called is None
+        if reads_weights and keep is None and pending.gamma is None:
             joint = _run_joint(block, branch, pending, folds_tail, drops_out=dropout is not None)
             if joint is not None:
                 pending = joint
                 continue
         # Only a fused body's matmul reads the normalised tokens: it takes them in the dtype that it multiplies in.
-        x, tokens = add_layer_norm(pending, branch.norm, autocast_dtype(pending.x) if fused else None)
+        x, tokens = add_layer_norm(pending, branch.norm, autocast_dtype(pending.x) if reads_weights else None)
         if not fused:
-            out = branch.module(tokens, **call_arguments) if branch.takes_mask else branch.module(tokens)
+            call = branch.module if branch.call is None else branch.call
+            out = call(tokens, **call_arguments) if branch.takes_mask else call(tokens)
         elif isinstance(body, spec.Mlp):
-            out = run_mlp(body, tokens)
+            out = run_mlp(body, tokens) if called is None else run_mlp_called(body, tokens)
         elif keep is None:
-            out = run_attention(body, tokens)
+            out = run_attention(body, tokens) if called is None else run_attention_called(body, tokens)
         else:
             x, out, keep = x[:, :keep], _run_attention_prefix(body, tokens, keep), None
         if not folds_tail:
@@ -118,7 +121,7 @@ def _run_joint(
     norm_weight, norm_bias = _read(norm)
     given = (x, added, norm_weight, norm_bias, norm.module.eps)
     if isinstance(body, spec.Attention):
-        if HANDED_OVER:
+        if SDPA_PREFERRED:
             return None
         qkv = body.qkv
         qkv = _read(qkv) if isinstance(qkv, spec.Affine) else _packed(qkv)
@@ -163,18 +166,47 @@ def run_attention(body: spec.Attention, x: Tensor) -> Tensor:
     return dropped_out(body.out_dropout, F.linear(out, *_read(body.proj)))
 
 
-def run_between_projections(body: spec.Attention, qkv: Tensor, fused: bool) -> Tensor:
-    """(B, N, 3 * H * D) -> (B, N, H * D). fused: by the kernel; else by PyTorch, which takes what a called projection may give."""
-    if fused:
-        return ops.attention(qkv, body.num_heads)
-    q, k, v = qkv.unflatten(-1, (3, body.num_heads, body.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def run_attention_called(body: spec.Attention, x: Tensor) -> Tensor:
+    """`run_attention` with calls of the projections, whatever their classes, and the kernel between them.
+
+    What a call gives that the kernel does not take, such as a tensor of another class, goes to PyTorch's attention.
+    """
+    heads = body.num_heads, body.head_dim
+    if isinstance(body.qkv, spec.Affine):
+        qkv = _called(body.qkv, x)
+        if why_not_plain_call(qkv) is None and why_not_attention_call(body, qkv) is None:
+            return _projected(body, ops.attention(qkv, body.num_heads))
+        q, k, v = qkv.unflatten(-1, (3, *heads)).unbind(2)
+    else:
+        q, k, v = (_called(layer, x).unflatten(-1, heads) for layer in body.qkv)
+        plain = q.dtype is k.dtype is v.dtype and not any(map(why_not_plain_call, (q, k, v)))
+        if plain and why_not_attention_call(body, q.flatten(2)) is None:
+            return _projected(body, ops.attention_qkv(q, k, v).flatten(2))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return _projected(body, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _projected(body: spec.Attention, x: Tensor) -> Tensor:
+    return dropped_out(body.out_dropout, _called(body.proj, x))
+
+
+def _called(layer: spec.Affine, x: Tensor) -> Tensor:
+    """The layer's product by a call of its module. PyTorch's attention holds the packed weight itself, and multiplies by it."""
+    module = layer.module
+    if isinstance(module, nn.MultiheadAttention):
+        return F.linear(x, getattr(module, layer.weight), getattr(module, layer.bias))
+    return module(x)
 
 
 def run_mlp(body: spec.Mlp, x: Tensor) -> Tensor:
     """(..., C) -> (..., C_out)."""
     out = ops.mlp(x, *_read(body.fc1), *_read(body.fc2), activation=body.activation)
     return dropped_out(body.out_dropout, out)
+
+
+def run_mlp_called(body: spec.Mlp, x: Tensor) -> Tensor:
+    """`run_mlp` with calls of the projections and of the activation between them."""
+    return dropped_out(body.out_dropout, body.fc2.module(body.act(body.fc1.module(x))))
 
 
 def _run_attention_prefix(body: spec.Attention, x: Tensor, keep: int) -> Tensor:

@@ -6,9 +6,10 @@ A record holds modules and names of parameters, never tensors: weights are read 
 sharding work as ever. `checklist` judges a record, `run` computes what it says.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 # What an adapter names where its host has no module in that place. A host's module never is this one.
 NOTHING = nn.Identity()
@@ -74,6 +75,7 @@ class Branch:
         drop_path: stochastic depth (Huang et al. 2016) or Identity.
         takes_mask: module is called with the block's attention mask.
         gamma: name of layer_scale's parameter (C,).
+        call: how the host calls module, with all that follows up to layer_scale, where that is not module(x).
     """
 
     norm: Affine
@@ -83,6 +85,7 @@ class Branch:
     drop_path: nn.Module
     takes_mask: bool = False
     gamma: str = "gamma"
+    call: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from fastdeit.blocks.adapters.timm import describe_attention
 from fastdeit.blocks.call_rules import why_global_hook, why_not_attention_call, why_not_plain_call
 from fastdeit.blocks.checklist import why_not_between_projections, why_projections_called, why_replaced
 from fastdeit.blocks.fused_module import FusedModule
-from fastdeit.blocks.run import run_attention, run_between_projections
+from fastdeit.blocks.run import run_attention, run_attention_called
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.blocks.spec import Attention as Description
 
@@ -47,11 +47,7 @@ class Attention(FusedModule, timm.layers.Attention, source=timm.layers.Attention
         description, (reason, called) = looked_at(self)
         if attn_mask is not None or is_causal or reason is not None or _why_not_call(description, x) is not None:
             return super().forward(x, attn_mask, is_causal)
-        if called is None:
-            return run_attention(description, x)
-        qkv = self.qkv(x)
-        fused = why_not_plain_call(qkv) is None and why_not_attention_call(description, qkv) is None
-        return self.proj_drop(self.proj(run_between_projections(description, qkv, fused)))
+        return run_attention(description, x) if called is None else run_attention_called(description, x)
 
 
 def _why_not_call(description: Description, x: Tensor) -> str | None:

@@ -1,7 +1,7 @@
 """The fused forward that the blocks of other libraries have in common."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,11 +22,13 @@ class HostBlock(FusedModule):
     Attributes:
         memory: what is saved for backward, as in `fastdeit.nn.Block`.
         tokens_name: the host's name for the argument (B, N, C).
+        keep: how many of the tokens that enter it gives, None for all.
     """
 
     covers_parts = True
     memory = "usual"
     tokens_name = "x"
+    keep: ClassVar[int | None] = None
 
     def describe_parts(self) -> spec.Block:
         """The block as data.
@@ -59,21 +61,40 @@ class HostBlock(FusedModule):
     def why_not_fused(self, *args: Any, **kwargs: Any) -> str | None:
         """Why `forward` would run the host's code, None if it would run the kernels."""
         x, args, kwargs = self._tokens(args, kwargs)
-        description, verdict = looked_at(self)
+        description, verdict = self._looked_at()
         return self.why_not_arguments(args, kwargs) or why_not_all_fused_call(description, verdict, x)
+
+    def note(self) -> str | None:
+        """What of it is called where it runs fused, None if nothing is."""
+        _, verdict = self._looked_at()
+        if (reason := next(filter(None, verdict.parts), None)) is not None:
+            return f"a part of it is called: {reason}"
+        reason = next(filter(None, verdict.called), None)
+        return None if reason is None else f"its projections are called: {reason}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, HostBlock):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, *args, **kwargs)
-        x, *rest = self._tokens(args, kwargs)
-        description, verdict = looked_at(self)
-        if self.why_not_arguments(*rest) is not None or why_not_all_fused_call(description, verdict, x) is not None:
+        x, others, named = self._tokens(args, kwargs)
+        description, verdict = self._looked_at()
+        if (
+            self.why_not_arguments(others, named) is not None
+            or why_not_all_fused_call(description, verdict, x) is not None
+        ):
             return super().forward(*args, **kwargs)
-        return self.finish(run_block(description, verdict, PendingResidual(x), attention_fused=True, defer=False))
+        pending = PendingResidual(self.enter(x, others, named))
+        return self.finish(run_block(description, verdict, pending, attention_fused=True, defer=False, keep=self.keep))
+
+    def enter(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The tokens that enter the block, from a call's."""
+        return x
 
     def finish(self, pending: PendingResidual) -> Tensor:
         """The block's output, from its last addition."""
         return pending.x + pending.branch
+
+    def _looked_at(self) -> tuple[spec.Block, BlockVerdict]:
+        return looked_at(self)
 
     def _tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
         """The tokens, None if they were not given, and the other arguments."""

@@ -10,7 +10,7 @@ from fastdeit.blocks.fused_module import FUSED_CLASSES
 
 # The host's file -> ours that has the fused classes for it, and their names there.
 _HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "timm.models.cait": ("fastdeit.nn.cait", ("LayerScaleBlock",)),
+    "timm.models.cait": ("fastdeit.nn.cait", ("LayerScaleBlock", "LayerScaleBlockClassAttn")),
     "models": ("fastdeit.nn.deit_distilled", ("DistilledVisionTransformer",)),
     "models_v2": ("fastdeit.nn.deit_blocks", ("Block", "LayerScaleBlock")),
     "torchvision.models.vision_transformer": ("fastdeit.nn.torchvision", ("EncoderBlock",)),
@@ -32,8 +32,13 @@ def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
             for name in names:
                 getattr(file, name)
         except (ImportError, AttributeError) as error:  # a version of the host without these classes
-            _unusable[host] = str(error)
+            _unusable[host] = str(error).partition(" (/")[0]  # without the path
     return FUSED_CLASSES
+
+
+def has_unusable_name(kind: type[nn.Module]) -> bool:
+    """Whether it is one of the classes looked for, in a version of its library that is not known."""
+    return kind.__module__ in _unusable and kind.__name__ in _HOSTS[kind.__module__][1]
 
 
 def why_no_class(kind: type[nn.Module]) -> str:

@@ -14,8 +14,8 @@ from fastdeit.blocks.adapters.huggingface import describe_layer, layer_class, wh
 from fastdeit.blocks.adapters.huggingface_layers import LAYERS
 from fastdeit.nn.host_block import HostBlock
 
-# Arguments of the model that it hands on to its layers, which have no use for them.
-_FOR_THE_MODEL = ("num_items_in_batch", "output_hidden_states", "return_dict")
+# Arguments of the model that it hands on to its layers, which have no use for them; BEiT's have two for their bias alone.
+_FOR_THE_MODEL = ("num_items_in_batch", "output_hidden_states", "return_dict", "interpolate_pos_encoding", "resolution")
 _OWN_ATTENTION = {"sdpa": sdpa_attention_forward, "eager": None}
 
 

@@ -174,12 +174,12 @@ def _forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.gemm.fused_mlp import whole_mlp_forward
+    from fastdeit.kernels.gemm.fused_mlp import fused_mlp_forward
     from fastdeit.kernels.gemm.linear import linear_forward
 
     if not saves and drop_path_scale is None:
         options = dict(norm=(norm_weight, norm_bias, eps), branch=branch, gamma=gamma)
-        fused = whole_mlp_forward(x, w1, b1, w2, b2, activation, matmul_dtype, **options)
+        fused = fused_mlp_forward(x, w1, b1, w2, b2, activation, matmul_dtype, **options)
         if fused is not None:
             x_new, out = fused
             return (out, x_new), ()

@@ -51,7 +51,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
         if why_reference(low, head_dim, scale) is not None:
             return attention_reference(qkv, num_heads, scale=scale)
         _packed_passed.add((qkv,), num_heads, scale)
-    if attention_config.HANDED_OVER and why_handed_over(low, head_dim, tokens, batch * num_heads) is not None:
+    if attention_config.SDPA_PREFERRED and why_handed_over(low, head_dim, tokens, batch * num_heads) is not None:
         return attention_reference(qkv, num_heads, scale=scale)
     _count_flops(low)
     (out,) = attention_unchecked(low, num_heads, head_dim**-0.5 if scale is None else float(scale))
@@ -129,7 +129,7 @@ def why_handed_over(x: Tensor, head_dim: int, tokens: int, batch_heads: int) -> 
         tokens: N.
         batch_heads: B * H.
     """
-    if not attention_config.HANDED_OVER or backends.get_backend() != "auto":
+    if not attention_config.SDPA_PREFERRED or backends.get_backend() != "auto":
         return None
     arch, gradients = architecture(x), torch.is_grad_enabled()
     if attention_config.handed_over(arch, head_dim, tokens, batch_heads, gradients):
@@ -265,8 +265,8 @@ def _separate_save(inputs, outputs, made, needs):
 def _separate_backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.attention.backward import attention_qkv_backward
 
-    keys_wanted = grad_dtypes[1] is not None or grad_dtypes[2] is not None
-    input_grads = attention_qkv_backward(*grads, *saved, *options, keys_wanted=keys_wanted)
+    key_value_grads = grad_dtypes[1] is not None or grad_dtypes[2] is not None
+    input_grads = attention_qkv_backward(*grads, *saved, *options, key_value_grads=key_value_grads)
     return tuple(None if dtype is None else grad for grad, dtype in zip(input_grads, grad_dtypes, strict=True))
 
 

@@ -112,12 +112,12 @@ def _forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.gemm.fused_mlp import whole_mlp_forward
+    from fastdeit.kernels.gemm.fused_mlp import fused_mlp_forward
     from fastdeit.kernels.gemm.linear import linear_forward
 
     low = x.to(matmul_dtype)
     rows = low.reshape(-1, x.shape[-1])
-    fused = None if saves else whole_mlp_forward(rows, w1, b1, w2, b2, activation, matmul_dtype)
+    fused = None if saves else fused_mlp_forward(rows, w1, b1, w2, b2, activation, matmul_dtype)
     if fused is not None:
         return (fused[1].view(x.shape),), ()
     h, z = linear_forward(rows, w1, b1, activation=activation, needs_z=saves)

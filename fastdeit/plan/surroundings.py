@@ -15,7 +15,7 @@ from fastdeit import backends
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_global_hook
 from fastdeit.blocks.checklist import TrunkVerdict
-from fastdeit.kernels.attention.config import HANDED_OVER
+from fastdeit.kernels.attention.config import SDPA_PREFERRED
 from fastdeit.plan.tape import Tape
 
 _MODULE_CALLS = {nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__}
@@ -64,7 +64,7 @@ def _why_not_launchable() -> str | None:
 def key_of(x: Tensor) -> tuple:
     """What decides, beside modules and parameters, what a call with input x launches."""
     from fastdeit.kernels.gemm.config import gemm_in_force
-    from fastdeit.kernels.gemm.fused_mlp import whole_mlp_in_force
+    from fastdeit.kernels.gemm.fused_mlp import fused_mlp_in_force
 
     device = x.get_device()
     return (
@@ -75,8 +75,8 @@ def key_of(x: Tensor) -> tuple:
         torch._C._cuda_getCurrentRawStream(device),
         backends.settings(x),
         gemm_in_force(),
-        whole_mlp_in_force(),
-        tuple(HANDED_OVER.items()),
+        fused_mlp_in_force(),
+        tuple(SDPA_PREFERRED.items()),
     )
 
 
@@ -126,7 +126,7 @@ def _is_tritons(file: str) -> bool:
 def why_parts_called(trunk: spec.Trunk, verdict: TrunkVerdict) -> str | None:
     """Why a module inside the blocks is called in a run that carries the residual through them."""
     for name, judged in zip(trunk.blocks, verdict.blocks, strict=True):
-        reason = next(filter(None, (*judged.parts, *judged.out_dropouts)), None)
+        reason = next(filter(None, (*judged.parts, *judged.called, *judged.out_dropouts)), None)
         if reason is not None:
             return f"block {name}: {reason}"
     return None

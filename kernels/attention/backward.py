@@ -12,16 +12,26 @@ from collections.abc import Iterator
 
 import torch
 
+from fastdeit.kernels.attention.backward_descriptor_kernels import (
+    attention_dkv_backward_descriptor_kernel,
+    attention_dq_backward_descriptor_kernel,
+    attention_one_program_backward_kernel,
+)
 from fastdeit.kernels.attention.backward_kernels import (
     DKV_INTEGERS,
     DQ_INTEGERS,
-    attention_dkv_backward_descriptor_kernel,
     attention_dkv_backward_kernel,
-    attention_dq_backward_descriptor_kernel,
     attention_dq_backward_kernel,
-    attention_whole_backward_kernel,
 )
-from fastdeit.kernels.attention.config import PIECES, Case, Config, aot_cases, has_descriptors, tail, whole_tiles
+from fastdeit.kernels.attention.config import (
+    HEAD_DIM_SPLITS,
+    Case,
+    Config,
+    aot_cases,
+    has_descriptors,
+    one_program_tiles,
+    tail,
+)
 from fastdeit.kernels.attention.forward import config_for
 from fastdeit.kernels.attention.views import (
     by_head,
@@ -57,15 +67,26 @@ def attention_backward(
         config = config_for(
             qkv, batch, num_heads, tokens, tokens, head_dim, describable(qkv) and describable(dout) and describable(out)
         )
-    if config.whole is not None:
-        _launch_whole(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, config.whole)
+    if config.one_program is not None:
+        _launch_one_program(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, config.one_program)
     elif config.descriptors:
         _launch_descriptors(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, config)
     else:
         strides, d_strides = packed_strides(qkv, head_dim) * 3, packed_strides(dqkv, head_dim)
         _launch_pointers(
-            *(dout, (qkv, qkv, qkv), out, lse, (dqkv, dqkv, dqkv), (num_heads, num_heads, 2 * num_heads)),
-            *(strides, d_strides * 3, tokens, tokens, head_dim, scale, config),
+            dout,
+            (qkv, qkv, qkv),
+            out,
+            lse,
+            (dqkv, dqkv, dqkv),
+            (num_heads, num_heads, 2 * num_heads),
+            strides,
+            d_strides * 3,
+            tokens,
+            tokens,
+            head_dim,
+            scale,
+            config,
         )
     return dqkv
 
@@ -79,12 +100,12 @@ def attention_qkv_backward(
     lse: torch.Tensor,
     scale: float,
     *,
-    keys_wanted: bool = True,
+    key_value_grads: bool = True,
     config: Config | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of q, k and v, each in its tensor's strides where those leave no gaps; None for k and v if not wanted."""
-    gradients = [strided(torch.empty_like(t)) for t in ((q, k, v) if keys_wanted else (q,))]
-    absent = () if keys_wanted else (None, None)
+    gradients = [strided(torch.empty_like(t)) for t in ((q, k, v) if key_value_grads else (q,))]
+    absent = () if key_value_grads else (None, None)
     q, k, v, dout = strided(q), strided(k), strided(v), dout.contiguous()
     batch, queries, num_heads, head_dim = q.shape
     keys = k.shape[1]
@@ -113,7 +134,7 @@ def _launch_pointers(
         attention_dq_backward_kernel,
         (cdiv(queries, tiles.own) * batch_heads,),
         (*inputs, out, dout, lse, delta, gradients[0], scale, queries, keys, *heads, *strides, *d_strides[:3]),
-        (head_dim, *PIECES[head_dim], tiles.own, tiles.block, tail(keys, tiles.block), vector),
+        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.own, tiles.block, tail(keys, tiles.block), vector),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -124,7 +145,7 @@ def _launch_pointers(
         attention_dkv_backward_kernel,
         (cdiv(keys, tiles.own) * batch_heads,),
         (*inputs, dout, lse, delta, *gradients[1:], scale, queries, keys, *heads, *strides, *d_strides[3:]),
-        (head_dim, *PIECES[head_dim], tiles.own, tiles.block, tail(queries, tiles.block), vector),
+        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.own, tiles.block, tail(queries, tiles.block), vector),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -132,13 +153,13 @@ def _launch_pointers(
 
 def _launch_descriptors(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, config):
     batch, tokens, _ = qkv.shape
-    pieces, delta = PIECES[head_dim], torch.empty_like(lse)
+    split, delta = HEAD_DIM_SPLITS[head_dim], torch.empty_like(lse)
     qkv, out, dout, dqkv = (by_head(x, head_dim) for x in (qkv, out, dout, dqkv))
     made = {}
 
     def blocks(x, rows):
         if (id(x), rows) not in made:
-            made[id(x), rows] = descriptors(x, pieces, rows)
+            made[id(x), rows] = descriptors(x, split, rows)
         return made[id(x), rows]
 
     tiles = config.dq
@@ -147,11 +168,19 @@ def _launch_descriptors(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, c
         attention_dq_backward_descriptor_kernel,
         (cdiv(tokens, own) * batch * num_heads,),
         (
-            *(*blocks(qkv, own), *blocks(qkv, block), *blocks(qkv, last)),
-            *(*blocks(out, own), *blocks(dout, own), *blocks(dqkv, own)),
-            *(lse, delta, scale, tokens, num_heads),
+            *blocks(qkv, own),
+            *blocks(qkv, block),
+            *blocks(qkv, last),
+            *blocks(out, own),
+            *blocks(dout, own),
+            *blocks(dqkv, own),
+            lse,
+            delta,
+            scale,
+            tokens,
+            num_heads,
         ),
-        (*pieces, own, block, last),
+        (*split, own, block, last),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -161,28 +190,39 @@ def _launch_descriptors(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, c
         attention_dkv_backward_descriptor_kernel,
         (cdiv(tokens, own) * batch * num_heads,),
         (
-            *(*blocks(qkv, block), *blocks(qkv, last), *blocks(dout, block), *blocks(dout, last)),
-            *(*blocks(qkv, own), *blocks(dqkv, own)),
-            *(lse, delta, scale, tokens, num_heads),
+            *blocks(qkv, block),
+            *blocks(qkv, last),
+            *blocks(dout, block),
+            *blocks(dout, last),
+            *blocks(qkv, own),
+            *blocks(dqkv, own),
+            lse,
+            delta,
+            scale,
+            tokens,
+            num_heads,
         ),
-        (*pieces, own, block, last),
+        (*split, own, block, last),
         tiles.num_warps,
         tiles.num_stages,
         maxnreg=tiles.maxnreg,
     )
 
 
-def _launch_whole(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, tiles):
+def _launch_one_program(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, tiles):
     batch, tokens, _ = qkv.shape
     qkv, out, dout, dqkv = (by_head(x, head_dim) for x in (qkv, out, dout, dqkv))
-    whole = [(qkv, tiles.own), (qkv, tiles.block), (out, tiles.block), (dout, tiles.block)]
-    whole += [(dqkv, tiles.own), (dqkv, tiles.block)]
+    blocks = [(qkv, tiles.own), (qkv, tiles.block), (out, tiles.block), (dout, tiles.block)]
+    blocks += [(dqkv, tiles.own), (dqkv, tiles.block)]
     launch(
-        attention_whole_backward_kernel,
+        attention_one_program_backward_kernel,
         (batch * num_heads,),
         (
-            *(descriptors(x, (head_dim, 0), rows)[0] for x, rows in whole),
-            *(lse, scale, tokens, num_heads),
+            *(descriptors(x, (head_dim, 0), rows)[0] for x, rows in blocks),
+            lse,
+            scale,
+            tokens,
+            num_heads,
         ),
         (head_dim, tiles.block, tiles.own),
         tiles.num_warps,
@@ -196,17 +236,17 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         yield _aot_dq(case)
         yield _aot_dkv(case)
     if has_descriptors(arch):
-        yield from (_aot_whole(keys) for keys in (128, 256))
+        yield from (_aot_one_program(keys) for keys in (128, 256))
 
 
 def _aot_dq(case: Case) -> AotConfig:
-    tiles, pieces = case.config.dq, PIECES[case.head_dim]
-    tile = dict(D0=pieces[0], D1=pieces[1], BLOCK_Q=tiles.own, BLOCK_KV=tiles.block, TAIL=min(case.tail, tiles.block))
+    tiles, split = case.config.dq, HEAD_DIM_SPLITS[case.head_dim]
+    tile = dict(D0=split[0], D1=split[1], BLOCK_Q=tiles.own, BLOCK_KV=tiles.block, TAIL=min(case.tail, tiles.block))
     types = dict(lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32")
     if case.config.descriptors:
         kernel, own = attention_dq_backward_descriptor_kernel, tiles.own
         rows = dict(q=own, kv=tiles.block, tail=tile["TAIL"], out=own, dout=own, dq=own)
-        types |= descriptor_types(rows, case.dtype, pieces) | dict(N="i32", H="i32")
+        types |= descriptor_types(rows, case.dtype, split) | dict(N="i32", H="i32")
     else:
         kernel = attention_dq_backward_kernel
         names = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr")
@@ -216,13 +256,13 @@ def _aot_dq(case: Case) -> AotConfig:
 
 
 def _aot_dkv(case: Case) -> AotConfig:
-    tiles, pieces = case.config.dkv, PIECES[case.head_dim]
-    tile = dict(D0=pieces[0], D1=pieces[1], BLOCK_KV=tiles.own, BLOCK_Q=tiles.block, TAIL=min(case.tail, tiles.block))
+    tiles, split = case.config.dkv, HEAD_DIM_SPLITS[case.head_dim]
+    tile = dict(D0=split[0], D1=split[1], BLOCK_KV=tiles.own, BLOCK_Q=tiles.block, TAIL=min(case.tail, tiles.block))
     types = dict(lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32")
     if case.config.descriptors:
         kernel, last = attention_dkv_backward_descriptor_kernel, tile["TAIL"]
         rows = dict(q=tiles.block, q_tail=last, dout=tiles.block, dout_tail=last, kv=tiles.own, dkv=tiles.own)
-        types |= descriptor_types(rows, case.dtype, pieces) | dict(N="i32", H="i32")
+        types |= descriptor_types(rows, case.dtype, split) | dict(N="i32", H="i32")
     else:
         kernel = attention_dkv_backward_kernel
         names = ("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dk_ptr", "dv_ptr")
@@ -233,11 +273,11 @@ def _aot_dkv(case: Case) -> AotConfig:
     return AotConfig(kernel, types, tile, *options, min_blocks_per_sm=blocks, maxnreg=tiles.maxnreg)
 
 
-def _aot_whole(keys: int) -> AotConfig:
-    tiles = whole_tiles(keys)
+def _aot_one_program(keys: int) -> AotConfig:
+    tiles = one_program_tiles(keys)
     rows = dict(kv=tiles.own, q=tiles.block, out=tiles.block, dout=tiles.block, dkv=tiles.own, dq=tiles.block)
     types = {f"{name}_desc": f"tensordesc<bf16[1, 1, {count}, 64]>" for name, count in rows.items()}
     types |= dict(lse_ptr="*fp32", scale="fp32", N="i32", H="i32")
     tile = dict(D=64, BLOCK_Q=tiles.block, KEYS=tiles.own)
-    kernel, label = attention_whole_backward_kernel, f"D=64 bf16 {keys} keys"
+    kernel, label = attention_one_program_backward_kernel, f"D=64 bf16 {keys} keys"
     return AotConfig(kernel, types, tile, tiles.num_warps, tiles.num_stages, label, matrix=True)

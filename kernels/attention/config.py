@@ -12,7 +12,7 @@ from fastdeit.kernels.runtime.architecture import has_descriptors, pointer_stage
 # Head dimensions that are no power of two are cut in two pieces rather than padded: 80 = 64 + 16 does five eighths of the work of
 # 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 is cut in halves because whole it spills on sm_80; on sm_90 both
 # compile without.
-PIECES = {
+HEAD_DIM_SPLITS = {
     **{32: (32, 0), 48: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16)},
     **{88: (64, 32), 96: (64, 32), 104: (64, 64), 128: (64, 64)},
 }
@@ -20,8 +20,8 @@ PIECES = {
 # Up to this many tokens backward runs as one kernel, a head a program. None yet: the two-kernel form is the one that is safe to
 # choose without a measurement. A persistent form of that kernel, which would fetch the next head's keys early, is out of reach:
 # nested loops spill 160 to 224 bytes on sm_90, flattened ones (`tl.range(flatten=True)`) do not compile with Triton 3.6.
-WHOLE_BACKWARD_TOKENS = {90: 0, 100: 0}
-_WHOLE_LONGEST = 256
+ONE_PROGRAM_BACKWARD_TOKENS = {90: 0, 100: 0}
+_ONE_PROGRAM_LONGEST = 256
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
     forward: Tiles
     dq: Tiles
     dkv: Tiles
-    whole: Tiles | None = None  # backward in one kernel instead of dq and dkv; `own` holds all keys
+    one_program: Tiles | None = None  # backward in one kernel instead of dq and dkv; `own` holds all keys
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Shapes:
 
 # Architecture -> where PyTorch's own attention was measured to be faster, as `fastdeit tune attention` prints it. Empty: nothing
 # was measured yet.
-HANDED_OVER: dict[int, tuple[Shapes, ...]] = {}
+SDPA_PREFERRED: dict[int, tuple[Shapes, ...]] = {}
 
 
 def handed_over(arch: int, head_dim: int, tokens: int, batch_heads: int, gradients: bool) -> bool:
@@ -64,7 +64,7 @@ def handed_over(arch: int, head_dim: int, tokens: int, batch_heads: int, gradien
         and gradients == shapes.gradients
         and tokens in shapes.tokens
         and batch_heads in shapes.batch_heads
-        for shapes in HANDED_OVER.get(arch, ())
+        for shapes in SDPA_PREFERRED.get(arch, ())
     )
 
 
@@ -95,7 +95,7 @@ def select_config(
     """The configuration for a call.
 
     Args:
-        batch, heads, queries, keys, head_dim: B, H, N, M and D; D is one of PIECES.
+        batch, heads, queries, keys, head_dim: B, H, N, M and D; D is one of HEAD_DIM_SPLITS.
         itemsize: bytes per element, 2, or 4 for TF32.
         arch: compute capability such as 90.
         multiprocessors: of the GPU.
@@ -107,16 +107,16 @@ def select_config(
     tall = tiles % 2 == 0 and batch * heads * tiles >= 4 * multiprocessors
     descriptors = describable and has_descriptors(arch) and itemsize == 2 and not narrow
     config = Config(descriptors, *_tiles(head_dim, itemsize, arch, descriptors, narrow, tall))
-    if descriptors and whole_fits(keys, head_dim) and keys <= WHOLE_BACKWARD_TOKENS.get(arch, 0):
-        return Config(descriptors, config.forward, config.dq, config.dkv, whole_tiles(keys))
+    if descriptors and one_program_fits(keys, head_dim) and keys <= ONE_PROGRAM_BACKWARD_TOKENS.get(arch, 0):
+        return Config(descriptors, config.forward, config.dq, config.dkv, one_program_tiles(keys))
     return config
 
 
-def whole_fits(keys: int, head_dim: int) -> bool:
-    return keys <= _WHOLE_LONGEST and head_dim == 64
+def one_program_fits(keys: int, head_dim: int) -> bool:
+    return keys <= _ONE_PROGRAM_LONGEST and head_dim == 64
 
 
-def whole_tiles(keys: int) -> Tiles:
+def one_program_tiles(keys: int) -> Tiles:
     """Two stages: one leaves the loads uncovered and, oddly, spills."""
     return Tiles(128 if keys <= 128 else 256, 32, num_warps=8)
 
@@ -125,7 +125,7 @@ def _tiles(
     head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: bool, tall: bool
 ) -> tuple[Tiles, Tiles, Tiles]:
     """Forward, dQ, and dK and dV."""
-    piece1 = PIECES[head_dim][1]
+    piece1 = HEAD_DIM_SPLITS[head_dim][1]
     if itemsize == 4:
         return (Tiles(64, 32 if has_descriptors(arch) else 16, num_stages=pointer_stages(arch, 2)),) * 3
     # A grid that does not fill the machine gets programs of half the size. Larger heads have no registers to lose on it.
@@ -168,7 +168,7 @@ class Case:
 def aot_cases(arch: int) -> Iterator[Case]:
     """What the gate compiles: bf16 at every head dimension and 16 wide tails where a family is at home (pointers on sm_80,
     descriptors on sm_90), and the least, the commonest and the largest of the other tiles, tails and dtypes."""
-    some, every = (64, 80, 128), tuple(PIECES)
+    some, every = (64, 80, 128), tuple(HEAD_DIM_SPLITS)
     pointer_dims = {80: every, 89: some[:2], 90: some, 100: some[:1]}[arch]
     yield from (case(arch, d, "bf16", 16, describable=False) for d in pointer_dims)
     yield case(arch, 64, "bf16", 16, describable=False, samples=1)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.attention.config import PIECES, Case, Config, aot_cases, select_config, tail
+from fastdeit.kernels.attention.config import HEAD_DIM_SPLITS, Case, Config, aot_cases, select_config, tail
 from fastdeit.kernels.attention.tiles import (
     LOG2E,
     LOWEST,
@@ -39,10 +39,20 @@ from fastdeit.kernels.runtime.architecture import architecture, multiprocessors
 from fastdeit.kernels.runtime.launch import cdiv, launch
 
 FORWARD_INTEGERS = (
-    *("N_Q", "N_KV", "H", "k_first_head", "v_first_head"),
-    *("q_batch_stride", "q_token_stride", "q_head_stride"),
-    *("k_batch_stride", "k_token_stride", "k_head_stride"),
-    *("v_batch_stride", "v_token_stride", "v_head_stride"),
+    "N_Q",
+    "N_KV",
+    "H",
+    "k_first_head",
+    "v_first_head",
+    "q_batch_stride",
+    "q_token_stride",
+    "q_head_stride",
+    "k_batch_stride",
+    "k_token_stride",
+    "k_head_stride",
+    "v_batch_stride",
+    "v_token_stride",
+    "v_head_stride",
 )
 
 
@@ -90,7 +100,7 @@ def attention_forward_kernel(
     last_k0, last_k1 = load_tile(k, full, k_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
     last_v0, last_v1 = load_tile(v, full, v_token_stride, N_KV, TAIL, D, D0, D1, VECTOR, True)
     highest, total, acc0, acc1 = softmax_step(
-        *(q0, q1, last_k0, last_k1, last_v0, last_v1, highest, total, acc0, acc1, scale, N_KV - full, D1, TAIL, True)
+        q0, q1, last_k0, last_k1, last_v0, last_v1, highest, total, acc0, acc1, scale, N_KV - full, D1, TAIL, True
     )
     for key in tl.range(0, full, BLOCK_KV):
         k0, k1 = load_tile(k, key, k_token_stride, N_KV, BLOCK_KV, D, D0, D1, VECTOR, False)
@@ -109,7 +119,7 @@ def attention_forward_kernel(
 @triton.jit(do_not_specialize=["N", "H"])
 def attention_forward_descriptor_kernel(
     q0_desc,  # of (B, 3H, N, D), block [1, 1, BLOCK_Q, D0]
-    q1_desc,  # block [1, 1, BLOCK_Q, D1], None where D1 is 0, as all of the second pieces
+    q1_desc,  # block [1, 1, BLOCK_Q, D1], None where D1 is 0, as all of the second split
     kv0_desc,  # BLOCK_KV rows
     kv1_desc,
     tail0_desc,  # TAIL rows
@@ -136,7 +146,7 @@ def attention_forward_descriptor_kernel(
     last_k0, last_k1 = load_tile_desc(tail0_desc, tail1_desc, batch, H + head, full, TAIL, D0, D1)
     last_v0, last_v1 = load_tile_desc(tail0_desc, tail1_desc, batch, 2 * H + head, full, TAIL, D0, D1)
     highest, total, acc0, acc1 = softmax_step(
-        *(q0, q1, last_k0, last_k1, last_v0, last_v1, highest, total, acc0, acc1, scale, N - full, D1, TAIL, True)
+        q0, q1, last_k0, last_k1, last_v0, last_v1, highest, total, acc0, acc1, scale, N - full, D1, TAIL, True
     )
     for key in tl.range(0, full, BLOCK_KV):
         k0, k1 = load_tile_desc(kv0_desc, kv1_desc, batch, H + head, key, BLOCK_KV, D0, D1)
@@ -194,7 +204,7 @@ def config_for(
 ) -> Config:
     """`select_config` with what it needs to know of x's device."""
     return select_config(
-        *(batch, heads, queries, keys, head_dim, x.element_size(), architecture(x), multiprocessors(x), describable)
+        batch, heads, queries, keys, head_dim, x.element_size(), architecture(x), multiprocessors(x), describable
     )
 
 
@@ -205,7 +215,7 @@ def _launch_pointers(q, k, v, out, lse, heads, strides, queries, keys, head_dim,
         attention_forward_kernel,
         (cdiv(queries, tiles.own) * out.shape[0] * heads[0],),
         (q, k, v, out, lse, scale, queries, keys, *heads, *strides),
-        (head_dim, *PIECES[head_dim], tiles.own, tiles.block, tail(keys, tiles.block), vector),
+        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.own, tiles.block, tail(keys, tiles.block), vector),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -213,18 +223,24 @@ def _launch_pointers(q, k, v, out, lse, heads, strides, queries, keys, head_dim,
 
 def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
     batch, tokens, _ = qkv.shape
-    pieces, last = PIECES[head_dim], tail(tokens, tiles.block)
+    split, last = HEAD_DIM_SPLITS[head_dim], tail(tokens, tiles.block)
     qkv = by_head(qkv, head_dim)
-    q = descriptors(qkv, pieces, tiles.own)
-    kv = q if tiles.block == tiles.own else descriptors(qkv, pieces, tiles.block)
+    q = descriptors(qkv, split, tiles.own)
+    kv = q if tiles.block == tiles.own else descriptors(qkv, split, tiles.block)
     launch(
         attention_forward_descriptor_kernel,
         (cdiv(tokens, tiles.own) * batch * num_heads,),
         (
-            *(*q, *kv, *descriptors(qkv, pieces, last), *descriptors(by_head(out, head_dim), pieces, tiles.own)),
-            *(lse, scale, tokens, num_heads),
+            *q,
+            *kv,
+            *descriptors(qkv, split, last),
+            *descriptors(by_head(out, head_dim), split, tiles.own),
+            lse,
+            scale,
+            tokens,
+            num_heads,
         ),
-        (*pieces, tiles.own, tiles.block, last),
+        (*split, tiles.own, tiles.block, last),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -240,13 +256,13 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
 
 
 def _aot_config(case: Case) -> AotConfig:
-    tiles, pieces = case.config.forward, PIECES[case.head_dim]
-    tile = dict(D0=pieces[0], D1=pieces[1], BLOCK_Q=tiles.own, BLOCK_KV=tiles.block, TAIL=min(case.tail, tiles.block))
+    tiles, split = case.config.forward, HEAD_DIM_SPLITS[case.head_dim]
+    tile = dict(D0=split[0], D1=split[1], BLOCK_Q=tiles.own, BLOCK_KV=tiles.block, TAIL=min(case.tail, tiles.block))
     types = dict(lse_ptr="*fp32", scale="fp32")
     if case.config.descriptors:
         kernel = attention_forward_descriptor_kernel
         rows = dict(q=tiles.own, kv=tiles.block, tail=tile["TAIL"], out=tiles.own)
-        types |= descriptor_types(rows, case.dtype, pieces) | dict(N="i32", H="i32")
+        types |= descriptor_types(rows, case.dtype, split) | dict(N="i32", H="i32")
     else:
         kernel = attention_forward_kernel
         types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{case.dtype}")

@@ -16,12 +16,12 @@ LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 
 @triton.jit
-def program_tile(N, H, ROWS: tl.constexpr):
+def program_tile(N, H, BLOCK_M: tl.constexpr):
     """One-dimensional grid, tiles of one (batch, head) next to each other, so that they find its K and V in the L2 cache."""
-    tiles = tl.cdiv(N, ROWS)
+    tiles = tl.cdiv(N, BLOCK_M)
     tile = tl.program_id(0) % tiles
     batch_head = tl.program_id(0) // tiles
-    return tile * ROWS, batch_head // H, batch_head % H, batch_head.to(tl.int64) * N
+    return tile * BLOCK_M, batch_head // H, batch_head % H, batch_head.to(tl.int64) * N
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def load_tile(
     start,
     token_stride,
     N,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -58,7 +58,7 @@ def load_tile(
 ):
     """Rows start ... of one head as a pair of pieces, zeros past N and past D. Only the scalar offset of the tile is int64."""
     tile = base + token_stride.to(tl.int64) * (start * VECTOR)
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, BLOCK_M)[:, None]
     token_stride *= VECTOR
     piece0 = load_piece(tile, row, tl.arange(0, D0)[None, :], token_stride, N - start, D, MASK_ROWS, D0 > D)
     piece1 = piece0
@@ -77,14 +77,14 @@ def store_tile(
     N,
     piece0,
     piece1,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     tile = base + token_stride.to(tl.int64) * (start * VECTOR)
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, BLOCK_M)[:, None]
     token_stride *= VECTOR
     col = tl.arange(0, D0)[None, :]
     inside = row < N - start
@@ -95,30 +95,30 @@ def store_tile(
 
 
 @triton.jit
-def load_tile_desc(desc0, desc1, batch, head, start, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def load_tile_desc(desc0, desc1, batch, head, start, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """`load_tile` through descriptors of (B, heads, N, D), which fill with zeros past N and past D by themselves."""
-    piece0 = desc0.load([batch, head, start, 0]).reshape(ROWS, D0)
+    piece0 = desc0.load([batch, head, start, 0]).reshape(BLOCK_M, D0)
     piece1 = piece0
     if D1 > 0:
-        piece1 = desc1.load([batch, head, start, D0]).reshape(ROWS, D1)
+        piece1 = desc1.load([batch, head, start, D0]).reshape(BLOCK_M, D1)
     return piece0, piece1
 
 
 @triton.jit
 def store_tile_desc(
-    desc0, desc1, batch, head, start, piece0, piece1, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+    desc0, desc1, batch, head, start, piece0, piece1, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
 ):
-    desc0.store([batch, head, start, 0], piece0.to(desc0.dtype).reshape(1, 1, ROWS, D0))
+    desc0.store([batch, head, start, 0], piece0.to(desc0.dtype).reshape(1, 1, BLOCK_M, D0))
     if D1 > 0:
-        desc1.store([batch, head, start, D0], piece1.to(desc1.dtype).reshape(1, 1, ROWS, D1))
+        desc1.store([batch, head, start, D0], piece1.to(desc1.dtype).reshape(1, 1, BLOCK_M, D1))
 
 
 @triton.jit
-def zeros_pair(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    zeros0 = tl.zeros([ROWS, D0], tl.float32)
+def zeros_pair(BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    zeros0 = tl.zeros([BLOCK_M, D0], tl.float32)
     zeros1 = zeros0
     if D1 > 0:
-        zeros1 = tl.zeros([ROWS, D1], tl.float32)
+        zeros1 = tl.zeros([BLOCK_M, D1], tl.float32)
     return zeros0, zeros1
 
 
@@ -155,17 +155,17 @@ def softmax_step(
     scale,
     keys,
     D1: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """One block of keys of the online softmax (Milakov and Gimelshein 2018); of the first one's COLS, `keys` are real.
+    """One block of keys of the online softmax (Milakov and Gimelshein 2018); of the first one's BLOCK_N, `keys` are real.
 
     There `total` and the accumulators hold zeros, which are not rescaled: LLVM would copy the rescaled registers between
     wgmma.fence and wgmma, where the PTX ISA forbids any access to them.
     """
     s = product_over_d(q0, q1, k0, k1, D1)
     if FIRST:
-        s = tl.where(tl.arange(0, COLS)[None, :] < keys, s, float("-inf"))
+        s = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, s, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(s, 1) * scale, propagate_nan=tl.PropagateNan.ALL)
     p = tl.exp2(s * scale - new_highest[:, None])
     if FIRST:
@@ -197,32 +197,49 @@ def dq_step(
     scale,
     keys,
     D1: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """Adds one block of keys to dQ / scale."""
     p = tl.exp2(product_over_d(q0, q1, k0, k1, D1) * scale - lse[:, None])
     ds = p * (product_over_d(do0, do1, v0, v1, D1) - delta[:, None])
     if MASK:
-        ds = tl.where(tl.arange(0, COLS)[None, :] < keys, ds, 0.0)
+        ds = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, ds, 0.0)
     return product_to_d(ds.to(k0.dtype), k0, k1, dq0, dq1, D1)
 
 
 @triton.jit
 def dkv_step(
-    k0, k1, v0, v1, q0, q1, do0, do1, lse, delta, dk0, dk1, dv0, dv1, scale, queries,
-    D1: tl.constexpr, COLS: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    k0,
+    k1,
+    v0,
+    v1,
+    q0,
+    q1,
+    do0,
+    do1,
+    lse,
+    delta,
+    dk0,
+    dk1,
+    dv0,
+    dv1,
+    scale,
+    queries,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """Adds one block of queries to dK / scale and dV, with S and P transposed, so that P is in registers where dV needs it.
 
     Padded queries are selected away from both: their P may be Inf, and Inf times a padded zero is NaN."""
     p = tl.exp2(product_over_d(k0, k1, q0, q1, D1) * scale - lse[None, :])
     if MASK:
-        p = tl.where(tl.arange(0, COLS)[None, :] < queries, p, 0.0)
+        p = tl.where(tl.arange(0, BLOCK_N)[None, :] < queries, p, 0.0)
     dv0, dv1 = product_to_d(p.to(do0.dtype), do0, do1, dv0, dv1, D1)
     ds = p * (product_over_d(v0, v1, do0, do1, D1) - delta[None, :])
     if MASK:
-        ds = tl.where(tl.arange(0, COLS)[None, :] < queries, ds, 0.0)
+        ds = tl.where(tl.arange(0, BLOCK_N)[None, :] < queries, ds, 0.0)
     dk0, dk1 = product_to_d(ds.to(q0.dtype), q0, q1, dk0, dk1, D1)
     return dk0, dk1, dv0, dv1
 

@@ -55,23 +55,23 @@ def by_head(x: torch.Tensor, head_dim: int) -> ByHead:
     return ByHead(x, (batch, width // head_dim, tokens, head_dim), (batch_stride, head_dim, token_stride, 1))
 
 
-def descriptors(heads: ByHead, pieces: tuple[int, int], rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+def descriptors(heads: ByHead, split: tuple[int, int], rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """Descriptors of (B, heads, N, D), one a piece, with blocks of `rows` tokens of a head.
 
     Tokens past N and columns past D load as zeros and are not stored.
     """
     tensor, *seen = heads
-    main, rest = pieces
+    main, rest = split
     return descriptor(tensor, [1, 1, rows, main], *seen), descriptor(
         tensor, [1, 1, rows, rest], *seen
     ) if rest else None
 
 
-def descriptor_types(rows: dict[str, int], dtype: str, pieces: tuple[int, int]) -> dict[str, str]:
+def descriptor_types(rows: dict[str, int], dtype: str, split: tuple[int, int]) -> dict[str, str]:
     """Triton's types of the descriptor pairs `<name>0_desc` and `<name>1_desc`, given the rows of each."""
     return {
         f"{name}{i}_desc": f"tensordesc<{dtype}[1, 1, {count}, {piece}]>"
         for name, count in rows.items()
-        for i, piece in enumerate(pieces)
+        for i, piece in enumerate(split)
         if piece
     }

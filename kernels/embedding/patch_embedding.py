@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.gemm.tiles import multiple
+from fastdeit.kernels.gemm.tiles import assume_multiple_of
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import multiprocessors
 from fastdeit.kernels.runtime.column_sums import add_partial_sums
@@ -61,8 +61,8 @@ def patch_embedding_forward_kernel(
     VECTOR: tl.constexpr,  # a power of two that divides C: lets loads be 16 bytes wide
 ):
     """A program owns ELEMENTS elements of the table in one strip of images (program id 1)."""
-    C, size = multiple(C, VECTOR), multiple(size, VECTOR)
-    prefix, unplaced = multiple(prefix, VECTOR), multiple(unplaced, VECTOR)
+    C, size = assume_multiple_of(C, VECTOR), assume_multiple_of(size, VECTOR)
+    prefix, unplaced = assume_multiple_of(prefix, VECTOR), assume_multiple_of(unplaced, VECTOR)
     at = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     of_patch = (at >= prefix) & (at < size)
     shared = tl.zeros([ELEMENTS], tl.float32)  # a patch's bias, or a prefix token
@@ -106,7 +106,7 @@ def patch_embedding_backward_kernel(
 
     A program owns ELEMENTS elements of the table in one strip of images (program id 1).
     """
-    size, prefix = multiple(size, VECTOR), multiple(prefix, VECTOR)
+    size, prefix = assume_multiple_of(size, VECTOR), assume_multiple_of(prefix, VECTOR)
     at = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     of_patch = (at >= prefix) & (at < size)
     total = tl.zeros([IMAGES, ELEMENTS], tl.float32)
@@ -156,8 +156,18 @@ def patch_embedding_forward(
             patch_embedding_forward_kernel,
             (config.blocks, config.strips),
             (
-                *(product, bias, positions, class_token, more_tokens, tokens),
-                *(B, C, size, prefix, unplaced, config.images_per_strip),
+                product,
+                bias,
+                positions,
+                class_token,
+                more_tokens,
+                tokens,
+                B,
+                C,
+                size,
+                prefix,
+                unplaced,
+                config.images_per_strip,
             ),
             (IMAGES, ELEMENTS, min(C & -C, 16)),
             NUM_WARPS,

@@ -22,14 +22,26 @@ from fastdeit.kernels.runtime.launch import cdiv, descriptor, launch
 
 @triton.jit
 def _finish(
-    dh, row0, col0, z_ptr, dz_ptr, h_ptr, dbias_partial_ptr, M, N,
-    dtype: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    z = load_piece(z_ptr, row0, col0, M, N, ROWS, COLUMNS, VECTOR)
-    dz, h = backward_epilogue(dh, z, row0, col0, dbias_partial_ptr, M, N, dtype, ACTIVATION, ROWS, COLUMNS)
-    store_piece(dz_ptr, dz, row0, col0, M, N, ROWS, COLUMNS, VECTOR)
+    dh,
+    row0,
+    col0,
+    z_ptr,
+    dz_ptr,
+    h_ptr,
+    dbias_partial_ptr,
+    M,
+    N,
+    dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    z = load_piece(z_ptr, row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
+    dz, h = backward_epilogue(dh, z, row0, col0, dbias_partial_ptr, M, N, dtype, ACTIVATION, BLOCK_M, BLOCK_N)
+    store_piece(dz_ptr, dz, row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
     if h_ptr is not None:
-        store_piece(h_ptr, h, row0, col0, M, N, ROWS, COLUMNS, VECTOR)
+        store_piece(h_ptr, h, row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "a_stride", "b_stride"])
@@ -46,29 +58,40 @@ def gemm_backward_kernel(
     a_stride,
     b_stride,
     ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """A program owns one tile."""
-    row0, col0 = tile_origin(tl.program_id(0), N, ROWS, COLUMNS)
-    acc = product(a_ptr, b_ptr, row0, col0, M, N, K, a_stride, b_stride, False, ROWS, COLUMNS, DEPTH, VECTOR)
+    row0, col0 = tile_origin(tl.program_id(0), N, BLOCK_M, BLOCK_N)
+    acc = product(a_ptr, b_ptr, row0, col0, M, N, K, a_stride, b_stride, False, BLOCK_M, BLOCK_N, BLOCK_K, VECTOR)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    PIECE: tl.constexpr = COLUMNS // 4
+    PIECE: tl.constexpr = BLOCK_N // 4
     rest = (z_ptr, dz_ptr, h_ptr, dbias_partial_ptr, M, N)
-    pieces = quarters(acc, ROWS, COLUMNS)
+    pieces = quarters(acc, BLOCK_M, BLOCK_N)
     for i in tl.static_range(4):
-        _finish(pieces[i], row0, col0 + i * PIECE, *rest, dtype, ACTIVATION, ROWS, PIECE, VECTOR)
+        _finish(pieces[i], row0, col0 + i * PIECE, *rest, dtype, ACTIVATION, BLOCK_M, PIECE, VECTOR)
 
 
 @triton.jit
 def _finish_desc(
-    dh, row0, col0, z_desc, dz_desc, h_desc, dbias_partial_ptr, M, N,
-    dtype: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    dh,
+    row0,
+    col0,
+    z_desc,
+    dz_desc,
+    h_desc,
+    dbias_partial_ptr,
+    M,
+    N,
+    dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     z = z_desc.load([row0, col0])
-    dz, h = backward_epilogue(dh, z, row0, col0, dbias_partial_ptr, M, N, dtype, ACTIVATION, ROWS, COLUMNS)
+    dz, h = backward_epilogue(dh, z, row0, col0, dbias_partial_ptr, M, N, dtype, ACTIVATION, BLOCK_M, BLOCK_N)
     dz_desc.store([row0, col0], dz.to(dz_desc.dtype))
     if h_desc is not None:
         h_desc.store([row0, col0], h.to(h_desc.dtype))
@@ -76,9 +99,9 @@ def _finish_desc(
 
 @triton.jit(do_not_specialize=["M", "N", "K"])
 def gemm_backward_descriptor_kernel(
-    a_desc,  # of (M, K), block [ROWS, DEPTH]
-    b_desc,  # of (K, N), block [DEPTH, COLUMNS]
-    z_desc,  # of (M, N), block [ROWS, COLUMNS / 4]
+    a_desc,  # of (M, K), block [BLOCK_M, BLOCK_K]
+    b_desc,  # of (K, N), block [BLOCK_K, BLOCK_N]
+    z_desc,  # of (M, N), block [BLOCK_M, BLOCK_N / 4]
     dz_desc,  # likewise
     h_desc,  # likewise, or None
     dbias_partial_ptr,  # (rows of tiles, N) fp32, or None
@@ -86,23 +109,23 @@ def gemm_backward_descriptor_kernel(
     N,
     K,
     ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """A program owns every num_programs-th tile."""
     dtype: tl.constexpr = a_desc.dtype
-    PIECE: tl.constexpr = COLUMNS // 4
+    PIECE: tl.constexpr = BLOCK_N // 4
     rest = (z_desc, dz_desc, h_desc, dbias_partial_ptr, M, N)
-    tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, COLUMNS)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        row0, col0 = tile_origin(tile, N, ROWS, COLUMNS)
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for k in tl.range(0, K, DEPTH):
+        row0, col0 = tile_origin(tile, N, BLOCK_M, BLOCK_N)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
             acc = tl.dot(a_desc.load([row0, k]), b_desc.load([k, col0]), acc)
-        pieces = quarters(acc, ROWS, COLUMNS)
+        pieces = quarters(acc, BLOCK_M, BLOCK_N)
         for i in tl.static_range(4):
-            _finish_desc(pieces[i], row0, col0 + i * PIECE, *rest, dtype, ACTIVATION, ROWS, PIECE)
+            _finish_desc(pieces[i], row0, col0 + i * PIECE, *rest, dtype, ACTIVATION, BLOCK_M, PIECE)
 
 
 def gemm_backward(

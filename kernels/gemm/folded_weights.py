@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
-from fastdeit.kernels.gemm.tiles import multiple
+from fastdeit.kernels.gemm.folded_weights_kernels import (
+    fold_both_forward_kernel,
+    fold_columns_backward_kernel,
+    fold_forward_kernel,
+    fold_rows_backward_kernel,
+)
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
@@ -28,181 +31,6 @@ def select_config(columns: int) -> Config:
     """2048 elements a step, 16 a thread, in rows of 256 or of what a narrower weight has."""
     width = min(next_power_of_2(columns), 256)
     return Config(rows=2048 // width, columns=width, num_warps=4)
-
-
-@triton.jit
-def _fold(
-    block, weight_ptr, bias_ptr, column_scale_ptr, column_shift_ptr, row_scale_ptr, folded_ptr, folded_bias_ptr, N, C,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """row_scale * weight * column_scale, and row_scale * (bias + weight column_shift), of one block of ROWS rows."""
-    C = multiple(C, VECTOR)
-    row = block * ROWS + tl.arange(0, ROWS)
-    shifted = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + row, row < N, other=0.0).to(tl.float32)
-    for start in tl.range(0, C, COLUMNS):
-        col = start + tl.arange(0, COLUMNS)
-        inside = (row[:, None] < N) & (col[None, :] < C)
-        at = row[:, None].to(tl.int64) * C + col[None, :]
-        weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
-        if column_shift_ptr is not None:
-            shifted += weight * tl.load(column_shift_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
-        if column_scale_ptr is not None:
-            weight *= tl.load(column_scale_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
-        if row_scale_ptr is not None:
-            weight *= row_scale[:, None]
-        tl.store(folded_ptr + at, weight.to(folded_ptr.dtype.element_ty), inside)
-    if folded_bias_ptr is not None:
-        bias = tl.sum(shifted, axis=1)
-        if bias_ptr is not None:
-            bias += tl.load(bias_ptr + row, row < N, other=0.0).to(tl.float32)
-        if row_scale_ptr is not None:
-            bias *= row_scale
-        tl.store(folded_bias_ptr + row, bias.to(folded_bias_ptr.dtype.element_ty), row < N)
-
-
-@triton.jit(do_not_specialize=["N", "C"])
-def fold_forward_kernel(
-    weight_ptr,  # (N, C)
-    bias_ptr,  # (N,) or None
-    column_scale_ptr,  # (C,) or None
-    column_shift_ptr,  # (C,) or None
-    row_scale_ptr,  # (N,) or None
-    folded_ptr,  # (N, C)
-    folded_bias_ptr,  # (N,) or None
-    N,
-    C,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,  # a power of two that divides C: lets loads be 16 bytes wide
-):
-    """A program owns ROWS rows."""
-    _fold(
-        tl.program_id(0), weight_ptr, bias_ptr, column_scale_ptr, column_shift_ptr, row_scale_ptr, folded_ptr,
-        folded_bias_ptr, N, C, ROWS, COLUMNS, VECTOR,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["N0", "C0", "N1", "C1"])
-def fold_both_forward_kernel(
-    # of the layer behind a LayerNorm, (N0, C0); each as in `fold_forward_kernel`
-    weight0_ptr, bias0_ptr, column_scale0_ptr, column_shift0_ptr, folded0_ptr, folded_bias0_ptr,
-    # of the layer before a LayerScale, (N1, C1)
-    weight1_ptr, bias1_ptr, row_scale1_ptr, folded1_ptr, folded_bias1_ptr,
-    N0, C0, N1, C1,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,  # a power of two that divides C0 and C1
-):  # fmt: skip
-    """A program owns ROWS rows of one of the weights, the first one's before the other's."""
-    block = tl.program_id(0)
-    of_first = tl.cdiv(N0, ROWS)
-    if block < of_first:
-        _fold(
-            block, weight0_ptr, bias0_ptr, column_scale0_ptr, column_shift0_ptr, None, folded0_ptr, folded_bias0_ptr,
-            N0, C0, ROWS, COLUMNS, VECTOR,
-        )  # fmt: skip
-    else:
-        _fold(
-            block - of_first, weight1_ptr, bias1_ptr, None, None, row_scale1_ptr, folded1_ptr, folded_bias1_ptr,
-            N1, C1, ROWS, COLUMNS, VECTOR,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["N", "C", "rows_per_strip"])
-def fold_columns_backward_kernel(
-    dfolded_ptr,  # (N, C) fp32, or None where neither the weight's gradient nor the scale's is wanted
-    dbias_ptr,  # (N,) fp32, or None
-    weight_ptr,  # (N, C)
-    column_scale_ptr,  # (C,) or None
-    column_shift_ptr,  # (C,) or None
-    dweight_ptr,  # (N, C) or None; may be dfolded
-    dscale_partial_ptr,  # (strips, C) fp32, or None
-    dshift_partial_ptr,  # (strips, C) fp32, or None
-    N,
-    C,
-    rows_per_strip,  # a multiple of ROWS
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """A program owns COLUMNS columns of one strip of rows (program id 1)."""
-    C = multiple(C, VECTOR)
-    strip = tl.program_id(1)
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    dscale = tl.zeros([ROWS, COLUMNS], tl.float32)
-    dshift = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if column_scale_ptr is not None:
-        scale = tl.load(column_scale_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
-    if column_shift_ptr is not None:
-        shift = tl.load(column_shift_ptr + col, col < C, other=0.0).to(tl.float32)[None, :]
-    first = strip * rows_per_strip
-    for start in tl.range(first, tl.minimum(first + rows_per_strip, N), ROWS):  # no NaN: row numbers
-        row = start + tl.arange(0, ROWS)
-        inside = (row[:, None] < N) & (col[None, :] < C)
-        at = row[:, None].to(tl.int64) * C + col[None, :]
-        if dbias_ptr is not None:
-            dbias = tl.load(dbias_ptr + row, row < N, other=0.0)[:, None]
-        if dscale_partial_ptr is not None or dshift_partial_ptr is not None:
-            weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
-        if dshift_partial_ptr is not None:
-            dshift += weight * dbias
-        if dfolded_ptr is not None:
-            gradient = tl.load(dfolded_ptr + at, inside, other=0.0)
-            if dscale_partial_ptr is not None:
-                dscale += weight * gradient
-            if dweight_ptr is not None:
-                if column_scale_ptr is not None:
-                    gradient *= scale
-                if column_shift_ptr is not None:
-                    gradient += dbias * shift
-                tl.store(dweight_ptr + at, gradient.to(dweight_ptr.dtype.element_ty), inside)
-    if dscale_partial_ptr is not None:
-        tl.store(dscale_partial_ptr + strip * C + col, tl.sum(dscale, axis=0), col < C)
-    if dshift_partial_ptr is not None:
-        tl.store(dshift_partial_ptr + strip * C + col, tl.sum(dshift, axis=0), col < C)
-
-
-@triton.jit(do_not_specialize=["N", "C"])
-def fold_rows_backward_kernel(
-    dfolded_ptr,  # (N, C) fp32, or None where neither the weight's gradient nor the scale's is wanted
-    dfolded_bias_ptr,  # (N,) fp32, or None where neither the bias's gradient nor the scale's is wanted
-    weight_ptr,  # (N, C)
-    bias_ptr,  # (N,) or None
-    row_scale_ptr,  # (N,)
-    dweight_ptr,  # (N, C) or None; may be dfolded
-    dbias_ptr,  # (N,) or None
-    dscale_ptr,  # (N,) or None
-    N,
-    C,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """A program owns ROWS rows."""
-    C = multiple(C, VECTOR)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    scale = tl.load(row_scale_ptr + row, row < N, other=0.0).to(tl.float32)
-    along_row = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if dfolded_ptr is not None:
-        for start in tl.range(0, C, COLUMNS):
-            col = start + tl.arange(0, COLUMNS)
-            inside = (row[:, None] < N) & (col[None, :] < C)
-            at = row[:, None].to(tl.int64) * C + col[None, :]
-            gradient = tl.load(dfolded_ptr + at, inside, other=0.0)
-            if dscale_ptr is not None:
-                along_row += gradient * tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
-            if dweight_ptr is not None:
-                tl.store(dweight_ptr + at, (gradient * scale[:, None]).to(dweight_ptr.dtype.element_ty), inside)
-    dscale = tl.sum(along_row, axis=1)
-    if dfolded_bias_ptr is not None:
-        dbias = tl.load(dfolded_bias_ptr + row, row < N, other=0.0)
-        if bias_ptr is not None:
-            dscale += dbias * tl.load(bias_ptr + row, row < N, other=0.0).to(tl.float32)
-        if dbias_ptr is not None:
-            tl.store(dbias_ptr + row, (dbias * scale).to(dbias_ptr.dtype.element_ty), row < N)
-    if dscale_ptr is not None:
-        tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), row < N)
 
 
 def fold_forward(
@@ -267,8 +95,21 @@ def fold_both_forward(
         fold_both_forward_kernel,
         (cdiv(N0, config.rows) + cdiv(N1, config.rows),),
         (
-            *(weight0, bias0, column_scale, column_shift, folded0, folded_bias0),
-            *(weight1, bias1, row_scale, folded1, folded_bias1, N0, C0, N1, C1),
+            weight0,
+            bias0,
+            column_scale,
+            column_shift,
+            folded0,
+            folded_bias0,
+            weight1,
+            bias1,
+            row_scale,
+            folded1,
+            folded_bias1,
+            N0,
+            C0,
+            N1,
+            C1,
         ),
         (config.rows, config.columns, min(C0 & -C0, C1 & -C1, 16)),
         config.num_warps,
@@ -312,9 +153,17 @@ def fold_columns_backward(
             fold_columns_backward_kernel,
             (column_blocks, strips),
             (
-                *(dfolded if needs_weight or needs_scale else None, dfolded_bias, _contiguous(weight)),
-                *(_contiguous(column_scale), _contiguous(column_shift)),
-                *(dweight if changes else None, dscale_partial, dshift_partial, outputs, channels, rows_per_strip),
+                dfolded if needs_weight or needs_scale else None,
+                dfolded_bias,
+                _contiguous(weight),
+                _contiguous(column_scale),
+                _contiguous(column_shift),
+                dweight if changes else None,
+                dscale_partial,
+                dshift_partial,
+                outputs,
+                channels,
+                rows_per_strip,
             ),
             _constexprs(config, channels),
             config.num_warps,
@@ -350,8 +199,16 @@ def fold_rows_backward(
             fold_rows_backward_kernel,
             (cdiv(outputs, config.rows),),
             (
-                *(dfolded if needs_weight or needs_scale else None, dfolded_bias, _contiguous(weight)),
-                *(_contiguous(bias), _contiguous(row_scale), dweight, dbias, dscale, outputs, channels),
+                dfolded if needs_weight or needs_scale else None,
+                dfolded_bias,
+                _contiguous(weight),
+                _contiguous(bias),
+                _contiguous(row_scale),
+                dweight,
+                dbias,
+                dscale,
+                outputs,
+                channels,
             ),
             _constexprs(config, channels),
             config.num_warps,
@@ -370,7 +227,7 @@ def _constexprs(config: Config, channels: int) -> tuple[int, int, int]:
 def aot_configs(arch: int) -> Iterator[AotConfig]:
     """Masters of autocast with a LayerNorm's parameters, and with LayerScale's; weights of 256 columns or more share one tile."""
     config = select_config(256)
-    tile = dict(ROWS=config.rows, COLUMNS=config.columns, VECTOR=16)
+    tile = dict(BLOCK_M=config.rows, BLOCK_N=config.columns, VECTOR=16)
     sizes = dict(N="i32", C="i32")
     single = "*fp32"
     forward = dict(weight_ptr=single, bias_ptr=single, folded_ptr="*bf16", folded_bias_ptr="*bf16") | sizes

@@ -21,16 +21,44 @@ LONGEST_STRIDE = 2**22  # elements from row to row, so that offsets within a til
 
 @triton.jit
 def _finish(
-    acc, row0, col0, out_ptr, z_ptr, bias_ptr, gamma_ptr, drop_path_scale_ptr, residual_ptr, M, N, TOKENS,
-    dtype: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    acc,
+    row0,
+    col0,
+    out_ptr,
+    z_ptr,
+    bias_ptr,
+    gamma_ptr,
+    drop_path_scale_ptr,
+    residual_ptr,
+    M,
+    N,
+    TOKENS,
+    dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     z, out = forward_epilogue(
-        acc, row0, col0, bias_ptr, gamma_ptr, drop_path_scale_ptr, residual_ptr, M, N, TOKENS, dtype,
-        ACTIVATION, ROWS, COLUMNS, VECTOR,
-    )  # fmt: skip
+        acc,
+        row0,
+        col0,
+        bias_ptr,
+        gamma_ptr,
+        drop_path_scale_ptr,
+        residual_ptr,
+        M,
+        N,
+        TOKENS,
+        dtype,
+        ACTIVATION,
+        BLOCK_M,
+        BLOCK_N,
+        VECTOR,
+    )
     if z_ptr is not None:
-        store_piece(z_ptr, z, row0, col0, M, N, ROWS, COLUMNS, VECTOR)
-    store_piece(out_ptr, out, row0, col0, M, N, ROWS, COLUMNS, VECTOR)
+        store_piece(z_ptr, z, row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
+    store_piece(out_ptr, out, row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "a_stride", "b_stride", "TOKENS"])
@@ -50,31 +78,59 @@ def gemm_forward_kernel(
     b_stride,
     TOKENS,
     ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides N, K and both strides: lets loads be 16 bytes wide
 ):
     """A program owns one tile."""
-    row0, col0 = tile_origin(tl.program_id(0), N, ROWS, COLUMNS)
-    acc = product(a_ptr, b_ptr, row0, col0, M, N, K, a_stride, b_stride, True, ROWS, COLUMNS, DEPTH, VECTOR)
+    row0, col0 = tile_origin(tl.program_id(0), N, BLOCK_M, BLOCK_N)
+    acc = product(a_ptr, b_ptr, row0, col0, M, N, K, a_stride, b_stride, True, BLOCK_M, BLOCK_N, BLOCK_K, VECTOR)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    PIECE: tl.constexpr = COLUMNS // 4
+    PIECE: tl.constexpr = BLOCK_N // 4
     rest = (out_ptr, z_ptr, bias_ptr, gamma_ptr, drop_path_scale_ptr, residual_ptr, M, N, TOKENS)
-    pieces = quarters(acc, ROWS, COLUMNS)
+    pieces = quarters(acc, BLOCK_M, BLOCK_N)
     for i in tl.static_range(4):
-        _finish(pieces[i], row0, col0 + i * PIECE, *rest, dtype, ACTIVATION, ROWS, PIECE, VECTOR)
+        _finish(pieces[i], row0, col0 + i * PIECE, *rest, dtype, ACTIVATION, BLOCK_M, PIECE, VECTOR)
 
 
 @triton.jit
 def _finish_desc(
-    acc, row0, col0, out_desc, z_desc, bias_ptr, gamma_ptr, drop_path_scale_ptr, residual_ptr, M, N, TOKENS,
-    dtype: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    acc,
+    row0,
+    col0,
+    out_desc,
+    z_desc,
+    bias_ptr,
+    gamma_ptr,
+    drop_path_scale_ptr,
+    residual_ptr,
+    M,
+    N,
+    TOKENS,
+    dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     z, out = forward_epilogue(
-        acc, row0, col0, bias_ptr, gamma_ptr, drop_path_scale_ptr, residual_ptr, M, N, TOKENS, dtype,
-        ACTIVATION, ROWS, COLUMNS, VECTOR,
-    )  # fmt: skip
+        acc,
+        row0,
+        col0,
+        bias_ptr,
+        gamma_ptr,
+        drop_path_scale_ptr,
+        residual_ptr,
+        M,
+        N,
+        TOKENS,
+        dtype,
+        ACTIVATION,
+        BLOCK_M,
+        BLOCK_N,
+        VECTOR,
+    )
     if z_desc is not None:
         z_desc.store([row0, col0], z.to(z_desc.dtype))
     out_desc.store([row0, col0], out.to(out_desc.dtype))
@@ -82,9 +138,9 @@ def _finish_desc(
 
 @triton.jit(do_not_specialize=["M", "N", "K", "TOKENS"])
 def gemm_forward_descriptor_kernel(
-    a_desc,  # of (M, K), block [ROWS, DEPTH]
-    b_desc,  # of (N, K), block [COLUMNS, DEPTH]
-    out_desc,  # of (M, N), block [ROWS, COLUMNS / 4]
+    a_desc,  # of (M, K), block [BLOCK_M, BLOCK_K]
+    b_desc,  # of (N, K), block [BLOCK_N, BLOCK_K]
+    out_desc,  # of (M, N), block [BLOCK_M, BLOCK_N / 4]
     z_desc,  # likewise, or None
     bias_ptr,  # the rest as above
     gamma_ptr,
@@ -95,24 +151,24 @@ def gemm_forward_descriptor_kernel(
     K,
     TOKENS,
     ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides N
 ):
     """A program owns every num_programs-th tile."""
     dtype: tl.constexpr = a_desc.dtype
-    PIECE: tl.constexpr = COLUMNS // 4
+    PIECE: tl.constexpr = BLOCK_N // 4
     rest = (out_desc, z_desc, bias_ptr, gamma_ptr, drop_path_scale_ptr, residual_ptr, M, N, TOKENS)
-    tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, COLUMNS)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        row0, col0 = tile_origin(tile, N, ROWS, COLUMNS)
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for k in tl.range(0, K, DEPTH):
+        row0, col0 = tile_origin(tile, N, BLOCK_M, BLOCK_N)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
             acc = tl.dot(a_desc.load([row0, k]), b_desc.load([col0, k]).T, acc)
-        pieces = quarters(acc, ROWS, COLUMNS)
+        pieces = quarters(acc, BLOCK_M, BLOCK_N)
         for i in tl.static_range(4):
-            _finish_desc(pieces[i], row0, col0 + i * PIECE, *rest, dtype, ACTIVATION, ROWS, PIECE, VECTOR)
+            _finish_desc(pieces[i], row0, col0 + i * PIECE, *rest, dtype, ACTIVATION, BLOCK_M, PIECE, VECTOR)
 
 
 def fits(gemm: Gemm, N: int, *operands: torch.Tensor) -> bool:
@@ -219,7 +275,7 @@ def _aot_config(gemm: Gemm, epilogue: str, dtype: str, arch: int) -> AotConfig:
 def aot_config(kernel, gemm: Gemm, types: dict[str, str], activation: str | None, label: str, arch: int) -> AotConfig:
     """Both directions' rows. Those that are to share a multiprocessor are held to it."""
     tile = gemm.tile
-    names = dict(ACTIVATION=activation, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, VECTOR=16)
+    names = dict(ACTIVATION=activation, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, VECTOR=16)
     constexprs = {name: value for name, value in names.items() if name in kernel.arg_names}
     blocks = tile.programs_per_sm if gemm.backend == "tma" else None
     label = f"{tile.rows}x{tile.columns} {label}"

@@ -43,7 +43,9 @@ def linear_forward(
         gemm = _select((rows, weight), weight.shape[0], rows.shape[1], epilogue, activation)
     if gemm is not CUBLAS:
         return gemm_forward(
-            *(rows, weight, gemm),
+            rows,
+            weight,
+            gemm,
             bias=bias,
             activation=activation,
             gamma=gamma,

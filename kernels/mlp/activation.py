@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.gemm.tiles import multiple
+from fastdeit.kernels.gemm.tiles import assume_multiple_of
 from fastdeit.kernels.mlp.activation_functions import activate, activate_with_derivative
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later
@@ -42,7 +42,7 @@ def activation_forward_kernel(
     VECTOR: tl.constexpr,  # a power of two that divides SIZE: lets loads be 16 bytes wide
 ):
     """A program owns BLOCK consecutive elements."""
-    SIZE = multiple(SIZE, VECTOR)
+    SIZE = assume_multiple_of(SIZE, VECTOR)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + at, at < SIZE, other=0.0).to(tl.float32)
     tl.store(h_ptr + at, activate(z, ACTIVATION).to(h_ptr.dtype.element_ty), at < SIZE)
@@ -57,21 +57,21 @@ def activation_backward_kernel(
     dbias_partial_ptr,  # (strips, N) fp32, or None
     M,
     N,
-    rows_per_strip,  # a multiple of ROWS
+    rows_per_strip,  # a multiple of BLOCK_M
     ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides N: lets loads be 16 bytes wide
 ):
-    """A program owns COLUMNS columns (program id 0) of one strip of rows (program id 1)."""
-    N = multiple(N, VECTOR)
+    """A program owns BLOCK_N columns (program id 0) of one strip of rows (program id 1)."""
+    N = assume_multiple_of(N, VECTOR)
     strip = tl.program_id(1)
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = strip * rows_per_strip
     last = tl.minimum(first + rows_per_strip, M)  # no NaN: row numbers
-    for start in tl.range(first, last, ROWS, num_stages=3):
-        row = start + tl.arange(0, ROWS)[:, None]
+    for start in tl.range(first, last, BLOCK_M, num_stages=3):
+        row = start + tl.arange(0, BLOCK_M)[:, None]
         inside = (row < M) & (col < N)
         at = row.to(tl.int64) * N + col
         z = tl.load(z_ptr + at, inside, other=0.0).to(tl.float32)
@@ -84,7 +84,7 @@ def activation_backward_kernel(
         if dbias_partial_ptr is not None:
             dbias += dz
     if dbias_partial_ptr is not None:
-        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(dbias_partial_ptr + strip * N + column, tl.sum(dbias, axis=0), column < N)
 
 
@@ -144,5 +144,5 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         yield AotConfig(activation_forward_kernel, forward, tile, config.num_warps, 1, label, matrix=False)
         backward = dict.fromkeys(("dh_ptr", "z_ptr", "dz_ptr", "h_ptr"), dtype)
         backward |= dict(dbias_partial_ptr="*fp32", M="i32", N="i32", rows_per_strip="i32")
-        tile = dict(ACTIVATION=activation, ROWS=config.rows, COLUMNS=config.columns, VECTOR=16)
+        tile = dict(ACTIVATION=activation, BLOCK_M=config.rows, BLOCK_N=config.columns, VECTOR=16)
         yield AotConfig(activation_backward_kernel, backward, tile, config.num_warps, 1, label, matrix=False)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.gemm.tiles import multiple
+from fastdeit.kernels.gemm.tiles import assume_multiple_of
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later, sum_pairs
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
@@ -46,15 +46,15 @@ def scale_add_forward_kernel(
     M,
     N,
     TOKENS,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides N: lets loads be 16 bytes wide
 ):
-    """A program owns one ROWS x COLUMNS tile. The grid is one-dimensional: rows can pass the limit of its second."""
-    N = multiple(N, VECTOR)
-    column_blocks = tl.cdiv(N, COLUMNS)
-    row = (tl.program_id(0) // column_blocks) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """A program owns one BLOCK_M x BLOCK_N tile. The grid is one-dimensional: rows can pass the limit of its second."""
+    N = assume_multiple_of(N, VECTOR)
+    column_blocks = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    col = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = (row < M) & (col < N)
     at = row.to(tl.int64) * N + col
     out = tl.load(branch_ptr + at, inside, other=0.0).to(tl.float32)
@@ -76,20 +76,20 @@ def scale_add_backward_kernel(
     M,
     N,
     TOKENS,
-    rows_per_strip,  # a multiple of ROWS
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows_per_strip,  # a multiple of BLOCK_M
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """g = drop_path_scale * dy and its column sums. A program owns COLUMNS columns of one strip of rows (program id 1)."""
-    N = multiple(N, VECTOR)
+    """g = drop_path_scale * dy and its column sums. A program owns BLOCK_N columns of one strip of rows (program id 1)."""
+    N = assume_multiple_of(N, VECTOR)
     strip = tl.program_id(1)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = column[None, :]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = strip * rows_per_strip
-    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), ROWS, num_stages=4):  # no NaN: row numbers
-        row = start + tl.arange(0, ROWS)[:, None]
+    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), BLOCK_M, num_stages=4):  # no NaN: row numbers
+        row = start + tl.arange(0, BLOCK_M)[:, None]
         inside = (row < M) & (col < N)
         at = row.to(tl.int64) * N + col
         g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32)
@@ -116,10 +116,10 @@ def folded_layer_norm_backward_kernel(
     TOKENS,
     C: tl.constexpr,
     CHANNELS: tl.constexpr,  # C rounded up to a power of two
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """A program owns ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    """A program owns BLOCK_M rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     col = tl.arange(0, CHANNELS)[None, :]
     inside = (row < M) & (col < C)
     dx = tl.load(dx_hat_ptr + row * C + col, inside, other=0.0).to(tl.float32)
@@ -230,7 +230,7 @@ def _tokens(rows: int, drop_path_scale: torch.Tensor | None) -> int:
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
     """bf16 models, and bf16 autocast with an fp32 residual stream; the widths of DeiT and DeiT III for whole rows."""
-    tile = dict(ROWS=TILE.rows, COLUMNS=TILE.columns, VECTOR=16)
+    tile = dict(BLOCK_M=TILE.rows, BLOCK_N=TILE.columns, VECTOR=16)
     for label, wide in (("bf16", "*bf16"), ("autocast", "*fp32")):
         forward = dict(branch_ptr="*bf16", gamma_ptr=wide, residual_ptr=wide, out_ptr=wide)
         forward |= dict(drop_path_scale_ptr="*fp32", M="i32", N="i32", TOKENS="i32")
@@ -242,6 +242,6 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         config = select_row_config(channels)
         types = dict(dx_hat_ptr="*bf16", x_hat_ptr="*bf16", rstd_ptr="*fp32", dx_new_ptr="*fp32", dx_ptr="*fp32")
         types |= dict(drop_path_scale_ptr="*fp32", dbranch_ptr="*bf16", M="i32", TOKENS="i32")
-        constexprs = dict(C=channels, CHANNELS=config.columns, ROWS=config.rows)
+        constexprs = dict(C=channels, CHANNELS=config.columns, BLOCK_M=config.rows)
         label = f"C={channels} autocast"
         yield AotConfig(folded_layer_norm_backward_kernel, types, constexprs, config.num_warps, 1, label, matrix=False)

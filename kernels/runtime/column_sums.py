@@ -90,15 +90,15 @@ def row_strips(rows: int, step: int, column_blocks: int, x: torch.Tensor) -> tup
 
 @triton.jit
 def _sum_strip(
-    x_ptr, partial_ptr, block, M, N, rows_per_strip, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr
+    x_ptr, partial_ptr, block, M, N, rows_per_strip, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr
 ):
     N = N // VECTOR * VECTOR
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     col = column[None, :]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = tl.program_id(1) * rows_per_strip
-    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), ROWS, num_stages=4):  # no NaN: row numbers
-        row = start + tl.arange(0, ROWS)[:, None]
+    for start in tl.range(first, tl.minimum(first + rows_per_strip, M), BLOCK_M, num_stages=4):  # no NaN: row numbers
+        row = start + tl.arange(0, BLOCK_M)[:, None]
         total += tl.load(x_ptr + row.to(tl.int64) * N + col, (row < M) & (col < N), other=0.0).to(tl.float32)
     tl.store(partial_ptr + tl.program_id(1) * N + column, tl.sum(total, axis=0), column < N)
 
@@ -112,18 +112,18 @@ def column_sums_backward_kernel(
     M,
     N0,
     N1,
-    rows_per_strip,  # a multiple of ROWS
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows_per_strip,  # a multiple of BLOCK_M
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides N0 and N1: lets loads be 16 bytes wide
 ):
-    """A program owns COLUMNS columns of one of the matrices, the first one's before the other's, of a strip (program id 1)."""
+    """A program owns BLOCK_N columns of one of the matrices, the first one's before the other's, of a strip (program id 1)."""
     block = tl.program_id(0)
-    of_first = tl.cdiv(N0, COLUMNS)
+    of_first = tl.cdiv(N0, BLOCK_N)
     if block < of_first:
-        _sum_strip(x0_ptr, partial0_ptr, block, M, N0, rows_per_strip, ROWS, COLUMNS, VECTOR)
+        _sum_strip(x0_ptr, partial0_ptr, block, M, N0, rows_per_strip, BLOCK_M, BLOCK_N, VECTOR)
     elif x1_ptr is not None:
-        _sum_strip(x1_ptr, partial1_ptr, block - of_first, M, N1, rows_per_strip, ROWS, COLUMNS, VECTOR)
+        _sum_strip(x1_ptr, partial1_ptr, block - of_first, M, N1, rows_per_strip, BLOCK_M, BLOCK_N, VECTOR)
 
 
 Table = tuple[torch.Tensor, torch.Tensor]  # partial sums (strips, C), contiguous fp32, and where their total (C,) goes
@@ -143,8 +143,14 @@ def add_partial_sums(*tables: Table) -> None:
             partial_sums_backward_kernel,
             (cdiv(max(channels), _TILE[1]), len(chosen)),
             (
-                *(*partials, *(None,) * absent, *totals, *(None,) * absent),
-                *(*strips, *(0,) * absent, *channels, *(0,) * absent),
+                *partials,
+                *(None,) * absent,
+                *totals,
+                *(None,) * absent,
+                *strips,
+                *(0,) * absent,
+                *channels,
+                *(0,) * absent,
             ),
             (*_TILE, vector),
             _NUM_WARPS,
@@ -198,7 +204,7 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         label = f"fp32, {tables} table{'s' if tables > 1 else ''}"
         yield AotConfig(partial_sums_backward_kernel, types, tile, _NUM_WARPS, 1, label, matrix=False)
     rows, columns, num_warps = STRIP_TILE
-    strip = dict(ROWS=rows, COLUMNS=columns, VECTOR=16)
+    strip = dict(BLOCK_M=rows, BLOCK_N=columns, VECTOR=16)
     sizes = dict.fromkeys(("M", "N0", "N1", "rows_per_strip"), "i32")
     for count in (1, 2):
         types = (

@@ -9,15 +9,20 @@ from triton.runtime.errors import InterpreterError
 
 # What the driver says after a kernel has run and done harm, or when memory is short. No other kernel would fare better.
 _FAULTS = (
-    *(
-        "illegal memory access",
-        "misaligned address",
-        "illegal instruction",
-        "illegal address",
-        "invalid program counter",
-    ),
-    *("unspecified launch failure", "hardware stack error", "device-side assert", "uncorrectable", "out of memory"),
-    *("launch timed out", "capture", "context is destroyed", "invalid device context"),
+    "illegal memory access",
+    "misaligned address",
+    "illegal instruction",
+    "illegal address",
+    "invalid program counter",
+    "unspecified launch failure",
+    "hardware stack error",
+    "device-side assert",
+    "uncorrectable",
+    "out of memory",
+    "launch timed out",
+    "capture",
+    "context is destroyed",
+    "invalid device context",
 )
 # RuntimeErrors of the compiler, of the launcher's compilation by a C compiler, and of the driver.
 _REFUSALS = ("PassManager::run failed", "Failed to find C compiler", "Triton Error [CUDA]")

@@ -11,7 +11,7 @@ from torch import nn
 from fastdeit import backends
 from fastdeit.blocks.call_rules import why_not_attention_call, why_not_block_call, why_not_plain_call
 from fastdeit.blocks.snapshot import Snapshot, looked_at
-from fastdeit.kernels.attention.config import HANDED_OVER, Shapes
+from fastdeit.kernels.attention.config import SDPA_PREFERRED, Shapes
 from fastdeit.nn import Block
 
 CHILDREN = [name for name, _ in Block(64, 2).named_modules() if name not in ("attn.proj_drop", "mlp.drop2")]
@@ -43,7 +43,7 @@ def tokens(dtype=torch.float32):
 def all_fused(module, x) -> bool:
     """Whether all of the block runs fused, its last addition left to what follows, without a call of any of its modules."""
     description, verdict = looked_at(module)
-    if verdict.deferred is not None or any(verdict.parts):
+    if verdict.deferred is not None or any((*verdict.parts, *verdict.called)):
         return False
     attention = description.branches[0].body
     reason = why_not_plain_call(x) or why_not_block_call(verdict, x) or why_not_attention_call(attention, x)
@@ -161,7 +161,7 @@ def test_a_weight_that_is_no_parameter_is_seen(name, weight):
 
 
 def test_what_is_handed_over_is_asked_about(monkeypatch):
-    monkeypatch.setitem(HANDED_OVER, 90, (Shapes(32, range(1, 9), range(1, 99), True),))
+    monkeypatch.setitem(SDPA_PREFERRED, 90, (Shapes(32, range(1, 9), range(1, 99), True),))
     assert not all_fused(block(), tokens())
 
 

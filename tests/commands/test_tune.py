@@ -15,8 +15,7 @@ from fastdeit.benchmarks.tuning.journal import DEVICE_LOST, Journal
 from fastdeit.commands import cli, tune
 from fastdeit.kernels.attention.config import Tiles
 from fastdeit.kernels.gemm import config as gemm_config
-from fastdeit.kernels.gemm import fused_mlp as whole_mlp
-from fastdeit.kernels.gemm import linear
+from fastdeit.kernels.gemm import fused_mlp, linear
 from fastdeit.kernels.gemm.forward import fits
 from fastdeit.kernels.mlp import activation as mlp
 from fastdeit.kernels.mlp.activation import Config
@@ -35,7 +34,7 @@ def test_finished_cases_are_not_measured_again(tmp_path, capsys, monkeypatch):
     assert toy("mlp", tmp_path) == 0
     first = capsys.readouterr().out
     (line,) = table(first, "# kernels/mlp/activation.py, select_config")
-    for owner in (gemm_config, whole_mlp):
+    for owner in (gemm_config, fused_mlp):
         text = " ".join(table(first, f"# {owner.__name__.removeprefix('fastdeit.').replace('.', '/')}.py"))
         assert isinstance(eval(text.split(" = ")[1], vars(owner)), dict)
     assert isinstance(eval(line.removeprefix("return "), {"Config": Config}), Config)
@@ -64,8 +63,8 @@ def test_another_environment_is_measured_anew(tmp_path, capsys, monkeypatch):
 def test_attention_is_tuned_in_every_form(tmp_path, capsys):
     assert toy("attention", tmp_path) == 0
     handed_over, whole, *tiles, keys = table(capsys.readouterr().out, "# kernels/attention/config.py")
-    assert eval(handed_over.removeprefix("HANDED_OVER = ")) == {}  # nothing to compare with at toy size
-    assert set(eval(whole.removeprefix("WHOLE_BACKWARD_TOKENS = "))) == {90, 100}
+    assert eval(handed_over.removeprefix("SDPA_PREFERRED = ")) == {}  # nothing to compare with at toy size
+    assert set(eval(whole.removeprefix("ONE_PROGRAM_BACKWARD_TOKENS = "))) == {90, 100}
     for line in tiles:
         entries = eval(line.removeprefix("return "), {"Tiles": Tiles})
         assert len(entries) == 3 and all(isinstance(entry, Tiles) for entry in entries)
@@ -108,8 +107,8 @@ def test_every_kernel_of_ours_multiplies_when_its_turn_comes(monkeypatch):
 
 
 def test_the_whole_mlp_runs_in_one_kernel_when_its_turn_comes(monkeypatch):
-    calls, launch = [], whole_mlp.launch
-    monkeypatch.setattr(whole_mlp, "launch", lambda *a: calls.append(1) or launch(*a))
+    calls, launch = [], fused_mlp.launch
+    monkeypatch.setattr(fused_mlp, "launch", lambda *a: calls.append(1) or launch(*a))
     cases = [case for case in tuning_cases.cases("mlp", True) if "form" in case.call]
     assert [case.call["form"] for case in cases] == ["mlp", "add_layer_norm_mlp", "add_layer_norm_mlp"]
     for case in cases:

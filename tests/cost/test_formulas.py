@@ -46,11 +46,11 @@ def test_the_gradient_through_an_activation_moves_three_hidden_streams():
 def test_an_mlp_branch_in_one_kernel_moves_12_of_48_bytes_a_token_and_channel():
     rows, channels, hidden = 198, 192, 768
     apart = costs.layer_norm_forward(rows, channels) + costs.mlp_forward(rows, channels, hidden)
-    whole = costs.whole_mlp_forward(rows, channels, hidden, stream_bytes=4)
+    whole = costs.fused_mlp_forward(rows, channels, hidden, stream_bytes=4)
     weights, statistics = 4 * channels * hidden, 8 * rows
     assert apart.bytes == 48 * rows * channels + weights + statistics
     assert whole == costs.Cost(apart.flops, 12 * rows * channels + weights, 1)
-    assert costs.whole_mlp_forward(rows, channels, hidden).bytes == 4 * rows * channels + weights
+    assert costs.fused_mlp_forward(rows, channels, hidden).bytes == 4 * rows * channels + weights
 
 
 @pytest.mark.parametrize(("reduction", "launches"), [("mean", 3), ("sum", 3), ("none", 2)])

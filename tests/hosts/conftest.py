@@ -74,6 +74,56 @@ def why_not(model: nn.Module) -> set[str]:
     return {row.reason for row in fastdeit.explain(model) if row.name in names and not row.fused}
 
 
+def notes(model: nn.Module) -> set[str]:
+    """What accelerated blocks that run fused say of parts that they call."""
+    names = {name for name, module in model.named_modules() if isinstance(module, HostBlock)}
+    return {row.reason for row in fastdeit.explain(model) if row.name in names and row.fused} - {""}
+
+
+class Adapter(nn.Module):
+    """The shape of low-rank adapters, in a projection's place."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        generator, self.base = torch.Generator().manual_seed(5), base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.down, self.up = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+        for parameter in (*self.down.parameters(), *self.up.parameters()):
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def adapt(model: nn.Module, kind: str, *endings: str) -> nn.Module:
+    """Puts adapters, or torchao's int8 weights, on the projections whose names end so. All else is frozen."""
+    names = [name for name, _ in model.named_modules() if name.endswith(endings)]
+    model.requires_grad_(False)
+    if kind == "stand-in":
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Adapter(model.get_submodule(name)))
+    elif kind == "PEFT":
+        peft = pytest.importorskip("peft", reason="needs PEFT")
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False), model)
+    else:
+        quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+        config = quantization.Int8WeightOnlyConfig()
+        quantization.quantize_(model, config, filter_fn=lambda module, name: name in names)
+    return model.eval()
+
+
+def assert_adapters_act(model: nn.Module, kind: str, x: Tensor, *endings: str) -> nn.Module:
+    """Outputs and gradients with adapters are the host's, and the blocks stay fused around them. Returns the accelerated copy."""
+    stock = adapt(copy.deepcopy(model), kind, *endings)
+    accelerated = fastdeit.accelerate(copy.deepcopy(stock))
+    got, expected = step(accelerated, x), step(stock, x)
+    assert len(expected) > 2 or kind == "torchao"
+    torch.testing.assert_close(got, expected)
+    assert not torch.equal(expected["output"], step(model, x)["output"]) and not why_not(accelerated)
+    return accelerated
+
+
 def assert_state_is_kept(model: nn.Module, x: Tensor) -> None:
     """Same parameters and keys, the host's forward bit for bit without kernels, copies, pickles, and back."""
     classes, parameters, keys = list(map(type, model.modules())), list(model.parameters()), list(model.state_dict())
@@ -144,6 +194,9 @@ def hosts() -> types.SimpleNamespace:
         step=step,
         blocks_of=blocks_of,
         why_not=why_not,
+        notes=notes,
+        adapt=adapt,
+        assert_adapters_act=assert_adapters_act,
         assert_as_accurate=assert_as_accurate,
         assert_kernels_as_accurate=assert_kernels_as_accurate,
         assert_state_is_kept=assert_state_is_kept,

@@ -26,8 +26,9 @@ def make(hosts):
 def test_a_step_is_as_accurate_as_timms(hosts, make, kernels_stood_in, train):
     """In training both draw the same masks of stochastic depth."""
     accelerated = hosts.assert_as_accurate(make(drop_path_rate=0.4).train(train), X)
-    assert not hosts.why_not(accelerated) and len(hosts.blocks_of(accelerated)) == 2
-    assert kernels_stood_in["add_layer_norm"] == 2  # what attention gives is scaled and added in the norm's kernel
+    assert not hosts.why_not(accelerated) and len(hosts.blocks_of(accelerated)) == 4
+    assert kernels_stood_in["add_layer_norm"] == 4  # what attention gives is scaled and added in the norm's kernel
+    assert kernels_stood_in["attention_qkv"] == 2  # the class token's query alone
 
 
 def test_kernels_are_as_accurate_as_timms_forward(hosts, make):
@@ -72,6 +73,42 @@ def test_what_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reaso
     assert not hosts.why_not(model)
     CHANGES[reason](model.blocks[0])
     assert hosts.why_not(model) == {reason}
+
+
+def _another_attention(block):
+    block.attn.__class__ = type("Mine", (type(block.attn),), {})
+
+
+CHANGES_OF_THE_CLASS_TOKEN = {
+    "a Mine is called": _another_attention,
+    "fused_attn is off": lambda block: setattr(block.attn, "fused_attn", False),
+    "a projection is a Identity": lambda block: setattr(block.attn, "v", nn.Identity()),
+    "a hook is registered on its ClassAttn": lambda block: block.attn.register_forward_hook(lambda *_: None),
+    "a hook is registered on its GELU": lambda block: block.mlp.act.register_forward_hook(lambda *_: None),
+    "dropout is active": lambda block: setattr(block.attn.attn_drop.train(), "p", 0.5),
+    "this version of timm keeps its parts elsewhere: 'proj'": lambda block: delattr(block.attn, "proj"),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES_OF_THE_CLASS_TOKEN)
+def test_a_class_attention_that_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reason):
+    model = fastdeit.accelerate(make(depth=1))
+    CHANGES_OF_THE_CLASS_TOKEN[reason](model.blocks_token_only[1])
+    assert hosts.why_not(model) == {reason}
+    if "proj'" not in reason and "active" not in reason:
+        torch.testing.assert_close(model(X), fastdeit.restore(copy.deepcopy(model))(X))
+
+
+def test_a_class_token_of_another_class_is_timms(make, kernels_stood_in):
+    class Tagged(torch.Tensor):
+        pass
+
+    block = fastdeit.accelerate(make(depth=1)).blocks_token_only[0]
+    tokens, token = torch.randn(1, 4, 64), torch.randn(1, 1, 64)
+    got = block(x=tokens, x_cls=token.as_subclass(Tagged))
+    assert type(got) is Tagged and not kernels_stood_in["attention_qkv"]
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), block(tokens, token))
+    assert kernels_stood_in["attention_qkv"] == 1
 
 
 def test_layer_scale_in_another_dtype_than_the_stream_is_left_alone(make, kernels_stood_in):

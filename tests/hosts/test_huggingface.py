@@ -11,6 +11,8 @@ import fastdeit
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
 from transformers import (  # noqa: E402
+    BeitConfig,
+    BeitForImageClassification,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
@@ -26,6 +28,8 @@ from transformers import (  # noqa: E402
     IJepaModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -48,6 +52,7 @@ MODELS = {
     "I-JEPA": (IJepaConfig, IJepaModel),
     "DINOv2": (Dinov2Config, Dinov2ForImageClassification),
     "DINOv2 with registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel),
+    "BEiT": (BeitConfig, BeitForImageClassification),
     "CLIP": (CLIPVisionConfig, CLIPVisionModel),
     "SigLIP": (SiglipVisionConfig, SiglipVisionModel),
 }
@@ -222,7 +227,6 @@ CHANGES = {
     "its attention is causal": lambda layer: setattr(layer.attention, "is_causal", True),
     "the activation is Tanh()": lambda layer: setattr(layer.mlp, "activation_fn", nn.Tanh()),
     "a Identity is called": lambda layer: setattr(layer, "mlp", nn.Identity()),
-    "a projection is a Bilinear": lambda layer: setattr(layer.attention, "q_proj", nn.Bilinear(32, 32, 32)),
     "this version of transformers keeps its parts elsewhere: 'o_proj'": lambda layer: delattr(
         layer.attention, "o_proj"
     ),
@@ -237,6 +241,32 @@ def test_what_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reaso
     assert hosts.why_not(model) == {reason}
 
 
+@pytest.mark.parametrize("kind", ["stand-in", "PEFT", "torchao"])
+def test_adapters_and_quantized_weights_leave_layers_fused(hosts, make, kernels_stood_in, kind):
+    """The kernel runs between calls of the projections, and so does all around."""
+    model = hosts.assert_adapters_act(make(), kind, X, "q_proj", "v_proj")
+    assert kernels_stood_in["attention_qkv"] == 2 and kernels_stood_in["add_layer_norm_mlp"] == 2
+    (note,) = hosts.notes(model)
+    assert note.startswith("its projections are called: a ")
+
+
+def test_adapters_of_an_mlp_leave_its_attention_fused(hosts, make, kernels_stood_in):
+    hosts.assert_adapters_act(make(), "stand-in", X, "fc1", "o_proj")
+    assert kernels_stood_in["attention_qkv"] == 2 and kernels_stood_in["add_layer_norm_mlp"] == 0
+
+
+def test_a_projection_that_gives_another_dtype_is_pytorchs_to_judge(hosts, make, kernels_stood_in):
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).half()
+
+    model = fastdeit.accelerate(make(layers=1))
+    model.vit.layers[0].attention.k_proj.__class__ = Halved
+    with pytest.raises(RuntimeError, match="same dtype"):
+        hosts.output(model, X)
+    assert kernels_stood_in["attention_qkv"] == 0
+
+
 @pytest.mark.parametrize("part", ["", ".attention", ".mlp", ".mlp.activation_fn"])
 def test_a_replaced_forward_of_transformers_classes_is_noticed(hosts, make, kernels_stood_in, monkeypatch, part):
     model = fastdeit.accelerate(make(layers=1))
@@ -248,6 +278,62 @@ def test_a_replaced_forward_of_transformers_classes_is_noticed(hosts, make, kern
     assert len(hosts.why_not(model)) == 1
 
 
+CHANGES_OF_BEIT = {
+    "its attention adds a relative_position_bias": lambda layer: setattr(
+        layer, "relative_position_bias", nn.Identity()
+    ),
+    "its branches are scaled by 0.5": lambda layer: delattr(layer, "lambda_2") or setattr(layer, "lambda_2", 0.5),
+    "drop_path1 is a BeitDropPath": lambda layer: setattr(layer.drop_path, "drop_prob", 0.5),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES_OF_BEIT)
+def test_a_layer_of_beit_that_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reason):
+    model = fastdeit.accelerate(make("BEiT", drop_path_rate=0.2))
+    assert not hosts.why_not(model)  # stochastic depth does nothing in evaluation
+    layer = model.beit.layers[1].train()
+    layer.drop_path.drop_prob = 0.0
+    assert not hosts.why_not(model)
+    CHANGES_OF_BEIT[reason](layer)
+    assert hosts.why_not(model) == {reason}
+
+
+def test_beit_with_its_relative_position_bias_is_transformers(hosts, make, kernels_stood_in):
+    stock = make("BEiT", use_relative_position_bias=True, layers=1)
+    model = fastdeit.accelerate(copy.deepcopy(stock))
+    assert torch.equal(hosts.output(model, X), hosts.output(stock, X)) and not kernels_stood_in["attention"]
+
+
+def test_a_wrapped_timm_model_is_fused(hosts, kernels_stood_in):
+    sizes = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=1)
+    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=5, model_args=sizes)
+    stock = hosts.shaken(TimmWrapperForImageClassification(config))
+    model = fastdeit.accelerate(copy.deepcopy(stock))
+    torch.testing.assert_close(hosts.step(model, X), hosts.step(stock, X))
+    assert kernels_stood_in["add_layer_norm_attention"] == kernels_stood_in["patch_embedding"] == 1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_with_accumulation(make, kernels_stood_in, tmp_path, bf16):
+    """Losses and gradient norms of updates from two batches each, in bfloat16 within its rounding."""
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    data = [{"pixel_values": image, "labels": n % 2} for n, image in enumerate(X.repeat(4, 1, 1, 1))]
+    logs = []
+    for accelerated in (False, True):
+        model = make(layers=1)
+        options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, logging_steps=1)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, bf16=bf16, report_to="none", save_strategy="no", disable_tqdm=True, **options
+        )
+        model = fastdeit.accelerate(model) if accelerated else model
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        trainer.train()
+        logs.append([(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row])
+    assert len(logs[0]) == 3 and kernels_stood_in["add_layer_norm_attention"] == 6
+    for stock, ours in zip(*logs, strict=True):
+        assert ours == pytest.approx(stock, rel=0.02 if bf16 else 1e-4)
+
+
 def test_a_bias_that_is_missing_counts_as_zero(hosts, make, kernels_stood_in):
     model = make(layers=1)
     model.vit.layers[0].attention.k_proj.bias = None
@@ -257,7 +343,7 @@ def test_a_bias_that_is_missing_counts_as_zero(hosts, make, kernels_stood_in):
 
 def test_a_version_without_the_class_has_a_reason(make, monkeypatch):
     name = "transformers.models.vit.modeling_vit"
-    monkeypatch.setitem(known_hosts._HOSTS, name, ("fastdeit.nn.huggingface", ("ViTBlock",)))
+    monkeypatch.setitem(known_hosts._HOSTS, name, ("fastdeit.nn.huggingface", ("ViTBlock", "ViTLayer")))
     monkeypatch.setattr(known_hosts, "_unusable", {})
     monkeypatch.setattr(
         known_hosts,
@@ -265,7 +351,8 @@ def test_a_version_without_the_class_has_a_reason(make, monkeypatch):
         {source: twin for source, twin in known_hosts.FUSED_CLASSES.items() if source.__module__ != name},
     )
     rows = fastdeit.explain(make()).as_dict()
-    assert rows["vit.embeddings"]["reason"].startswith("no fused class for ViTEmbeddings: this version of transformers")
+    for name, kind in (("vit.embeddings", "ViTEmbeddings"), ("vit.layers.0", "ViTLayer")):
+        assert rows[name]["reason"].startswith(f"no fused class for {kind}: this version of transformers")
 
 
 def test_a_class_that_is_not_known_is_no_attribute():

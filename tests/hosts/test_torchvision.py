@@ -53,9 +53,14 @@ def test_hooks_are_called(hosts, make, kernels_stood_in, part):
         model, seen = fastdeit.accelerate(make()), []
         model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
         hosts.output(model, X)
-        assert seen == [1] and hosts.why_not(model) == {"a hook is registered on its MultiheadAttention"}
+        assert seen == [1] and not hosts.why_not(model)
+        assert hosts.notes(model) == {"a part of it is called: a hook is registered on its MultiheadAttention"}
     else:
-        hosts.assert_hooks_are_called(make(), name, X)
+        model, stock = fastdeit.accelerate(make()), make()
+        for either in (model, stock):
+            either.get_submodule(name).register_forward_hook(lambda module, args, out: out * 2)
+        torch.testing.assert_close(hosts.output(model, X), hosts.output(stock, X))
+        assert hosts.notes(model) == {"a part of it is called: a hook is registered on its GELU"}
 
 
 def test_training_and_checkpoints_agree(hosts, make, kernels_stood_in):
@@ -70,9 +75,9 @@ def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in):
 def test_active_dropout_draws_torchvisions_masks(hosts, make, kernels_stood_in, name):
     stock = make(**{name: 0.3}).train()
     accelerated = fastdeit.accelerate(copy.deepcopy(stock))
-    assert hosts.why_not(accelerated) == {"dropout is active"}
+    assert hosts.notes(accelerated) == {"a part of it is called: dropout is active"}
     torch.testing.assert_close(hosts.step(accelerated, X), hosts.step(stock, X))
-    assert not hosts.why_not(accelerated.eval())
+    assert not hosts.notes(accelerated.eval())
 
 
 def _of_another_width(block):
@@ -88,17 +93,46 @@ CHANGES = {
     ),
     "the activation is Tanh()": lambda block: block.mlp.__setitem__(1, nn.Tanh()),
     "a Sequential is called": lambda block: setattr(block, "mlp", nn.Sequential(*block.mlp)),
-    "a projection is a Bilinear": lambda block: block.mlp.__setitem__(0, nn.Bilinear(32, 32, 48)),
-    "a norm is a Identity that is not accelerated": lambda block: setattr(block, "ln_1", nn.Identity()),
+    "its out_proj is a Bilinear, whose forward PyTorch's attention leaves out": lambda block: setattr(
+        block.self_attention, "out_proj", nn.Bilinear(32, 32, 32)
+    ),
 }
 
 
 @pytest.mark.parametrize("reason", CHANGES)
-def test_what_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reason):
+def test_a_part_that_is_not_standard_is_called(hosts, make, kernels_stood_in, reason):
     model = fastdeit.accelerate(make(layers=1)).train()
-    assert not hosts.why_not(model)
+    assert not hosts.notes(model)
     CHANGES[reason](model.encoder.layers[0])
-    assert hosts.why_not(model) == {reason}
+    assert hosts.notes(model) == {f"a part of it is called: {reason}"}
+
+
+def test_a_norm_that_is_not_standard_runs_torchvisions_code(hosts, make, kernels_stood_in):
+    model = fastdeit.accelerate(make(layers=1))
+    model.encoder.layers[0].ln_1 = nn.Identity()
+    assert hosts.why_not(model) == {"a norm is a Identity that is not accelerated"}
+
+
+@pytest.mark.parametrize("kind", ["stand-in", "PEFT", "torchao"])
+def test_adapters_and_quantized_weights_leave_the_mlps_projections_called(hosts, make, kernels_stood_in, kind):
+    hosts.assert_adapters_act(make(), kind, X, "mlp.0")
+    assert kernels_stood_in["add_layer_norm_attention"] == 2 and kernels_stood_in["add_layer_norm_mlp"] == 0
+
+
+def test_peft_on_attention_is_called(hosts, make, kernels_stood_in):
+    """Its adapter merges the packed weights for the time of a call of PyTorch's attention."""
+    model = hosts.assert_adapters_act(make(), "PEFT", X, "self_attention")
+    assert hosts.notes(model) == {"a part of it is called: a MultiheadAttention is called"}
+    assert kernels_stood_in["add_layer_norm_attention"] == 0 and kernels_stood_in["add_layer_norm_mlp"] == 2
+
+
+def test_an_adapter_that_pytorchs_attention_leaves_out_stays_so(hosts, make, kernels_stood_in):
+    stock = hosts.adapt(make(), "stand-in", "out_proj")
+    for layer in stock.encoder.layers:
+        out_proj = layer.self_attention.out_proj
+        out_proj.weight, out_proj.bias = out_proj.base.weight, out_proj.base.bias
+    accelerated = fastdeit.accelerate(copy.deepcopy(stock))
+    torch.testing.assert_close(accelerated(X), stock(X))
 
 
 def test_other_attributes_of_a_version_are_a_reason_and_no_error(hosts, make, kernels_stood_in):
@@ -118,7 +152,7 @@ def test_a_derived_block_and_an_excluded_part_are_left_alone(hosts, make, kernel
     fastdeit.accelerate(model, exclude=["encoder.layers.encoder_layer_0.mlp"])
     rows = fastdeit.explain(model).as_dict()
     assert "derived from EncoderBlock" in rows["encoder.layers.encoder_layer_1"]["reason"]
-    assert rows["encoder.layers.encoder_layer_0"]["reason"] == "its MLPBlock is excluded"
+    assert rows["encoder.layers.encoder_layer_0"]["reason"] == "a part of it is called: its MLPBlock is excluded"
 
 
 def test_lean_memory_is_for_its_blocks_too(hosts, make):

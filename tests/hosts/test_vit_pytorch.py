@@ -79,7 +79,6 @@ CHANGES = {
     "dropout is active": lambda attn, mlp: setattr(attn.dropout, "p", 0.1),
     "its logits are scaled by 1.0": lambda attn, mlp: setattr(attn, "scale", 1.0),
     "its weights are made by a Sigmoid": lambda attn, mlp: setattr(attn, "attend", nn.Sigmoid()),
-    "a projection is a Identity": lambda attn, mlp: setattr(attn, "to_out", nn.Identity()),
     "the activation is Tanh()": lambda attn, mlp: mlp.net.__setitem__(2, nn.Tanh()),
     "a norm is a Identity that is not accelerated": lambda attn, mlp: setattr(attn, "norm", nn.Identity()),
     "this version of vit_pytorch keeps its parts elsewhere: 'to_qkv'": lambda attn, mlp: delattr(attn, "to_qkv"),
@@ -95,6 +94,18 @@ def test_what_is_not_standard_is_left_alone(hosts, make, kernels_stood_in, reaso
     assert not hosts.why_not(model)
     CHANGES[reason](*model.transformer.layers[0])
     assert hosts.why_not(model) == {reason}
+
+
+@pytest.mark.parametrize("kind", ["stand-in", "PEFT", "torchao"])
+def test_adapters_and_quantized_weights_leave_the_layers_fused(hosts, make, kernels_stood_in, kind):
+    hosts.assert_adapters_act(make(), kind, X, "to_qkv")
+    assert kernels_stood_in["attention"] == 2 and kernels_stood_in["add_layer_norm_mlp"] == 2
+
+
+def test_one_head_of_the_tokens_width_has_no_output_projection(hosts, make, kernels_stood_in):
+    accelerated = hosts.assert_as_accurate(make(dim_head=32), X)
+    assert hosts.notes(accelerated) == {"its projections are called: a projection is a Identity"}
+    assert kernels_stood_in["attention"] == 2
 
 
 def test_active_dropout_runs_vit_pytorchs_code(hosts, make, kernels_stood_in):

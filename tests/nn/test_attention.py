@@ -6,7 +6,7 @@ from timm.layers import Attention as TimmAttention
 from torch import nn
 
 from fastdeit import backends
-from fastdeit.kernels.attention.config import HANDED_OVER, Shapes
+from fastdeit.kernels.attention.config import SDPA_PREFERRED, Shapes
 from fastdeit.nn import Attention
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
@@ -91,7 +91,7 @@ def test_a_head_dimension_without_a_kernel_is_named():
 
 
 def test_a_size_that_is_handed_over_is_timms_and_named(kernels_stood_in, monkeypatch):
-    monkeypatch.setitem(HANDED_OVER, 90, (Shapes(32, range(1, 17), range(1, 16), True),))
+    monkeypatch.setitem(SDPA_PREFERRED, 90, (Shapes(32, range(1, 17), range(1, 16), True),))
     module = Attention(64, num_heads=2)
     assert "measured faster at 9 tokens and batch times heads 4" in module.why_not_fused(torch.randn(2, 9, 64))
     module(torch.randn(2, 9, 64))

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastdeit import backends, ops, testing
 from fastdeit.kernels.attention import forward as kernels
-from fastdeit.kernels.attention.config import HANDED_OVER, Shapes, select_config, whole_tiles
+from fastdeit.kernels.attention.config import SDPA_PREFERRED, Shapes, one_program_tiles, select_config
 from fastdeit.kernels.runtime.architecture import architecture
 from fastdeit.ops import attention_op
 from fastdeit.ops.attention_op import (
@@ -39,7 +39,7 @@ def config_of(form, queries, keys, head_dim):
     if form == "TF32 tiles":
         return select_config(MANY, 1, queries, keys, head_dim, 4, 80, 108, True)
     config = select_config(MANY, 1, queries, keys, head_dim, 2, 90, 132, form != "pointers")
-    return dataclasses.replace(config, whole=whole_tiles(keys)) if form == "whole backward" else config
+    return dataclasses.replace(config, one_program=one_program_tiles(keys)) if form == "one program" else config
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_as_accurate_as_eager_at_every_length(tokens, dtype, form):
     assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, heads)
 
 
-@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "one program"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token_attends_to_itself(dtype, form):
     """The output is V. dV is the upstream gradient and dQ and dK are zero, but for the rounding of 64 summed fp32 products: of a
@@ -102,7 +102,7 @@ def test_as_accurate_as_eager_with_other_tiles(tokens, head_dim, form):
     assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, 2)
 
 
-@pytest.mark.parametrize("form", ["whole backward"], indirect=True)
+@pytest.mark.parametrize("form", ["one program"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [2, 17, 128, 129, 197, 256])
 def test_as_accurate_as_eager_with_backward_in_one_kernel(tokens, dtype, form):
@@ -160,7 +160,7 @@ def test_a_cuda_graph_replays_forward_and_backward():
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_what_pytorch_does_faster_is_handed_over(gradients, monkeypatch):
-    monkeypatch.setitem(HANDED_OVER, architecture(randn(1)), (Shapes(32, range(17, 33), range(4, 16), gradients),))
+    monkeypatch.setitem(SDPA_PREFERRED, architecture(randn(1)), (Shapes(32, range(17, 33), range(4, 16), gradients),))
     launches = []
     monkeypatch.setattr(attention_op, "why_reference", lambda *_: None)
     monkeypatch.setattr(attention_op, "attention_unchecked", lambda qkv, *_: launches.append(qkv) or (qkv,))
@@ -174,7 +174,7 @@ def test_what_pytorch_does_faster_is_handed_over(gradients, monkeypatch):
 
 
 def test_a_forced_backend_keeps_what_would_be_handed_over(monkeypatch):
-    monkeypatch.setitem(HANDED_OVER, architecture(randn(1)), (Shapes(32, range(1, 33), range(1, 16), True),))
+    monkeypatch.setitem(SDPA_PREFERRED, architecture(randn(1)), (Shapes(32, range(1, 33), range(1, 16), True),))
     assert "measured faster at 20 tokens" in attention_op.why_handed_over(randn(1), 32, 20, 4)
     with backends.use_backend("triton"):
         assert attention_op.why_handed_over(randn(1), 32, 20, 4) is None
@@ -234,7 +234,7 @@ def test_packed_input_of_any_layout(layout):
     assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, 2)
 
 
-@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "one program"], indirect=True)
 def test_huge_logits_select_one_value(form):
     """Logits of +-1e4: no overflow, and the softmax is the one-hot of the largest logit."""
     tokens = 70
@@ -266,7 +266,7 @@ def test_equal_logits_average_the_values(form):
     testing.assert_close_to_oracle("mean of values", out, mean, eager, qkv.abs().max().item())
 
 
-@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "one program"], indirect=True)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("token", [3, 68])  # in a full block and in the tail
@@ -290,7 +290,7 @@ def test_non_finite_values_propagate_as_in_softmax(part, value, token, form):
     assert torch.equal(gradient.isfinite(), expected_gradient.isfinite())
 
 
-@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "one program"], indirect=True)
 def test_keys_at_minus_infinity_are_as_if_not_there(form):
     """A whole block of logits at -Inf, then finite ones: the running maximum must survive. Padded rows must not make NaN of it."""
     qkv = randn(1, 70, 3, 1, 64)
@@ -312,7 +312,7 @@ def test_keys_at_minus_infinity_are_as_if_not_there(form):
     assert torch.equal(d_key_value, torch.zeros_like(d_key_value))
 
 
-@pytest.mark.parametrize("form", ["pointers", "descriptors", "whole backward"], indirect=True)
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "one program"], indirect=True)
 def test_very_negative_logits_do_not_overflow_padded_rows(form):
     """With every logit near -500, 2**(0 - lse) of a padded row is Inf, and Inf times a padded zero NaN."""
     qkv = 0.01 * randn(1, 70, 3, 1, 64)

@@ -9,7 +9,10 @@ import fastdeit
 NARROW = dict(num_classes=5, depth=1, embed_dim=64, num_heads=2)
 # name -> options that make it small, and the kinds that are fused in it.
 FAMILIES = {
-    "cait_xxs24_224": (dict(img_size=32, **NARROW), {"LayerScaleBlock", "LayerNorm", "Mlp"}),
+    "cait_xxs24_224": (
+        dict(img_size=32, **NARROW),
+        {"LayerScaleBlock", "LayerScaleBlockClassAttn", "LayerNorm", "Mlp"},
+    ),
     "beit_base_patch16_224": (dict(img_size=32, **NARROW), {"LayerNorm", "Mlp"}),
     "beitv2_base_patch16_224": (dict(img_size=32, **NARROW), {"LayerNorm", "Mlp"}),
     "eva02_tiny_patch14_224": (dict(img_size=28, **NARROW), {"LayerNorm"}),

@@ -1,4 +1,9 @@
-"""Every op's kernels, forward and backward, under the checker for Triton's interpreter; and the checker finds planted faults."""
+"""Every op's kernels, forward and backward, under the checker for Triton's interpreter; and the checker finds planted faults.
+
+With `-s` the last line says how much was checked.
+"""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from fastdeit.kernels.runtime.launch import launch
 from fastdeit.testing.interpreter_checker import checked_interpreter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
-MULTIPLES = (tiles.multiple,)
+MULTIPLES = (tiles.assume_multiple_of,)
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -39,6 +44,15 @@ def same(x):
     return x
 
 
+CHECKED = Counter()  # calls of ops, and the checker's counts over all of them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def totals():
+    yield
+    print("\nchecked:", ", ".join(f"{count} {what}" for what, count in CHECKED.items()))
+
+
 def check(op, *inputs, frozen=()):
     """Runs op and its gradients of all floating-point inputs but the frozen, and returns what the checker found."""
     leaves = [x.detach() for x in inputs]
@@ -51,6 +65,7 @@ def check(op, *inputs, frozen=()):
         outputs = [y for y in outputs if y.requires_grad]
         torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], [torch.randn_like(y) for y in outputs])
     assert checker.counts["launches"] > 1 and checker.counts["stores"] > 1
+    CHECKED.update({"ops, forward and backward": 1}, findings=len(checker.findings), **checker.counts)
     return checker.findings
 
 
@@ -203,7 +218,7 @@ def copy_kernel(x_ptr, y_ptr, N, FAULT: tl.constexpr, BLOCK: tl.constexpr):
     if FAULT == "assume":
         tl.assume(N > 100)
     if FAULT == "multiple":
-        at += tiles.multiple(N, 16) - N // 16 * 16
+        at += tiles.assume_multiple_of(N, 16) - N // 16 * 16
     if FAULT == "write past the end":
         tl.store(y_ptr + at, x)
     elif FAULT == "one address":

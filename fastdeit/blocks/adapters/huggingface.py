@@ -3,13 +3,21 @@
 import importlib
 from functools import partial
 from types import CodeType
+from typing import Any
 
 from torch import nn
 from transformers import activations
 from transformers.utils import output_capturing
 
 from fastdeit.blocks.adapters.huggingface_layers import LAYERS, Layer, Names
-from fastdeit.blocks.checklist import PASSIVE_HOOKS, activation_name, register_activation, register_layer_scale
+from fastdeit.blocks.checklist import (
+    PASSIVE_HOOKS,
+    activation_name,
+    register_activation,
+    register_layer_scale,
+    why_not_bypassed,
+    why_replaced,
+)
 from fastdeit.blocks.snapshot import register_methods
 from fastdeit.blocks.spec import NOTHING, Affine, Attention, Block, Branch, Mlp
 
@@ -50,6 +58,10 @@ class _Parts:
         self.mlp = getattr(file, layer.mlp)
         for kind in (self.source, self.attention, self.mlp):
             register_methods(kind, "forward", host=True)
+        self.drop_path = None
+        if layer.names.drop_path is not None:
+            self.drop_path = getattr(file, layer.attention.replace("Attention", "DropPath"))
+            register_methods(self.drop_path, "forward", host=True)
         if layer.names.layer_scales is not None:
             register_layer_scale(getattr(file, layer.attention.replace("Attention", "LayerScale")))
 
@@ -78,18 +90,34 @@ def why_collected() -> str | None:
 
 
 def describe_layer(module: nn.Module) -> Block:
-    parts, children = _parts[module.source], module._modules
+    children: Any = module._modules
+    parts = _parts[module.source]
     names = parts.names
     attn, mlp = children[names.attention], children["mlp"]
     dropout = NOTHING if names.out_dropout is None else children[names.out_dropout]
     attention = _describe_attention(attn, names, dropout) if type(attn) is parts.attention else None
     perceptron = _describe_mlp(mlp, dropout) if type(mlp) is parts.mlp else None
-    drop_path = NOTHING if names.drop_path is None else children[names.drop_path]
-    scales = (NOTHING, NOTHING) if names.layer_scales is None else [children[name] for name in names.layer_scales]
+    drop_path = NOTHING if names.drop_path is None else _acting(children[names.drop_path], parts.drop_path)
+    scales: list[nn.Module] = [NOTHING, NOTHING]
+    gammas, beyond = names.own_scales or ("lambda1", "lambda1"), None
+    if names.layer_scales is not None:
+        scales = [children[name] for name in names.layer_scales]
+    elif names.own_scales is not None:
+        scales = [module if name in module._parameters else NOTHING for name in gammas]
+        others = (getattr(module, name) for name, scale in zip(gammas, scales, strict=True) if scale is NOTHING)
+        beyond = next((f"its branches are scaled by {scale}" for scale in others if scale != 1.0), None)
+    if names.added is not None and getattr(module, names.added) is not None:
+        beyond = f"its attention adds a {names.added}"
     norm1, norm2 = (Affine(children[name]) for name in names.norms)
-    first = Branch(norm1, attn, attention, scales[0], drop_path, gamma="lambda1")
-    second = Branch(norm2, mlp, perceptron, scales[1], drop_path, gamma="lambda1")
-    return Block(module, parts.source, (first, second), module.memory, all_fused=True)
+    first = Branch(norm1, attn, attention, scales[0], drop_path, gamma=gammas[0])
+    second = Branch(norm2, mlp, perceptron, scales[1], drop_path, gamma=gammas[1])
+    return Block(module, parts.source, (first, second), module.memory, all_fused=True, beyond=beyond)
+
+
+def _acting(drop_path: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """transformers' stochastic depth where it does something or a call of it would be seen, else nothing."""
+    inactive = type(drop_path) is kind and (drop_path.drop_prob == 0.0 or not drop_path.training)
+    return NOTHING if inactive and why_replaced(kind) is None and why_not_bypassed((drop_path,)) is None else drop_path
 
 
 def _describe_attention(attn: nn.Module, names: Names, out_dropout: nn.Module) -> Attention:

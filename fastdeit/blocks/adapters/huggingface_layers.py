@@ -15,6 +15,8 @@ class Names(NamedTuple):
     out_dropout: str | None  # one module, after each branch
     layer_scales: tuple[str, str] | None = None
     drop_path: str | None = None
+    own_scales: tuple[str, str] | None = None  # LayerScale's parameters, where they are the layer's
+    added: str | None = None  # what the layer adds to the logits of its attention, None if it has none
 
 
 class Layer(NamedTuple):
@@ -31,6 +33,7 @@ _VIT = Names(("layernorm_before", "layernorm_after"), "attention", "o_proj", *_A
 _DINO = Names(
     ("norm1", "norm2"), "attention", "o_proj", *_ATTRIBUTES, None, ("layer_scale1", "layer_scale2"), "drop_path"
 )
+_BEIT = _VIT._replace(drop_path="drop_path", own_scales=("lambda_1", "lambda_2"), added="relative_position_bias")
 _CLIP = Names(("layer_norm1", "layer_norm2"), "self_attn", "out_proj", "num_heads", "scale", "dropout", None)
 
 
@@ -46,6 +49,7 @@ LAYERS = {
     "IJepaLayer": _layer("ijepa", "IJepa", _VIT),
     "Dinov2Layer": _layer("dinov2", "Dinov2", _DINO),
     "Dinov2WithRegistersLayer": _layer("dinov2_with_registers", "Dinov2WithRegisters", _DINO),
+    "BeitLayer": _layer("beit", "Beit", _BEIT),
     "CLIPEncoderLayer": _layer("clip", "CLIP", _CLIP),
     "SiglipEncoderLayer": _layer("siglip", "Siglip", _CLIP),
 }

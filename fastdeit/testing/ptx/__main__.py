@@ -43,9 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             part - 1 :: parts
         ]
         if options.mutants:
-            outcomes += sum(
-                (run_mutants(c, arch, options.mutants, seed=0) for c in cases(arch) if c.name in chosen), Counter()
-            )
+            outcomes += run_mutants([c for c in cases(arch) if c.name in chosen], arch, options.mutants, seed=0)
             continue
         jobs = [(arch, name, options.thorough) for name in chosen]
         context = multiprocessing.get_context("spawn")

@@ -21,7 +21,7 @@ from fastdeit.kernels.attention import forward as attention
 from fastdeit.kernels.augment.operations import ROW, Operation
 from fastdeit.kernels.gemm.config import EPILOGUES, candidates, use_gemm
 from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
-from fastdeit.kernels.gemm.fused_mlp import use_whole_mlp
+from fastdeit.kernels.gemm.fused_mlp import use_fused_mlp
 from fastdeit.kernels.runtime.architecture import has_descriptors
 from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, poisoned_memory
 from fastdeit.testing.ptx.tf32 import in_tf32_products, tf32
@@ -86,15 +86,12 @@ def _layer_norms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
         yield f"add_layer_norm C={channels} autocast", functools.partial(_add_layer_norm, channels)
         hidden = 256 if channels == 192 else 32
         yield f"add_layer_norm_mlp C={channels} autocast", functools.partial(_add_layer_norm_mlp, channels, hidden)
-    yield (
-        "add_layer_norm_mlp without LayerScale, autocast",
-        functools.partial(_add_layer_norm_mlp, 384, 256, scaled=False),
-    )
-    yield (
-        "add_layer_norm_mlp, pre-activation recomputed, autocast",
-        functools.partial(_add_layer_norm_mlp, 384, 32, lean=True),
-    )
-    yield "add_layer_norm_mlp, first layer bf16, autocast", functools.partial(_add_layer_norm_mlp, 384, 256, first=BF16)
+    for name, *options in (
+        (" without LayerScale", 256, False),
+        (", pre-activation recomputed", 32, True, True),
+        (", first layer bf16", 256, True, False, BF16),
+    ):
+        yield f"add_layer_norm_mlp{name}, autocast", functools.partial(_add_layer_norm_mlp, 384, *options)
     yield "layer_norm_mlp autocast", _layer_norm_mlp
     yield "linear, residual branch, bf16", functools.partial(_residual_linear, BF16)
     yield "linear, residual branch, autocast", functools.partial(_residual_linear, FP32)
@@ -205,10 +202,12 @@ def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     yield "add_layer_norm_attention autocast", _add_layer_norm_attention
     for case in attention_config.aot_cases(arch):
         yield f"attention {case.label}", functools.partial(_attend, case)
+        if case.head_dim == 64 and case.dtype == "bf16" and case.tail == 16:  # a tail of 9
+            yield f"attention {case.label}, scores far below 0", functools.partial(_attend, case, None, 73, True)
     if has_descriptors(arch):
         home = next(c for c in attention_config.aot_cases(arch) if c.config.descriptors and c.head_dim == 64)
         for keys in (128, 256):
-            whole = attention_config.whole_tiles(keys)
+            whole = attention_config.one_program_tiles(keys)
             yield f"attention, one program, {keys} keys", functools.partial(_attend, home, whole, keys - 3)
 
 
@@ -227,13 +226,16 @@ def _add_layer_norm_attention() -> Errors:
     return assert_as_accurate_as_eager(*pair, x, branch, *weights)
 
 
-def _attend(case: attention_config.Case, whole: attention_config.Tiles | None = None, tokens: int = 0) -> Errors:
+def _attend(case: attention_config.Case, whole: Any = None, tokens: int = 0, below: bool = False) -> Errors:
+    """whole: tiles of the backward in one program. below: scores of about -200, far below the zeros of keys past the end."""
     tokens = tokens or {16: TOKENS, 32: 128 + 20, 64: 192 - 3}[case.tail]
     config = case.config
     config = attention_config.Config(config.descriptors, config.forward, config.dq, config.dkv, whole)
     dtype = {"bf16": BF16, "fp16": FP16, "fp32": FP32}[case.dtype]
     heads = 2 if case.config.forward.own == 64 and case.head_dim == 64 else 1
     qkv = randn(1, tokens, 3 * heads * case.head_dim, dtype=dtype)
+    if below:
+        qkv += torch.tensor([5, -5, 0], dtype=dtype).repeat_interleave(heads * case.head_dim)
     eager = in_tf32_products if dtype == FP32 else None
     with mock.patch.object(attention, "select_config", lambda *_: config), tf32(dtype == FP32):
         return assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, heads, eager=eager)
@@ -284,9 +286,8 @@ def _gemms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
         for gemm in candidates(arch, epilogue):
             name = f"linear {epilogue} {gemm.backend} {gemm.tile.rows}x{gemm.tile.columns}"
             yield f"{name} bf16", functools.partial(_gemm, gemm, epilogue, BF16)
-    first = candidates(arch, "activation")[0]
     if arch in (80, 90):
-        yield "linear activation fp16", functools.partial(_gemm, first, "activation", FP16)
+        yield "linear activation fp16", functools.partial(_gemm, candidates(arch, "activation")[0], "activation", FP16)
 
 
 def _gemm(gemm, epilogue: str, dtype: torch.dtype) -> Errors:
@@ -325,7 +326,7 @@ def _fused_mlps(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
 
 def _fused_mlp(config) -> Errors:
     x, weights = randn(2, 83, 192), _mlp_weights(BF16, 192, 320)
-    with use_whole_mlp(config):
+    with use_fused_mlp(config):
         return assert_as_accurate_as_eager(ops.mlp, ops.mlp_reference, x, *weights, frozen=range(5))
 
 
@@ -339,7 +340,7 @@ def _fused_add_layer_norm_mlp(config, dtype: torch.dtype) -> Errors:
         )
         for f in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
     )
-    with use_whole_mlp(config):
+    with use_fused_mlp(config):
         return assert_as_accurate_as_eager(
             *pair, x, branch, *norm, *_mlp_weights(dtype, 192, 320), gamma, frozen=range(9)
         )

@@ -78,9 +78,14 @@ def execute(
     """Runs a compiled kernel over a grid with a launch's arguments; tensors are written in place."""
     machine = Machine(compiled.program, compiled.shared_bytes, schedule)
     machine.observer = observer
+    run_on(machine, compiled, grid, args)
+    return machine
+
+
+def run_on(machine: Machine, compiled: Compiled, grid: tuple[int, ...], args: tuple) -> None:
+    """The same on a given machine."""
     memory = GlobalMemory(machine.fault)
     machine.launch(grid, arguments_of(compiled, args, memory), memory)
-    return machine
 
 
 def arguments_of(compiled: Compiled, args: tuple, memory: GlobalMemory) -> dict[str, Any]:

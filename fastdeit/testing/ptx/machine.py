@@ -133,15 +133,20 @@ class Machine(Threads):
 
     def _start(self, blocks: ndarray) -> None:
         self.start_threads(blocks, self.grid, self._garbage)
-        self.shared = SharedMemory(
-            len(blocks), self.threads, self.shared_bytes, lambda n: self._garbage(n, 4).copy(), self.fault
-        )
-        self.copies = CommitGroups(self.lane_count)  # cp.async
-        self.bulk_copies = CommitGroups(self.lane_count)  # cp.async.bulk stores
-        self.products = CommitGroups(self.lane_count // 128)  # wgmma
+        self.shared = self.start_memory(len(blocks))
+        self.copies = self.start_groups(self.lane_count)  # cp.async
+        self.bulk_copies = self.start_groups(self.lane_count)  # cp.async.bulk stores
+        self.products = self.start_groups(self.lane_count // 128)  # wgmma
         self.mbarriers = Mbarriers(self)
         self.matrix = warpgroup.MatrixRegisters(self)
         self.poll_failed = False
+
+    def start_memory(self, blocks: int, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
+        """Shared memory of the blocks that start."""
+        return kind(blocks, self.threads, self.shared_bytes, lambda n: self._garbage(n, 4).copy(), self.fault)
+
+    def start_groups(self, agents: int) -> CommitGroups:
+        return CommitGroups(agents)
 
     def _garbage(self, count: int, width: int) -> ndarray:
         """What unwritten storage holds: NaN in every float format without a seed's shuffle, else any bits."""

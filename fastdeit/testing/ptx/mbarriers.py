@@ -70,7 +70,7 @@ class Mbarriers:
         machine.shared.recent[words] = 15
         machine.shared.written[words] = 0  # nobody reads or writes it as memory
         machine.shared.borrowed[words] += 1
-        machine.shared.write_stamp[words] = machine.shared.stamps[lanes, None]
+        machine.shared.synchronise(lanes, words, changes=True)
 
     def invalidate(self, lanes: ndarray, address: ndarray) -> None:
         machine = self._machine
@@ -85,10 +85,11 @@ class Mbarriers:
             barrier.live[blocks] = False
         words = machine.shared.locate(lanes, address, 8)[:, None] + np.arange(2)
         machine.shared.borrowed[words] -= 1
-        machine.shared.write_stamp[words] = machine.shared.stamps[lanes, None]
+        machine.shared.synchronise(lanes, words, changes=True)
 
     def arrive(self, lanes: ndarray, address: ndarray, expected: ndarray) -> None:
         """One arrival of each lane, and bytes that the phase shall wait for."""
+        self._note(lanes, address)
         for at, part in self._by_address(address):
             barrier, blocks = self._live(at, lanes[part])
             np.add.at(barrier.bytes, blocks, expected[part])
@@ -117,6 +118,7 @@ class Mbarriers:
     def poll(self, lanes: ndarray, address: ndarray, parity: ndarray) -> ndarray:
         """Whether the phase of that parity is complete, by lane. Copies under way take effect now at the latest."""
         machine = self._machine
+        self._note(lanes, address)
         complete = np.zeros(len(lanes), bool)
         for at, part in self._by_address(address):
             barrier, blocks = self._live(at, lanes[part])
@@ -140,6 +142,10 @@ class Mbarriers:
             for at, b in self._barriers.items()
             if b.live.any()
         )
+
+    def _note(self, lanes: ndarray, address: ndarray) -> None:
+        shared = self._machine.shared
+        shared.synchronise(lanes, shared.locate(lanes, address, 8)[:, None] + np.arange(2), changes=False)
 
     def _land(self, at: int, blocks: ndarray) -> None:
         threads, left = self._machine.threads, []

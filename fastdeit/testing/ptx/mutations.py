@@ -1,9 +1,11 @@
 """Plants faults in compiled kernels, one instruction at a time, and counts how many the machine catches.
 
 A mutant deletes or changes one instruction. It is caught by a check where executing it is a `Fault`, and by its values where it
-gives other bits than the kernel it was made of, in step or shuffled. What survives both is printed with its line.
+gives other bits than the kernel it was made of, in step or shuffled. What survives both is printed with its line, and is redundant
+where redundancy.py proves it so, else a hole.
 """
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,9 +17,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeit.testing.ptx.cases import Case
 from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_to_ptx
-from fastdeit.testing.ptx.harness import execute, executing, storage_of, variant_of
+from fastdeit.testing.ptx.harness import execute, executing, run_on, storage_of, variant_of
 from fastdeit.testing.ptx.machine import IN_STEP, Fault, Schedule
 from fastdeit.testing.ptx.program import Program, PtxError
+from fastdeit.testing.ptx.redundancy import Record, proof
 
 SHUFFLED = Schedule(seed=11, shuffled=True)
 
@@ -86,27 +89,6 @@ def mutants(ptx: str, most: int, random: np.random.Generator) -> Iterator[Mutant
             yield Mutant(kind, line, match[0].strip().splitlines()[0], mutated)
 
 
-# Why a mutant of a kind can be equivalent to the kernel, or what the machine does not check.
-REASONS = {
-    "bar.sync dropped": "redundant: no conflicting accesses of two threads are ordered by this barrier alone",
-    "bar.warp.sync dropped": "redundant: no conflicting accesses of two lanes are ordered by it alone",
-    "cp.async.wait_group dropped": "redundant: a later wait comes before the first use",
-    "cp.async.wait_group weakened": "redundant: a later wait comes before the first use",
-    "cp.async.commit_group dropped": "redundant: the group is empty, or the next commit closes both",
-    "fence.proxy.async dropped": "hole: the order of mbarrier.init against tensor copies is not checked",
-    "mbarrier.inval dropped": "redundant: the barrier is not initialised again",
-    "bulk commit dropped": "redundant: the next commit closes both",
-    "bulk wait dropped": "redundant: a later wait comes before the memory is written again",
-    "wgmma.fence dropped": "redundant: its registers were not accessed since the fence before",
-    "wgmma.commit_group dropped": "redundant: the next commit closes both, before the wait",
-    "wgmma.wait_group dropped": "redundant: a later wait comes before the results are used",
-    "mask dropped": "redundant here: what it masks is not used",
-    "mask widened": "redundant here: at this length the bound is never met, or what it masks is not used",
-    "initialisation dropped": "redundant: the masked elements reach no result, whatever they hold",
-    "swizzle changed": "redundant here: the changed address is another thread's of the same, complete pattern",
-}
-
-
 class Launch(NamedTuple):
     variant: Variant
     grid: tuple[int, ...]
@@ -130,10 +112,9 @@ def launches_of(case: Case, arch: int) -> list[Launch]:
 
 def judge(launch: Launch, mutant: str, arch: int, expected: list[torch.Tensor]) -> str | None:
     """How a mutant is caught: the fault's kind, "other bits", or None. It is first executed in step, then shuffled."""
-    _, shared_bytes, maps = compile_to_ptx(launch.variant, arch)
     for schedule in (IN_STEP, SHUFFLED):
         try:
-            found = results(launch, Compiled(Program(mutant), shared_bytes, tuple(maps)), schedule)
+            found = results(launch, _compiled(launch, mutant, arch), schedule)
         except Fault as fault:
             return fault.kind
         except PtxError:
@@ -143,15 +124,49 @@ def judge(launch: Launch, mutant: str, arch: int, expected: list[torch.Tensor]) 
     return None
 
 
+def _compiled(launch: Launch, text: str, arch: int) -> Compiled:
+    _, shared_bytes, maps = compile_to_ptx(launch.variant, arch)
+    return Compiled(Program(text), shared_bytes, tuple(maps))
+
+
 def results(launch: Launch, compiled: Compiled, schedule: Schedule) -> list[torch.Tensor]:
     """The storages after a launch, which are then as before it."""
+    with _restored(launch) as storages:
+        execute(compiled, launch.grid, launch.args, schedule)
+        return [s.clone() for s in storages]
+
+
+@contextlib.contextmanager
+def _restored(launch: Launch) -> Iterator[list[torch.Tensor]]:
+    """Storages as they were before the launch, within and afterwards."""
     storages = _storages(launch.args)
-    for storage, held in zip(storages, launch.before, strict=True):
-        storage.copy_(held)
-    execute(compiled, launch.grid, launch.args, schedule)
-    found = [s.clone() for s in storages]
-    for storage, held in zip(storages, launch.before, strict=True):
-        storage.copy_(held)
+
+    def restore() -> None:
+        for storage, held in zip(storages, launch.before, strict=True):
+            storage.copy_(held)
+
+    restore()
+    try:
+        yield storages
+    finally:
+        restore()
+
+
+def why_redundant(launches: list[Launch], mutant: Mutant, arch: int) -> str | None:
+    """A proof that a mutant that survived is equivalent to the kernel in every one of these launches, or None."""
+    found = None
+    for launch in launches:
+        ptx = compile_to_ptx(launch.variant, arch)[0]
+        records = []
+        for text in (ptx, mutant.text):
+            compiled = _compiled(launch, text, arch)
+            record = Record(compiled.program, compiled.shared_bytes, mutant.line)
+            with _restored(launch):
+                run_on(record, compiled, launch.grid, launch.args)
+            records.append(record)
+        found = proof(mutant.kind, mutant.line, *records)
+        if found is None:
+            return None
     return found
 
 
@@ -159,35 +174,51 @@ def _storages(args: tuple) -> list[torch.Tensor]:
     return [storage_of(a) for a in args if isinstance(a, torch.Tensor | TensorDescriptor)]
 
 
-def run(case: Case, arch: int, most: int, seed: int, print_line: Callable[[str], None] = print) -> Counter:
-    """Makes and judges mutants of every kernel of a case; returns how often each (kind, caught by) happened."""
+def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable[[str], None] = print) -> Counter:
+    """Makes mutants of every kernel that these cases launch, and runs each in all of its launches until one catches it.
+
+    Returns how often each (kind, outcome) happened: what caught it, or "redundant" with a proof, or "hole".
+    """
     random = np.random.default_rng(seed)
     outcomes: Counter = Counter()
-    for launch in launches_of(case, arch):
-        ptx, shared_bytes, maps = compile_to_ptx(launch.variant, arch)
-        expected = results(launch, Compiled(Program(ptx), shared_bytes, tuple(maps)), IN_STEP)
+    by_variant: dict[Variant, list[Launch]] = {}
+    for case in cases:
+        for launch in launches_of(case, arch):
+            by_variant.setdefault(launch.variant, []).append(launch)
+    for variant, launches in by_variant.items():
+        ptx = compile_to_ptx(variant, arch)[0]
+        expected = [results(launch, _compiled(launch, ptx, arch), IN_STEP) for launch in launches]
         for mutant in mutants(ptx, most, random):
-            caught = judge(launch, mutant.text, arch, expected)
-            outcomes[mutant.kind, caught or "survived"] += 1
+            caught = next(
+                filter(None, (judge(s, mutant.text, arch, e) for s, e in zip(launches, expected, strict=True))), None
+            )
             if caught is None:
-                name = launch.variant.kernel.__name__
-                reason = REASONS.get(mutant.kind, "hole")
-                print_line(
-                    f"sm_{arch} {name} line {mutant.line}: {mutant.kind} survived; {reason}: {mutant.before[:80]}"
-                )
+                reason = why_redundant(launches, mutant, arch) or "hole: nothing catches it"
+                caught = reason.split(":")[0].split()[0]
+                place = f"sm_{arch} {variant.kernel.__name__} line {mutant.line}"
+                print_line(f"{place}: {mutant.kind}, {reason}: {mutant.before[:80]}")
+            outcomes[mutant.kind, caught] += 1
     return outcomes
 
 
 def table(outcomes: Counter) -> list[str]:
-    """A line a kind: mutants, how many were caught, and by what."""
-    lines = []
-    for kind in dict.fromkeys(kind for kind, _ in outcomes):
-        by = Counter({caught: n for (k, caught), n in outcomes.items() if k == kind})
-        survived = by.pop("survived", 0)
-        total = survived + by.total()
-        ways = ", ".join(f"{name} {n}" for name, n in by.most_common())
-        lines.append(f"{kind}: {total - survived} of {total} ({ways or 'none'})")
-    survived = sum(n for (_, caught), n in outcomes.items() if caught == "survived")
-    total = outcomes.total()
-    lines.append(f"all: {total - survived} of {total} caught, {100 * (total - survived) / max(total, 1):.0f} %")
+    """A row a kind: mutants, how many were caught, and by what; how many are proved redundant; how many are holes."""
+    lines = ["| kind | mutants | caught | redundant | holes | by |", "|---|---|---|---|---|---|"]
+    kinds = dict.fromkeys(kind for kind, _ in outcomes)
+    for kind in [*kinds, None]:
+        by: Counter = Counter()
+        for (k, outcome), n in outcomes.items():
+            by[outcome] += n * (kind in (k, None))
+        redundant, holes = by.pop("redundant", 0), by.pop("hole", 0)
+        caught, total = by.total(), by.total() + redundant + holes
+        ways = ", ".join(f"{name} {n}" for name, n in by.most_common() if n)
+        lines.append(f"| {kind or 'all'} | {total} | {caught} | {redundant} | {holes} | {ways} |")
+    lines.append(
+        f"{caught} of {total} caught ({_share(caught, total)} %), {redundant} proved redundant, {holes} holes: "
+    )
+    lines[-1] += f"{_share(caught, caught + holes)} % of those that are not redundant"
     return lines
+
+
+def _share(part: int, whole: int) -> int:
+    return 100 * part // max(whole, 1)

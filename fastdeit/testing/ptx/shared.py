@@ -233,6 +233,16 @@ class SharedMemory:
             "unwritten shared memory", f"reads {len(offsets)} words never written, the first at byte {offsets[0]}"
         )
 
+    def synchronise(self, lanes: ndarray, words: ndarray, changes: bool) -> None:
+        """An operation on the mbarrier in these words: generic; `changes` where it makes or ends the barrier."""
+        self.clock += 1
+        if changes:
+            self.write_stamp[words] = self.stamps[lanes, None]
+            self.write_clock[words] = self.clock
+        else:
+            self.read_stamp[words] = self.stamps[lanes, None]
+            self.read_clock[words] = self.clock
+
     # ---- asynchronous accesses: begun at issue, ended when they take effect
 
     def begin_fill(self, lanes: ndarray, words: ndarray) -> None:

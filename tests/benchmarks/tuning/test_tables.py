@@ -9,7 +9,7 @@ from fastdeit.benchmarks.tuning import cases as tuning_cases
 from fastdeit.benchmarks.tuning import tables as tuning_tables
 from fastdeit.kernels.attention.config import Shapes
 from fastdeit.kernels.gemm import config as gemm_config
-from fastdeit.kernels.gemm import fused_mlp as whole_mlp
+from fastdeit.kernels.gemm import fused_mlp
 from fastdeit.kernels.gemm.config import CUBLAS, Gemm, Measured, Tile, around, select_gemm
 from fastdeit.kernels.norm import layer_norm
 
@@ -50,7 +50,7 @@ def test_one_kernel_backward_up_to_the_first_length_where_two_are_faster():
         result(50, **two, **faster),
         result(577, **two),
     ]
-    assert tuning_tables.whole_tokens(results) == 50
+    assert tuning_tables.one_program_tokens(results) == 50
 
 
 @pytest.mark.parametrize(
@@ -149,19 +149,19 @@ def test_neighbouring_ranges_become_one_and_what_was_not_measured_now_stays(monk
 
 @pytest.mark.parametrize(("third_quartile", "ours"), [(8.9, True), (9.1, False)])
 def test_the_whole_mlp_table_names_what_was_faster_beyond_noise(third_quartile, ours, monkeypatch):
-    config = whole_mlp.candidates(90)[0]
-    far = whole_mlp.Measured(range(10, 20), 768, torch.float16, "mlp", config)
-    monkeypatch.setattr(whole_mlp, "WHOLE_MLPS", {80: (far,)})
+    config = fused_mlp.candidates(90)[0]
+    far = fused_mlp.Measured(range(10, 20), 768, torch.float16, "mlp", config)
+    monkeypatch.setattr(fused_mlp, "FUSED_MLPS", {80: (far,)})
     rows = [
         dict(part="whole", config=repr(c), first_quartile_us=q1, median_us=q2, third_quartile_us=q3)
         for c, (q1, q2, q3) in ((None, LIBRARY), (config, (7.0, 8.0, third_quartile)))
     ]
     call = dict(M=50688, hidden=768, dtype="torch.bfloat16", form="mlp", cases=1)
     text = tuning_tables.table("mlp", [dict(case="c", group="g", tokens=198, call=call, rows=rows)])
-    namespace = dict(vars(whole_mlp))
+    namespace = dict(vars(fused_mlp))
     exec(text.split("# kernels/gemm/fused_mlp.py")[1], namespace)
-    entry = whole_mlp.Measured(around(50688), 768, torch.bfloat16, "mlp", config)
-    assert namespace["WHOLE_MLPS"] == {80: (far,)} | ({90: (entry,)} if ours else {})
+    entry = fused_mlp.Measured(around(50688), 768, torch.bfloat16, "mlp", config)
+    assert namespace["FUSED_MLPS"] == {80: (far,)} | ({90: (entry,)} if ours else {})
 
 
 def test_the_batches_that_are_tuned_speak_for_every_number_of_rows_between():

@@ -7,7 +7,7 @@ from fastdeit import backends, ops
 from fastdeit.kernels.attention import backward as attention_backward
 from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.attention import forward as attention
-from fastdeit.kernels.attention.config import PIECES, select_config, tail, whole_tiles
+from fastdeit.kernels.attention.config import HEAD_DIM_SPLITS, one_program_tiles, select_config, tail
 from fastdeit.kernels.attention.views import vector_units
 from fastdeit.kernels.runtime import architecture
 from fastdeit.kernels.runtime.architecture import LIMITS
@@ -73,8 +73,8 @@ def test_every_shape_of_timm_has_a_configuration(arch, itemsize):
 
 
 def test_pieces_cover_every_head_dim_at_the_least_width():
-    assert tuple(PIECES) == HEAD_DIMS
-    for head_dim, (main, rest) in PIECES.items():
+    assert tuple(HEAD_DIM_SPLITS) == HEAD_DIMS
+    for head_dim, (main, rest) in HEAD_DIM_SPLITS.items():
         assert head_dim <= main + rest < head_dim + 32
         assert all(piece & (piece - 1) == 0 for piece in (main, rest))
 
@@ -115,11 +115,11 @@ def test_loads_over_pointers_are_copied_asynchronously_only_where_a_fence_follow
 
 def test_backward_runs_as_two_kernels_until_the_table_says_otherwise(monkeypatch):
     shape = (256, 12, 197, 197, 64, 2, 90, 132, True)
-    assert select_config(*shape).whole is None
-    monkeypatch.setitem(attention_config.WHOLE_BACKWARD_TOKENS, 90, 256)
-    assert select_config.__wrapped__(*shape).whole == whole_tiles(197)
+    assert select_config(*shape).one_program is None
+    monkeypatch.setitem(attention_config.ONE_PROGRAM_BACKWARD_TOKENS, 90, 256)
+    assert select_config.__wrapped__(*shape).one_program == one_program_tiles(197)
     for other in ((256, 12, 577, 577, 64, 2, 90, 132, True), (256, 12, 197, 197, 80, 2, 90, 132, True)):
-        assert select_config.__wrapped__(*other).whole is None
+        assert select_config.__wrapped__(*other).one_program is None
 
 
 @pytest.mark.parametrize("block", [16, 32, 64])

@@ -72,5 +72,5 @@ def test_separate_inputs_launch_forward_and_backward():
     q = torch.zeros(BATCH, HEADS, TOKENS, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
     with record() as launched:
         out, lse = attention_qkv_forward(q, q, q, 0.125)
-        attention_qkv_backward(out, q, q, q, out, lse, 0.125, keys_wanted=False)
+        attention_qkv_backward(out, q, q, q, out, lse, 0.125, key_value_grads=False)
     assert [each.name for each in launched] == ["attention_forward_kernel", "attention_dq_backward_kernel"]

@@ -9,8 +9,8 @@ import torch
 
 from fastdeit import accelerate, backends, ops
 from fastdeit.aot.catalog import ARCHITECTURES
-from fastdeit.kernels.gemm import fused_mlp as whole_mlp
-from fastdeit.kernels.gemm.fused_mlp import FORMS, Config, Measured, candidates, select_config, use_whole_mlp
+from fastdeit.kernels.gemm import fused_mlp
+from fastdeit.kernels.gemm.fused_mlp import FORMS, Config, Measured, candidates, select_config, use_fused_mlp
 from fastdeit.kernels.runtime.architecture import architecture
 from fastdeit.testing import (
     assert_as_accurate_as_eager,
@@ -37,13 +37,13 @@ each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: conf
 def launched(monkeypatch) -> Counter:
     """Counts the launches of each kernel."""
     calls = Counter()
-    launch = whole_mlp.launch
+    launch = fused_mlp.launch
 
     def counted(kernel, *rest):
         calls[kernel.__name__] += 1
         launch(kernel, *rest)
 
-    monkeypatch.setattr(whole_mlp, "launch", counted)
+    monkeypatch.setattr(fused_mlp, "launch", counted)
     return calls
 
 
@@ -55,14 +55,14 @@ def tensors(rows=(2, 19), hidden=64, dtype=DTYPE, bias=True, channels=192):
 
 
 def forced(*given, function=ops.mlp, config=CONFIGS[0], **options):
-    with use_whole_mlp(config), backends.use_backend("triton"), poisoned_memory():
+    with use_fused_mlp(config), backends.use_backend("triton"), poisoned_memory():
         return function(*given, **options)
 
 
 def held_to_the_contract(*given, pair=(ops.mlp, ops.mlp_reference), config=CONFIGS[0], **options) -> None:
     """No gradients: with them the kernel would not run."""
     frozen = range(len(given))
-    with use_whole_mlp(config):
+    with use_fused_mlp(config):
         assert_as_accurate_as_eager(*pair, *given, frozen=frozen, **options)
 
 
@@ -156,7 +156,7 @@ def test_compiled_inference_runs_it(launched):
     given = tensors((5,))
     torch.compiler.reset()
     compiled = torch.compile(ops.mlp, fullgraph=True, backend="aot_eager")
-    with use_whole_mlp(CONFIGS[0]), backends.use_backend("triton"), torch.no_grad():
+    with use_fused_mlp(CONFIGS[0]), backends.use_backend("triton"), torch.no_grad():
         assert torch.equal(compiled(*given), ops.mlp(*given))
     assert launched.total() == 2
 
@@ -338,10 +338,10 @@ def test_in_front_a_program_exported_without_gradients_can_be_trained(added):
 
 @pytest.fixture
 def measured(monkeypatch):
-    monkeypatch.setattr(whole_mlp, "WHOLE_MLPS", {90: (ENTRY,)})
-    whole_mlp._select.cache_clear()
+    monkeypatch.setattr(fused_mlp, "FUSED_MLPS", {90: (ENTRY,)})
+    fused_mlp._select.cache_clear()
     yield
-    whole_mlp._select.cache_clear()
+    fused_mlp._select.cache_clear()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -374,13 +374,13 @@ def test_the_table_s_form_is_python():
 
 def test_it_is_forced_within_the_statement_alone():
     call = (8, 768, torch.bfloat16, "mlp", 80)
-    with use_whole_mlp(ENTRY.config):
+    with use_fused_mlp(ENTRY.config):
         assert select_config(*call) == ENTRY.config
     assert select_config(*call) is None
 
 
 def test_it_can_be_kept_from_running(measured):
     call = (100, 768, torch.bfloat16, "mlp", 90)
-    with use_whole_mlp(None):
+    with use_fused_mlp(None):
         assert select_config(*call) is None
     assert select_config(*call) == ENTRY.config

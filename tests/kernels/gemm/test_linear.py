@@ -73,7 +73,7 @@ def held_by_the_gate(arch: int) -> set[tuple]:
     for row in aot_configs(arch, ("gemm.forward", "gemm.backward")):
         given = [name for name in row.kernel.arg_names if name.endswith(("_ptr", "_desc"))]
         types = tuple(row.signature.get(name, "None") for name in given)
-        tile = tuple(row.constexprs[size] for size in ("ROWS", "COLUMNS", "DEPTH"))
+        tile = tuple(row.constexprs[size] for size in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         held.add((row.kernel, types, row.constexprs["ACTIVATION"], *tile, row.num_warps, row.num_stages))
     return held
 

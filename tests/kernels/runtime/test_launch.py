@@ -15,7 +15,7 @@ from triton.knobs import runtime
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastdeit
-from fastdeit.kernels.gemm import fused_mlp as whole_mlp
+from fastdeit.kernels.gemm import fused_mlp
 from fastdeit.kernels.norm.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_forward_kernel
 from fastdeit.kernels.runtime import launch as path
 from fastdeit.kernels.runtime.launch import descriptor, launch
@@ -294,14 +294,14 @@ def test_a_whole_mlp_reads_its_weights_in_blocks_of_its_channels():
     x, branch = zeros(2, 99, 192), zeros(2, 99, 192, dtype=torch.bfloat16)
     w1, w2 = zeros(768, 192, dtype=torch.bfloat16), zeros(192, 768, dtype=torch.bfloat16)
     ones, b1 = torch.ones(192, device="cuda"), torch.ones(768, device="cuda")
-    tall, pair = whole_mlp.candidates(90)
+    tall, pair = fused_mlp.candidates(90)
     for config, blocks in ((tall, 2), (pair, 4)):
         for _ in range(2):  # the first call compiles, the second takes the direct way
-            with record() as launches, whole_mlp.use_whole_mlp(config):
+            with record() as launches, fused_mlp.use_fused_mlp(config):
                 layers = (w1, b1, w2, ones, "gelu", torch.bfloat16)
-                _, alone = whole_mlp.whole_mlp_forward(branch, *layers)
+                _, alone = fused_mlp.fused_mlp_forward(branch, *layers)
                 norm = dict(norm=(ones, ones, 1e-6), branch=branch, gamma=ones)
-                x_new, out = whole_mlp.whole_mlp_forward(x, *layers, **norm)
+                x_new, out = fused_mlp.fused_mlp_forward(x, *layers, **norm)
         assert [seen.grid for seen in launches] == [(blocks, 1, 1)] * 2
         written = [pointer(t) for t in (alone, x_new, out)]
         assert written[0] in launches[0].arguments and {*written[1:]} <= {*launches[1].arguments}

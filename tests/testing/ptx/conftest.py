@@ -49,7 +49,7 @@ def execute() -> Callable[..., list[np.ndarray]]:
     """execute(body, inputs, outputs): the outputs' bits, one element a thread.
 
     inputs: register -> array of its width, one element a thread or one for all. outputs: registers; predicates give 0 and 1.
-    maps: tensors with a box and a swizzle mode, whose descriptors are the parameters map0, map1, ...
+    maps: tensors with a box and a swizzle mode, whose descriptors are the parameters map0, map1, ... make: another machine.
     """
 
     def run(
@@ -63,10 +63,11 @@ def execute() -> Callable[..., list[np.ndarray]]:
         schedule: Schedule = IN_STEP,
         maps: Sequence[tuple[torch.Tensor, tuple[int, ...], int]] = (),
         observer: object = None,
+        make: Callable[[Program, int], Machine] | None = None,
     ) -> list[np.ndarray]:
         inputs = inputs or {}
         program = program_of(body, list(inputs), outputs, threads, maps=len(maps))
-        machine = Machine(program, shared, schedule)
+        machine = make(program, shared) if make else Machine(program, shared, schedule)
         machine.observer = observer
         memory = GlobalMemory(machine.fault)
         tensors = []

@@ -1,0 +1,341 @@
+"""Proves that a planted fault changed nothing that matters: that the instruction it fell on was redundant in a launch.
+
+Each proof looks at a run from outside the rules that the mutant was judged by: at which words of shared memory each thread touched
+between two barriers, at which wait each asynchronous operation completed, at the values that an instruction gave, or at the text.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from fastdeit.testing.ptx.commits import CommitGroups
+from fastdeit.testing.ptx.machine import IN_STEP, Machine
+from fastdeit.testing.ptx.program import Instruction, Pair, Program, Register, Vector
+from fastdeit.testing.ptx.shared import SharedMemory
+
+
+class Touch(NamedTuple):
+    """Threads that access words of shared memory, or a barrier of whole blocks (no words)."""
+
+    line: int
+    lanes: ndarray  # (k,) threads
+    words: ndarray  # (k, n), numbered over all blocks that run together
+    writes: bool
+    ends: bool  # completes an asynchronous access that was told of when it began
+
+
+class _Recorded(SharedMemory):
+    """Shared memory that tells a `Record` of every access. Where a tensor copy lands is ordered by its mbarrier, not here."""
+
+    record: "Record"
+
+    def barrier(self, active: ndarray | None) -> None:
+        lanes = np.arange(len(self.stamps)) if active is None else np.flatnonzero(active)
+        self.record.touch(lanes, np.zeros((len(lanes), 0), np.int64), True)
+        super().barrier(active)
+
+    def read(self, lanes: ndarray, words: ndarray, mask: ndarray | int = 15) -> None:
+        self.record.touch(lanes, words, False)
+        super().read(lanes, words, mask)
+
+    def write(self, lanes: ndarray, words: ndarray, mask: ndarray | int, unchanged: Callable[[], ndarray]) -> None:
+        self.record.touch(lanes, words, True)
+        super().write(lanes, words, mask, unchanged)
+
+    def add(self, lanes: ndarray, address: ndarray, values: ndarray) -> ndarray:
+        self.record.touch(lanes, self.locate(lanes, address, 4)[:, None], True)
+        return super().add(lanes, address, values)
+
+    def begin_fill(self, lanes: ndarray, words: ndarray) -> None:
+        self.record.touch(lanes, words, True)
+        super().begin_fill(lanes, words)
+
+    def end_fill(self, lanes: ndarray, words: ndarray, values: ndarray, *, copy: int = 0) -> None:
+        if not copy:
+            self.record.touch(lanes, words, True, ends=True)
+        super().end_fill(lanes, words, values, copy=copy)
+
+    def begin_borrow(self, words: ndarray, issuers: ndarray) -> str | None:
+        for thread in {0, issuers.shape[1] - 1}:  # the first and the last stand for all of a warpgroup
+            self.record.touch(issuers[:, thread], words, False)
+        return super().begin_borrow(words, issuers)
+
+    def end_borrow(self, words: ndarray, issuers: ndarray) -> None:
+        for thread in {0, issuers.shape[1] - 1}:
+            self.record.touch(issuers[:, thread], words, False, ends=True)
+        super().end_borrow(words, issuers)
+
+    def synchronise(self, lanes: ndarray, words: ndarray, changes: bool) -> None:
+        self.record.touch(lanes, words, changes)
+
+
+class _Groups(CommitGroups):
+    """Commit groups that tell a `Record` at which line each operation completes."""
+
+    def __init__(self, agents: int, record: "Record") -> None:
+        super().__init__(agents)
+        self._record = record
+
+    def issue(self, agents: ndarray, complete: Callable[[ndarray], None]) -> None:
+        number = self._record.issued = self._record.issued + 1
+
+        def noted(part: ndarray) -> None:
+            self._record.completions[number, self._record.line()] += len(part)
+            complete(part)
+
+        super().issue(agents, noted)
+
+
+class Record(Machine):
+    """A machine that runs in step and remembers.
+
+    Args:
+        program, shared_bytes: as of a `Machine`.
+        line: of the instruction whose values are remembered; 0 for none.
+
+    Attributes:
+        touches: every access to shared memory, in order.
+        completions: (operation, line of the wait) -> threads or warpgroups for which it completed there.
+        digest: of the values that the instruction in that line gave.
+    """
+
+    def __init__(self, program: Program, shared_bytes: int, line: int = 0) -> None:
+        super().__init__(program, shared_bytes, IN_STEP)
+        self.touches: list[list[Touch]] = []  # of blocks that run together
+        self.issued = 0  # asynchronous operations
+        self.completions: Counter = Counter()
+        self.digest = hashlib.sha256()
+        for at, instruction in enumerate(program.instructions):
+            if instruction.line == line:
+                step, group = self._code[at]
+                self._code[at] = self._watched(step, instruction), group
+
+    def start_memory(self, blocks: int, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
+        self.touches.append([])
+        return super().start_memory(blocks, type("Recorded", (_Recorded,), {"record": self}))
+
+    def start_groups(self, agents: int) -> CommitGroups:
+        return _Groups(agents, self)
+
+    def touch(self, lanes: ndarray, words: ndarray, writes: bool, ends: bool = False) -> None:
+        words = np.broadcast_to(words, (len(lanes), words.shape[-1]))
+        self.touches[-1].append(Touch(self.line(), lanes, words, writes, ends))
+
+    def line(self) -> int:
+        return self.current.line if self.current else 0
+
+    def _watched(self, step: Callable[[], None], instruction: Instruction) -> Callable[[], None]:
+        written = [r.index for o in instruction.operands[:1] for r in _registers(o)]
+
+        def run() -> None:
+            step()
+            for index in written:
+                self.digest.update(np.ascontiguousarray(self.pick(self.registers[index])).tobytes())
+
+        return run
+
+
+def _registers(operand: object) -> Iterator[Register]:
+    if isinstance(operand, Register):
+        yield operand
+    elif isinstance(operand, Vector | Pair):
+        for item in operand.items if isinstance(operand, Vector) else operand:
+            yield from _registers(item)
+
+
+# ---- proofs: each returns the reason, or None where it proves nothing
+
+
+def barrier_orders_nothing(original: Record, line: int) -> str | None:
+    """The accesses on its two sides do not conflict: no word is touched on both by different threads, one of them writing."""
+    for touches in original.touches:
+        if touches and _conflicts(touches, line, original.threads):
+            return None
+    return "redundant: no word is written on one side and touched by another thread on the other"
+
+
+def _conflicts(touches: list[Touch], line: int, threads: int) -> bool:
+    """Whether barriers in `line` order a conflict. What they separate is taken as one interval."""
+    blocks = 1 + max(int(touch.lanes.max()) for touch in touches) // threads
+    interval, merged = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
+    columns = []
+    for touch in touches:
+        block = touch.lanes // threads
+        if touch.words.shape[1]:
+            size = touch.words.shape[1]
+            columns.append(
+                [
+                    np.repeat(merged[block], size),
+                    touch.words.reshape(-1),
+                    np.repeat(touch.lanes, size),
+                    np.repeat(interval[block], size),
+                    np.full(touch.words.size, touch.writes),
+                ]
+            )
+            continue
+        arrived = np.unique(block)
+        interval[arrived] += 1
+        if touch.line != line:
+            merged[arrived] += 1
+    if not columns:
+        return False
+    group, word, thread, when, writes = (np.concatenate(column) for column in zip(*columns, strict=True))
+    _, key = np.unique(group << 32 | word, return_inverse=True)  # words are numbered over all blocks
+    count = int(key.max()) + 1
+
+    def spread(values: ndarray) -> ndarray:
+        low, high = np.full(count, np.iinfo(np.int64).max), np.full(count, -1)
+        np.minimum.at(low, key, values)
+        np.maximum.at(high, key, values)
+        return low != high
+
+    written = np.zeros(count, bool)
+    np.logical_or.at(written, key, writes)
+    return bool((written & spread(thread) & spread(when)).any())
+
+
+def same_values(original: Record, mutant: Record) -> str | None:
+    same = original.digest.digest() == mutant.digest.digest()
+    return "redundant here: it gives the same values in every execution" if same else None
+
+
+def completes_elsewhere(original: Record, mutant: Record) -> str | None:
+    """Operations still complete; the machine has checked that nothing touches what they use before."""
+    if original.completions == mutant.completions:
+        return "redundant: every operation completes at the same wait without it"
+    lines = sorted({line for _, line in (mutant.completions - original.completions)})
+    by_operation: dict[str, Counter] = {}
+    for name, run in (("original", original), ("mutant", mutant)):
+        by_operation[name] = Counter()
+        for (number, _), count in run.completions.items():
+            by_operation[name][number] += count
+    if by_operation["original"] != by_operation["mutant"] or 0 in lines:
+        return None
+    where = ", ".join(map(str, lines))
+    return f"redundant: what it waits for completes at the wait in line {where}, and is not touched before"
+
+
+def memory_is_not_used_again(original: Record, line: int) -> str | None:
+    for touches in original.touches:
+        freed: set[int] = set()
+        for touch in touches:
+            words = set(touch.words.reshape(-1).tolist())
+            if words & freed:
+                return None
+            if touch.line == line:
+                freed |= words
+    return "redundant: nothing accesses these 8 bytes afterwards"
+
+
+def copy_is_not_read(original: Record, line: int) -> str | None:
+    for touches in original.touches:
+        fresh: set[int] = set()  # words that the copy wrote, and nobody since
+        for touch in touches:
+            if touch.ends or not (fresh or touch.line == line):
+                continue
+            words = set(touch.words.reshape(-1).tolist())
+            if touch.line == line:
+                fresh |= words
+            elif touch.writes:
+                fresh -= words
+            elif fresh & words:
+                return None
+    return "redundant here: nothing reads what it copies"
+
+
+def registers_were_fenced(program: Program, line: int) -> str | None:
+    """On every path no other instruction than wgmma names, since the fence before, a register that a wgmma behind this one uses."""
+    at = next(i for i, instruction in enumerate(program.instructions) if instruction.line == line)
+    following = [i for i in _reach(program, at, _successors(program)) if _is_wgmma(program.instructions[i])]
+    before = _reach(program, at, _predecessors(program))
+    used = {
+        r.index: _role(program.instructions[i], r) for i in following for r in _all_registers(program.instructions[i])
+    }
+    fenced = any(program.instructions[i].opcode.startswith("wgmma.fence") for i in before)
+    for i in before:
+        instruction = program.instructions[i]
+        for register in _all_registers(instruction):
+            if register.index in used and not (
+                _is_wgmma(instruction) and _role(instruction, register) == used[register.index]
+            ):
+                return None
+    return "redundant: no register of these products was accessed since the fence before" if fenced else None
+
+
+def _is_wgmma(instruction: Instruction) -> bool:
+    return instruction.opcode.startswith("wgmma.mma_async")
+
+
+def _all_registers(instruction: Instruction) -> list[Register]:
+    if _is_wgmma(instruction):  # descriptors and scale-d are no matrix registers
+        return [r for o in instruction.operands if isinstance(o, Vector) for r in _registers(o)]
+    operands = [getattr(o, "base", o) for o in instruction.operands]
+    return [r for o in operands for r in _registers(o)]
+
+
+def _role(instruction: Instruction, register: Register) -> tuple[str, bool]:
+    return instruction.opcode, any(r.index == register.index for r in _registers(instruction.operands[0]))
+
+
+def _successors(program: Program) -> dict[int, list[int]]:
+    found = {}
+    for i, instruction in enumerate(program.instructions):
+        following = [] if instruction.opcode in ("ret", "exit", "brx.idx", "bra.uni") else [i + 1]
+        if instruction.opcode in ("bra", "bra.uni"):
+            following = ([i + 1] if instruction.guard else []) + [program.target(instruction)]
+        elif instruction.opcode == "brx.idx":
+            following = program.listed_targets(instruction)
+        found[i] = following
+    return found
+
+
+def _predecessors(program: Program) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = defaultdict(list)
+    for i, following in _successors(program).items():
+        for j in following:
+            found[j].append(i)
+    return found
+
+
+def _reach(program: Program, at: int, edges: dict[int, list[int]]) -> set[int]:
+    """Instructions that paths from `at` pass up to the next wgmma.fence, that included."""
+    found: set[int] = set()
+    todo = list(edges.get(at, ()))
+    while todo:
+        i = todo.pop()
+        if i in found:
+            continue
+        found.add(i)
+        if not program.instructions[i].opcode.startswith("wgmma.fence"):
+            todo += edges.get(i, ())
+    return found
+
+
+# ---- by kind
+
+_GARBAGE = (
+    "redundant: what it initialises reaches no result, which has the same bits with NaN and with random bits there"
+)
+
+
+def proof(kind: str, line: int, original: Record, mutant: Record) -> str | None:
+    """Why a mutant of a kind that survived is equivalent to the kernel in this launch; None where nothing proves that."""
+    if kind == "bar.sync dropped":
+        return barrier_orders_nothing(original, line)
+    if kind == "mbarrier.inval dropped":
+        return memory_is_not_used_again(original, line)
+    if kind == "cp.async dropped":
+        return copy_is_not_read(original, line)
+    if kind == "wgmma.fence dropped":
+        return registers_were_fenced(original.program, line)
+    if "wait" in kind or "commit" in kind:
+        return completes_elsewhere(original, mutant)
+    if kind == "initialisation dropped":  # both schedules have run it: garbage is NaN in one, random in the other
+        return _GARBAGE
+    if "dropped" not in kind or kind == "mask dropped":
+        return same_values(original, mutant)
+    return None

@@ -1,0 +1,159 @@
+"""What proves a planted fault harmless, each with a kernel where it holds and one where it does not; and the table of faults."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fastdeit.testing.ptx import redundancy
+from fastdeit.testing.ptx.mutations import KINDS, mutants, table
+from fastdeit.testing.ptx.redundancy import Record
+from tests.testing.ptx.conftest import program_of
+
+LANES = np.arange(64, dtype=np.uint32)
+
+
+@pytest.fixture
+def recorded(execute):
+    """recorded(body, marked): the record of a run, and the line of the last instruction that begins with `marked`."""
+
+    def run(body, marked, **options):
+        found = []
+
+        def make(program, shared):
+            lines = [i.line for i in program.instructions if i.text.startswith(marked)]
+            found.append((Record(program, shared, max(lines, default=0)), max(lines, default=0)))
+            return found[0][0]
+
+        execute(body, {"%r1": LANES}, threads=64, shared=1024, make=make, **options)
+        return found[0]
+
+    return run
+
+
+OWN = "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\n{}\nxor.b32 %r31, %r30, {};\nld.shared.b32 %r2, [%r31];\n{}"
+
+
+@pytest.mark.parametrize(
+    "body, proved",
+    [
+        (OWN.format("bar.sync 0;", 0, ""), True),  # each thread reads its own word
+        (OWN.format("bar.sync 0;", 128, ""), False),
+        (OWN.format("bar.sync 0;\nbar.sync 0;", 128, ""), True),  # the second of two
+        (OWN.format("bar.sync 0;", 128, "bar.sync 0;"), True),  # nothing follows
+        (OWN.format("bar.sync 0;", 128, "bar.sync 0;\nst.shared.b32 [%r30], %r2;"), False),
+        (OWN.format("bar.sync 0;", 128, "bar.sync 0;\nst.shared.b32 [%r30+512], %r2;"), True),  # another place
+    ],
+)
+def test_a_barrier_orders_accesses_of_two_threads_or_nothing(recorded, body, proved):
+    record, line = recorded(body, "bar.sync")
+    assert bool(redundancy.barrier_orders_nothing(record, line)) == proved
+
+
+COPIES = """shl.b32 %r30, %tid, 2;
+    cp.async.ca.shared.global [%r30], [%a0], 0x4;
+    cp.async.commit_group;
+    {0}
+    {1}
+    cp.async.wait_group 0;"""
+
+
+def test_a_wait_is_redundant_where_what_it_waits_for_completes_later(recorded):
+    with_wait, _ = recorded(COPIES.format("cp.async.wait_group 0;", ""), "cp.async.wait")
+    without, line = recorded(COPIES.format("", ""), "cp.async.wait")
+    reason = redundancy.completes_elsewhere(with_wait, without)
+    assert reason and f"line {line}," in reason
+
+
+def test_a_commit_of_nothing_changes_no_completion(recorded):
+    both, _ = recorded(COPIES.format("cp.async.commit_group;", ""), "cp.async.wait")
+    one, _ = recorded(COPIES.format("", ""), "cp.async.wait")
+    assert "same wait" in redundancy.completes_elsewhere(both, one)
+
+
+def test_what_never_completes_is_no_redundancy(recorded):
+    whole, _ = recorded("shl.b32 %r30, %tid, 2;\ncp.async.ca.shared.global [%r30], [%a0], 0x4;\ncp.async.commit_group;\n"
+                        "cp.async.wait_group 0;", "cp.async.wait")  # fmt: skip
+    none, _ = recorded("mov.b32 %r30, 0;", "mov")
+    assert redundancy.completes_elsewhere(whole, none) is None
+
+
+@pytest.mark.parametrize("bound, same", [(64, True), (62, False), (63, False)])
+def test_a_widened_mask_is_redundant_where_no_thread_meets_the_bound(recorded, bound, same):
+    narrow, _ = recorded(f"setp.lt.s32 %p1, %r1, {bound};", "setp", outputs=["%p1"])
+    wide, _ = recorded(f"setp.le.s32 %p1, %r1, {bound};", "setp", outputs=["%p1"])
+    assert bool(redundancy.same_values(narrow, wide)) == same
+
+
+MBARRIER = """setp.eq.b32 %p1, %tid, 0;
+    mov.b32 %r40, 512;
+    @%p1 mbarrier.init.shared::cta.b64 [%r40], 1;
+    bar.sync 0;
+    @%p1 mbarrier.inval.shared::cta.b64 [%r40];
+    bar.sync 0;
+    shl.b32 %r30, %tid, 2;
+    st.shared.b32 [%r30+{}], %r1;"""
+
+
+@pytest.mark.parametrize("at, unused", [(0, True), (384, False)])
+def test_an_invalidation_is_redundant_where_its_bytes_are_not_used_again(recorded, at, unused):
+    record, line = recorded(MBARRIER.format(at), "@%p1 mbarrier.inval")
+    assert bool(redundancy.memory_is_not_used_again(record, line)) == unused
+
+
+@pytest.mark.parametrize("at, unread", [(512, True), (0, False)])
+def test_a_copy_is_redundant_where_nothing_reads_it(recorded, at, unread):
+    body = COPIES.format("", "") + f"\nst.shared.b32 [%r30+512], %r1;\nld.shared.b32 %r2, [%r30+{at}];"
+    record, line = recorded(body, "cp.async.ca")
+    assert bool(redundancy.copy_is_not_read(record, line)) == unread
+
+
+def wgmma(first="", second=""):
+    """Two products on the same registers, each behind a fence."""
+    results = "{" + ", ".join(f"%r{100 + i}" for i in range(4)) + "}"
+    left = "{%r200, %r201, %r202, %r203}"
+    product = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {results}, {left}, %rd1, 0, 1, 1, 0;"
+    rest = "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;"
+    fence = "wgmma.fence.sync.aligned;"
+    return f"{first}\n{fence}\n{product}\n{rest}\n{second}\n{fence}\n{product}\n{rest}"
+
+
+@pytest.mark.parametrize(
+    "between, fenced",
+    [("", True), ("mov.b32 %r300, 0;", True), ("mov.b32 %r100, 0;", False), ("add.s32 %r300, %r201, 1;", False)],
+)
+def test_a_fence_is_redundant_where_its_registers_were_not_accessed_since_the_last(between, fenced):
+    program = program_of(wgmma(second=between), [], [], 128)
+    line = max(i.line for i in program.instructions if i.opcode.startswith("wgmma.fence"))
+    assert bool(redundancy.registers_were_fenced(program, line)) == fenced
+    first = min(i.line for i in program.instructions if i.opcode.startswith("wgmma.fence"))
+    assert redundancy.registers_were_fenced(program, first) is None  # none before it
+
+
+def test_every_mutant_differs_in_its_line_alone():
+    text = "\n".join(["\tbar.sync \t0;", "\tsetp.lt.s32 \t%p8, %r91, %r63;", "\tbar.sync \t0;", "\tbar.sync \t0;"])
+    made = list(mutants(text, 2, np.random.default_rng(0)))
+    assert Counter(m.kind for m in made) == {"bar.sync dropped": 2, "mask widened": 1, "mask dropped": 1}
+    for mutant in made:
+        before, after = text.split("\n"), mutant.text.split("\n")
+        differ = [i for i, (a, b) in enumerate(zip(before, after, strict=True), 1) if a != b]
+        assert differ == [mutant.line] and mutant.before == before[mutant.line - 1].strip()
+        assert mutant.kind in KINDS
+
+
+def test_the_table_counts_what_was_caught_proved_and_neither():
+    outcomes = Counter({("a", "shared race"): 3, ("a", "hole"): 1, ("b", "redundant"): 4, ("b", "other bits"): 2})
+    assert table(outcomes) == [
+        "| kind | mutants | caught | redundant | holes | by |",
+        "|---|---|---|---|---|---|",
+        "| a | 4 | 3 | 0 | 1 | shared race 3 |",
+        "| b | 6 | 2 | 4 | 0 | other bits 2 |",
+        "| all | 10 | 5 | 4 | 1 | shared race 3, other bits 2 |",
+        "5 of 10 caught (50 %), 4 proved redundant, 1 holes: 83 % of those that are not redundant",
+    ]
+
+
+def test_a_record_computes_as_a_machine_does(execute):
+    (plain,) = execute(OWN.format("bar.sync 0;", 128, ""), {"%r1": LANES}, ["%r2"], threads=64, shared=1024)
+    (same,) = execute(OWN.format("bar.sync 0;", 128, ""), {"%r1": LANES}, ["%r2"], threads=64, shared=1024, make=Record)
+    assert (plain == LANES ^ 32).all() and (same == plain).all()
