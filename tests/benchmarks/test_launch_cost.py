@@ -20,6 +20,7 @@ needs_fake_cuda = pytest.mark.skipif(
 )
 
 
+@pytest.mark.long
 @needs_fake_cuda
 def test_it_measures_calls_and_models_beside_timms(capsys):
     arguments = ["launch-cost", "--model", launch_cost.MODELS[0], "--turns", "3", "--driver-us", "2.5"]
