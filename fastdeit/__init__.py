@@ -22,6 +22,7 @@ from fastdeit.backends import get_backend, set_backend, use_backend
 
 if _TYPE_CHECKING:
     from fastdeit import losses, nn, ops
+    from fastdeit.inference.file import load_optimized
     from fastdeit.inference.optimizing import optimize_for_inference
     from fastdeit.swap import accelerate, explain, restore
 
@@ -30,6 +31,7 @@ __all__ = [
     "accelerate",
     "explain",
     "get_backend",
+    "load_optimized",
     "losses",
     "nn",
     "ops",
@@ -42,6 +44,7 @@ __all__ = [
 # Imported at their first use: they bring timm and Triton into the process.
 _LAZY = {name: f"fastdeit.{name}" for name in ("losses", "nn", "ops")}
 _LAZY |= dict.fromkeys(("accelerate", "explain", "restore"), "fastdeit.swap")
+_LAZY["load_optimized"] = "fastdeit.inference.file"
 _LAZY["optimize_for_inference"] = "fastdeit.inference.optimizing"
 
 

@@ -30,6 +30,7 @@ ON = not torch.cuda.is_available() and os.environ.get("FASTDEIT_TESTS_ON")
 torch.set_num_threads(1)  # tests run in parallel processes
 if os.environ.get("TRITON_INTERPRET") == "1":
     testing.correct_interpreter_bfloat16()
+    testing.correct_interpreter_float8()
     testing.cache_interpreter_builtins()
 
 

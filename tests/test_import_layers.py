@@ -32,7 +32,7 @@ LAYERS = (
     ("fastdeit.commands", "fastdeit.__main__"),
 )
 KERNEL_LIBRARIES = {"torch", "triton"}
-CORE_LIBRARIES = {"numpy", "torch", "triton", "timm"}
+CORE_LIBRARIES = {"numpy", "torch", "triton", "timm", "safetensors"}  # the last is a requirement of timm
 WITH_EXTRAS = (
     "fastdeit.train",
     "fastdeit.benchmarks",

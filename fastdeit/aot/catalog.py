@@ -45,6 +45,8 @@ KERNEL_FILES = (
     "embedding.patch_embedding",
     "norm.residual_branch",
     "gemm.fused_mlp",
+    "quantization.layer_norm_quantize",
+    "quantization.rescale",
 )
 ARCHITECTURES = (80, 89, 90, 100)  # what the configurations are compiled for; others run the nearest one's choices
 

@@ -1,4 +1,4 @@
-"""`fastdeit explain MODEL`: what of a timm model runs fused, and why the rest does not."""
+"""`fastdeit explain MODEL`: what of a model runs fused, and why the rest does not."""
 
 import argparse
 import contextlib
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastdeit import web_page
+from fastdeit.commands import named_model
 
 if TYPE_CHECKING:
     from fastdeit.explanation import Report
@@ -17,7 +18,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a timm model name, such as deit_tiny_distilled_patch16_224")
+    parser.add_argument("model", metavar="MODEL", help=named_model.HELP)
     parser.add_argument("--device", help="device of the model (default: cuda if there is one, else cpu)")
     parser.add_argument(
         "--on-gpu", action="store_true", help="explain what would run on a GPU of capability 8.0 or newer; needs no GPU"
@@ -38,13 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import timm
-
     from fastdeit.swap import accelerate, explain
 
-    check_model_name(args.model)
+    if not named_model.is_path(args.model):
+        check_model_name(args.model)
     on = device(args.device)
-    model = timm.create_model(args.model).train(args.train).to(on, DTYPES[args.dtype])
+    model = named_model.make(args.model).train(args.train).to(on, DTYPES[args.dtype])
     accelerate(model, exclude=args.exclude)
     with torch.autocast(on.type, DTYPES[args.amp]) if args.amp else contextlib.nullcontext():
         report = explain(model, batch_size=args.batch_size, on_gpu=args.on_gpu)

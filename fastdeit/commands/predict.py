@@ -2,20 +2,24 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastdeit.commands.eval import add_image_limit, given, weights_file
 from fastdeit.train.extras import check_extras
 
+BATCH = 64  # images at once, of an optimized model
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="weights (.safetensors), or a run folder for its last weights",
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument(
+        "--checkpoint", metavar="PATH", help="weights (.safetensors), or a run folder for its last weights"
+    )
+    weights.add_argument(
+        "--optimized", metavar="FILE", help="a model that was optimized for inference, of fastdeit export"
     )
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to print per image (default: 5)")
     parser.add_argument("--device", help="device to use (default: the run's, or a GPU if there is one)")
@@ -28,7 +32,12 @@ def run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise ValueError(f"--top: expected at least 1, got {args.top}")
     paths = [Path(given("IMAGE", path)) for path in args.images]
-    predictions = predict(weights_file(args.checkpoint), paths, args.top, args.device, args.max_image_megapixels)
+    if args.optimized is not None:
+        file = Path(given("--optimized", args.optimized))
+        predictions = predict_optimized(file, paths, args.top, args.device, args.max_image_megapixels)
+    else:
+        checkpoint = weights_file(args.checkpoint)
+        predictions = predict(checkpoint, paths, args.top, args.device, args.max_image_megapixels)
     if args.json:
         print(json.dumps(predictions, indent=2))
         return 0
@@ -85,17 +94,57 @@ def predict(
         model = create_student(config, len(classes), target)
         load_weights(model, checkpoint)
         model.eval()
-        found = {}
+        found: dict[str, list[dict[str, Any]]] = {}
         for start in range(0, len(paths), config.batch_size):
             batch = paths[start : start + config.batch_size]
             with autocast(config, target):
                 logits = model(torch.stack([pixels_of(path) for path in batch]).to(target))
-            probabilities, indices = logits.float().softmax(1).topk(min(top, len(classes)))
-            for path, values, chosen in zip(batch, probabilities.tolist(), indices.tolist(), strict=True):
-                found[str(path)] = [
-                    {"class": classes[i], "probability": p} for i, p in zip(chosen, values, strict=True)
-                ]
+            found |= _likeliest(batch, logits.float().softmax(1), top, classes)
     return found
+
+
+def predict_optimized(
+    file: Path, images: list[Path], top: int = 5, device: str | None = None, max_megapixels: float | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """As `predict`, by a file of `OptimizedModel.save`.
+
+    Raises:
+        FileNotFoundError: an image or the file is not there.
+        ValueError: one cannot be read, or the file does not say how images are prepared.
+    """
+    import torch
+
+    from fastdeit.commands.explain import device as device_named
+    from fastdeit.inference.file import load_optimized
+    from fastdeit.inference.images import preparation
+    from fastdeit.train.config import Config
+    from fastdeit.train.image_files import read_image
+
+    model = load_optimized(file, device_named(device))
+    try:
+        prepare, mode = preparation(model), "L" if model.architecture.in_chans == 1 else "RGB"
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    limit = Config.max_image_megapixels if max_megapixels is None else max_megapixels
+    classes = model.preprocessing.class_names or tuple(map(str, range(model.architecture.classes)))
+    paths = image_files(images)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for start in range(0, len(paths), BATCH):
+        batch = paths[start : start + BATCH]
+        pixels = torch.stack([prepare(read_image(path, mode, limit)) for path in batch]).to(model.device)
+        scores = model(pixels).float()
+        found |= _likeliest(
+            batch, scores / 2 if model.options.readout == "softmax_sum" else scores.softmax(1), top, classes
+        )
+    return found
+
+
+def _likeliest(paths: list[Path], probabilities: Any, top: int, classes: Sequence[str]) -> dict[str, list[dict]]:
+    values, indices = probabilities.topk(min(top, len(classes)))
+    return {
+        str(path): [{"class": classes[i], "probability": p} for i, p in zip(chosen, each, strict=True)]
+        for path, each, chosen in zip(paths, values.tolist(), indices.tolist(), strict=True)
+    }
 
 
 def image_files(paths: list[Path]) -> list[Path]:

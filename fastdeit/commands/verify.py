@@ -1,4 +1,4 @@
-"""`fastdeit verify MODEL`: on this device and with these weights, is every layer as accurate as timm's, and what does it bring?"""
+"""`fastdeit verify MODEL`: on this device, with these weights, is every layer as accurate as timm's, and what does it bring?"""
 
 import argparse
 import json
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.commands import explain as explain_command
+from fastdeit.commands import named_model, precision_costs
 from fastdeit.commands.explain import DTYPES
+from fastdeit.inference.architecture import STREAM
 from fastdeit.verification import KINDS, Layer, Pair, outputs_of, upstream_of, wanted_gradients
 
 SECONDS_TO_SET_UP = 60.0  # of one candidate; the first call of a kernel compiles it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a timm model name, such as deit_tiny_distilled_patch16_224")
+    parser.add_argument("model", metavar="MODEL", help=named_model.HELP)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="weights of that model, loaded as timm loads them"
     )
@@ -36,6 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="modules that keep timm's implementation"
     )
+    precision.add_argument(
+        "--precision",
+        choices=tuple(STREAM),
+        help="report what optimize_for_inference in this precision costs, instead of comparing accelerated layers",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="of --precision: images to calibrate with and to report on, at most 512 (default: random ones, which say little)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -46,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: an argument that does not fit, or too little memory.
     """
     device = explain_command.device(args.device)
+    if args.precision is not None:
+        return precision_costs.run(args, _model(args).to(device).eval())
+    if args.images is not None:
+        raise ValueError("--images: is for --precision, which was not given")
     amp = args.amp or ("bfloat16" if device.type == "cuda" and args.dtype is None else None)
     batch = (32 if device.type == "cuda" else 2) if args.batch_size is None else args.batch_size
     for option, value in (("batch-size", batch), ("img-size", args.img_size), ("num-classes", args.num_classes)):
@@ -53,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{option}: expected a positive number, got {value}")
     torch.manual_seed(0)
     model = _model(args).to(device, DTYPES[args.dtype or "float32"]).eval()
-    side = args.img_size or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
+    side = args.img_size or named_model.image_side(model)
     images = torch.randn(batch, 3, side, side).to(device, DTYPES[args.dtype or "float32"])
     setting = f"{args.model}, {batch} images of {side} pixels on {_described(device)}, " + (
         f"autocast to {amp}" if amp else args.dtype or "float32"
@@ -62,24 +79,33 @@ def run(args: argparse.Namespace) -> int:
         pair = Pair(model, images, DTYPES[amp] if amp else None, args.exclude)
         layers = pair.verify()
         if not args.json:  # the verdict first: times take longer
-            print(as_text(setting, layers), flush=True)
+            print(as_text(setting, layers, _owner(args.model)), flush=True)
         timings = timed(pair) if device.type == "cuda" else []
     except torch.OutOfMemoryError:
         raise ValueError(f"--batch-size: {batch} images do not fit into the memory of {device}") from None
     if args.json:
         print(json.dumps(as_dict(setting, layers, timings), indent=2))
     elif timings:
-        print("\n" + times_as_text(timings))
+        print("\n" + times_as_text(timings, _owner(args.model)))
     return int(any(layer.failure for layer in layers))
 
 
+def _owner(name: str) -> str:
+    """Whose implementation it is compared with."""
+    return "stock" if named_model.is_path(name) else "timm"
+
+
 def _model(args: argparse.Namespace) -> nn.Module:
-    import timm
     from timm.models import load_checkpoint
 
+    if named_model.is_path(args.model):
+        for option, value in (("checkpoint", args.checkpoint), ("num-classes", args.num_classes)):
+            if value is not None:
+                raise ValueError(f"--{option}: for timm's models; let {args.model} return the model as you want it")
+        return named_model.make(args.model)
     explain_command.check_model_name(args.model)
     options = {"num_classes": args.num_classes, "img_size": args.img_size}
-    model = timm.create_model(args.model, **{name: value for name, value in options.items() if value is not None})
+    model = named_model.make(args.model, **{name: value for name, value in options.items() if value is not None})
     if args.checkpoint is not None:
         if not args.checkpoint.is_file():
             raise ValueError(f"--checkpoint: there is no file {str(args.checkpoint)!r}")
@@ -172,9 +198,10 @@ def as_dict(setting: str, layers: list[Layer], timings: list[dict[str, Any]]) ->
     return {"setting": setting, "holds": holds, "layers": found, "timings": timings}
 
 
-def as_text(setting: str, layers: list[Layer]) -> str:
-    """A table of errors, and what they come to."""
-    heads = [f"{kind}{whose}" for kind in KINDS for whose in ("", ", timm's")]
+def as_text(setting: str, layers: list[Layer], owner: str = "timm") -> str:
+    """A table of errors, and what they come to. owner: whose implementation the fused one is compared with."""
+    whose = "timm's" if owner == "timm" else owner
+    heads = [f"{kind}{which}" for kind in KINDS for which in ("", f", {whose}")]
     lines = [("module", "kind", "runs", *heads, "of allowed", "contract")]
     for layer in layers:
         row = layer.row
@@ -184,7 +211,7 @@ def as_text(setting: str, layers: list[Layer]) -> str:
             for error in (layer.errors[kind][0][:2] if kind in layer.errors else (float("nan"),) * 2)
         ]
         verdict = "FAILS" if layer.failure else "holds"
-        runs = "fused" if row.fused else "timm's"
+        runs = "fused" if row.fused else whose
         lines.append((row.name or "(the model)", row.kind, runs, *errors, f"{layer.share_of_limit:.0%}", verdict))
     parts = [setting, "Largest errors against float64, over the largest value of each tensor:", "", _table(lines)]
     failed = [layer for layer in layers if layer.failure]
@@ -193,8 +220,8 @@ def as_text(setting: str, layers: list[Layer]) -> str:
     if not fused:
         reasons = sorted({layer.row.reason.split(": ")[-1] for layer in layers})
         parts.append(
-            f"Nothing runs fused here ({'; '.join(reasons)}): every layer is timm's own code, so this compares timm with itself, "
-            "and there is nothing to time. On an NVIDIA GPU the kernels are checked."
+            f"Nothing runs fused here ({'; '.join(reasons)}): every layer is {whose} code, "
+            f"so this compares {owner} with itself, and there is nothing to time. On an NVIDIA GPU the kernels are checked."
         )
     if failed:
         parts.append(f"The contract FAILS in {len(failed)} of {len(layers)} modules.")
@@ -203,12 +230,10 @@ def as_text(setting: str, layers: list[Layer]) -> str:
     return "\n".join(parts)
 
 
-def times_as_text(timings: list[dict[str, Any]]) -> str:
+def times_as_text(timings: list[dict[str, Any]], owner: str = "timm") -> str:
     """A table of times, memory and launches."""
-    return _table([_HEADS, *(_timing_line(timing) for timing in timings)])
-
-
-_HEADS = ("module", "work", "timm us", "fastdeit us", "speed-up", "timm MiB", "fastdeit MiB", "launches")
+    heads = ("module", "work", f"{owner} us", "fastdeit us", "speed-up", f"{owner} MiB", "fastdeit MiB", "launches")
+    return _table([heads, *(_timing_line(timing) for timing in timings)])
 
 
 def _timing_line(timing: dict[str, Any]) -> tuple[str, ...]:

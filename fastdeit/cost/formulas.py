@@ -200,6 +200,27 @@ def _labels_bytes(batch, classes, kind, base, soft_target, teacher_labels, targe
     return target + teacher
 
 
+# ---- 8-bit tensors
+
+
+def add_layer_norm_quantize(rows: int, channels: int, *, stream_bytes: int = 2, branch: bool = True) -> Cost:
+    """Reads the stream and the branch, writes the stream, 8 bits an element and a scale a row."""
+    elements, streams = rows * channels, 3 if branch else 1
+    return Cost((13 if branch else 12) * elements, (streams * stream_bytes + 1) * elements + 4 * rows, 1)
+
+
+def rescale(rows: int, columns: int, *, in_bytes: int = 2, out_bytes: int = 1, activation: bool = True) -> Cost:
+    """Reads a product, writes it scaled, activated and cast."""
+    elements = rows * columns
+    return Cost((14 if activation else 4) * elements, (in_bytes + out_bytes) * elements, 1)
+
+
+def quantized_linear(rows: int, channels: int, outputs: int, *, out_bytes: int = 2) -> Cost:
+    """One product of 8-bit operands, its scales and bias in the same kernel."""
+    traffic = rows * channels + channels * outputs + rows * outputs * out_bytes + 4 * (rows + outputs)
+    return Cost(2 * rows * channels * outputs, traffic, 1)
+
+
 # ---- augmentation by a plan
 
 _CUBIC = 14  # additions and multiplications of a cubic through four values

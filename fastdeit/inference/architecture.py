@@ -13,7 +13,9 @@ READOUTS = {
 }
 IMAGES = ("float", "uint8")
 # The dtype of the residual stream and of the logits
-STREAM = {"bf16": torch.bfloat16, "fp16": torch.float16}
+STREAM = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16, "int8": torch.bfloat16}
+FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # of weights and their inputs
+RANGES = ("maximum", "percentile")  # of what one scale must reach
 
 
 class Options(NamedTuple):
@@ -21,6 +23,7 @@ class Options(NamedTuple):
 
     Attributes:
         mean, std: that went into the weights for uint8 images, empty for float ones.
+        quantized: layers in 8 bits, such as `blocks.0.qkv`.
     """
 
     precision: str
@@ -28,6 +31,7 @@ class Options(NamedTuple):
     readout: str
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    quantized: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The parts of an optimized model. Their tensors are buffers: nothing in them is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from fastdeit import ops
 from fastdeit.inference import architecture
 
+LAYERS = ("qkv", "proj", "fc1", "fc2")  # of a block
 Weights = Mapping[str, Tensor | None]  # of a module, by the names of its buffers
 
 
@@ -18,6 +20,13 @@ def under(weights: Weights, prefix: str) -> dict[str, Tensor | None]:
     return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
 
 
+class Tokens(NamedTuple):
+    """Normalised tokens in 8 bits."""
+
+    values: Tensor  # (B, N, C)
+    scale: Tensor  # (B, N) float32
+
+
 class Linear(nn.Module):
     """x W^T + b in the dtype of the residual stream.
 
@@ -25,6 +34,7 @@ class Linear(nn.Module):
         weights: `weight` (O, C) and `bias` (O,).
     """
 
+    format: torch.dtype | None = None
     weight: Tensor
     bias: Tensor
 
@@ -36,6 +46,74 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """(..., C) -> (..., O), of the layer's outputs those in `rows`."""
         return F.linear(x, self.weight[rows], self.bias[rows])
+
+    def received(self, x: Tensor) -> Tensor:
+        """What comes out of attention as the layer takes it."""
+        return x
+
+    def activated(self, x: Tensor, activation: str, following: "Linear | QuantizedLinear") -> Tensor:
+        """The activation of the layer's output, as the following layer takes it."""
+        options = _written_for(following, self.bias.dtype)
+        return ops.rescale(self(x), activation=activation, **options)
+
+
+class QuantizedLinear(nn.Module):
+    """x W^T + b of 8-bit operands, in the dtype of the residual stream.
+
+    Args:
+        weights: `weight` (O, C) of an 8-bit dtype; `scale` (O,) float32, what one step of its rows, times one of x, is worth;
+            `bias` (O,); `input_scale` (1,) float32 where x has one scale that calibration found, else each token brings its own.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+    input_scale: Tensor | None
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        for name in ("weight", "scale", "bias"):
+            self.register_buffer(name, weights[name])
+        self.register_buffer("input_scale", weights.get("input_scale"))
+
+    @property
+    def format(self) -> torch.dtype:
+        """Of weight and x."""
+        return self.weight.dtype
+
+    def forward(self, x: Tensor | Tokens, rows: slice = slice(None)) -> Tensor:
+        """(..., C) -> (..., O), of the layer's outputs those in `rows`."""
+        return self._product(x, rows, out_dtype=self.bias.dtype)
+
+    def received(self, x: Tensor) -> Tensor:
+        """What comes out of attention as the layer takes it."""
+        return ops.rescale(x, scale=self.input_scale, out_dtype=self.format)
+
+    def activated(self, x: Tensor | Tokens, activation: str, following: "Linear | QuantizedLinear") -> Tensor:
+        """The activation of the layer's output, as the following layer takes it."""
+        options = _written_for(following, self.bias.dtype)
+        return self._product(x, slice(None), activation=activation, **options)
+
+    def _product(self, x: Tensor | Tokens, rows: slice, **options: Any) -> Tensor:
+        values, row_scale = (x.values, x.scale) if isinstance(x, Tokens) else (x, None)
+        weights = self.weight[rows], self.scale[rows], self.bias[rows]
+        return ops.quantized_linear(values, row_scale, *weights, **options)
+
+
+def _written_for(following: Linear | QuantizedLinear, stream: torch.dtype) -> dict[str, Any]:
+    if isinstance(following, QuantizedLinear):
+        return dict(scale=following.input_scale, out_dtype=following.format)
+    return dict(out_dtype=stream)
+
+
+def make_linear(weights: Weights) -> Linear | QuantizedLinear:
+    """The layer that these weights are of."""
+    return QuantizedLinear(weights) if "scale" in weights else Linear(weights)
+
+
+def first_tokens(y: Tensor | Tokens, keep: int) -> Any:
+    """The first `keep` of tokens (B, N, C)."""
+    return Tokens(y.values[:, :keep], y.scale[:, :keep]) if isinstance(y, Tokens) else y[:, :keep]
 
 
 class Norm(nn.Module):
@@ -55,8 +133,14 @@ class Norm(nn.Module):
         self.register_buffer("weight", weights.get("weight"))
         self.register_buffer("bias", weights.get("bias"))
 
-    def forward(self, x: Tensor, branch: Tensor | None, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + gamma * branch (B, N, C), and its normalised tokens."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None, gamma: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Any]:
+        """x + gamma * branch (B, N, C), and its normalised tokens, `Tokens` where an 8-bit dtype is given."""
+        if dtype is not None:
+            given = (x, branch, self.weight, self.bias, self.eps)
+            x, values, scale = ops.add_layer_norm_quantize(*given, gamma=gamma, dtype=dtype)
+            return x, Tokens(values, scale)
         if branch is None:
             return x, ops.layer_norm(x, self.weight, self.bias, self.eps)
         return ops.add_layer_norm(x, branch, self.weight, self.bias, self.eps, gamma=gamma)
@@ -93,14 +177,17 @@ class Block(nn.Module):
     Args:
         architecture: its own.
         weights: of its parts, as `norm1.weight`; `gamma1` and `gamma2` (C,) where the layers before them do not have them.
+
+    Attributes:
+        observer: called with the name of each layer and its input, where that is of a float dtype.
     """
 
     norm1: Norm
-    qkv: Linear
-    proj: Linear
+    qkv: Linear | QuantizedLinear
+    proj: Linear | QuantizedLinear
     norm2: Norm
-    fc1: Linear
-    fc2: Linear
+    fc1: Linear | QuantizedLinear
+    fc2: Linear | QuantizedLinear
     gamma1: Tensor | None
     gamma2: Tensor | None
 
@@ -108,10 +195,11 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = architecture.num_heads, architecture.head_dim
         self.activation = architecture.activation
+        self.observer: Callable[[str, Tensor], None] | None = None
         for norm, eps in zip(("norm1", "norm2"), architecture.eps, strict=True):
             setattr(self, norm, Norm(eps, under(weights, norm)))
-        for layer in ("qkv", "proj", "fc1", "fc2"):
-            setattr(self, layer, Linear(under(weights, layer)))
+        for layer in LAYERS:
+            setattr(self, layer, make_linear(under(weights, layer)))
         for scale in ("gamma1", "gamma2"):
             self.register_buffer(scale, weights.get(scale))
 
@@ -119,19 +207,31 @@ class Block(nn.Module):
         self, x: Tensor, branch: Tensor | None, gamma: Tensor | None, keep: int | None
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and what is still to be added to it, of the first `keep` tokens if that is given."""
-        x, y = self.norm1(x, branch, gamma)
+        x, y = self.norm1(x, branch, gamma, self.qkv.format)
+        self._observe("qkv", y)
         if keep is None:
             mixed = ops.attention(self.qkv(y), self.num_heads, scale=1.0)
         else:
             x, mixed = x[:, :keep], self._prefix_attention(y, keep)
-        x, y = self.norm2(x, self.proj(mixed), self.gamma1)
+        self._observe("proj", mixed)
+        x, y = self.norm2(x, self.proj(self.proj.received(mixed)), self.gamma1, self.fc1.format)
+        self._observe("fc1", y)
         return x, self._mlp(y)
 
-    def _prefix_attention(self, y: Tensor, keep: int) -> Tensor:
+    def _observe(self, layer: str, x: Tensor) -> None:
+        if self.observer is not None:
+            self.observer(layer, x)
+
+    def _prefix_attention(self, y: Tensor | Tokens, keep: int) -> Tensor:
         heads, width = (self.num_heads, self.head_dim), self.num_heads * self.head_dim
-        q = self.qkv(y[:, :keep], slice(0, width)).unflatten(-1, heads)
+        q = self.qkv(first_tokens(y, keep), slice(0, width)).unflatten(-1, heads)
         k, v = self.qkv(y, slice(width, None)).unflatten(-1, (2, *heads)).unbind(2)
         return ops.attention_qkv(q, k, v, scale=1.0).flatten(2)
 
-    def _mlp(self, y: Tensor) -> Tensor:
-        return ops.mlp(y, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=self.activation)
+    def _mlp(self, y: Any) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        if fc1.format is None and fc2.format is None and self.observer is None:
+            return ops.mlp(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.activation)
+        hidden = fc1.activated(y, self.activation, fc2)
+        self._observe("fc2", hidden)
+        return fc2(hidden)

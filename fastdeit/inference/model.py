@@ -1,17 +1,33 @@
 """The frozen model that `optimize_for_inference` makes."""
 
-from collections.abc import Mapping
-from typing import Any
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastdeit.inference.architecture import READOUTS, Architecture, Options
-from fastdeit.inference.conversion import converted
+from fastdeit.inference.conversion import converted, factors_name
 from fastdeit.inference.host import Host
 from fastdeit.inference.layers import Block, Embedding, Linear, Norm, under
 from fastdeit.ops import layer_norm
 from fastdeit.ops.matmul import without_autocast
+
+if TYPE_CHECKING:
+    from fastdeit.inference.report import Report
+
+
+class Preprocessing(NamedTuple):
+    """Of image files, as timm's evaluation transform takes them, and what the classes are called; None where that is not known."""
+
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    crop_mode: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class OptimizedModel(nn.Module):
@@ -21,15 +37,24 @@ class OptimizedModel(nn.Module):
         architecture: of the model.
         options: of the optimization.
         weights: folded, by the names of the buffers, in the dtypes that they are to have.
+        preprocessing: of image files, for `fastdeit predict`.
     """
 
     embedding: Embedding
     norm_before: Norm | None
     norm: Norm
 
-    def __init__(self, architecture: Architecture, options: Options, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        options: Options,
+        weights: Mapping[str, Tensor],
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         super().__init__()
         self.architecture, self.options = architecture, options
+        self.preprocessing = preprocessing or Preprocessing()
+        self._original: weakref.ref[nn.Module] | None = None
         self.embedding = Embedding(under(weights, "embedding"))
         self.norm_before = None
         if architecture.eps_before is not None:
@@ -119,11 +144,59 @@ class OptimizedModel(nn.Module):
     def refresh(self, model: nn.Module) -> None:
         """Takes over the weights that model has now, in place, so that captured graphs and holders of the buffers see them.
 
+        Scales that were calibrated stay.
+
         Raises:
             TypeError: model is not a module.
             ValueError: it is not of the architecture that this one was made of, or no longer fused as a whole.
         """
         host = Host(model)
+        self.check_architecture(host)
+        buffers = dict(self.named_buffers())
+        scales = {f"{layer}.input_scale" for layer in self.options.quantized}
+        scales |= {factors_name(layer) or "" for layer in self.options.quantized}
+        weights = converted(host, self.options, {name: t for name, t in buffers.items() if name in scales})
+        if weights.keys() != buffers.keys():
+            differing = sorted(weights.keys() ^ buffers.keys())
+            raise ValueError(
+                f"model: expected weights that fold as before, got others for {', '.join(differing[:3])}; optimize it anew"
+            )
+        for name, tensor in weights.items():
+            buffers[name].copy_(tensor)
+        self.remember(model)
+
+    def report(self, loader: Iterable[Any], model: nn.Module | None = None) -> "Report":
+        """What the precision costs on images: top-1 agreement with the model in float32, error of logits, layers by their error.
+
+        Args:
+            loader: batches of images as this model takes them, or pairs with labels.
+            model: that this one was made of; by default the very one, which must still be there.
+
+        Returns:
+            A `Report`; `str()` of it is a table.
+
+        Raises:
+            TypeError, ValueError: as `forward` for the images, as `refresh` for the model, or there are no images.
+        """
+        from fastdeit.inference.report import report
+
+        model = self._original() if model is None and self._original is not None else model
+        if model is None:
+            raise ValueError("model: expected the model that this one was made of, which is gone or was never here")
+        return report(self, model, loader)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model as one safetensors file, which `fastdeit.load_optimized` reads."""
+        from fastdeit.inference.file import save_optimized
+
+        save_optimized(self, path)
+
+    def remember(self, model: nn.Module) -> None:
+        """The model that this one was made of, for reports. It is not kept alive."""
+        self._original = weakref.ref(model)
+
+    def check_architecture(self, host: Host) -> None:
+        """Raises ValueError where host is not of the architecture that this model was made of."""
         found, expected = host.architecture().as_dict(), self.architecture.as_dict()
         if differing := [name for name in expected if found[name] != expected[name]]:
             raise ValueError(
@@ -133,14 +206,9 @@ class OptimizedModel(nn.Module):
             raise ValueError(
                 f"model: expected a distillation head, which the readout {self.options.readout!r} reads, got none"
             )
-        weights, buffers = converted(host, self.options), dict(self.named_buffers())
-        if weights.keys() != buffers.keys():
-            differing = sorted(weights.keys() ^ buffers.keys())
-            raise ValueError(
-                f"model: expected weights that fold as before, got others for {', '.join(differing[:3])}; optimize it anew"
-            )
-        for name, tensor in weights.items():
-            buffers[name].copy_(tensor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_original": None}
 
     def _apply(self, fn, recurse=True):
         if fn(self.embedding.weight.new_empty(0)).dtype != self.dtype:

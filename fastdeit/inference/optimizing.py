@@ -1,18 +1,27 @@
 """`optimize_for_inference`: from a trained model to a frozen one."""
 
-import torch
-from torch import nn
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
 
-from fastdeit.inference.architecture import IMAGES, READOUTS, STREAM, Options
+from torch import Tensor, nn
+
+from fastdeit.inference.architecture import FORMATS, IMAGES, RANGES, READOUTS, STREAM, Architecture, Options
+from fastdeit.inference.calibration import calibrate
 from fastdeit.inference.conversion import converted
+from fastdeit.inference.device import check_device
 from fastdeit.inference.host import Host, Normalisation
-from fastdeit.inference.model import OptimizedModel
+from fastdeit.inference.layers import LAYERS
+from fastdeit.inference.model import OptimizedModel, Preprocessing
 
 
 def optimize_for_inference(
     model: nn.Module,
     precision: str = "bf16",
     *,
+    calibration: Iterable[Any] | None = None,
+    value_range: str | None = None,
+    exclude: Iterable[str] = (),
     images: str = "float",
     readout: str | None = None,
     mean: tuple[float, ...] | None = None,
@@ -25,7 +34,15 @@ def optimize_for_inference(
 
     Args:
         model: a timm VisionTransformer or another model that `accelerate` fuses as a whole, on its device. It is not changed.
-        precision: "bf16" or "fp16". Logits are as close to float64 as model's own in that dtype, within a factor of two.
+        precision: "bf16" or "fp16": logits are as close to float64 as model's own in that dtype, within a factor of two. "fp8" or
+            "int8": attention's and the MLPs' projections in 8 bits on a bf16 residual stream, with a scale for each output channel
+            of a weight and for each token behind a LayerNorm. `OptimizedModel.report` says what that costs.
+        calibration: for fp8 and int8, batches of images as the result takes them, or pairs of a batch and labels. They give the
+            scales behind GELU and attention; 256 images of several classes are enough.
+        value_range: what those scales must reach: "maximum", all values (the default of fp8), or "percentile", 99.99 % of them (the
+            default of int8, whose steps are even).
+        exclude: for fp8 and int8, names of modules that stay in bf16 with all inside them, as in `model.named_modules()`; `*`, `?`
+            and `[...]` match as in file names. The patch embedding and the heads always do.
         images: what the result takes: "float", normalised images, or "uint8", raw ones.
         readout: "class" (logits of the class token), "distillation", "mean" (of both, as DeiT predicts) or "softmax_sum" (of both
             heads' probabilities). By default "mean" with a distillation head, else "class".
@@ -49,7 +66,82 @@ def optimize_for_inference(
         raise ValueError("mean, std: expected None with images='float', which are normalised already")
     check_device(precision, host.device)
     options = Options(precision, images, readout, *(levels or ()))
-    return OptimizedModel(architecture, options, converted(host, options)).eval()
+    if precision not in FORMATS:
+        for name, given in (
+            ("calibration", calibration),
+            ("value_range", value_range),
+            ("exclude", tuple(exclude) or None),
+        ):
+            if given is not None:
+                raise ValueError(f"{name}: expected nothing for {precision}, in which no layer is quantized")
+        return _made(model, architecture, options, converted(host, options))
+    value_range = value_range or {"fp8": "maximum", "int8": "percentile"}[precision]
+    _check_choice("value_range", value_range, RANGES)
+    excluded = excluded_modules(host.model, exclude)
+    if calibration is None:
+        raise ValueError(f"calibration: expected batches of images, from which {precision} has its scales, got None")
+    measured = OptimizedModel(architecture, options._replace(precision="bf16"), converted(host, options)).eval()
+    quantized = quantized_layers(measured, excluded)
+    scales = calibrate(measured, calibration, quantized, precision, value_range)
+    options = options._replace(quantized=quantized)
+    return _made(model, architecture, options, converted(host, options, scales))
+
+
+def _made(model: nn.Module, architecture: Architecture, options: Options, weights: dict[str, Tensor]) -> OptimizedModel:
+    optimized = OptimizedModel(architecture, options, weights, preprocessing_of(model)).eval()
+    optimized.remember(model)
+    return optimized
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """As timm's configuration of the model has it, where that is complete, else nothing."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    known: dict[str, Any] = {
+        name: config.get(name) for name in ("crop_pct", "interpolation", "crop_mode", "mean", "std")
+    }
+    if any(value is None for value in known.values()):
+        return Preprocessing()
+    known |= {name: tuple(known[name]) for name in ("mean", "std")}
+    return Preprocessing(**known)
+
+
+def excluded_modules(model: nn.Module, exclude: Iterable[str]) -> set[str]:
+    """Names of the modules that patterns match, and of all inside them.
+
+    Raises:
+        TypeError: a pattern is not a string.
+        ValueError: one matches nothing.
+    """
+    names = [name for name, _ in model.named_modules()]
+    excluded: set[str] = set()
+    for pattern in (exclude,) if isinstance(exclude, str) else exclude:
+        if not isinstance(pattern, str):
+            raise TypeError(f"exclude: expected names of modules or patterns of them, got {pattern!r}")
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise ValueError(f"exclude: no module of the model matches {pattern!r}")
+        for match in matches:
+            excluded.update(name for name in names if match in ("", name) or name.startswith(match + "."))
+    return excluded
+
+
+def quantized_layers(model: OptimizedModel, excluded: set[str]) -> tuple[str, ...]:
+    """As of `Options`: layers whose sizes are multiples of 16, as 8-bit products need, and that are not excluded.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = []
+    for index, block in enumerate(model.architecture.blocks):
+        for layer, name in zip(LAYERS, block.names, strict=True):
+            sizes = model.get_buffer(f"blocks.{index}.{layer}.weight").shape
+            if name not in excluded and not any(size % 16 for size in sizes):
+                found.append(f"blocks.{index}.{layer}")
+    if not found:
+        raise ValueError(
+            "exclude: expected to leave a layer to quantize, of sizes that are multiples of 16; none is left"
+        )
+    return tuple(found)
 
 
 def normalisation(
@@ -71,18 +163,6 @@ def normalisation(
             raise ValueError(f"{name}: expected {channels} finite numbers{' above 0' * (name == 'std')}, got {values}")
         found.append(values)
     return Normalisation(*found)
-
-
-def check_device(precision: str, device: torch.device) -> None:
-    """Raises ValueError where a GPU has no arithmetic of a precision. A CPU runs every one, by its reference."""
-    if device.type != "cuda":
-        return
-    capability, least = torch.cuda.get_device_capability(device), (8, 0)
-    if capability < least:
-        raise ValueError(
-            f"precision: {precision!r} needs a GPU of compute capability {least[0]}.{least[1]} or newer, and {device} has "
-            f"{capability[0]}.{capability[1]}"
-        )
 
 
 def _readout(readout: str | None, distilled: bool) -> str:

@@ -2,6 +2,10 @@
 
 from fastdeit.ops.add_layer_norm_attention_op import add_layer_norm_attention, add_layer_norm_attention_reference
 from fastdeit.ops.add_layer_norm_mlp_op import add_layer_norm_mlp, add_layer_norm_mlp_reference
+from fastdeit.ops.add_layer_norm_quantize_op import (
+    add_layer_norm_quantize,
+    add_layer_norm_quantize_reference,
+)
 from fastdeit.ops.attention_op import attention, attention_qkv, attention_qkv_reference, attention_reference
 from fastdeit.ops.augment_op import augment, augment_reference
 from fastdeit.ops.distillation_cross_entropy_op import (
@@ -13,6 +17,8 @@ from fastdeit.ops.layer_norm_op import add_layer_norm, add_layer_norm_reference,
 from fastdeit.ops.linear_op import linear, linear_reference
 from fastdeit.ops.mlp_op import mlp, mlp_reference
 from fastdeit.ops.patch_embedding_op import patch_embedding, patch_embedding_reference
+from fastdeit.ops.quantized_linear_op import quantized_linear, quantized_linear_reference
+from fastdeit.ops.rescale_op import rescale, rescale_reference
 
 __all__ = [
     "add_layer_norm",
@@ -20,6 +26,8 @@ __all__ = [
     "add_layer_norm_attention_reference",
     "add_layer_norm_mlp",
     "add_layer_norm_mlp_reference",
+    "add_layer_norm_quantize",
+    "add_layer_norm_quantize_reference",
     "add_layer_norm_reference",
     "attention",
     "attention_qkv",
@@ -39,4 +47,8 @@ __all__ = [
     "mlp_reference",
     "patch_embedding",
     "patch_embedding_reference",
+    "quantized_linear",
+    "quantized_linear_reference",
+    "rescale",
+    "rescale_reference",
 ]

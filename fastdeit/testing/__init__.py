@@ -12,7 +12,11 @@ from fastdeit.testing.accuracy import (
     kernel_dtypes,
     poisoned_memory,
 )
-from fastdeit.testing.interpreter import cache_interpreter_builtins, correct_interpreter_bfloat16
+from fastdeit.testing.interpreter import (
+    cache_interpreter_builtins,
+    correct_interpreter_bfloat16,
+    correct_interpreter_float8,
+)
 
 __all__ = [
     "ALLOWANCE",
@@ -23,6 +27,7 @@ __all__ = [
     "cache_interpreter_builtins",
     "compare_with_oracle",
     "correct_interpreter_bfloat16",
+    "correct_interpreter_float8",
     "interpreter_active",
     "kernel_device",
     "kernel_dtypes",

@@ -1,4 +1,4 @@
-"""Triton's interpreter, set up for tests: its bfloat16 products corrected, its builtins cached."""
+"""Triton's interpreter, set up for tests: its bfloat16 products and float8 casts corrected, its builtins cached."""
 
 import functools
 from typing import Any
@@ -35,6 +35,29 @@ def correct_interpreter_bfloat16() -> None:
         return plain_dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
 
     builder.cast_impl, builder.create_dot, builder.corrects_bfloat16 = cast_impl, create_dot, True
+
+
+def correct_interpreter_float8() -> None:
+    """Makes casts from float32 to float8 e4m3 right under Triton's interpreter, which misrounds values next to a tie.
+
+    Triton 3.6 gives 64 for 126.9. Out of range gives the largest value, as PTX's `cvt.rn.satfinite.e4m3x2.f32` does.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "corrects_float8", False):
+        return
+    plain = builder.create_fp_to_fp
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+            return plain(self, src, dst_type, rounding_mode)
+        rounded = torch.from_numpy(np.array(src.data)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+
+    builder.create_fp_to_fp, builder.corrects_float8 = create_fp_to_fp, True
 
 
 def cache_interpreter_builtins() -> None:

@@ -1,12 +1,16 @@
 """`fastdeit verify`: what it prints and what it returns."""
 
 import json
+import re
+import sys
+import types
 
 import pytest
 import timm
 import torch
 
 from fastdeit import ops
+from fastdeit.commands import named_model
 from fastdeit.commands import verify as verify_command
 from fastdeit.commands.cli import main
 from fastdeit.ops.attention_op import attention_reference
@@ -25,7 +29,7 @@ def shallow(monkeypatch):
 def test_without_a_gpu_it_says_that_nothing_is_fused_and_passes(shallow, capsys):
     assert main(SMALL) == 0
     out = capsys.readouterr().out
-    assert "Nothing runs fused here (tensors on cpu): every layer is timm's own code" in out
+    assert "Nothing runs fused here (tensors on cpu): every layer is timm's code" in out
     assert "The contract holds in all 12 modules, 0 of which run fused." in out
     assert "blocks.1.attn" in out and "speed-up" not in out
 
@@ -34,6 +38,70 @@ def test_fused_modules_that_are_right_pass(shallow, kernels_stood_in, capsys):
     assert main([*SMALL, "--amp", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "autocast to bfloat16" in out and "all 12 modules, 12 of which run fused" in out
+
+
+HOST = """
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
+def model():
+    return VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=1, hidden_dim=32, mlp_dim=48)
+def text():
+    return "model"
+number = 3
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """The present directory, with a file of the user's of a name that no other test has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models_of_mine.py").write_text(HOST)
+    yield
+    sys.modules.pop("models_of_mine", None)
+
+
+def test_a_model_that_a_function_makes(own_file, kernels_stood_in, capsys):
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    path = list(sys.path)
+    assert main(["verify", "models_of_mine:model", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "models_of_mine:model, 2 images of 16 pixels on cpu" in out and "inference, stock" in out
+    assert "EncoderBlock" in out and "timm" not in out and sys.path == path
+    assert main(["explain", "models_of_mine:model", "--device", "cpu"]) == 0
+    assert re.search(r"EncoderBlock +fused", capsys.readouterr().out)
+
+
+def test_a_class_of_transformers_has_its_default_configuration():
+    class Vit(torch.nn.Linear):
+        config_class = staticmethod(lambda: 3)
+
+        def __init__(self, config):
+            super().__init__(config, 1)
+            self.config = types.SimpleNamespace(image_size=48)
+
+    module = types.SimpleNamespace(Vit=Vit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "a_library", module)
+        model = named_model.make("a_library:Vit")
+    assert model.in_features == 3 and named_model.image_side(model) == 48
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["models_of_mine:nothing"], "MODEL: expected MODULE:FUNCTION, got 'models_of_mine:nothing': module"),
+        (["none_such:model"], "MODEL: expected MODULE:FUNCTION, got 'none_such:model': No module named"),
+        ([":model"], "MODEL: expected MODULE:FUNCTION, got ':model'"),
+        (["models_of_mine:number"], "MODEL: models_of_mine:number is a int, not a function that returns a model"),
+        (["models_of_mine:text"], "MODEL: models_of_mine:text returned a str, not a torch.nn.Module"),
+        (["torch.nn:Linear"], "MODEL: torch.nn:Linear cannot be called without arguments"),
+        (["models_of_mine:model", "--num-classes", "3"], "--num-classes: for timm's models; let models_of_mine:model"),
+        (["models_of_mine:model", "--checkpoint", "x"], "--checkpoint: for timm's models"),
+    ],
+)
+def test_a_function_that_does_not_fit_is_named(own_file, capsys, argv, message):
+    assert main(["verify", *argv, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_wrong_kernel_is_exit_code_1(shallow, kernels_stood_in, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastdeit
 from fastdeit import backends, optimize_for_inference, testing
-from fastdeit.inference.optimizing import check_device
+from fastdeit.inference.device import check_device
 from fastdeit.testing import kernel_device
 
 MODELS = {
@@ -269,9 +269,13 @@ def test_bad_images(small, images, given, error, message):
         optimize_for_inference(small(), images=images)(given)
 
 
-def test_a_gpu_that_is_too_old(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+@pytest.mark.parametrize(
+    ("precision", "capability", "least"), [("bf16", (7, 5), "8.0"), ("int8", (7, 5), "8.0"), ("fp8", (8, 6), "8.9")]
+)
+def test_a_gpu_that_is_too_old(monkeypatch, precision, capability, least):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has = f"{capability[0]}.{capability[1]}"
     with pytest.raises(
-        ValueError, match=r"'bf16' needs a GPU of compute capability 8\.0 or newer, and cuda:0 has 7\.5"
+        ValueError, match=f"'{precision}' needs a GPU of compute capability {least} or newer, and cuda:0 has {has}"
     ):
-        check_device("bf16", torch.device("cuda:0"))
+        check_device(precision, torch.device("cuda:0"))

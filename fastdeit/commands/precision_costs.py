@@ -1,0 +1,76 @@
+"""What `fastdeit verify MODEL --precision` prints: the cost of a precision of `optimize_for_inference`."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastdeit.inference.architecture import FORMATS
+from fastdeit.inference.images import preparation
+from fastdeit.inference.optimizing import optimize_for_inference
+
+BATCH, MOST_IMAGES, RANDOM_IMAGES = 32, 512, 64
+
+
+def run(args: argparse.Namespace, model: nn.Module) -> int:
+    """Prints the report on a model, in evaluation mode on its device; returns 0.
+
+    Raises:
+        ValueError: the model or the images do not fit, or there are too few images.
+    """
+    device = next(model.parameters()).device
+    plain = optimize_for_inference(model, "bf16")  # which has the transform of images
+    batches = _random(plain.architecture) if args.images is None else _of_folder(args.images, preparation(plain), plain)
+    options = {"exclude": args.exclude} if args.precision in FORMATS else {}
+    if args.exclude and not options:
+        raise ValueError(f"--exclude: expected nothing for {args.precision}, in which no layer is quantized")
+    if args.precision in FORMATS:
+        options["calibration"] = [tuple(t.to(device) for t in pair) for pair in batches[::2]]
+    found = optimize_for_inference(model, args.precision, **options).report(batches[1::2])
+    if args.json:
+        layers = [layer._asdict() for layer in found.layers]
+        print(json.dumps({**found._asdict(), "layers": layers, "random_images": args.images is None}, indent=2))
+        return 0
+    print(found)
+    if args.images is None:
+        print(
+            "\nThe images were random: errors of layers are indicative, agreement means nothing. --images FOLDER takes real ones."
+        )
+    return 0
+
+
+def _random(architecture) -> list[tuple[Tensor, Tensor]]:
+    """With labels of their own, since a model may see one class in all of them."""
+    torch.manual_seed(0)
+    images = torch.randn(RANDOM_IMAGES, architecture.in_chans, *architecture.img_size)
+    labels = torch.arange(RANDOM_IMAGES)
+    return list(zip(images.split(RANDOM_IMAGES // 2), labels.split(RANDOM_IMAGES // 2), strict=True))
+
+
+def _of_folder(folder: Path, prepare, model) -> list[tuple[Tensor, Tensor]]:
+    """Batches of images, taken evenly from all there are; every other one is for calibration.
+
+    Their classes are folders, or as predicted where all are in one.
+    """
+    from fastdeit.commands.predict import image_files
+    from fastdeit.train.config import Config
+    from fastdeit.train.image_files import read_image
+
+    paths = image_files([folder])
+    if len(paths) < 4:
+        raise ValueError(
+            f"--images: expected at least 4 images, half of them to calibrate with, got {len(paths)} in {folder}"
+        )
+    paths = paths[:: -(-len(paths) // MOST_IMAGES)]
+    size, mode = min(BATCH, len(paths) // 2), "L" if model.architecture.in_chans == 1 else "RGB"
+    folders = sorted({path.parent for path in paths})
+    halves, found = (paths[::2], paths[1::2]), []
+    for start in range(0, len(halves[1]), size):
+        for half in halves:
+            if chosen := half[start : start + size]:
+                images = torch.stack([prepare(read_image(path, mode, Config.max_image_megapixels)) for path in chosen])
+                labels = torch.tensor([folders.index(path.parent) for path in chosen])
+                found.append((images, labels if len(folders) > 1 else model(images.to(model.device)).argmax(-1)))
+    return found
