@@ -34,21 +34,46 @@ def run_trunk(trunk: spec.Trunk, verdict: TrunkVerdict, tokens: Tensor) -> Tenso
 
     The heads read the prefix alone: the last block attends to all tokens, and computes nothing else for the others.
     """
-    pending, prefix = PendingResidual(tokens), trunk.prefix
-    attention: dict[tuple[int, int], bool] = {}  # by head dimension and heads: whether it runs fused
-    last = len(verdict.blocks) - 1
-    for index, (block, judged) in enumerate(zip(trunk.blocks.values(), verdict.blocks, strict=True)):
-        body = block.branches[0].body
-        fused = False
+    fused = attention_fused(trunk, verdict, tokens)
+    return run_final_norm(trunk, run_blocks(trunk, verdict, PendingResidual(tokens), fused, range(len(fused))))
+
+
+def attention_fused(trunk: spec.Trunk, verdict: TrunkVerdict, tokens: Tensor) -> list[bool]:
+    """Of each block, whether its attention runs fused on these tokens."""
+    found: list[bool] = []
+    answers: dict[tuple[int, int], bool] = {}  # by head dimension and heads
+    for block, judged in zip(blocks_of(trunk), verdict.blocks, strict=True):
+        body, fused = block.branches[0].body, False
         if isinstance(body, spec.Attention) and judged.parts[0] is None:
             key = body.head_dim, body.num_heads
-            if key not in attention:
-                attention[key] = why_not_attention_call(body, tokens) is None
-            fused = attention[key]
-        prune = index == last and fused and judged.pruned is None
-        keep = prefix if prune else None
-        pending = run_block(block, judged, pending, attention_fused=fused, defer=True, keep=keep)
-    pending = pending._replace(x=pending.x[:, :prefix], branch=pending.branch[:, :prefix])
+            if key not in answers:
+                answers[key] = why_not_attention_call(body, tokens) is None
+            fused = answers[key]
+        found.append(fused)
+    return found
+
+
+def blocks_of(trunk: spec.Trunk) -> list[spec.Block]:
+    """The blocks of a trunk that has nothing else in the place of one."""
+    return [block for block in trunk.blocks.values() if isinstance(block, spec.Block)]
+
+
+def run_blocks(
+    trunk: spec.Trunk, verdict: TrunkVerdict, pending: PendingResidual, fused: list[bool], indices: range
+) -> PendingResidual:
+    """What enters the first of these blocks through all of them. `fused` is of all blocks, as `attention_fused` gives it."""
+    blocks, last = blocks_of(trunk), len(verdict.blocks) - 1
+    for index in indices:
+        judged = verdict.blocks[index]
+        prune = index == last and fused[index] and judged.pruned is None
+        keep = trunk.prefix if prune else None
+        pending = run_block(blocks[index], judged, pending, attention_fused=fused[index], defer=True, keep=keep)
+    return pending
+
+
+def run_final_norm(trunk: spec.Trunk, pending: PendingResidual) -> Tensor:
+    """The prefix tokens (B, prefix, C) of what left the last block, normalised."""
+    pending = pending._replace(x=pending.x[:, : trunk.prefix], branch=pending.branch[:, : trunk.prefix])
     return add_layer_norm(pending, trunk.norm)[1]
 
 

@@ -1,6 +1,7 @@
 """Whole models: no residual addition of their own, and no work on tokens that nobody reads."""
 
 import functools
+from typing import cast
 
 from timm.models import deit, vision_transformer
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from fastdeit.blocks.embedding import blank_image, embed, why_not_embedding, why
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
 from fastdeit.blocks.run import dropped_out, run_trunk
 from fastdeit.blocks.snapshot import looked_at
+from fastdeit.blocks.spans import Span, trunk_spans
 from fastdeit.blocks.spec import Trunk
 from fastdeit.plan.planned import planned
 from fastdeit.plan.surroundings import why_parts_called
@@ -67,11 +69,16 @@ class FusedTrunk(FusedModule):
             return type(self).forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
         answer = looked_at(self)
         if _why_masked(attn_mask, is_causal) is None:
-            run = functools.partial(self._prefix_tokens, answer)
-            tokens = planned(self, answer, run, x, functools.partial(self._why_called, answer))
+            tokens = self._planned_tokens(answer, x)
             if tokens is not None:
                 return self.forward_head(tokens)
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+
+    def _planned_tokens(self, answer: _Answer, x: Tensor) -> Tensor | None:
+        """`_prefix_tokens`, from a plan where there is one."""
+        run = functools.partial(self._prefix_tokens, answer)
+        called, spans = functools.partial(self._why_called, answer), functools.partial(self._spans, answer)
+        return planned(self, answer, run, x, called, spans)
 
     def _why_called(self, answer: _Answer) -> str | None:
         """Why `_prefix_tokens` calls modules."""
@@ -90,6 +97,15 @@ class FusedTrunk(FusedModule):
         tokens = self._before_blocks(embed(self, x) if fused else self._made_tokens(x))
         reason = why_not_plain_call(tokens) or verdict.norm or verdict.block or why_not_trunk_call(verdict, tokens)
         return self._blocks_in_turn(tokens) if reason is not None else run_trunk(description, verdict, tokens)
+
+    def _spans(self, answer: _Answer, x: Tensor) -> list[Span] | None:
+        """What do together what `_prefix_tokens` does of x, where that runs the trunk on tokens that one op makes."""
+        (description, (verdict, embedding)), model = answer, cast(nn.Module, self)
+        if (embedding or why_not_embedding_call(model, x)) is not None:
+            return None
+        parameters = [p for p in model._parameters.values() if p is not None]
+        parameters += model.get_submodule("patch_embed").parameters()
+        return trunk_spans(description, verdict, lambda images: self._before_blocks(embed(model, images)), parameters)
 
     def _made_tokens(self, x: Tensor) -> Tensor:
         return self._pos_embed(self.patch_embed(x))

@@ -11,42 +11,61 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdeit.plan.tape import Buffer, Descriptor, Launch, Operation, View
-from fastdeit.plan.workspace import tensor_at, views_of
+from fastdeit.plan.workspace import bytes_at, tensor_at, view_of, views_of
+
+# Of torch, which take `out`.
+FUNCTIONS = ("mm", "addmm", "add", "div", "cat", "stack", "sum")
 
 
 class Unsupported(Exception):
     """Recorded events that cannot be written as code; the text says why."""
 
 
-class _Address(NamedTuple):
-    """A pointer into the workspace, in bytes from its start."""
+def why_not_output(view: View, tensor: torch.Tensor) -> str | None:
+    """Why a program cannot make a tensor, seen as view, anew at each call: it is in memory that is not its alone."""
+    if view.buffer.input is not None or view.buffer.address is not None:
+        return "the output is in the memory of an input or a parameter"
+    if view.offset or not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+        return "the output shares its memory"
+    return None
 
-    offset: int
+
+class Place(NamedTuple):
+    """Where a buffer, or what a pointer points to, lies in the workspaces of a program."""
+
+    workspace: int
+    offset: int  # bytes from its start
 
 
 class _TensorMap(NamedTuple):
     """A descriptor whose tensor lies at an address that is known once the workspace is: encoded when the code is bound."""
 
-    address: "int | _Address"
+    address: "int | Place"
     descriptor: Descriptor
     like: Any
+
+
+_STREAM = object()  # among the arguments of a launch: where it goes, which is known when the code is bound
 
 
 class _TensorAt(NamedTuple):
     """A tensor in the workspace."""
 
-    address: _Address
+    address: Place
     view: View
 
 
 class Program:
-    """Code for a function of the inputs' tensors that returns the outputs, bound to one address of the workspace at a time.
+    """Code for a function of the inputs' tensors that returns the outputs, bound to one address of each workspace at a time.
 
     Args:
         events: in their order.
-        offsets: of the buffers in the workspace.
-        outputs: contiguous views that fill their buffers; each call makes them anew.
+        places: of the buffers in the workspaces.
+        inputs: buffers of tensors that each call is given; None for one that is not read.
+        outputs: contiguous views that fill their buffers; each call makes them anew. A view may come twice; None gives None.
         device: of everything.
+        passing: a workspace that is given back when its last event has been launched. The function then takes a list with its
+            tensor before the inputs, of which it has no other owner.
 
     Raises:
         Unsupported: events cannot be written as code.
@@ -55,41 +74,77 @@ class Program:
     def __init__(
         self,
         events: Sequence[Launch | Operation],
-        offsets: Mapping[Buffer, int],
-        outputs: Sequence[View],
+        places: Mapping[Buffer, Place],
+        inputs: Sequence[Buffer | None],
+        outputs: Sequence[View | None],
         device: torch.device,
+        passing: int | None = None,
     ) -> None:
-        self._offsets, self._device = offsets, device
-        self._outputs = {view.buffer: i for i, view in enumerate(outputs)}
+        self._places, self._device = places, device
+        self._stream = torch._C._cuda_getCurrentRawStream(device.index)
+        self._sizes: dict[int, int] = {}  # of what the places take in each workspace
+        for buffer, (workspace, offset) in places.items():
+            self._sizes[workspace] = max(self._sizes.get(workspace, 1), offset + buffer.nbytes)
+        self._inputs = {buffer: f"in{i}" for i, buffer in enumerate(inputs) if buffer is not None}
+        made = {view: None for view in outputs if view is not None}
+        self._outputs = {view.buffer: f"out{i}" for i, view in enumerate(made)}
+        if len(self._outputs) < len(made) or any(view.buffer in self._inputs for view in made):
+            raise Unsupported("an output shares its memory")
+        self._whole = {view.buffer: view for view in made}
+        self._unmade = dict(self._whole)  # outputs that no line makes yet
         self._constants: dict[str, Any] = {}  # by name: the value, or what becomes one by `_value`
         self._number = itertools.count()
         self._pointers: dict[str, str] = {}  # tensors of the call whose address the code has asked for
         self._lines: list[str] = []
-        for i, view in enumerate(outputs):
-            made = self._constant(view.shape), self._constant(view.dtype)
-            self._lines.append(f"out{i} = empty({made[0]}, dtype={made[1]}, device=device)")
-        for event in events:
+        last = -1 if passing is None else self._last_in(passing, events)
+        for at, event in enumerate(events):
             if isinstance(event, Launch):
                 self._launch(event)
             else:
                 self._operation(event)
-        self.inputs = 1 + max((event_input for event_input in map(self._input, events)), default=-1)
-        self._code = self._compiled(len(outputs))
+            if at == last:
+                self._lines.append("passing.clear()")
+        for view in list(self._unmade.values()):
+            self._of_the_call(view)
+        result = ", ".join("None" if view is None else self._outputs[view.buffer] for view in outputs)
+        arguments = [*([] if passing is None else ["passing"]), *(f"in{i}" for i in range(len(inputs)))]
+        self._code = self._compiled(arguments, result)
 
-    def bind(self, base: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The function for a workspace at this address. While it runs the caller holds that."""
-        with torch.inference_mode(False):  # so that the tensors may be written to outside of inference mode too
-            values = {name: self._value(value, base) for name, value in self._constants.items()}
-        names = dict(empty=torch.empty, mm=torch.mm, addmm=torch.addmm, device=self._device)
-        return FunctionType(self._code, values | names, "replay")
+    def bind(
+        self, *bases: int, output: torch.Tensor | None = None, stream: int | None = None
+    ) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The function for workspaces at these addresses. While it runs the caller holds them.
+
+        Args:
+            output: what the function writes and returns, the only output; by default new tensors at each call.
+            stream: that it launches kernels on, as an integer; by default that of the recording. GEMMs are on that of the call.
+        """
+        from fastdeit.kernels.runtime.launch import bind_context
+
+        bind_context(self._device.index)
+        with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in either mode
+            tensors = [bytes_at(base, self._sizes.get(i, 1), self._device) for i, base in enumerate(bases)]
+            stream = self._stream if stream is None else stream
+            values = {name: self._value(value, bases, tensors, stream) for name, value in self._constants.items()}
+        functions = {name: getattr(torch, name) for name in ("empty", *FUNCTIONS)}
+        if output is not None:
+            functions["empty"] = lambda *_, **__: output
+        return FunctionType(self._code, values | functions | {"device": self._device}, "replay")
 
     # ---- writing
 
-    def _compiled(self, outputs: int) -> CodeType:
-        inputs = ", ".join(f"in{i}" for i in range(self.inputs))
-        result = ", ".join(f"out{i}" for i in range(outputs))
+    def _last_in(self, workspace: int, events: Sequence[Launch | Operation]) -> int:
+        touched = [
+            at
+            for at, event in enumerate(events)
+            for view in views_of(event)
+            if view.buffer in self._places and self._places[view.buffer].workspace == workspace
+        ]
+        return max(touched, default=-1)
+
+    def _compiled(self, arguments: list[str], result: str) -> CodeType:
         body = "\n".join(f"    {line}" for line in (*self._lines, f"return ({result},)"))
-        module = compile(f"def replay({inputs}):\n{body}\n", "<fastdeit plan>", "exec")
+        module = compile(f"def replay({', '.join(arguments)}):\n{body}\n", "<fastdeit plan>", "exec")
         return next(constant for constant in module.co_consts if isinstance(constant, CodeType))
 
     def _constant(self, value: Any) -> str:
@@ -104,7 +159,7 @@ class Program:
         if launcher is None:
             raise Unsupported(f"{event.made.kernel.__name__} needs memory of its own")
         parts: list[str] = []
-        constants: list[Any] = list(launcher.leading)
+        constants: list[Any] = [*launcher.grid, _STREAM, *launcher.leading]
         for position, arg in enumerate((*event.args, *event.made.constexprs)):
             if isinstance(arg, Descriptor):
                 constants.append(self._tensor_map(arg, launcher.maps[position]))
@@ -117,12 +172,20 @@ class Program:
         self._lines.append(f"{self._constant(launcher.run)}({', '.join(parts)})")
 
     def _operation(self, event: Operation) -> None:
-        args, out = [self._tensor(view) for view in event.args], self._tensor(event.out)
-        if event.kind == "copy_":
-            self._lines.append(f"{out}.copy_({args[0]})")
+        args = [self._operand(arg) for arg in event.args]
+        args += [f"{name}={self._constant(value)}" for name, value in event.options]
+        out = self._tensor(event.out)
+        if event.kind.endswith("_"):
+            self._lines.append(f"{out}.{event.kind}({', '.join(args)})")
         else:
-            options = "" if event.out_dtype is None else f"out_dtype={self._constant(event.out_dtype)}, "
-            self._lines.append(f"{event.kind}({', '.join(args)}, {options}out={out})")
+            self._lines.append(f"{event.kind}({', '.join([*args, f'out={out}'])})")
+
+    def _operand(self, arg: Any) -> str:
+        if isinstance(arg, View):
+            return self._tensor(arg)
+        if isinstance(arg, tuple):
+            return f"[{', '.join(map(self._operand, arg))}]"
+        return self._constant(arg)
 
     def _tensor(self, view: View) -> str:
         name = self._of_the_call(view)
@@ -131,15 +194,18 @@ class Program:
             if isinstance(address, int):
                 return self._constant(tensor_at(address, view, self._device))
             return self._constant(_TensorAt(address, view))
+        if self._whole.get(view.buffer) == view:
+            return name
         place = f"{name}.storage_offset() + {view.offset // view.dtype.itemsize}"
         return f"{name}.as_strided({self._constant(view.shape)}, {self._constant(view.strides)}, {place})"
 
     def _of_the_call(self, view: View) -> str | None:
         """The variable whose memory a view is in, None where that is known beforehand."""
-        if view.buffer.input is not None:
-            return f"in{view.buffer.input}"
-        output = self._outputs.get(view.buffer)
-        return None if output is None else f"out{output}"
+        buffer = view.buffer
+        if (whole := self._unmade.pop(buffer, None)) is not None:
+            shape, dtype = self._constant(whole.shape), self._constant(whole.dtype)
+            self._lines.append(f"{self._outputs[buffer]} = empty({shape}, dtype={dtype}, device=device)")
+        return self._inputs.get(buffer) or self._outputs.get(buffer)
 
     def _pointer(self, name: str, offset: int) -> str:
         if name not in self._pointers:
@@ -147,39 +213,44 @@ class Program:
             self._lines.append(f"{name}_address = {name}.data_ptr()")
         return self._pointers[name] if offset == 0 else f"{self._pointers[name]} + {offset}"
 
-    def _address(self, view: View) -> "int | _Address":
+    def _address(self, view: View) -> "int | Place":
         if view.buffer.address is not None:
             return view.buffer.address + view.offset
-        return _Address(self._offsets[view.buffer] + view.offset)
+        place = self._places[view.buffer]
+        return place._replace(offset=place.offset + view.offset)
 
     def _tensor_map(self, descriptor: Descriptor, like: Any) -> _TensorMap:
         if self._of_the_call(descriptor.view) is not None:
             raise Unsupported("a tensor descriptor is of an input or an output")
         return _TensorMap(self._address(descriptor.view), descriptor, like)
 
-    def _input(self, event: Launch | Operation) -> int:
-        return max((view.buffer.input for view in views_of(event) if view.buffer.input is not None), default=-1)
-
     # ---- binding
 
-    def _value(self, value: Any, base: int) -> Any:
+    def _value(self, value: Any, bases: tuple[int, ...], tensors: list[torch.Tensor], stream: int) -> Any:
         kind = type(value)
-        if kind is _Address:
-            return base + value.offset
+        if kind is Place:
+            return _pointer_to(value, bases)
         if kind is _TensorAt:
-            return tensor_at(self._value(value.address, base), value.view, self._device)
-        if kind is tuple and any(type(item) in (_Address, _TensorMap) for item in value):
-            return self._arguments(value, base)
+            return view_of(tensors[value.address.workspace], value.address.offset, value.view)
+        if kind is tuple and any(item is _STREAM or type(item) in (Place, _TensorMap) for item in value):
+            return self._arguments(value, bases, stream)
         return value
 
-    def _arguments(self, values: tuple, base: int) -> tuple:
+    def _arguments(self, values: tuple, bases: tuple[int, ...], stream: int) -> tuple:
         from fastdeit.kernels.runtime.raw_launch import tensor_map_arguments
 
         made: list[Any] = []
         for value in values:
             if type(value) is _TensorMap:
                 shape, strides = value.descriptor.shape, value.descriptor.strides
-                made += tensor_map_arguments(self._value(value.address, base), shape, strides, value.like)
+                address = value.address if isinstance(value.address, int) else _pointer_to(value.address, bases)
+                made += tensor_map_arguments(address, shape, strides, value.like)
+            elif value is _STREAM:
+                made.append(stream)
             else:
-                made.append(self._value(value, base))
+                made.append(_pointer_to(value, bases) if type(value) is Place else value)
         return tuple(made)
+
+
+def _pointer_to(place: Place, bases: tuple[int, ...]) -> int:
+    return bases[place.workspace] + place.offset

@@ -1,97 +1,84 @@
-"""Runs of ops without gradients from plans: recorded at the second call of their kind, repeated from the third on."""
+"""Runs of ops from plans: recorded at the second call of their kind, repeated from the third on."""
 
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import TensorGuards
 
 from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
-from fastdeit.plan.code import Program, Unsupported
-from fastdeit.plan.surroundings import key_of, nothing_called, why_not_plannable
-from fastdeit.plan.tape import Launch, Tape
-from fastdeit.plan.workspace import lifetimes, packed, views_of
+from fastdeit.blocks.spans import Span
+from fastdeit.plan.bound import Bound
+from fastdeit.plan.code import Place, Program, Unsupported, why_not_output
+from fastdeit.plan.graphs import AutomaticGraph
+from fastdeit.plan.reads import Reads
+from fastdeit.plan.surroundings import (
+    is_training,
+    key_of,
+    nothing_called,
+    why_not_plannable,
+    why_not_recorded,
+    why_not_trainable,
+)
+from fastdeit.plan.tape import Tape
+from fastdeit.plan.training import Attempt, TrainingPlan
+from fastdeit.plan.workspace import lifetimes, packed
 
 MOST_KEYS = 16  # of a model, the last used
-MOST_ADDRESSES = 4  # of a plan's workspace to which its code is bound, the last used
-_SEEN = "called once"
-_FACTS = (attrgetter("dtype"), attrgetter("shape"), Tensor.stride, attrgetter("device"))
+MOST_ATTEMPTS = 2  # at a recording with gradients, until a backward pass follows
+SEEN = "called once"
+_needs_gradient = attrgetter("requires_grad")
 
 
 class Plan:
     """The launches of one run, repeated for another input.
 
     Args:
-        tape: the recording, not refused.
+        tape: the recording.
         parameters: all tensors that it may have read beside its input.
+        x: that.
         output: what the run gave.
 
     Raises:
         Unsupported: it cannot be repeated; the text says why.
     """
 
-    def __init__(self, tape: Tape, parameters: list[Tensor], output: Tensor) -> None:
+    def __init__(self, tape: Tape, parameters: list[Tensor], x: Tensor, output: Tensor) -> None:
         out = tape.view(output)
-        if tape.refused is not None:
-            raise Unsupported(tape.refused)
-        if out.buffer.input is not None or out.buffer.address is not None:
-            raise Unsupported("the output is in the memory of an input or a parameter")
-        if out.offset or not output.is_contiguous() or output.untyped_storage().nbytes() != output.nbytes:
-            raise Unsupported("the output shares its memory")
+        if (reason := tape.refused or why_not_output(out, output)) is not None:
+            raise Unsupported(reason)
         lives = lifetimes(tape.events)
         lives.pop(out.buffer, None)
         offsets, self._bytes = packed(lives)
+        places = {buffer: Place(0, offset) for buffer, offset in offsets.items()}
         with torch.inference_mode(False), torch.no_grad():
-            self._program = Program(tape.events, offsets, [out], output.device)
-        read = {view.buffer.address for event in tape.events for view in views_of(event)}
-        self._parameters = [p for p in parameters if p.untyped_storage().data_ptr() in read]
-        self._addresses = list(map(Tensor.data_ptr, self._parameters))
-        self._found, self._guard = _facts(self._parameters), _guard(self._parameters)
-        launches = [event.made.kernel for event in tape.events if isinstance(event, Launch)]
-        self._kernels = list({id(kernel): kernel for kernel in launches}.values())
-        self._device = output.device
-        self._bound: OrderedDict[int, Callable[[Tensor], tuple[Tensor, ...]]] = OrderedDict()
-        self._binding = threading.Lock()
-
-    def still_holds(self) -> bool:
-        """Whether every parameter is where and what it was, which no one is told of when its `data` is replaced."""
-        if any(kernel.pre_run_hooks for kernel in self._kernels):
-            return False
-        if list(map(Tensor.data_ptr, self._parameters)) != self._addresses:
-            return False
-        # The guard compares with the dispatch keys of where it was made too: in inference mode it fails outside of it.
-        return self._guard.check(*self._parameters) or _facts(self._parameters) == self._found
+            program = Program(tape.events, places, [tape.view(x).buffer], [out], output.device)
+        self.still_holds = Reads(tape.events, parameters).still_hold
+        self._bound, self._device = Bound(program), output.device
+        self._output = output.shape, output.dtype
+        self.graph = AutomaticGraph()
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.graph.run(self, x)
+
+    def launch(self, x: Tensor) -> Tensor:
+        """The output, a new tensor, by a launch after the other."""
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-        address = workspace.data_ptr()
-        (out,) = (self._bound.get(address) or self._bind(address))(x)
+        (out,) = self._bound.at(workspace.data_ptr())(x)
         return out
 
-    def _bind(self, address: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        with self._binding:
-            run = self._program.bind(address)
-            while len(self._bound) >= MOST_ADDRESSES:
-                self._bound.popitem(last=False)
-            self._bound[address] = run
-        return run
-
-
-def _facts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
-    """What a change of `data` may change beside the address."""
-    return tuple(list(map(fact, tensors)) for fact in _FACTS)
-
-
-def _guard(tensors: list[Tensor]) -> Any:
-    """Compares the same in a sixth of the time: Dynamo's check of dtype, device, shape and strides, among others."""
-    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
-    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    def fixed(self, stream: int) -> tuple[Callable[[Tensor], object], Tensor, Tensor]:
+        """The launches for memory that is no one else's: a function of the input, the output that it writes, and a workspace."""
+        shape, dtype = self._output
+        out = torch.empty(shape, dtype=dtype, device=self._device)
+        workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
+        return self._bound.fixed(workspace.data_ptr(), out, stream), out, workspace
 
 
 _Run = Callable[[Tensor], Tensor | None]
@@ -101,42 +88,72 @@ class Plans:
     """Those of one module, for one answer of `looked_at`.
 
     Attributes:
-        entries: by key a plan, or in words what stands in the place of one.
+        entries: by key a plan, the attempt to make one whose backward pass is still to come, or in words what stands in the place
+            of one.
+        tensors: the module's parameters and buffers.
+        parameters: the former.
     """
 
-    def __init__(self) -> None:
-        self.entries: OrderedDict[tuple, Plan | str] = OrderedDict()
+    def __init__(self, root: nn.Module) -> None:
+        self.entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self.parameters = list(root.parameters())
+        self.tensors = [*self.parameters, *root.buffers()]
         self.recording = threading.Lock()
+        self._attempts: dict[tuple, int] = {}
         self._changing = threading.Lock()
 
-    def find(self, key: tuple) -> Plan | str | None:
+    def find(self, key: tuple) -> "_Entry | None":
         entry = self.entries.get(key)
-        if type(entry) is Plan and not entry.still_holds():
+        if isinstance(entry, weakref.ref):
+            return entry if entry() is not None else self._seen_again(key)
+        if not isinstance(entry, (str, NoneType)) and not entry.still_holds():
             with self._changing:
                 self.entries.clear()
             return None
         return entry
 
-    def put(self, key: tuple, entry: Plan | str) -> None:
+    def put(self, key: tuple, entry: "_Entry") -> None:
         with self._changing:
             while len(self.entries) >= MOST_KEYS and key not in self.entries:
                 self.entries.popitem(last=False)
             self.entries[key] = entry
 
-    def record(self, key: tuple, root: nn.Module, run: _Run, x: Tensor) -> Tensor | None:
+    def record(self, key: tuple, run: _Run, x: Tensor) -> Tensor | None:
         """run(x). What is kept is its plan, or the reason why there is none."""
-        parameters = [*root.parameters(), *root.buffers()]
-        tape = Tape(parameters, [x])
+        tape = Tape(self.tensors, [x])
         with nothing_called(tape), torch._C._AutoDispatchBelowAutograd(), tape:
             out = run(x)
         if out is None:
             self.put(key, "timm's code runs around everything")
             return None
         try:
-            self.put(key, Plan(tape, parameters, out))
+            self.put(key, Plan(tape, self.tensors, x, out))
         except Unsupported as reason:
             self.put(key, str(reason))
         return out
+
+    def record_training(self, key: tuple, spans: Sequence[Span], x: Tensor) -> Tensor | None:
+        """What the spans give of x. The plan is kept after the backward pass."""
+        if (reason := why_not_recorded(self.parameters)) is not None:
+            self.put(key, reason)
+            return None
+        attempt = Attempt(spans, self.tensors, lambda plan: self._finish(key, plan))
+        self.put(key, weakref.ref(attempt))
+        return attempt(x)
+
+    def _finish(self, key: tuple, plan: TrainingPlan | str) -> None:
+        if isinstance(self.entries.get(key), weakref.ref):
+            self.put(key, plan)
+
+    def _seen_again(self, key: tuple) -> str:
+        """What takes the place of an attempt that no backward pass has followed."""
+        self._attempts[key] = self._attempts.get(key, 0) + 1
+        entry = SEEN if self._attempts[key] < MOST_ATTEMPTS else "no backward pass follows"
+        self.put(key, entry)
+        return entry
+
+
+_Entry = Plan | TrainingPlan | str | weakref.ref
 
 
 def described(module: nn.Module) -> list[str]:
@@ -146,13 +163,30 @@ def described(module: nn.Module) -> list[str]:
     if not isinstance(plans, Plans):
         return []
     lines = []
-    for (shape, _, dtype, *_), entry in list(plans.entries.items()):
-        state = "planned" if isinstance(entry, Plan) else entry if entry is _SEEN else f"not planned: {entry}"
-        lines.append(f"{' x '.join(map(str, shape))} {backends.dtype_name(dtype)}: {state}")
+    for key, entry in list(plans.entries.items()):
+        shape, _, dtype, *_ = key
+        state = f"not planned: {entry}"
+        if isinstance(entry, weakref.ref):
+            state = "recorded until a backward pass"
+        elif isinstance(entry, Plan):
+            state = f"planned, {entry.graph.state}"
+        elif not isinstance(entry, str):
+            state = "planned"
+        elif entry is SEEN:
+            state = entry
+        kind = f"{' x '.join(map(str, shape))} {backends.dtype_name(dtype)}"
+        lines.append(f"{kind}{' with gradients' if is_training(key) else ''}: {state}")
     return lines
 
 
-def planned(root: Any, answer: tuple, run: _Run, x: Tensor, why_called: Callable[[], str | None]) -> Tensor | None:
+def planned(
+    root: Any,
+    answer: tuple,
+    run: _Run,
+    x: Tensor,
+    why_called: Callable[[], str | None],
+    spans: Callable[[Tensor], Sequence[Span] | None] | None = None,
+) -> Tensor | None:
     """run(x), from a plan where there is one.
 
     Args:
@@ -161,21 +195,37 @@ def planned(root: Any, answer: tuple, run: _Run, x: Tensor, why_called: Callable
         run: gives a new tensor, or None, and has no other effect.
         x: its only input.
         why_called: why `run` calls modules, so that it is not recorded; None if it launches alone.
+        spans: what do together what `run` does of x, for calls with gradients; None if nothing does.
     """
     if torch.compiler.is_compiling() or why_not_plannable(x) is not None:
         return run(x)
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in root.parameters())):
-        return run(x)
-    plans: Plans = made_from(root, answer, Plans)
-    key = key_of(x)
+    plans: Plans = made_from(root, answer, lambda: Plans(root))
+    needs: tuple[bool, ...] = ()
+    if torch.is_grad_enabled() and any(needs := tuple(map(_needs_gradient, (x, *plans.parameters)))):
+        if spans is None or why_not_trainable() is not None:
+            return run(x)
+    key = key_of(x, needs if any(needs) else ())
     entry = plans.find(key)
-    if type(entry) is Plan:
+    if isinstance(entry, (Plan, TrainingPlan)):
         return entry(x)
     if entry is None:
-        plans.put(key, why_called() or _SEEN)
-    elif entry is _SEEN and plans.recording.acquire(blocking=False):
+        plans.put(key, why_called() or SEEN)
+    elif entry is SEEN and plans.recording.acquire(blocking=False):
         try:
-            return plans.record(key, root, run, x)
+            out = _recorded(plans, key, run, spans, x)
         finally:
             plans.recording.release()
+        if out is not None:
+            return out
     return run(x)
+
+
+def _recorded(plans: Plans, key: tuple, run: _Run, spans: Callable | None, x: Tensor) -> Tensor | None:
+    """What either makes of x while it is recorded, None for neither."""
+    if not is_training(key) or spans is None:
+        return plans.record(key, run, x)
+    made = spans(x)
+    if made is None:
+        plans.put(key, "timm's code makes the tokens")
+        return None
+    return plans.record_training(key, made, x)

@@ -2,7 +2,7 @@
 
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
@@ -61,8 +61,12 @@ def _why_not_launchable() -> str | None:
     return why_no_raw_launches() or (None if nothing_between() else "a hook of Triton's looks on")
 
 
-def key_of(x: Tensor) -> tuple:
-    """What decides, beside modules and parameters, what a call with input x launches."""
+def key_of(x: Tensor, needs: tuple[bool, ...] = ()) -> tuple:
+    """What decides, beside modules and parameters, what a call with input x launches.
+
+    Args:
+        needs: whether x and each parameter need gradients, of a call with gradients.
+    """
     from fastdeit.kernels.gemm.config import gemm_in_force
     from fastdeit.kernels.gemm.fused_mlp import fused_mlp_in_force
 
@@ -77,7 +81,32 @@ def key_of(x: Tensor) -> tuple:
         gemm_in_force(),
         fused_mlp_in_force(),
         tuple(SDPA_PREFERRED.items()),
+        needs,
     )
+
+
+def is_training(key: tuple) -> bool:
+    """Whether a key is of a call with gradients."""
+    return bool(key[-1])
+
+
+def why_not_trainable() -> str | None:
+    """Why nothing with gradients is recorded or replayed where this call of a model stands."""
+    if torch.is_anomaly_enabled():
+        return "autograd's anomaly mode is on"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "a hook is registered on saved tensors"
+    return None
+
+
+def why_not_recorded(parameters: Iterable[nn.Parameter]) -> str | None:
+    """Why a call with gradients is not recorded, which computes them within a backward pass."""
+    for parameter in parameters:
+        if not parameter.is_leaf:
+            return "a parameter was computed"
+        if parameter._backward_hooks:
+            return "a hook is registered on a parameter"
+    return None
 
 
 @contextmanager

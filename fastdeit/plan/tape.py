@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastdeit.kernels.runtime.observer import LaunchObserver
 
@@ -21,14 +22,18 @@ _COMPOSITES = {
 }
 _COMPOSITES |= {f"aten::{name}" for name in ("unflatten.int", "split.sizes", "view_as", "promote_types")}
 # Operations that are repeated, by how: `code` writes them. Each makes one tensor, or writes to its first argument.
-REPEATED = {
-    "aten::mm": "mm",
-    "aten::mm.dtype": "mm",
-    "aten::addmm": "addmm",
-    "aten::_to_copy": "copy_",
-    "aten::clone": "copy_",
-    "aten::copy_": "copy_",
+_COPIES = {"aten::_to_copy", "aten::clone", "aten::copy_"}
+_PRODUCTS = {"aten::mm", "aten::mm.dtype", "aten::addmm"}
+_FUNCTIONS = {  # with what may be said of them by keyword
+    "aten::mm": ("mm", ()),
+    "aten::addmm": ("addmm", ()),
+    "aten::add.Tensor": ("add", ()),
+    "aten::div.Tensor": ("div", ()),
+    "aten::cat": ("cat", ()),
+    "aten::stack": ("stack", ()),
+    "aten::sum.dim_IntList": ("sum", ("dtype",)),
 }
+_METHODS = {"aten::add_.Tensor": "add_", "aten::zero_": "zero_", "aten::bernoulli_.float": "bernoulli_"}
 
 
 class Buffer:
@@ -68,12 +73,12 @@ class Launch(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One of REPEATED: "mm" (a, b), "addmm" (bias, a, b) or "copy_" (source), into `out`."""
+    """A function of torch's into `out`, or a method of `out` that writes to it, whose name ends in an underscore."""
 
     kind: str
-    args: tuple[View, ...]
+    args: tuple  # views, tuples of views, numbers
     out: View
-    out_dtype: torch.dtype | None  # of "mm", where the call named it
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 class _Kind(NamedTuple):
@@ -90,34 +95,51 @@ def _kind(func: Any) -> _Kind:
 
 
 class Tape(LaunchObserver):
-    """Records inside a with statement, in one thread, on one stream, below autograd, so that composite operations are seen as such.
+    """Records inside a with statement, in one thread, on one stream: below autograd, so that composite operations are seen as such,
+    or what autograd runs of our ops, forward and, in a with statement of its own, backward.
 
     Args:
         parameters: tensors whose memory stays where it is.
         inputs: tensors that are others at each call, of the same shape, strides, dtype and alignment.
+        differentiated: autograd is recorded too.
 
     Attributes:
         events: launches and operations in their order.
         refused: why the recording cannot be repeated, None if it can.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor], differentiated: bool = False) -> None:
         super().__init__()
+        self._differentiated = differentiated
         self.events: list[Launch | Operation] = []
         self.refused: str | None = None
         self._buffers: dict[int, Buffer] = {}  # by the address of the storage that lives there now
         self._starts: dict[Buffer, int] = {}  # what offsets count from
+        self._storages: dict[Buffer, StorageWeakRef] = {}  # of all but parameters
+        self._input_dtypes: list[torch.dtype] = []
         for tensor in parameters:
             storage = tensor.untyped_storage()
             address = storage.data_ptr()
             if address not in self._buffers:
                 self._add(address, Buffer(storage.nbytes(), address=address))
-        self._input_dtypes = [tensor.dtype for tensor in inputs]
-        for i, tensor in enumerate(inputs):
+        self.receive(inputs)
+
+    def receive(self, inputs: Sequence[Tensor]) -> list[Buffer]:
+        """Makes more tensors inputs, such as the gradients with which a backward pass begins."""
+        received = []
+        for tensor in inputs:
             address = tensor.untyped_storage().data_ptr()
-            if address in self._buffers:
+            if (known := self._buffers.get(address)) is not None and self._lives(known):
                 self.refuse("an input shares the memory of a parameter or of another input")
-            self._add(address, Buffer(0, input=i), tensor.data_ptr())
+            received.append(Buffer(0, input=len(self._input_dtypes)))
+            self._input_dtypes.append(tensor.dtype)
+            self._add(address, received[-1], tensor.data_ptr())
+            self._storages[received[-1]] = StorageWeakRef(tensor.untyped_storage())
+        return received
+
+    def _lives(self, buffer: Buffer) -> bool:
+        storage = self._storages.get(buffer)
+        return storage is None or not storage.expired()
 
     def _add(self, address: int, buffer: Buffer, start: int | None = None) -> None:
         self._buffers[address] = buffer
@@ -131,7 +153,7 @@ class Tape(LaunchObserver):
         """Where a tensor lies, of all that the recording has seen and that still is."""
         storage = tensor.untyped_storage().data_ptr()
         buffer = self._buffers.get(storage)
-        if buffer is None or not storage:
+        if buffer is None or not storage or not self._lives(buffer):
             self.refuse("a tensor comes from elsewhere")
             buffer = Buffer(0)
             self._add(storage, buffer)
@@ -180,33 +202,79 @@ class Tape(LaunchObserver):
             self.refuse(f"{name} is called")
         elif name in _ALLOCATIONS:
             self._make(result)
-        elif name in REPEATED:
+        elif name in _COPIES:
+            self._copy(kind, args, result)
+        elif name == "aten::slice_backward":
+            self._slice_backward(args, result)
+        elif name in _FUNCTIONS or name in _METHODS or name == "aten::mm.dtype":
             self._repeat(kind, args, kwargs, result)
         elif kind.writes or not _only_views(args, results):
             self.refuse(f"{name} is called")
 
     def _make(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self._add(storage.data_ptr(), Buffer(storage.nbytes()))
+        buffer = Buffer(storage.nbytes())
+        self._add(storage.data_ptr(), buffer)
+        self._storages[buffer] = StorageWeakRef(storage)
 
-    def _repeat(self, kind_of: "_Kind", args: tuple, kwargs: dict[str, Any], result: Tensor) -> None:
-        name, kind, out_dtype = kind_of.name, REPEATED[kind_of.name], None
+    def _copy(self, kind: "_Kind", args: tuple, result: Tensor) -> None:
+        args = args[1:] if kind.name == "aten::copy_" else args
+        if not _is_plain(args[0]) or len(args) > 1 + (len(args) == 2 and args[1] is False):
+            self.refuse(f"{kind.name} is called with {args[1:]}")
+            return
+        read = self.view(args[0])
+        if not kind.writes:
+            self._make(result)
+        self.events.append(Operation("copy_", (read,), self.view(result)))
+
+    def _slice_backward(self, args: tuple, result: Tensor) -> None:
+        """Zeros, and the gradient of the slice where that was."""
+        gradient, _, *where = args
+        read = self.view(gradient)
+        self._make(result)
+        self.events.append(Operation("zero_", (), self.view(result)))
+        self.events.append(Operation("copy_", (read,), self.view(torch.ops.aten.slice.Tensor(result, *where))))
+
+    def _repeat(self, kind: "_Kind", args: tuple, kwargs: dict[str, Any], result: Tensor) -> None:
+        name = kind.name
+        if self._differentiated and name in _PRODUCTS and torch.is_grad_enabled() and _any_learned(args):
+            self.refuse(
+                "a matrix product outside of our ops"
+            )  # what it is part of may depend on whether something looks on
+            return
         if name == "aten::mm.dtype":
-            args, out_dtype = args[:2], args[2]
-        if kind == "copy_":
-            args = args[1:] if name == "aten::copy_" else args
-            written = isinstance(args[0], Tensor) and args[0].is_cuda and not args[0].is_neg()
-            if not written or len(args) > 1 + (len(args) == 2 and args[1] is False):
-                self.refuse(f"{name} is called with {args[1:]}")
-                return
-            args = args[:1]
-        elif kwargs or not all(isinstance(arg, Tensor) and arg.is_cuda for arg in args):  # such as beta
+            allowed: tuple[str, ...]
+            repeated, allowed, args, kwargs = "mm", ("out_dtype",), args[:2], {"out_dtype": args[2]}
+        elif kind.writes:
+            repeated, allowed, args = _METHODS[name], (), args[1:]
+        else:
+            repeated, allowed = _FUNCTIONS[name]
+        if not set(kwargs) <= set(allowed) or not all(map(_is_understood, args)):  # such as beta
             self.refuse(f"{name} is called with {', '.join(kwargs) or 'numbers'}")
             return
-        read = tuple(map(self.view, args))
-        if not kind_of.writes:
+        read = tuple(map(self._read, args))
+        if not kind.writes:
             self._make(result)
-        self.events.append(Operation(kind, read, self.view(result), out_dtype))
+        self.events.append(Operation(repeated, read, self.view(result), tuple(kwargs.items())))
+
+    def _read(self, arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            return self.view(arg)
+        return tuple(map(self._read, arg)) if isinstance(arg, (list, tuple)) else arg
+
+
+def _any_learned(args: tuple) -> bool:
+    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+def _is_plain(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_cuda and not tensor.is_neg()
+
+
+def _is_understood(arg: Any) -> bool:
+    if isinstance(arg, (list, tuple)):
+        return all(map(_is_understood, arg))
+    return isinstance(arg, (bool, int, float)) or _is_plain(arg)
 
 
 def _only_views(args: tuple, results: Sequence[Tensor]) -> bool:

@@ -1,6 +1,7 @@
 """Memory of a plan's intermediate results: offsets in one allocation, and tensors at addresses that own nothing."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,19 @@ _ALIGNMENT = 512  # of the caching allocator's own
 def views_of(event: Launch | Operation) -> list[View]:
     """All tensors that an event reads or writes."""
     if isinstance(event, Operation):
-        return [*event.args, event.out]
+        return [*_views_among(event.args), event.out]
     views = (arg.view if isinstance(arg, Descriptor) else arg for arg in event.args)
     return [view for view in views if isinstance(view, View)]
+
+
+def _views_among(args: tuple) -> list[View]:
+    views: list[View] = []
+    for arg in args:
+        if isinstance(arg, View):
+            views.append(arg)
+        elif isinstance(arg, tuple):
+            views += _views_among(arg)
+    return views
 
 
 def lifetimes(events: Sequence[Launch | Operation]) -> dict[Buffer, tuple[int, int]]:
@@ -35,15 +46,69 @@ def packed(lives: dict[Buffer, tuple[int, int]]) -> tuple[dict[Buffer, int], int
     Work on a stream is done in order, so that nothing is overwritten that is still to be read.
     """
     offsets: dict[Buffer, int] = {}
-    placed: list[tuple[int, int, int, int]] = []  # first and last event, first and last byte
+    placed: list[_Placed] = []
+    for buffer, life in _largest_first(lives):
+        offsets[buffer] = _place(buffer, life, placed)
+    return offsets, max((each.end for each in placed), default=0)
+
+
+def stacked(last: dict[Buffer, int]) -> tuple[dict[Buffer, int], int]:
+    """As `packed`, of buffers that live at one time until these events: what becomes free first lies together."""
+    offsets: dict[Buffer, int] = {}
     total = 0
-    for buffer, (first, last) in sorted(lives.items(), key=lambda item: -item[0].nbytes):
-        size = max(-(-buffer.nbytes // _ALIGNMENT), 1) * _ALIGNMENT
-        offset = _lowest_gap(size, ((low, high) for f, la, low, high in placed if f <= last and first <= la))
-        offsets[buffer] = offset
-        placed.append((first, last, offset, offset + size))
-        total = max(total, offset + size)
+    for buffer in sorted(last, key=last.__getitem__):
+        offsets[buffer] = total
+        total += _aligned(buffer)
     return offsets, total
+
+
+def packed_into(
+    lives: dict[Buffer, tuple[int, int]], taken: dict[Buffer, tuple[int, int]], offsets: dict[Buffer, int], size: int
+) -> tuple[dict[Buffer, int], dict[Buffer, int], int]:
+    """As `packed`, first into what others of an allocation leave free, as `taken` says of those at `offsets`.
+
+    Args:
+        size: of that allocation, in bytes.
+
+    Returns:
+        Offsets there, offsets in an allocation for the rest, and the bytes of that.
+    """
+    placed = [_Placed(*taken[buffer], at, at + _aligned(buffer)) for buffer, at in offsets.items()]
+    inside: dict[Buffer, int] = {}
+    rest: dict[Buffer, tuple[int, int]] = {}
+    for buffer, life in _largest_first(lives):
+        offset = _place(buffer, life, placed)
+        if offset + _aligned(buffer) <= size:
+            inside[buffer] = offset
+        else:
+            placed.pop()
+            rest[buffer] = life
+    return inside, *packed(rest)
+
+
+class _Placed(NamedTuple):
+    """A buffer that has its place: first and last event, first byte and the one after the last."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+
+
+def _largest_first(lives: dict[Buffer, tuple[int, int]]) -> list[tuple[Buffer, tuple[int, int]]]:
+    return sorted(lives.items(), key=lambda item: -item[0].nbytes)
+
+
+def _aligned(buffer: Buffer) -> int:
+    return max(-(-buffer.nbytes // _ALIGNMENT), 1) * _ALIGNMENT
+
+
+def _place(buffer: Buffer, life: tuple[int, int], placed: list[_Placed]) -> int:
+    """The lowest offset that is free for that long, which `placed` then holds too."""
+    (first, last), size = life, _aligned(buffer)
+    offset = _lowest_gap(size, ((each.start, each.end) for each in placed if each.first <= last and first <= each.last))
+    placed.append(_Placed(first, last, offset, offset + size))
+    return offset
 
 
 def _lowest_gap(size: int, taken: Iterable[tuple[int, int]]) -> int:
@@ -55,11 +120,27 @@ def _lowest_gap(size: int, taken: Iterable[tuple[int, int]]) -> int:
     return offset
 
 
-def tensor_at(address: int, view: View, device: torch.device) -> Tensor:
-    """A tensor at an address, with a view's shape, strides and dtype. It owns no memory: whoever uses it holds what does.
+def bytes_at(address: int, size: int, device: torch.device) -> Tensor:
+    """(size,) uint8 at an address. It owns no memory: whoever uses it, or a view of it, holds what does.
 
     Not made in inference mode, it may be written to in either mode.
     """
-    extent = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)) + 1
-    storage = torch._C._construct_storage_from_data_pointer(address, device, extent * view.dtype.itemsize)
-    return torch.empty(0, dtype=view.dtype, device=device).set_(storage, 0, view.shape, view.strides)
+    storage = torch._C._construct_storage_from_data_pointer(address, device, size)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (size,), (1,))
+
+
+def view_of(memory: Tensor, offset: int, view: View) -> Tensor:
+    """The tensor with a view's shape, strides and dtype that begins at an offset of `bytes_at`'s memory."""
+    size = view.dtype.itemsize
+    typed = memory[offset : offset + _extent(view) * size].view(view.dtype)
+    return typed.as_strided(view.shape, view.strides)
+
+
+def tensor_at(address: int, view: View, device: torch.device) -> Tensor:
+    """The tensor with a view's shape, strides and dtype at an address, as `bytes_at`."""
+    return view_of(bytes_at(address, _extent(view) * view.dtype.itemsize, device), 0, view)
+
+
+def _extent(view: View) -> int:
+    """Elements from a view's first to its last."""
+    return sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)) + 1

@@ -212,7 +212,7 @@ def descriptor(
         block_shape: of one load or store.
         shape, strides: to see the tensor by, together; its own by default.
     """
-    _bind_context(tensor)
+    bind_context(tensor.get_device())
     if shape is None:
         shape, strides = tensor.shape, tensor.stride()
     if not _DIRECT:
@@ -223,10 +223,9 @@ def descriptor(
     return made
 
 
-def _bind_context(tensor: torch.Tensor) -> None:
+def bind_context(device: int) -> None:
     """Makes the device's context current in this thread, once: an autograd thread's first launch may be one with descriptors, which
-    are encoded before Triton looks for a context."""
-    device = tensor.get_device()
+    are encoded before Triton looks for a context. -1 is the CPU."""
     bound = getattr(_thread, "has_context", None)
     if bound is None:
         bound = _thread.has_context = {-1}  # the CPU

@@ -1,11 +1,9 @@
 """Plans without gradients launch what the ops launch, on the same tensors, and see what changes. On the fake runtime."""
 
 import copy
-import functools
 import threading
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,56 +12,20 @@ from triton.knobs import runtime
 import fastdeit
 from fastdeit.blocks.snapshot import KEY
 from fastdeit.plan import planned as planning
+from fastdeit.plan.bound import MOST_ADDRESSES
 from fastdeit.plan.planned import Plan, described
 from tests.plan.changes import CHANGES, LoRA
 from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded
+from tests.plan.models import MODEL, PLAIN, apart, build, images, only_plan, plan_it, plans
 
 pytestmark = pytest.mark.fake_device
 
-MODEL = "deit_tiny_distilled_patch16_224"
-PLAIN = "deit_tiny_patch16_224"
-SMALL = dict(depth=2, img_size=64)
 
-
-@functools.cache
-def _built(name, **options):
-    with torch.device("cuda"):
-        return fastdeit.accelerate(timm.create_model(name, **SMALL | options).eval())
-
-
-def build(name=MODEL, dtype=None, memory="usual", **options):
-    model = copy.deepcopy(_built(name, **options))
-    return fastdeit.accelerate(model.to(dtype), memory=memory) if memory != "usual" else model.to(dtype)
-
-
-def images(model, batch=2):
-    return torch.zeros(batch, 3, 64, 64, device="cuda", dtype=model.cls_token.dtype)
-
-
-def plans(model):
-    """Its plans, where others stand the reason in words."""
-    record = model.__dict__[KEY]
-    return [] if record.made is None else list(record.made[1].entries.values())
-
-
-def only_plan(model):
-    """The plan, of which there is one."""
-    assert [type(entry) for entry in plans(model)] == [Plan], plans(model)
-    return plans(model)[0]
-
-
-def plan_it(call):
-    for _ in range(3):
-        call()
-
-
-def apart(lives):
-    """As `packed`, but no two buffers share memory."""
-    offsets, total = {}, 0
-    for buffer in lives:
-        offsets[buffer] = total
-        total += -(-buffer.nbytes // 512) * 512 + 512
-    return offsets, total
+@pytest.fixture(autouse=True)
+def _launches():
+    fastdeit.set_graphs("off")
+    yield
+    fastdeit.set_graphs()
 
 
 CASES = {
@@ -300,7 +262,7 @@ def test_keys_and_addresses_are_bounded():
             model(x)
             kept.append(torch.empty(4 << 20, dtype=torch.uint8, device="cuda"))  # so that the workspace is elsewhere
         (plan,) = (entry for entry in plans(model) if isinstance(entry, Plan))
-        assert 1 <= len(plan._bound) <= planning.MOST_ADDRESSES
+        assert 1 <= len(plan._bound.functions) <= MOST_ADDRESSES
 
 
 def test_threads_have_workspaces_of_their_own():

@@ -1,0 +1,58 @@
+"""What a recording read beside its inputs, and whether that is still where and what it was."""
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+from fastdeit.plan.tape import Launch, Operation
+from fastdeit.plan.workspace import views_of
+
+_FACTS = (attrgetter("dtype"), attrgetter("shape"), Tensor.stride, attrgetter("device"))
+
+
+class Reads:
+    """The parameters and kernels of some events.
+
+    Args:
+        tensors: those that the events may read beside their inputs.
+
+    Attributes:
+        parameters: those of them that they read.
+    """
+
+    def __init__(self, events: Sequence[Launch | Operation], tensors: Sequence[Tensor]) -> None:
+        read = {view.buffer.address for event in events for view in views_of(event)}
+        self.parameters = [p for p in tensors if p.untyped_storage().data_ptr() in read]
+        self._addresses = list(map(Tensor.data_ptr, self.parameters))
+        self._found, self._guard = _facts(self.parameters), None
+        launches = [event.made.kernel for event in events if isinstance(event, Launch)]
+        self._kernels = list({id(kernel): kernel for kernel in launches}.values())
+
+    def still_hold(self) -> bool:
+        """Whether every parameter is where and what it was, which no one is told of when its `data` is replaced."""
+        if any(kernel.pre_run_hooks for kernel in self._kernels):
+            return False
+        if list(map(Tensor.data_ptr, self.parameters)) != self._addresses:
+            return False
+        # The guard compares with the dispatch keys of where it was made too: in inference mode it fails outside of it.
+        if self._guard is not None and self._guard.check(*self.parameters):
+            return True
+        if _facts(self.parameters) != self._found:
+            return False
+        self._guard = self._guard or _guard(self.parameters)
+        return True
+
+
+def _facts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+    """What a change of `data` may change beside the address."""
+    return tuple(list(map(fact, tensors)) for fact in _FACTS)
+
+
+def _guard(tensors: list[Tensor]) -> Any:
+    """Compares the same in a sixth of the time: Dynamo's check of dtype, device, shape and strides, among others."""
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)

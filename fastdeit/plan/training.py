@@ -1,0 +1,67 @@
+"""Plans of runs with gradients: a call's spans, recorded one after the other, and the backward pass that follows."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from fastdeit.blocks.spans import Span
+from fastdeit.plan.reads import Reads
+from fastdeit.plan.span import NotFused, Recording, SpanPlan
+
+
+class TrainingPlan:
+    """A run of spans, each one autograd node, repeated for other inputs.
+
+    Args:
+        spans: in their order.
+        read: all tensors that they may read beside their inputs.
+    """
+
+    def __init__(self, spans: Sequence[SpanPlan], read: Sequence[Tensor]) -> None:
+        self._spans = spans
+        self.still_holds = Reads([event for span in spans for event in span.events], read).still_hold
+        for span in spans:
+            span.events = []
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        tensors: tuple[Tensor | None, ...] = (x,)
+        for span in self._spans:
+            tensors = span(*tensors)
+        return tensors[0]
+
+
+class Attempt:
+    """A call that is recorded; autograd's nodes keep it until their backward passes have run.
+
+    Args:
+        spans: of the call.
+        read: all tensors that they may read beside their inputs.
+        finish: called with the plan, or with the reason why there is none, once that is known.
+    """
+
+    def __init__(
+        self, spans: Sequence[Span], read: Sequence[Tensor], finish: Callable[[TrainingPlan | str], None]
+    ) -> None:
+        self._spans, self._read, self._finish = spans, read, finish
+        self._plans: list[SpanPlan | None] = [None] * len(spans)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The last span's output, None if the spans' code is not to run."""
+        tensors: tuple[Tensor | None, ...] = (x,)
+        try:
+            for i, span in enumerate(self._spans):
+                tensors = Recording(span, self._read, functools.partial(self._found, i))(*tensors)
+        except NotFused:
+            self._finish("timm's code runs around everything")
+            return None
+        return tensors[0]
+
+    def _found(self, index: int, plan: SpanPlan | str) -> None:
+        if isinstance(plan, str):
+            self._finish(plan)
+            return
+        self._plans[index] = plan
+        found = [plan for plan in self._plans if plan is not None]
+        if len(found) == len(self._plans):
+            self._finish(TrainingPlan(found, self._read))

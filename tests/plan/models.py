@@ -1,0 +1,57 @@
+"""Small accelerated models on the fake device, and their plans."""
+
+import copy
+import functools
+
+import timm
+import torch
+
+import fastdeit
+from fastdeit.blocks.snapshot import KEY
+from fastdeit.plan.planned import Plan
+from fastdeit.plan.training import TrainingPlan
+
+MODEL = "deit_tiny_distilled_patch16_224"
+PLAIN = "deit_tiny_patch16_224"
+SMALL = dict(depth=2, img_size=64)
+
+
+@functools.cache
+def _built(name, **options):
+    with torch.device("cuda"):
+        return fastdeit.accelerate(timm.create_model(name, **SMALL | options).eval())
+
+
+def build(name=MODEL, dtype=None, memory="usual", **options):
+    model = copy.deepcopy(_built(name, **options))
+    return fastdeit.accelerate(model.to(dtype), memory=memory) if memory != "usual" else model.to(dtype)
+
+
+def images(model, batch=2):
+    return torch.zeros(batch, 3, 64, 64, device="cuda", dtype=model.cls_token.dtype)
+
+
+def plans(model):
+    """Its plans, where others stand the reason in words."""
+    record = model.__dict__[KEY]
+    return [] if record.made is None else list(record.made[1].entries.values())
+
+
+def only_plan(model):
+    """The plan, of which there is one."""
+    assert [type(entry) for entry in plans(model)] in ([Plan], [TrainingPlan]), plans(model)
+    return plans(model)[0]
+
+
+def plan_it(call):
+    for _ in range(3):
+        call()
+
+
+def apart(lives):
+    """As `packed`, but no two buffers share memory."""
+    offsets, total = {}, 0
+    for buffer in lives:
+        offsets[buffer] = total
+        total += -(-buffer.nbytes // 512) * 512 + 512
+    return offsets, total

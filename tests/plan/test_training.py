@@ -1,0 +1,282 @@
+"""Plans with gradients launch what the ops launch, forward and backward, on the same tensors. On the fake runtime."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdeit
+from fastdeit.blocks import spans
+from fastdeit.blocks.snapshot import looked_at
+from fastdeit.plan import planned as planning
+from fastdeit.plan import span as span_plans
+from fastdeit.plan.planned import described
+from fastdeit.plan.training import TrainingPlan
+from tests.plan.changes import CHANGES
+from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded
+from tests.plan.models import MODEL, PLAIN, apart, build, images, only_plan, plan_it, plans
+
+pytestmark = pytest.mark.fake_device
+
+
+def step(model, x, autocast=None):
+    model.zero_grad(set_to_none=True)
+    with precision(autocast):
+        outputs = model(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(output.sum() for output in outputs).backward()
+
+
+def tokens_step(model, x, autocast=None):
+    """Prefix tokens, and gradients from a tensor of their own, both kept by the caller."""
+    with precision(autocast):
+        tokens = model._planned_tokens(looked_at(model), x)
+    wanted = [p for p in (x, *model.parameters()) if p.requires_grad]
+    return tokens, torch.autograd.grad(tokens, wanted, torch.ones_like(tokens), allow_unused=True)
+
+
+def unplanned(monkeypatch, call):
+    """The events of call() without plans."""
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "why_not_plannable", lambda _: "a test")
+        return recorded(call)
+
+
+def keep_apart(monkeypatch):
+    """No two buffers of a plan share memory."""
+    monkeypatch.setattr(span_plans, "packed", apart)
+    monkeypatch.setattr(span_plans, "packed_into", lambda lives, *_: ({}, *apart(lives)))
+
+
+def freeze(model, *names):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(names))
+
+
+CASES = {
+    "distilled": (MODEL, None, torch.bfloat16, {}),
+    "bf16": (MODEL, torch.bfloat16, None, {}),
+    "class token": (PLAIN, None, torch.bfloat16, {}),
+    "registers": (PLAIN, torch.bfloat16, None, dict(reg_tokens=3)),
+    "LayerScale": (PLAIN, None, torch.bfloat16, dict(init_values=0.1)),
+    "LayerScale in bf16": (PLAIN, torch.bfloat16, None, dict(init_values=0.1)),
+    "fp16": (PLAIN, None, torch.float16, {}),
+    "no qkv bias": (PLAIN, None, torch.bfloat16, dict(qkv_bias=False)),
+    "drop path": (MODEL, None, torch.bfloat16, dict(drop_path_rate=0.3)),
+    "drop path and LayerScale in bf16": (PLAIN, torch.bfloat16, None, dict(drop_path_rate=0.3, init_values=0.1)),
+    "lean": (MODEL, None, torch.bfloat16, dict(memory="lean")),
+    "frozen blocks": (MODEL, None, torch.bfloat16, {}),
+    "frozen biases": (MODEL, torch.bfloat16, None, {}),
+}
+ONE_SPAN = ("distilled", "LayerScale in bf16")  # the others have one for each block
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(case, monkeypatch):
+    name, dtype, autocast, options = CASES[case]
+    model = build(name, dtype, **options).train()
+    x = images(model)
+    freeze(
+        model,
+        *{"frozen blocks": ("blocks.0", "patch", "pos", "cls", "dist"), "frozen biases": ("blocks.1.mlp.fc1.b",)}.get(
+            case, ("?",)
+        ),
+    )
+    monkeypatch.setattr(spans, "MOST_GRADIENTS", spans.MOST_GRADIENTS if case in ONE_SPAN else 0)
+    keep_apart(monkeypatch)
+    kept, make, offset = [], torch.empty, torch.cuda.default_generators[0].get_offset
+    for _ in range(2):
+        tokens_step(model, x, autocast)
+    only_plan(model)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: kept.append(make(*a, **k)) or kept[-1])
+    kept.append(tokens_step(model, x, autocast))
+    start = offset()
+    planned = recorded(lambda: kept.append(tokens_step(model, x, autocast)))
+    monkeypatch.undo()
+    drawn, start = offset() - start, offset()
+    with KeepsAll():
+        ops = recorded(lambda: tokens_step(model, x, autocast))
+    assert len(planned) > 40 and dataflow(planned) == dataflow(ops)
+    assert of_parameters(planned, model) == of_parameters(ops, model)
+    assert drawn == offset() - start and (drawn > 0) is ("drop path" in case)
+
+
+@pytest.mark.parametrize("dtype, autocast", [(None, torch.bfloat16), (torch.bfloat16, None)])
+def test_a_step_has_the_launches_of_the_ops(dtype, autocast, monkeypatch):
+    model = build(dtype=dtype).train()
+    x = images(model)
+    plan_it(lambda: step(model, x, autocast))
+    only_plan(model)
+    planned = recorded(lambda: step(model, x, autocast))
+    ops = unplanned(monkeypatch, lambda: step(model, x, autocast))
+    assert of_parameters(planned, model) == of_parameters(ops, model)
+
+
+def test_a_model_that_is_not_planned_says_why():
+    model = build(PLAIN, init_values=0.1).train()  # in fp16 LayerScale is not part of a product
+    plan_it(lambda: step(model, images(model), torch.float16))
+    assert described(model) == [
+        "2 x 3 x 64 x 64 float32 with gradients: not planned: a matrix product outside of our ops"
+    ]
+
+
+CALLS = pytest.mark.parametrize("calls", [1, 2], ids=["recorded", "planned"])  # before the one that is looked at
+
+
+@CALLS
+def test_backward_twice_needs_the_graph_retained(calls):
+    model = build(dtype=torch.bfloat16).train()
+    x = images(model)
+    for _ in range(calls):
+        step(model, x)
+    loss = sum(output.sum() for output in model(x))
+    first = recorded(lambda: loss.backward(retain_graph=True))
+    second = recorded(lambda: loss.backward(retain_graph=True))
+    added = [event for event in of_parameters(second, model) if event.kind == "triton_launch"]
+    assert (
+        added == [event for event in of_parameters(first, model) if event.kind == "triton_launch"] and len(added) > 20
+    )
+    loss.backward()
+    only_plan(model)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@CALLS
+def test_a_weight_that_changes_before_the_backward_pass_is_noticed(calls):
+    model = build(dtype=torch.bfloat16).train()
+    x = images(model)
+    for _ in range(calls):
+        step(model, x)
+    loss = sum(output.sum() for output in model(x))
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    step(model, x)
+
+
+def test_two_calls_before_their_backward_passes_have_memory_of_their_own(monkeypatch):
+    def interleaved():
+        tokens = [model._planned_tokens(looked_at(model), x) for _ in range(2)]
+        pairs, wanted = [(each, torch.ones_like(each)) for each in tokens], list(model.parameters())
+        return pairs, [torch.autograd.grad(each, wanted, gradient, allow_unused=True) for each, gradient in pairs]
+
+    model = build(dtype=torch.bfloat16).train()
+    x = images(model)
+    keep_apart(monkeypatch)
+    for _ in range(2):
+        tokens_step(model, x)
+    only_plan(model)
+    kept, make = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: kept.append(make(*a, **k)) or kept[-1])
+    planned = recorded(lambda: kept.append(interleaved()))
+    with KeepsAll():
+        ops = recorded(interleaved)
+    assert dataflow(planned) == dataflow(ops)
+
+
+def test_gradients_are_new_tensors():
+    model = build().train()
+    x = images(model)
+    plan_it(lambda: step(model, x, torch.bfloat16))
+    only_plan(model)
+    grads = []
+    for _ in range(2):
+        step(model, x, torch.bfloat16)
+        grads += [parameter.grad for parameter in model.parameters()]
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+    assert all(grad.untyped_storage().nbytes() == grad.nbytes for grad in grads)
+
+
+def test_gradients_accumulate_and_memory_is_given_back():
+    model = build().train()
+    x = images(model)
+    plan_it(lambda: step(model, x, torch.bfloat16))
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        with precision(torch.bfloat16):
+            outputs = model(x)
+        added = recorded(lambda outputs=outputs: sum(output.sum() for output in outputs).backward())
+    sums = [event for event in added if "CUDAFunctor_add" in event.name]
+    assert len(sums) >= len(list(model.parameters()))
+    del outputs
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_without_backward_passes_nothing_is_recorded_for_long():
+    model = build().train()
+    x = images(model)
+    with precision(torch.bfloat16):
+        for _ in range(2 * planning.MOST_ATTEMPTS + 2):
+            model(x)
+    assert plans(model) == ["no backward pass follows"]
+
+
+class Looks(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        Looks,
+        torch.autograd.detect_anomaly,
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        torch.autograd.graph.save_on_cpu,
+        lambda: fastdeit.use_backend("reference"),
+    ],
+    ids=["dispatch mode", "anomaly mode", "saved tensor hooks", "save_on_cpu", "backend"],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_where_something_looks_on_the_ops_run(context, monkeypatch):
+    model = build(dtype=torch.bfloat16).train()
+    x = images(model)
+    plan_it(lambda: step(model, x))
+    plan = only_plan(model)
+    monkeypatch.setattr(TrainingPlan, "__call__", lambda *_: pytest.fail("the plan ran"))
+    with context():
+        model(x)
+    assert plan in plans(model)
+
+
+def test_functional_gradients_are_the_ops():
+    model = build(dtype=torch.bfloat16).train()
+    x = images(model)
+    plan_it(lambda: step(model, x))
+    parameters = dict(model.named_parameters())
+    loss = lambda p: sum(output.sum() for output in torch.func.functional_call(model, p, (x,)))  # noqa: E731
+    assert torch.func.grad(loss)(parameters).keys() == parameters.keys()
+
+
+@pytest.mark.parametrize("change", ["frozen", "LoRA", "other data", "a hook on a projection", "memory", "restore"])
+def test_a_change_is_seen_at_the_next_step(change, monkeypatch):
+    model = build().train()
+    x = images(model)
+    plan_it(lambda: step(model, x, torch.bfloat16))
+    only_plan(model)
+    change_it = CHANGES.get(change, lambda m: m.blocks[1].requires_grad_(False))
+    twin = copy.deepcopy(model)
+    change_it(twin)
+    step(twin, x, torch.bfloat16)  # compiles kernels
+    change_it(model)
+    first = of_parameters(recorded(lambda: step(model, x, torch.bfloat16)), model)
+    expected = of_parameters(unplanned(monkeypatch, lambda: step(model, x, torch.bfloat16)), model)
+    later = [of_parameters(recorded(lambda: step(model, x, torch.bfloat16)), model) for _ in range(3)]
+    assert first == expected and later[0] == expected and later[2] == expected
+
+
+def test_hooks_on_gradients_run_once():
+    model = build().train()
+    x, seen = images(model), []
+    plan_it(lambda: step(model, x, torch.bfloat16))
+    weight = model.blocks[0].mlp.fc1.weight
+    weight.register_hook(lambda gradient: seen.append(gradient.shape))
+    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.shape))
+    step(model, x, torch.bfloat16)
+    assert seen == [weight.shape] * 2
+    model.blocks[0].norm1.eps = 1e-5  # another model, whose steps are not recorded while there is a hook
+    plan_it(lambda: step(model, x, torch.bfloat16))
+    assert seen == [weight.shape] * 8 and plans(model) == ["a hook is registered on a parameter"]
