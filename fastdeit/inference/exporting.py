@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fastdeit import backends
+from fastdeit.inference.architecture import FORMATS as QUANTIZED
 from fastdeit.inference.model import OptimizedModel
 from fastdeit.inference.onnx_form import OPSET, OnnxForm
 
@@ -32,10 +33,10 @@ def export_optimized(model: OptimizedModel, path: str | os.PathLike[str], form: 
     """
     if form not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
-    if form == "aoti" and model.options.precision == "int8":
+    if form == "aoti" and model.options.precision in QUANTIZED:
         raise ValueError(
-            "format: aoti takes bf16, fp16 and fp8, not int8, whose products Inductor has for a fixed number of rows only; pt2 and "
-            "onnx take int8"
+            f"format: aoti takes bf16 and fp16, not {model.options.precision}: Inductor's C++ for 8-bit layers does not compile "
+            "on a CPU; pt2 and onnx take every precision"
         )
     if form == "safetensors":
         model.save(path)

@@ -66,7 +66,7 @@ def test_a_package_of_aotinductor_is_made_of_the_same_program(made, tmp_path, mo
         "aoti_compile_and_package",
         lambda program, package_path: packaged.append((program, package_path)),
     )
-    fast = made("fp8", "float")
+    fast = made("bf16", "float")
     export_optimized(fast, tmp_path / "deit.pt2", "aoti")
     ((program, path),) = packaged
     assert path == str(tmp_path / "deit.pt2")
@@ -76,7 +76,8 @@ def test_a_package_of_aotinductor_is_made_of_the_same_program(made, tmp_path, mo
 @pytest.mark.parametrize(
     ("precision", "form", "message"),
     [
-        ("int8", "aoti", "format: aoti takes bf16, fp16 and fp8, not int8"),
+        ("int8", "aoti", "format: aoti takes bf16 and fp16, not int8"),
+        ("fp8", "aoti", "format: aoti takes bf16 and fp16, not fp8"),
         ("bf16", "tflite", "format: expected one of safetensors, pt2, aoti, onnx, got 'tflite'"),
     ],
 )
