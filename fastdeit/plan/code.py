@@ -45,6 +45,9 @@ class _TensorMap(NamedTuple):
     like: Any
 
 
+_STREAM = object()  # among the arguments of a launch: where it goes, which is known when the code is bound
+
+
 class _TensorAt(NamedTuple):
     """A tensor in the workspace."""
 
@@ -78,6 +81,7 @@ class Program:
         passing: int | None = None,
     ) -> None:
         self._places, self._device = places, device
+        self._stream = torch._C._cuda_getCurrentRawStream(device.index)
         self._sizes: dict[int, int] = {}  # of what the places take in each workspace
         for buffer, (workspace, offset) in places.items():
             self._sizes[workspace] = max(self._sizes.get(workspace, 1), offset + buffer.nbytes)
@@ -106,15 +110,25 @@ class Program:
         arguments = [*([] if passing is None else ["passing"]), *(f"in{i}" for i in range(len(inputs)))]
         self._code = self._compiled(arguments, result)
 
-    def bind(self, *bases: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The function for workspaces at these addresses. While it runs the caller holds them."""
+    def bind(
+        self, *bases: int, output: torch.Tensor | None = None, stream: int | None = None
+    ) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The function for workspaces at these addresses. While it runs the caller holds them.
+
+        Args:
+            output: what the function writes and returns, the only output; by default new tensors at each call.
+            stream: that it launches kernels on, as an integer; by default that of the recording. GEMMs are on that of the call.
+        """
         from fastdeit.kernels.runtime.launch import bind_context
 
         bind_context(self._device.index)
         with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in either mode
             tensors = [bytes_at(base, self._sizes.get(i, 1), self._device) for i, base in enumerate(bases)]
-            values = {name: self._value(value, bases, tensors) for name, value in self._constants.items()}
+            stream = self._stream if stream is None else stream
+            values = {name: self._value(value, bases, tensors, stream) for name, value in self._constants.items()}
         functions = {name: getattr(torch, name) for name in ("empty", *FUNCTIONS)}
+        if output is not None:
+            functions["empty"] = lambda *_, **__: output
         return FunctionType(self._code, values | functions | {"device": self._device}, "replay")
 
     # ---- writing
@@ -145,7 +159,7 @@ class Program:
         if launcher is None:
             raise Unsupported(f"{event.made.kernel.__name__} needs memory of its own")
         parts: list[str] = []
-        constants: list[Any] = list(launcher.leading)
+        constants: list[Any] = [*launcher.grid, _STREAM, *launcher.leading]
         for position, arg in enumerate((*event.args, *event.made.constexprs)):
             if isinstance(arg, Descriptor):
                 constants.append(self._tensor_map(arg, launcher.maps[position]))
@@ -212,17 +226,17 @@ class Program:
 
     # ---- binding
 
-    def _value(self, value: Any, bases: tuple[int, ...], tensors: list[torch.Tensor]) -> Any:
+    def _value(self, value: Any, bases: tuple[int, ...], tensors: list[torch.Tensor], stream: int) -> Any:
         kind = type(value)
         if kind is Place:
             return _pointer_to(value, bases)
         if kind is _TensorAt:
             return view_of(tensors[value.address.workspace], value.address.offset, value.view)
-        if kind is tuple and any(type(item) in (Place, _TensorMap) for item in value):
-            return self._arguments(value, bases)
+        if kind is tuple and any(item is _STREAM or type(item) in (Place, _TensorMap) for item in value):
+            return self._arguments(value, bases, stream)
         return value
 
-    def _arguments(self, values: tuple, bases: tuple[int, ...]) -> tuple:
+    def _arguments(self, values: tuple, bases: tuple[int, ...], stream: int) -> tuple:
         from fastdeit.kernels.runtime.raw_launch import tensor_map_arguments
 
         made: list[Any] = []
@@ -231,6 +245,8 @@ class Program:
                 shape, strides = value.descriptor.shape, value.descriptor.strides
                 address = value.address if isinstance(value.address, int) else _pointer_to(value.address, bases)
                 made += tensor_map_arguments(address, shape, strides, value.like)
+            elif value is _STREAM:
+                made.append(stream)
             else:
                 made.append(_pointer_to(value, bases) if type(value) is Place else value)
         return tuple(made)

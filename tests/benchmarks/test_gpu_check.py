@@ -68,6 +68,7 @@ def mark_as_passed(folder, names):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself is what to run")
+@pytest.mark.long
 def test_every_stage_runs_once_and_is_summed_up(tmp_path):
     mark_as_passed(tmp_path, ELSEWHERE)
     first = check(tmp_path, "--toy")
