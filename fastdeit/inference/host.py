@@ -147,7 +147,7 @@ def _why_not(model: Any) -> str | None:
     reason = verdict.model or why_global_hook() or why_not_bypassed((cast(nn.Module, model),)) or embedding
     reason = reason or verdict.norm or verdict.block
     for name, judged in zip(trunk.blocks, verdict.blocks, strict=False):
-        parts = (*judged.parts, *judged.out_dropouts, judged.pruned)
+        parts = (*judged.parts, *judged.called, *judged.out_dropouts, judged.pruned)
         inner = next((part for part in parts if part is not None), None)
         reason = reason or (None if inner is None else f"block {name}: {inner}")
     if reason is not None:

@@ -178,6 +178,10 @@ def gated(model):
     model.blocks[0].attn.proj = nn.Sequential(model.blocks[0].attn.proj)
 
 
+def adapted(model):
+    model.blocks[1].mlp.fc1 = nn.Sequential(model.blocks[1].mlp.fc1)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -185,6 +189,7 @@ def gated(model):
         (hooked, "block 1: a hook is registered on its Mlp"),
         (hooked_model, "a hook is registered on its VisionTransformerDistilled"),
         (gated, "block 0: a projection is a Sequential"),
+        (adapted, "block 1: a projection is a Sequential"),
     ],
 )
 def test_a_model_that_is_not_plain(small, change, reason):
