@@ -38,6 +38,7 @@ WITH_EXTRAS = (
     "fastdeit.benchmarks",
     "fastdeit.commands",
     "fastdeit.testing.fake_cuda.pytest_plugin",
+    "fastdeit.inference.exporting",
 )  # what the extras `train`, `bench` and `test` are for
 # Imported only where the library has been: an adapter and its drop-in classes each.
 HOSTS = {
@@ -48,7 +49,7 @@ HOSTS = {
         ("vit_pytorch", "vit_pytorch"),
     )
     for folder in ("blocks.adapters", "nn")
-}
+} | {"fastdeit.nn.vit_pytorch_distill": "vit_pytorch"}
 BESIDE_A_SCRIPT = ("fastdeit.nn.deit_blocks", "fastdeit.nn.deit_distilled")  # look for files of deit in sys.modules
 NEED_TRITON = (*WITH_EXTRAS, *BESIDE_A_SCRIPT, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
