@@ -5,9 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from fastdeit.plan.code import Program
-
-MOST_ADDRESSES = 8  # to which code is bound, the last used
+from fastdeit.plan.code import MOST_ADDRESSES, Program
 
 
 class Bound:
