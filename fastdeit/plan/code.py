@@ -129,7 +129,7 @@ class Program:
         with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in either mode
             made = {at: self._parts_at(at, base) for at, base in ((_NOWHERE, 0), *enumerate(bases))}
         values = {name: self._value(value, bases, made) for name, value in self._unbound.items()}
-        functions = {name: getattr(torch, name) for name in ("empty", *FUNCTIONS)}
+        functions = {name: getattr(torch, name) for name in ("empty_strided", *FUNCTIONS)}
         return FunctionType(self._code, self._constants | values | functions | {"device": self._device}, "replay")
 
     # ---- writing
@@ -210,8 +210,11 @@ class Program:
         """The variable whose memory a view is in, None where that is known beforehand."""
         buffer = view.buffer
         if (whole := self._unmade.pop(buffer, None)) is not None:
-            shape, dtype = self._constant(whole.shape), self._constant(whole.dtype)
-            self._lines.append(f"{self._outputs[buffer]} = empty({shape}, dtype={dtype}, device=device)")
+            shape, strides = self._constant(whole.shape), self._constant(whole.strides)
+            options = f"dtype={self._constant(whole.dtype)}, device=device"
+            self._lines.append(
+                f"{self._outputs[buffer]} = empty_strided({shape}, {strides}, {options})"
+            )  # faster than empty
         return self._inputs.get(buffer) or self._outputs.get(buffer)
 
     def _pointer(self, name: str, offset: int) -> str:
