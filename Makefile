@@ -10,12 +10,13 @@ STAMP := $(VENV)/.fastdeit-installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast coverage docs notebook test-compiled test-pillow lint kernels bench clean
+.PHONY: help install train test test-long test-fast coverage docs notebook test-compiled test-pillow lint kernels bench clean
 
 help:
 	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
 	@echo "make train     install, then train a small distilled DeiT on real digits (about 5 minutes on 2 cores)"
-	@echo "make test      install, then run all tests"
+	@echo "make test      install, then run the tests, all but the longest ones (at most 20 minutes on 2 cores)"
+	@echo "make test-long install, then run the longest tests: whole trainings, kills, two processes, host time"
 	@echo "make test-fast install, then run a selection of the tests in at most 90 seconds on 2 cores"
 	@echo "make coverage  install, then run all tests and report the share of lines that they run (minutes longer)"
 	@echo "make test-compiled  install, then execute the compiled code of every shipped kernel on the CPU"
@@ -43,7 +44,10 @@ train: $(STAMP)
 	$(BIN)/fastdeit train $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal -m 'not long' $(ARGS)
+
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal -m long --durations 0 $(ARGS)
 
 # A look at every layer: the rules on the source, ops under the interpreter, blocks, models, costs, a command, the docs.
 FAST := tests/test_source_rules.py tests/test_type_check.py tests/test_explanation.py tests/test_documentation.py tests/blocks tests/cost \

@@ -21,9 +21,12 @@ from fastdeit.testing import fake_cuda
 
 PRECISIONS = ("bf16", "autocast")  # a bf16 model, or fp32 parameters under autocast to bf16
 PASSES = ("forward", "step")
-MODES = ("eager", "captured")
+MODES = (
+    "eager",
+    "captured",
+)  # launches one by one; in a CUDA graph, a forward pass by `fastdeit.set_graphs`, a step by hand
 LAUNCHES = ("launch", "triton_launch", "gemm", "graph_launch", "memset", "copy_on_device")
-_WARM_UP = 3  # calls: the first compiles, the second finds its allocations
+_WARM_UP = 8  # calls: the first compiles, and the seventh may capture a graph
 
 
 class HostTime(NamedTuple):
@@ -56,8 +59,9 @@ def measure(names: list[str], batch_size: int, turns: int, calls: int, driver_us
                 images = _images(timms, precision, batch_size)
                 baseline = _call(timms, precision, passed, images)
                 eager = _call(accelerated, precision, passed, images)
-                candidates = {"eager": eager, "captured": _captured(eager, images)}
+                candidates = {"eager": eager, "captured": eager if passed == "forward" else _captured(eager, images)}
                 for mode, candidate in candidates.items():
+                    fastdeit.set_graphs("auto" if mode == "captured" else "off")
                     times, launches = _in_turns((baseline, candidate), turns, calls, driver_us)
                     ratio = statistics.median(mine / theirs for theirs, mine in zip(*times, strict=True))
                     medians = (round(statistics.median(each) * 1e6, 1) for each in times)

@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from fastdeit import losses, nn, ops
     from fastdeit.inference.file import load_optimized
     from fastdeit.inference.optimizing import optimize_for_inference
+    from fastdeit.plan.graphs import set_graphs
     from fastdeit.swap import accelerate, explain, restore
 
 __version__ = "0.1.0"
@@ -38,12 +39,14 @@ __all__ = [
     "optimize_for_inference",
     "restore",
     "set_backend",
+    "set_graphs",
     "use_backend",
 ]
 
 # Imported at their first use: they bring timm and Triton into the process.
 _LAZY = {name: f"fastdeit.{name}" for name in ("losses", "nn", "ops")}
 _LAZY |= dict.fromkeys(("accelerate", "explain", "restore"), "fastdeit.swap")
+_LAZY["set_graphs"] = "fastdeit.plan.graphs"
 _LAZY["load_optimized"] = "fastdeit.inference.file"
 _LAZY["optimize_for_inference"] = "fastdeit.inference.optimizing"
 

@@ -137,6 +137,10 @@ def test_the_docs_say_which_ops_have_a_kernel():
     part_of = {"attention.forward": "attention", "attention.backward": "attention", "mlp.activation": "mlp"}
     part_of |= {"gemm.forward": "gemm", "gemm.backward": "gemm", "gemm.folded_weights": "gemm", "gemm.fused_mlp": "mlp"}
     part_of["runtime.column_sums"] = "layer_norm"
+    part_of |= {
+        "quantization.layer_norm_quantize": "add_layer_norm_quantize",
+        "quantization.rescale": "quantized_linear",
+    }
     part_of |= dict.fromkeys(("augment.apply", "augment.tables"), "augment")
     assert said == {part_of.get(name, name.partition(".")[2]) for name in KERNEL_FILES}
 

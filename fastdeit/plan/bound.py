@@ -5,6 +5,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from fastdeit.plan.code import MOST_ADDRESSES, Program
 
 
@@ -19,6 +21,10 @@ class Bound:
     def at(self, *addresses: int) -> Callable[..., tuple[Any, ...]]:
         """The function for workspaces at these addresses."""
         return self.functions.get(addresses) or self._bind(addresses)
+
+    def fixed(self, address: int, output: Tensor, stream: int) -> Callable[..., tuple[Any, ...]]:
+        """As `Program.bind`, for the caller to keep."""
+        return self._program.bind(address, output=output, stream=stream)
 
     def _bind(self, addresses: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
         with self._changing:

@@ -46,6 +46,9 @@ class _TensorMap(NamedTuple):
     like: Any
 
 
+_STREAM = object()  # among the arguments of a launch: where it goes, which is known when the code is bound
+
+
 class _TensorAt(NamedTuple):
     """A tensor in a workspace."""
 
@@ -90,6 +93,7 @@ class Program:
         passing: int | None = None,
     ) -> None:
         self._places, self._device = places, device
+        self._stream = torch._C._cuda_getCurrentRawStream(device.index)
         self._sizes: dict[int, int] = {}  # of what the places take in each workspace
         for buffer, (workspace, offset) in places.items():
             self._sizes[workspace] = max(self._sizes.get(workspace, 0), offset + aligned(buffer))
@@ -121,15 +125,25 @@ class Program:
         arguments = [*([] if passing is None else ["passing"]), *(f"in{i}" for i in range(len(inputs)))]
         self._code = self._compiled(arguments, result)
 
-    def bind(self, *bases: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The function for workspaces at these addresses. While it runs the caller holds them."""
+    def bind(
+        self, *bases: int, output: torch.Tensor | None = None, stream: int | None = None
+    ) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The function for workspaces at these addresses. While it runs the caller holds them.
+
+        Args:
+            output: what the function writes and returns, the only output; by default new tensors at each call.
+            stream: that it launches kernels on, as an integer; by default that of the recording. GEMMs are on that of the call.
+        """
         from fastdeit.kernels.runtime.launch import bind_context
 
         bind_context(self._device.index)
         with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in either mode
             made = {at: self._parts_at(at, base) for at, base in ((_NOWHERE, 0), *enumerate(bases))}
-        values = {name: self._value(value, bases, made) for name, value in self._unbound.items()}
+        stream = self._stream if stream is None else stream
+        values = {name: self._value(value, bases, made, stream) for name, value in self._unbound.items()}
         functions = {name: getattr(torch, name) for name in ("empty_strided", *FUNCTIONS)}
+        if output is not None:
+            functions["empty_strided"] = lambda *_, **__: output
         return FunctionType(self._code, self._constants | values | functions | {"device": self._device}, "replay")
 
     # ---- writing
@@ -150,7 +164,8 @@ class Program:
 
     def _constant(self, value: Any) -> str:
         name = f"c{next(self._number)}"
-        unbound = type(value) is _Made or (type(value) is tuple and any(type(v) in (Place, _Made) for v in value))
+        parts = value if type(value) is tuple else (value,) if type(value) is _Made else ()
+        unbound = any(part is _STREAM or type(part) in (Place, _Made) for part in parts)
         (self._unbound if unbound else self._constants)[name] = value
         return name
 
@@ -166,7 +181,7 @@ class Program:
         if launcher is None:
             raise Unsupported(f"{event.made.kernel.__name__} needs memory of its own")
         parts: list[str] = []
-        constants: list[Any] = list(launcher.leading)
+        constants: list[Any] = [*launcher.grid, _STREAM, *launcher.leading]
         for position, arg in enumerate((*event.args, *event.made.constexprs)):
             if isinstance(arg, Descriptor):
                 constants.append(self._tensor_map(arg, launcher.maps[position]))
@@ -238,7 +253,7 @@ class Program:
 
     # ---- binding
 
-    def _value(self, value: Any, bases: tuple[int, ...], made: dict[int, list[Any]]) -> Any:
+    def _value(self, value: Any, bases: tuple[int, ...], made: dict[int, list[Any]], stream: int) -> Any:
         if type(value) is _Made:
             return made[value.workspace][value.number]
         arguments: list[Any] = []
@@ -247,6 +262,8 @@ class Program:
                 arguments.append(bases[item.workspace] + item.offset)
             elif type(item) is _Made:
                 arguments += made[item.workspace][item.number]
+            elif item is _STREAM:
+                arguments.append(stream)
             else:
                 arguments.append(item)
         return tuple(arguments)

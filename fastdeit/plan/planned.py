@@ -16,6 +16,7 @@ from fastdeit.blocks.snapshot import KEY, made_from
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.bound import Bound
 from fastdeit.plan.code import Place, Program, Unsupported, why_not_output
+from fastdeit.plan.graphs import AutomaticGraph
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.surroundings import (
     is_training,
@@ -60,11 +61,24 @@ class Plan:
             program = Program(tape.events, places, [tape.view(x).buffer], [out], output.device)
         self.still_holds = Reads(tape.events, parameters).still_hold
         self._bound, self._device = Bound(program), output.device
+        self._output = output.shape, output.dtype
+        self.graph = AutomaticGraph()
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.graph.run(self, x)
+
+    def launch(self, x: Tensor) -> Tensor:
+        """The output, a new tensor, by a launch after the other."""
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
         (out,) = self._bound.at(workspace.data_ptr())(x)
         return out
+
+    def fixed(self, stream: int) -> tuple[Callable[[Tensor], object], Tensor, Tensor]:
+        """The launches for memory that is no one else's: a function of the input, the output that it writes, and a workspace."""
+        shape, dtype = self._output
+        out = torch.empty(shape, dtype=dtype, device=self._device)
+        workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
+        return self._bound.fixed(workspace.data_ptr(), out, stream), out, workspace
 
 
 _Run = Callable[[Tensor], Tensor | None]
@@ -154,6 +168,8 @@ def described(module: nn.Module) -> list[str]:
         state = f"not planned: {entry}"
         if isinstance(entry, weakref.ref):
             state = "recorded until a backward pass"
+        elif isinstance(entry, Plan):
+            state = f"planned, {entry.graph.state}"
         elif not isinstance(entry, str):
             state = "planned"
         elif entry is SEEN:

@@ -15,10 +15,11 @@ _TESTED_VERSION = "3.6."
 
 
 class RawLauncher(NamedTuple):
-    """Call `run(*leading, *arguments)`, with what `tensor_map_arguments` gives in the place of each descriptor."""
+    """Call `run(*grid, stream, *leading, *arguments)`, with what `tensor_map_arguments` gives in the place of each descriptor."""
 
     run: Any
-    leading: tuple  # grid, stream, function, attributes, and no hooks
+    grid: tuple[int, int, int]
+    leading: tuple  # function, attributes, and no hooks
     maps: dict[int, Any]  # position of an argument that is a descriptor -> what its tensor map is to be like
 
 
@@ -30,7 +31,7 @@ def why_no_raw_launches() -> str | None:
 
 
 def raw_launcher(launch: DirectLaunch) -> RawLauncher | None:
-    """The launcher of a launch, bound to the current stream; None where it allocates memory of its own or is unknown."""
+    """The launcher of a launch; None where it allocates memory of its own or is unknown."""
     compiled = launch.compiled
     run, kernel_launcher = compiled.run, compiled.kernel.run
     if run is not kernel_launcher.launch:  # scratch memory
@@ -42,8 +43,7 @@ def raw_launcher(launch: DirectLaunch) -> RawLauncher | None:
             return None
         run = cells["launcher"]
         maps = dict(zip(sorted(cells["tensordesc_indices"]), cells["tensordesc_meta"], strict=True))
-    stream = driver.active.get_current_stream(driver.active.get_current_device())
-    return RawLauncher(run, (*launch.grid, stream, *compiled.leading, None, None, None), maps)
+    return RawLauncher(run, launch.grid, (*compiled.leading, None, None, None), maps)
 
 
 def tensor_map_arguments(address: int, shape: Sequence[int], strides: Sequence[int], like: Any) -> list:

@@ -13,14 +13,14 @@ from fastdeit.testing import fake_cuda
 from fastdeit.testing.fake_cuda import library
 
 GENEROUS = 5  # times the budget of a quiet machine
-MOST = dict(
-    forward=0.55, step=0.9
-)  # of timm's host time, eagerly, with 2.5 us a launch on both sides; docs/host-time.md has medians
+# Of timm's host time, with 2.5 us a launch on both sides; docs/host-time.md has medians.
+MOST = {("forward", "eager"): 0.55, ("forward", "captured"): 0.25, ("step", "eager"): 0.9, ("step", "captured"): 0.1}
 needs_fake_cuda = pytest.mark.skipif(
     fake_cuda.why_unavailable() is not None, reason=f"no fake CUDA runtime: {fake_cuda.why_unavailable()}"
 )
 
 
+@pytest.mark.long
 @needs_fake_cuda
 def test_it_measures_calls_and_models_beside_timms(capsys):
     arguments = ["launch-cost", "--model", launch_cost.MODELS[0], "--turns", "3", "--driver-us", "2.5"]
@@ -31,21 +31,21 @@ def test_it_measures_calls_and_models_beside_timms(capsys):
         for row in found["models"]:
             key = row["precision"], row["passed"], row["mode"]
             least[key] = min(row["ratio"], least.get(key, row["ratio"]))
-        if all(ratio < MOST[passed] for (_, passed, _), ratio in least.items()):
+        over = {key: ratio for key, ratio in least.items() if ratio > MOST.get(key[1:], ratio)}
+        if not over:
             break
+    assert not over, f"host time over timm's, at most {MOST}"
     over = {
         name: found["calls"][name] for name, us in launch_cost.BUDGETS.items() if found["calls"][name] > GENEROUS * us
     }
     assert not over, f"microseconds a call, over {GENEROUS} times the budget: {over}"
     rows = {(row["precision"], row["passed"], row["mode"]): row for row in found["models"]}
     assert set(rows) == {(a, b, c) for a in PRECISIONS for b in PASSES for c in MODES}
-    for (precision, passed, mode), row in rows.items():
+    for (*_, mode), row in rows.items():
         assert row["timm_us"] > 2.5 * row["timm_launches"] and row["fastdeit_us"] > 2.5 * row["fastdeit_launches"]
         assert row["fastdeit_launches"] < row["timm_launches"]
-        assert (row["fastdeit_launches"] == 2) is (mode == "captured")  # the copy of the images and the graph
+        assert (row["fastdeit_launches"] < 10) is (mode == "captured")  # a graph, copies, and a forward pass's heads
         assert 0.25 < row["ratio"] * row["timm_us"] / row["fastdeit_us"] < 4
-        assert mode == "eager" or least[precision, passed, mode] < 0.5
-        assert least[precision, passed, mode] < MOST[passed], f"{precision}: {row}"
     args = argparse.Namespace(turns=3, batch_size=1, driver_us=2.5)
     assert "2.5 us a launch" in (text := command.model_table(found, args)) and len(text.splitlines()) == 3 + len(rows)
     lines = command.call_table(found["calls"]).splitlines()

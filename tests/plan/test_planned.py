@@ -20,6 +20,14 @@ from tests.plan.models import MODEL, PLAIN, apart, build, images, only_plan, pla
 
 pytestmark = pytest.mark.fake_device
 
+
+@pytest.fixture(autouse=True)
+def _launches():
+    fastdeit.set_graphs("off")
+    yield
+    fastdeit.set_graphs()
+
+
 CASES = {
     "distilled": (MODEL, None, torch.bfloat16, {}),
     "bf16": (MODEL, torch.bfloat16, None, {}),

@@ -70,6 +70,7 @@ def test_batch_sizes_cost_one_recompilation_at_most(settings, small, kernels, op
     assert counter.frame_count <= 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dynamic", "recompilations"), [(None, 1), (True, 0)])
 def test_batch_sizes_of_whole_steps(settings, small, kernels, dynamic, recompilations):
     counter = CompileCounterWithBackend("aot_eager")

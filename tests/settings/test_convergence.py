@@ -97,7 +97,9 @@ def test_the_run_learns(oracle):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("accelerated", ["references in the kernels' place", "kernels"])
+@pytest.mark.parametrize(
+    "accelerated", ["references in the kernels' place", pytest.param("kernels", marks=pytest.mark.long)]
+)
 def test_accelerated_training_follows_timms(request, oracle, eager, accelerated):
     request.getfixturevalue("kernels" if accelerated == "kernels" else "kernels_stood_in")
     model = fastdeit.accelerate(student().to(testing.kernel_device()))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 SCRIPT = Path(__file__).with_name("two_processes.py")
 CHECKS = [n.name for n in ast.parse(SCRIPT.read_text()).body if getattr(n, "name", "").startswith("check_")]
 

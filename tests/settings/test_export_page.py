@@ -52,6 +52,7 @@ def test_torch_export(run):
     torch.testing.assert_close(*run("torch.export"))
 
 
+@pytest.mark.long
 def test_aotinductor(run):
     torch.testing.assert_close(*run("torch.export", "AOTInductor"))
 

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.long
 def test_killed_runs_end_with_the_same_bits():
     command = [sys.executable, Path(__file__).with_name("kills.py"), "--kills", "5", "--seed", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

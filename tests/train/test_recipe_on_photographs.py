@@ -50,6 +50,7 @@ def crops(tmp_path_factory):
     return root
 
 
+@pytest.mark.long
 def test_the_whole_recipe_trains_on_photographs(crops, tmp_path, capsys):
     recipe = load_config("deit_base_distilled")
     assert (recipe.aa, recipe.reprob, recipe.mixup, recipe.cutmix, recipe.smoothing) == (

@@ -19,8 +19,12 @@ from fastdeit.testing.ptx.shared import SharedMemory
 
 
 class Touch(NamedTuple):
-    """Threads that access words of shared memory, or a barrier of whole blocks (no words)."""
+    """Threads that access words of shared memory; a barrier of whole blocks, or a proxy fence (no words).
 
+    kind: "generic", "asynchronous" or "mbarrier" of an access, else "barrier" or "fence".
+    """
+
+    kind: str
     line: int
     lanes: ndarray  # (k,) threads
     words: ndarray  # (k, n), numbered over all blocks that run together
@@ -35,42 +39,48 @@ class _Recorded(SharedMemory):
 
     def barrier(self, active: ndarray | None) -> None:
         lanes = np.arange(len(self.stamps)) if active is None else np.flatnonzero(active)
-        self.record.touch(lanes, np.zeros((len(lanes), 0), np.int64), True)
+        self.record.touch("barrier", lanes, np.zeros((len(lanes), 0), np.int64), True)
         super().barrier(active)
 
+    def fence(self, active: ndarray | None) -> None:
+        lanes = np.arange(len(self.stamps)) if active is None else np.flatnonzero(active)
+        self.record.touch("fence", lanes, np.zeros((len(lanes), 0), np.int64), False)
+        super().fence(active)
+
     def read(self, lanes: ndarray, words: ndarray, mask: ndarray | int = 15) -> None:
-        self.record.touch(lanes, words, False)
+        self.record.touch("generic", lanes, words, False)
         super().read(lanes, words, mask)
 
     def write(self, lanes: ndarray, words: ndarray, mask: ndarray | int, unchanged: Callable[[], ndarray]) -> None:
-        self.record.touch(lanes, words, True)
+        self.record.touch("generic", lanes, words, True)
         super().write(lanes, words, mask, unchanged)
 
     def add(self, lanes: ndarray, address: ndarray, values: ndarray) -> ndarray:
-        self.record.touch(lanes, self.locate(lanes, address, 4)[:, None], True)
+        self.record.touch("generic", lanes, self.locate(lanes, address, 4)[:, None], True)
         return super().add(lanes, address, values)
 
     def begin_fill(self, lanes: ndarray, words: ndarray) -> None:
-        self.record.touch(lanes, words, True)
+        self.record.touch("asynchronous", lanes, words, True)
         super().begin_fill(lanes, words)
 
     def end_fill(self, lanes: ndarray, words: ndarray, values: ndarray, *, copy: int = 0) -> None:
         if not copy:
-            self.record.touch(lanes, words, True, ends=True)
+            self.record.touch("asynchronous", lanes, words, True, ends=True)
         super().end_fill(lanes, words, values, copy=copy)
 
     def begin_borrow(self, words: ndarray, issuers: ndarray) -> str | None:
         for thread in {0, issuers.shape[1] - 1}:  # the first and the last stand for all of a warpgroup
-            self.record.touch(issuers[:, thread], words, False)
+            self.record.touch("asynchronous", issuers[:, thread], words, False)
         return super().begin_borrow(words, issuers)
 
     def end_borrow(self, words: ndarray, issuers: ndarray) -> None:
         for thread in {0, issuers.shape[1] - 1}:
-            self.record.touch(issuers[:, thread], words, False, ends=True)
+            self.record.touch("asynchronous", issuers[:, thread], words, False, ends=True)
         super().end_borrow(words, issuers)
 
     def synchronise(self, lanes: ndarray, words: ndarray, changes: bool) -> None:
-        self.record.touch(lanes, words, changes)
+        self.record.touch("mbarrier", lanes, words, changes)
+        super().synchronise(lanes, words, changes)
 
 
 class _Groups(CommitGroups):
@@ -121,9 +131,11 @@ class Record(Machine):
     def start_groups(self, agents: int) -> CommitGroups:
         return _Groups(agents, self)
 
-    def touch(self, lanes: ndarray, words: ndarray, writes: bool, ends: bool = False) -> None:
+    def touch(self, kind: str, lanes: ndarray, words: ndarray, writes: bool, ends: bool = False) -> None:
+        if self.current and self.current.opcode.startswith(("cp.async.ca", "cp.async.cg")):
+            kind = "generic"  # copies without a tensor map are of that proxy
         words = np.broadcast_to(words, (len(lanes), words.shape[-1]))
-        self.touches[-1].append(Touch(self.line(), lanes, words, writes, ends))
+        self.touches[-1].append(Touch(kind, self.line(), lanes, words, writes, ends))
 
     def line(self) -> int:
         return self.current.line if self.current else 0
@@ -165,7 +177,9 @@ def _conflicts(touches: list[Touch], line: int, threads: int) -> bool:
     columns = []
     for touch in touches:
         block = touch.lanes // threads
-        if touch.words.shape[1]:
+        if touch.kind == "fence":
+            continue
+        if touch.kind != "barrier":
             size = touch.words.shape[1]
             columns.append(
                 [
@@ -229,6 +243,27 @@ def memory_is_not_used_again(original: Record, line: int) -> str | None:
             if touch.line == line:
                 freed |= words
     return "redundant: nothing accesses these 8 bytes afterwards"
+
+
+def fence_orders_nothing(original: Record, line: int) -> str | None:
+    """Between the fences around it, the asynchronous proxy accesses no word behind it that a load or store accessed before it.
+
+    What tensor copies and wgmma accessed before it, they need no fence to access again.
+    """
+    for touches in original.touches:
+        before: set[int] = set()
+        ordered: set[int] = set()
+        for touch in touches:
+            words = set(touch.words.reshape(-1).tolist())
+            if touch.kind == "fence" and touch.line == line:
+                ordered |= before
+            elif touch.kind == "fence":
+                before, ordered = set(), set()
+            elif touch.kind == "asynchronous" and ordered & words:
+                return None
+            elif touch.kind == "generic":
+                before |= words
+    return "redundant: what tensor copies and wgmma access behind it, no load or store accessed since the fence before"
 
 
 def copy_is_not_read(original: Record, line: int) -> str | None:
@@ -328,6 +363,8 @@ def proof(kind: str, line: int, original: Record, mutant: Record) -> str | None:
         return barrier_orders_nothing(original, line)
     if kind == "mbarrier.inval dropped":
         return memory_is_not_used_again(original, line)
+    if kind == "fence.proxy.async dropped":
+        return fence_orders_nothing(original, line)
     if kind == "cp.async dropped":
         return copy_is_not_read(original, line)
     if kind == "wgmma.fence dropped":

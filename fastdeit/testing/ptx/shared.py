@@ -234,14 +234,9 @@ class SharedMemory:
         )
 
     def synchronise(self, lanes: ndarray, words: ndarray, changes: bool) -> None:
-        """An operation on the mbarrier in these words: generic; `changes` where it makes or ends the barrier."""
-        self.clock += 1
+        """An operation on the mbarrier in these words, which it `changes` where it makes or ends it. None needs a proxy fence."""
         if changes:
             self.write_stamp[words] = self.stamps[lanes, None]
-            self.write_clock[words] = self.clock
-        else:
-            self.read_stamp[words] = self.stamps[lanes, None]
-            self.read_clock[words] = self.clock
 
     # ---- asynchronous accesses: begun at issue, ended when they take effect
 

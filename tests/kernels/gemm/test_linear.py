@@ -108,7 +108,12 @@ def test_every_width_takes_a_compiled_configuration_and_covers_its_result(arch, 
 
 @pytest.mark.parametrize(
     ("channels", "hidden", "backends"),
-    [(192, 512, ("cublas", *OURS)), (384, 1536, OURS), (1152, 4304, ("tma",)), (1664, 4437, ("triton",))],
+    [
+        (192, 512, ("cublas", *OURS)),
+        (384, 1536, OURS),
+        pytest.param(1152, 4304, ("tma",), marks=pytest.mark.long),
+        pytest.param(1664, 4437, ("triton",), marks=pytest.mark.long),
+    ],
 )
 def test_real_widths_are_as_accurate_as_eager(channels, hidden, backends):
     """Five rows, which fill no tile; tiles as large as the interpreter likes them, weights that need no pass of their own."""

@@ -1,13 +1,14 @@
 """What proves a planted fault harmless, each with a kernel where it holds and one where it does not; and the table of faults."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fastdeit.testing.ptx import redundancy
 from fastdeit.testing.ptx.mutations import KINDS, mutants, table
-from fastdeit.testing.ptx.redundancy import Record
+from fastdeit.testing.ptx.redundancy import Record, Touch
 from tests.testing.ptx.conftest import program_of
 
 LANES = np.arange(64, dtype=np.uint32)
@@ -106,6 +107,27 @@ def test_a_copy_is_redundant_where_nothing_reads_it(recorded, at, unread):
     body = COPIES.format("", "") + f"\nst.shared.b32 [%r30+512], %r1;\nld.shared.b32 %r2, [%r30+{at}];"
     record, line = recorded(body, "cp.async.ca")
     assert bool(redundancy.copy_is_not_read(record, line)) == unread
+
+
+@pytest.mark.parametrize(
+    "before, nothing",
+    [
+        ([("generic", 3)], False),
+        ([("generic", 4)], True),  # another word
+        ([("asynchronous", 3), ("mbarrier", 3)], True),
+        ([("generic", 3), ("fence", None)], True),  # an earlier fence has ordered it
+        ([("generic", 3), ("barrier", None)], False),
+    ],
+)
+def test_a_proxy_fence_orders_loads_and_stores_before_asynchronous_accesses_or_nothing(before, nothing):
+    lanes, line = np.array([0]), 9
+
+    def touch(kind, word, line=1):
+        return Touch(kind, line, lanes, np.array([[] if word is None else [word]], np.int64), False, False)
+
+    touches = [*(touch(*each) for each in before), touch("fence", None, line), touch("asynchronous", 3)]
+    record = SimpleNamespace(touches=[touches])
+    assert bool(redundancy.fence_orders_nothing(record, line)) == nothing
 
 
 def wgmma(first="", second=""):

@@ -1,7 +1,5 @@
 """Tensor copies with every swizzle, and mbarriers, against the ISA's text (5.5, 9.7.9.27, 9.7.13.15)."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -94,26 +92,6 @@ def test_negative_coordinates_read_zeros(execute):
     tensor = torch.ones(8, 16, dtype=torch.int32)
     (found,) = execute(load(256, "0, -2"), {}, ["%r51"], threads=64, shared=BARRIER + 8, maps=[(tensor, (4, 16), 0)])
     assert found.reshape(4, 16).sum(1).tolist() == [0, 0, 16, 16]
-
-
-REUSED = """{fence}
-    mov.b32 %r46, 32768;
-    add.s32 %r40, %r40, 512;
-    @%p1 mbarrier.init.shared::cta.b64 [%r40], 1;
-    bar.sync 0;
-    @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r40], 256;
-    bar.sync 0;
-    @%p4 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r46], [%rd31, {{%r41, %r41}}], [%r40];"""
-
-
-@pytest.mark.parametrize("fence", ["", "fence.proxy.async.shared::cta;"])
-def test_a_copy_to_the_place_of_an_mbarrier_needs_a_proxy_fence(execute, fence):
-    """Operations on an mbarrier are accesses of the generic proxy."""
-    again = "\n" + WAIT.replace("waitLoop", "again")
-    body = load(256, "0, 0", read=REUSED.format(fence=fence) + again + "\nmov.b32 %r51, 0;")
-    with contextlib.nullcontext() if fence else pytest.raises(Fault, match="missing proxy fence"):
-        tensor = torch.ones(8, 16, dtype=torch.int32)
-        execute(body, {}, ["%r51"], threads=64, shared=BARRIER + 1024, maps=[(tensor, (4, 16), 0)])
 
 
 STORE = """mov.b64 %rd30, map0;

@@ -66,6 +66,9 @@ CUresult cuStreamGetCtx(CUstream handle, CUcontext *pointer) {
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   return *pointer = (CUcontext)(intptr_t)(device_of_stream(stream) + 1), CUDA_SUCCESS;
 }
+CUresult cuStreamCreate(CUstream *handle, unsigned flags) {
+  return (CUresult)cudaStreamCreateWithFlags((cudaStream_t *)handle, flags);
+}
 CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus *status) {
   return (CUresult)capture_status((cudaStream_t)handle, (enum cudaStreamCaptureStatus *)status);
 }
