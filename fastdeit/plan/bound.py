@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdeit.plan.code import Program
-
-MOST_ADDRESSES = 8  # to which code is bound, the last used
+from fastdeit.plan.code import MOST_ADDRESSES, Program
 
 
 class Bound:

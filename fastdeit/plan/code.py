@@ -4,6 +4,7 @@ The code is compiled once. It is bound to an address of the workspace by the val
 """
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdeit.plan.tape import Buffer, Descriptor, Launch, Operation, View
-from fastdeit.plan.workspace import bytes_at, tensor_at, view_of, views_of
+from fastdeit.plan.workspace import aligned, bytes_at, tensor_at, view_of, views_of
 
 # Of torch, which take `out`.
 FUNCTIONS = ("mm", "addmm", "add", "div", "cat", "stack", "sum")
@@ -38,9 +39,9 @@ class Place(NamedTuple):
 
 
 class _TensorMap(NamedTuple):
-    """A descriptor whose tensor lies at an address that is known once the workspace is: encoded when the code is bound."""
+    """A descriptor whose tensor lies at a place, or with `offset` as its address in no workspace."""
 
-    address: "int | Place"
+    place: Place
     descriptor: Descriptor
     like: Any
 
@@ -49,10 +50,21 @@ _STREAM = object()  # among the arguments of a launch: where it goes, which is k
 
 
 class _TensorAt(NamedTuple):
-    """A tensor in the workspace."""
+    """A tensor in a workspace."""
 
-    address: Place
+    place: Place
     view: View
+
+
+class _Made(NamedTuple):
+    """One of the above, by its number among those of its workspace: made once for an address of that."""
+
+    workspace: int
+    number: int
+
+
+_NOWHERE = -1  # in the place of a workspace, for what lies in the memory of parameters
+MOST_ADDRESSES = 8  # of a workspace, the last used, of which tensors and descriptors are kept
 
 
 class Program:
@@ -84,7 +96,7 @@ class Program:
         self._stream = torch._C._cuda_getCurrentRawStream(device.index)
         self._sizes: dict[int, int] = {}  # of what the places take in each workspace
         for buffer, (workspace, offset) in places.items():
-            self._sizes[workspace] = max(self._sizes.get(workspace, 1), offset + buffer.nbytes)
+            self._sizes[workspace] = max(self._sizes.get(workspace, 0), offset + aligned(buffer))
         self._inputs = {buffer: f"in{i}" for i, buffer in enumerate(inputs) if buffer is not None}
         made = {view: None for view in outputs if view is not None}
         self._outputs = {view.buffer: f"out{i}" for i, view in enumerate(made)}
@@ -92,7 +104,10 @@ class Program:
             raise Unsupported("an output shares its memory")
         self._whole = {view.buffer: view for view in made}
         self._unmade = dict(self._whole)  # outputs that no line makes yet
-        self._constants: dict[str, Any] = {}  # by name: the value, or what becomes one by `_value`
+        self._constants: dict[str, Any] = {}  # values by name
+        self._unbound: dict[str, Any] = {}  # by name what becomes one by `_value`
+        self._parts: dict[int, list[_TensorMap | _TensorAt]] = {}  # by workspace
+        self._made: dict[int, OrderedDict[int, list[Any]]] = {}  # what they are, by workspace and its address
         self._number = itertools.count()
         self._pointers: dict[str, str] = {}  # tensors of the call whose address the code has asked for
         self._lines: list[str] = []
@@ -123,13 +138,13 @@ class Program:
 
         bind_context(self._device.index)
         with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in either mode
-            tensors = [bytes_at(base, self._sizes.get(i, 1), self._device) for i, base in enumerate(bases)]
-            stream = self._stream if stream is None else stream
-            values = {name: self._value(value, bases, tensors, stream) for name, value in self._constants.items()}
-        functions = {name: getattr(torch, name) for name in ("empty", *FUNCTIONS)}
+            made = {at: self._parts_at(at, base) for at, base in ((_NOWHERE, 0), *enumerate(bases))}
+        stream = self._stream if stream is None else stream
+        values = {name: self._value(value, bases, made, stream) for name, value in self._unbound.items()}
+        functions = {name: getattr(torch, name) for name in ("empty_strided", *FUNCTIONS)}
         if output is not None:
-            functions["empty"] = lambda *_, **__: output
-        return FunctionType(self._code, values | functions | {"device": self._device}, "replay")
+            functions["empty_strided"] = lambda *_, **__: output
+        return FunctionType(self._code, self._constants | values | functions | {"device": self._device}, "replay")
 
     # ---- writing
 
@@ -149,8 +164,15 @@ class Program:
 
     def _constant(self, value: Any) -> str:
         name = f"c{next(self._number)}"
-        self._constants[name] = value
+        parts = value if type(value) is tuple else (value,) if type(value) is _Made else ()
+        unbound = any(part is _STREAM or type(part) in (Place, _Made) for part in parts)
+        (self._unbound if unbound else self._constants)[name] = value
         return name
+
+    def _part(self, part: _TensorMap | _TensorAt) -> _Made:
+        parts = self._parts.setdefault(part.place.workspace, [])
+        parts.append(part)
+        return _Made(part.place.workspace, len(parts) - 1)
 
     def _launch(self, event: Launch) -> None:
         from fastdeit.kernels.runtime.raw_launch import raw_launcher
@@ -193,7 +215,7 @@ class Program:
             address = self._address(view)
             if isinstance(address, int):
                 return self._constant(tensor_at(address, view, self._device))
-            return self._constant(_TensorAt(address, view))
+            return self._constant(self._part(_TensorAt(address, view)))
         if self._whole.get(view.buffer) == view:
             return name
         place = f"{name}.storage_offset() + {view.offset // view.dtype.itemsize}"
@@ -203,8 +225,11 @@ class Program:
         """The variable whose memory a view is in, None where that is known beforehand."""
         buffer = view.buffer
         if (whole := self._unmade.pop(buffer, None)) is not None:
-            shape, dtype = self._constant(whole.shape), self._constant(whole.dtype)
-            self._lines.append(f"{self._outputs[buffer]} = empty({shape}, dtype={dtype}, device=device)")
+            shape, strides = self._constant(whole.shape), self._constant(whole.strides)
+            options = f"dtype={self._constant(whole.dtype)}, device=device"
+            self._lines.append(
+                f"{self._outputs[buffer]} = empty_strided({shape}, {strides}, {options})"
+            )  # faster than empty
         return self._inputs.get(buffer) or self._outputs.get(buffer)
 
     def _pointer(self, name: str, offset: int) -> str:
@@ -219,38 +244,48 @@ class Program:
         place = self._places[view.buffer]
         return place._replace(offset=place.offset + view.offset)
 
-    def _tensor_map(self, descriptor: Descriptor, like: Any) -> _TensorMap:
+    def _tensor_map(self, descriptor: Descriptor, like: Any) -> _Made:
         if self._of_the_call(descriptor.view) is not None:
             raise Unsupported("a tensor descriptor is of an input or an output")
-        return _TensorMap(self._address(descriptor.view), descriptor, like)
+        address = self._address(descriptor.view)
+        place = Place(_NOWHERE, address) if isinstance(address, int) else address
+        return self._part(_TensorMap(place, descriptor, like))
 
     # ---- binding
 
-    def _value(self, value: Any, bases: tuple[int, ...], tensors: list[torch.Tensor], stream: int) -> Any:
-        kind = type(value)
-        if kind is Place:
-            return _pointer_to(value, bases)
-        if kind is _TensorAt:
-            return view_of(tensors[value.address.workspace], value.address.offset, value.view)
-        if kind is tuple and any(item is _STREAM or type(item) in (Place, _TensorMap) for item in value):
-            return self._arguments(value, bases, stream)
-        return value
+    def _value(self, value: Any, bases: tuple[int, ...], made: dict[int, list[Any]], stream: int) -> Any:
+        if type(value) is _Made:
+            return made[value.workspace][value.number]
+        arguments: list[Any] = []
+        for item in value:
+            if type(item) is Place:
+                arguments.append(bases[item.workspace] + item.offset)
+            elif type(item) is _Made:
+                arguments += made[item.workspace][item.number]
+            elif item is _STREAM:
+                arguments.append(stream)
+            else:
+                arguments.append(item)
+        return tuple(arguments)
 
-    def _arguments(self, values: tuple, bases: tuple[int, ...], stream: int) -> tuple:
+    def _parts_at(self, workspace: int, base: int) -> list[Any]:
+        """The tensors, and a descriptor's arguments, in a workspace at this address."""
+        known = self._made.setdefault(workspace, OrderedDict())
+        if base not in known:
+            parts = self._parts.get(workspace, [])
+            dtypes = {part.view.dtype for part in parts if isinstance(part, _TensorAt)}
+            size = self._sizes.get(workspace, 0)
+            memory = {dtype: bytes_at(base, size, self._device).view(dtype) for dtype in dtypes}
+            while len(known) >= MOST_ADDRESSES:
+                known.popitem(last=False)
+            known[base] = [self._part_at(part, base, memory) for part in parts]
+        known.move_to_end(base)
+        return known[base]
+
+    def _part_at(self, part: _TensorMap | _TensorAt, base: int, memory: dict[torch.dtype, torch.Tensor]) -> Any:
         from fastdeit.kernels.runtime.raw_launch import tensor_map_arguments
 
-        made: list[Any] = []
-        for value in values:
-            if type(value) is _TensorMap:
-                shape, strides = value.descriptor.shape, value.descriptor.strides
-                address = value.address if isinstance(value.address, int) else _pointer_to(value.address, bases)
-                made += tensor_map_arguments(address, shape, strides, value.like)
-            elif value is _STREAM:
-                made.append(stream)
-            else:
-                made.append(_pointer_to(value, bases) if type(value) is Place else value)
-        return tuple(made)
-
-
-def _pointer_to(place: Place, bases: tuple[int, ...]) -> int:
-    return bases[place.workspace] + place.offset
+        if isinstance(part, _TensorAt):
+            return view_of(memory[part.view.dtype], part.place.offset, part.view)
+        shape, strides = part.descriptor.shape, part.descriptor.strides
+        return tensor_map_arguments(base + part.place.offset, shape, strides, part.like)

@@ -58,7 +58,7 @@ def stacked(last: dict[Buffer, int]) -> tuple[dict[Buffer, int], int]:
     total = 0
     for buffer in sorted(last, key=last.__getitem__):
         offsets[buffer] = total
-        total += _aligned(buffer)
+        total += aligned(buffer)
     return offsets, total
 
 
@@ -73,12 +73,12 @@ def packed_into(
     Returns:
         Offsets there, offsets in an allocation for the rest, and the bytes of that.
     """
-    placed = [_Placed(*taken[buffer], at, at + _aligned(buffer)) for buffer, at in offsets.items()]
+    placed = [_Placed(*taken[buffer], at, at + aligned(buffer)) for buffer, at in offsets.items()]
     inside: dict[Buffer, int] = {}
     rest: dict[Buffer, tuple[int, int]] = {}
     for buffer, life in _largest_first(lives):
         offset = _place(buffer, life, placed)
-        if offset + _aligned(buffer) <= size:
+        if offset + aligned(buffer) <= size:
             inside[buffer] = offset
         else:
             placed.pop()
@@ -99,13 +99,14 @@ def _largest_first(lives: dict[Buffer, tuple[int, int]]) -> list[tuple[Buffer, t
     return sorted(lives.items(), key=lambda item: -item[0].nbytes)
 
 
-def _aligned(buffer: Buffer) -> int:
+def aligned(buffer: Buffer) -> int:
+    """Bytes that a buffer takes of a workspace."""
     return max(-(-buffer.nbytes // _ALIGNMENT), 1) * _ALIGNMENT
 
 
 def _place(buffer: Buffer, life: tuple[int, int], placed: list[_Placed]) -> int:
     """The lowest offset that is free for that long, which `placed` then holds too."""
-    (first, last), size = life, _aligned(buffer)
+    (first, last), size = life, aligned(buffer)
     offset = _lowest_gap(size, ((each.start, each.end) for each in placed if each.first <= last and first <= each.last))
     placed.append(_Placed(first, last, offset, offset + size))
     return offset
@@ -130,17 +131,11 @@ def bytes_at(address: int, size: int, device: torch.device) -> Tensor:
 
 
 def view_of(memory: Tensor, offset: int, view: View) -> Tensor:
-    """The tensor with a view's shape, strides and dtype that begins at an offset of `bytes_at`'s memory."""
-    size = view.dtype.itemsize
-    typed = memory[offset : offset + _extent(view) * size].view(view.dtype)
-    return typed.as_strided(view.shape, view.strides)
+    """The tensor with a view's shape and strides that begins at an offset, in bytes, of memory seen in the view's dtype."""
+    return memory.as_strided(view.shape, view.strides, offset // view.dtype.itemsize)
 
 
 def tensor_at(address: int, view: View, device: torch.device) -> Tensor:
     """The tensor with a view's shape, strides and dtype at an address, as `bytes_at`."""
-    return view_of(bytes_at(address, _extent(view) * view.dtype.itemsize, device), 0, view)
-
-
-def _extent(view: View) -> int:
-    """Elements from a view's first to its last."""
-    return sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)) + 1
+    extent = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)) + 1
+    return view_of(bytes_at(address, extent * view.dtype.itemsize, device).view(view.dtype), 0, view)

@@ -12,7 +12,7 @@ from triton.knobs import runtime
 import fastdeit
 from fastdeit.blocks.snapshot import KEY
 from fastdeit.plan import planned as planning
-from fastdeit.plan.bound import MOST_ADDRESSES
+from fastdeit.plan.code import MOST_ADDRESSES
 from fastdeit.plan.planned import Plan, described
 from tests.plan.changes import CHANGES, LoRA
 from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded

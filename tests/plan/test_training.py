@@ -49,6 +49,15 @@ def keep_apart(monkeypatch):
     monkeypatch.setattr(span_plans, "packed_into", lambda lives, *_: ({}, *apart(lives)))
 
 
+def keep_made(monkeypatch):
+    """The list in which every tensor that a plan makes is kept from now on."""
+    kept = []
+    for name in ("empty", "empty_strided"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: kept.append(made(*a, **k)) or kept[-1])
+    return kept
+
+
 def freeze(model, *names):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(names))
@@ -85,11 +94,11 @@ def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(case, monkeypat
     )
     monkeypatch.setattr(spans, "MOST_GRADIENTS", spans.MOST_GRADIENTS if case in ONE_SPAN else 0)
     keep_apart(monkeypatch)
-    kept, make, offset = [], torch.empty, torch.cuda.default_generators[0].get_offset
+    offset = torch.cuda.default_generators[0].get_offset
     for _ in range(2):
         tokens_step(model, x, autocast)
     only_plan(model)
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: kept.append(make(*a, **k)) or kept[-1])
+    kept = keep_made(monkeypatch)
     kept.append(tokens_step(model, x, autocast))
     start = offset()
     planned = recorded(lambda: kept.append(tokens_step(model, x, autocast)))
@@ -169,8 +178,7 @@ def test_two_calls_before_their_backward_passes_have_memory_of_their_own(monkeyp
     for _ in range(2):
         tokens_step(model, x)
     only_plan(model)
-    kept, make = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: kept.append(make(*a, **k)) or kept[-1])
+    kept = keep_made(monkeypatch)
     planned = recorded(lambda: kept.append(interleaved()))
     with KeepsAll():
         ops = recorded(interleaved)
