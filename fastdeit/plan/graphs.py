@@ -134,16 +134,18 @@ class AutomaticGraph:
         if device > _LONGEST * host:
             self.state = f"launched: the device takes {device:.2f} ms, the host {host:.2f} ms"
             return
+        global _failed
         with _changing:
             if _mode == "off":
                 return
             _make_room(_most - 1)
             try:
-                self._graph, self.state = _Graph(plan, x), "captured in a graph"
-            except (
-                RuntimeError
-            ) as error:  # no memory, or something that cannot be captured: the launches go on as they are
-                self.state = f"launched: no graph could be captured ({str(error).splitlines()[0]})"
+                if _failed is None:
+                    self._graph, self.state = _Graph(plan, x), "captured in a graph"
+            except (RuntimeError, OSError) as error:  # no memory, no driver's library, or what cannot be captured
+                _failed = str(error).partition("\n")[0]
+            if self._graph is None:
+                self.state = f"launched: no graph could be captured ({_failed})"
         self.last_used = next(_clock)
 
 

@@ -44,7 +44,7 @@ def test_it_measures_calls_and_models_beside_timms(capsys):
     for (*_, mode), row in rows.items():
         assert row["timm_us"] > 2.5 * row["timm_launches"] and row["fastdeit_us"] > 2.5 * row["fastdeit_launches"]
         assert row["fastdeit_launches"] < row["timm_launches"]
-        assert (row["fastdeit_launches"] < 10) is (mode == "captured")  # a graph, copies, and a forward pass's heads
+        assert (row["fastdeit_launches"] < 16) is (mode == "captured")  # a graph, copies, and a forward pass's heads
         assert 0.25 < row["ratio"] * row["timm_us"] / row["fastdeit_us"] < 4
     args = argparse.Namespace(turns=3, batch_size=1, driver_us=2.5)
     assert "2.5 us a launch" in (text := command.model_table(found, args)) and len(text.splitlines()) == 3 + len(rows)
