@@ -132,7 +132,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
     from fastdeit.blocks.checklist import EXCLUDED
     from fastdeit.nn.hosts import (  # imports timm, which `import fastdeit` need not
         fused_classes,
-        has_unusable_name,
+        has_known_name,
         why_no_class,
     )
     from fastdeit.plan.planned import described
@@ -166,7 +166,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
         elif name in embeddings:
             reason = "excluded" if EXCLUDED in module.__dict__ else _why_not_embedded(embeddings[name])
             rows.append(Row(name, cls.__name__, reason is None, reason or ""))
-        elif (module._parameters or has_unusable_name(cls)) and not name.startswith(explained):
+        elif (module._parameters or has_known_name(cls)) and not name.startswith(explained):
             rows.append(Row(name, cls.__name__, False, why_no_class(cls)))
         if isinstance(module, covering):
             explained += (name + "." if name else "",)

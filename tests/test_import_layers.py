@@ -48,7 +48,7 @@ HOSTS = {
         ("vit_pytorch", "vit_pytorch"),
     )
     for folder in ("blocks.adapters", "nn")
-}
+} | {"fastdeit.nn.vit_pytorch_distill": "vit_pytorch"}
 BESIDE_A_SCRIPT = ("fastdeit.nn.deit_blocks", "fastdeit.nn.deit_distilled")  # look for files of deit in sys.modules
 NEED_TRITON = (*WITH_EXTRAS, *BESIDE_A_SCRIPT, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 

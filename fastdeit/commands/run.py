@@ -1,4 +1,4 @@
-"""`fastdeit run SCRIPT ARGS...`: runs a script unedited, with every model that timm creates accelerated."""
+"""`fastdeit run SCRIPT ARGS...`: runs a script unedited, with every model accelerated that timm or another known library makes."""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
+from fastdeit.commands.run_hosts import made_models
 from fastdeit.swap import accelerate
 
 
@@ -37,7 +38,11 @@ def run(args: argparse.Namespace) -> int:
         ValueError: there is no such script or module.
     """
     _check_there(args.script, args.is_module)
-    with _started_as_python_does(args.script, args.arguments, args.is_module), accelerated_create_model():
+    with (
+        _started_as_python_does(args.script, args.arguments, args.is_module),
+        accelerated_create_model(),
+        made_models(_accelerated),
+    ):
         try:
             if args.is_module:
                 runpy.run_module(args.script, run_name="__main__", alter_sys=True)
@@ -77,6 +82,11 @@ def accelerated_create_model() -> Iterator[None]:
         yield
     finally:
         _replace_in_timm(create_model, original)
+
+
+def _accelerated(model: nn.Module) -> None:
+    accelerate(model)
+    _say(f"{type(model).__name__} is accelerated: {_count_fused(model)} of its modules have a fused forward")
 
 
 def _replace_in_timm(old: Callable, new: Callable) -> None:

@@ -14,8 +14,15 @@ _HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "models": ("fastdeit.nn.deit_distilled", ("DistilledVisionTransformer",)),
     "models_v2": ("fastdeit.nn.deit_blocks", ("Block", "LayerScaleBlock")),
     "torchvision.models.vision_transformer": ("fastdeit.nn.torchvision", ("EncoderBlock",)),
+    "vit_pytorch.distill": ("fastdeit.nn.vit_pytorch_distill", ("DistillWrapper",)),
     "vit_pytorch.vit": ("fastdeit.nn.vit_pytorch", ("Transformer", "SimpleTransformer")),
     **{layer.module: ("fastdeit.nn.huggingface", (name,)) for name, layer in LAYERS.items()},
+}
+# Blocks that are no standard ones, and why.
+_OTHERS = {
+    ("vision_transformer_pytorch.model", "EncoderBlock"): (
+        "its projections multiply by weights of three dimensions (LinearGeneral)"
+    ),
 }
 _BESIDE_A_SCRIPT = ("models", "models_v2")  # of deit; other projects have files of these names
 _unusable: dict[str, str] = {}  # the host's file -> what its version lacks
@@ -36,13 +43,17 @@ def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
     return FUSED_CLASSES
 
 
-def has_unusable_name(kind: type[nn.Module]) -> bool:
-    """Whether it is one of the classes looked for, in a version of its library that is not known."""
+def has_known_name(kind: type[nn.Module]) -> bool:
+    """Whether it is known as no standard block, or is one of the classes looked for, in a version of its library that is not."""
+    if (kind.__module__, kind.__name__) in _OTHERS:
+        return True
     return kind.__module__ in _unusable and kind.__name__ in _HOSTS[kind.__module__][1]
 
 
 def why_no_class(kind: type[nn.Module]) -> str:
     """Why a class has no fused one."""
+    if (kind.__module__, kind.__name__) in _OTHERS:
+        return _OTHERS[kind.__module__, kind.__name__]
     lack = None if kind.__module__ in _BESIDE_A_SCRIPT else _unusable.get(kind.__module__)
     version = "" if lack is None else f": this version of {kind.__module__.partition('.')[0]} is not known ({lack})"
     return f"no fused class for {kind.__name__}{version}"

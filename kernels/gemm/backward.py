@@ -15,6 +15,7 @@ import triton.language as tl
 from fastdeit.kernels.gemm.config import Gemm, candidates
 from fastdeit.kernels.gemm.forward import aot_config, persistent_grid, vector
 from fastdeit.kernels.gemm.tiles import backward_epilogue, load_piece, product, quarters, store_piece, tile_origin
+from fastdeit.kernels.mlp.activation_functions import activate
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.column_sums import Table, sum_later
 from fastdeit.kernels.runtime.launch import cdiv, descriptor, launch
@@ -38,10 +39,10 @@ def _finish(
     VECTOR: tl.constexpr,
 ):
     z = load_piece(z_ptr, row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
-    dz, h = backward_epilogue(dh, z, row0, col0, dbias_partial_ptr, M, N, dtype, ACTIVATION, BLOCK_M, BLOCK_N)
+    if h_ptr is not None:  # written first: what both share is computed once all the same, and fewer registers are live
+        store_piece(h_ptr, activate(z.to(tl.float32), ACTIVATION), row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
+    dz = backward_epilogue(dh, z, row0, col0, dbias_partial_ptr, M, N, dtype, ACTIVATION, BLOCK_M, BLOCK_N)
     store_piece(dz_ptr, dz, row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
-    if h_ptr is not None:
-        store_piece(h_ptr, h, row0, col0, M, N, BLOCK_M, BLOCK_N, VECTOR)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "a_stride", "b_stride"])
@@ -91,10 +92,10 @@ def _finish_desc(
     BLOCK_N: tl.constexpr,
 ):
     z = z_desc.load([row0, col0])
-    dz, h = backward_epilogue(dh, z, row0, col0, dbias_partial_ptr, M, N, dtype, ACTIVATION, BLOCK_M, BLOCK_N)
+    if h_desc is not None:  # first, as above: else a tile of 128 x 256 spills
+        h_desc.store([row0, col0], activate(z.to(tl.float32), ACTIVATION).to(h_desc.dtype))
+    dz = backward_epilogue(dh, z, row0, col0, dbias_partial_ptr, M, N, dtype, ACTIVATION, BLOCK_M, BLOCK_N)
     dz_desc.store([row0, col0], dz.to(dz_desc.dtype))
-    if h_desc is not None:
-        h_desc.store([row0, col0], h.to(h_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["M", "N", "K"])

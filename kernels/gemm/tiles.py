@@ -151,14 +151,14 @@ def backward_epilogue(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dz = dh * activation'(z) and h = activation(z), fp32, of a piece; the piece's column sums go to its row of partial sums."""
-    h, slope = activate_with_derivative(z.to(tl.float32), ACTIVATION)
+    """dz = dh * activation'(z), fp32, of a piece; the piece's column sums go to its row of partial sums."""
+    _, slope = activate_with_derivative(z.to(tl.float32), ACTIVATION)
     dz = in_range_of(dh, dtype) * slope
     if dbias_partial_ptr is not None:
         row, col = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
         total = tl.sum(tl.where((row < M)[:, None], dz, 0.0), axis=0)
         tl.store(dbias_partial_ptr + (row0 // BLOCK_M) * N + col, total, col < N)
-    return dz, h
+    return dz
 
 
 @triton.jit

@@ -1,7 +1,9 @@
 """The stages of benchmarks/gpu_check.sh, at toy size on the CPU."""
 
 import ast
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -65,6 +67,16 @@ def mark_as_passed(folder, names):
     for name in names:
         (folder / "log" / f"{name}.outcome").write_text("passed\n")
         (folder / "log" / f"{name}.seconds").write_text("0\n")
+
+
+def test_what_the_script_imports_is_there():
+    """Stages that only a GPU runs have Python of their own in the script."""
+    text = SCRIPT.read_text()
+    imported, run = re.findall(r"from (fastdeit[\w.]*) import (\w+)", text), re.findall(r"-m (fastdeit\.[\w.]+)", text)
+    assert imported and run
+    for module, name in imported:
+        assert hasattr(importlib.import_module(module), name) or importlib.util.find_spec(f"{module}.{name}"), name
+    assert all(importlib.util.find_spec(module) for module in run)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself is what to run")

@@ -11,6 +11,7 @@ import torch
 from timm.models import create_model as create_model_imported_before
 
 from fastdeit.commands.cli import main
+from fastdeit.commands.run_hosts import made_models
 
 SIZES = "img_size=32, embed_dim=64, num_heads=2, depth=2, num_classes=3"
 
@@ -237,3 +238,46 @@ def test_the_scripts_errors_keep_their_traceback(script, capsys):
 def test_a_script_that_is_not_there_is_named(capsys, argv, message):
     assert main(["run", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+OTHERS = """
+import sys
+assert not {"transformers", "vit_pytorch"} & set(sys.modules)
+from torchvision.models import VisionTransformer
+from vit_pytorch import ViT, SimpleViT
+from transformers import AutoModelForImageClassification, ViTConfig
+models = [
+    VisionTransformer(16, 8, 1, 1, hidden_dim=32, mlp_dim=48),
+    ViT(image_size=16, patch_size=8, num_classes=5, dim=32, depth=1, heads=1, mlp_dim=48),
+    SimpleViT(image_size=16, patch_size=8, num_classes=5, dim=32, depth=1, heads=1, mlp_dim=48),
+    AutoModelForImageClassification.from_config(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1)),
+]
+models[3].save_pretrained("saved")
+models.append(AutoModelForImageClassification.from_pretrained("saved"))
+models.append(AutoModelForImageClassification.from_pretrained("saved", output_loading_info=True)[0])
+for model in models:
+    print(type(model).__name__, any(type(part).__module__.startswith("fastdeit.nn") for part in model.modules()))
+"""
+
+
+def test_models_of_other_libraries_are_accelerated_where_they_are_made(script, tmp_path):
+    for library in ("torchvision", "vit_pytorch", "transformers"):
+        pytest.importorskip(library, reason=f"needs {library}")
+    command = [sys.executable, "-m", "fastdeit", "run", script(OTHERS)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.stdout.split("\n")[:-1] == [
+        "VisionTransformer True",
+        "ViT True",
+        "SimpleViT True",
+        *["ViTForImageClassification True"] * 3,
+    ], done.stderr
+    assert done.stderr.count("is accelerated: ") == 6
+
+
+def test_other_libraries_have_their_constructors_back():
+    vit = pytest.importorskip("torchvision.models.vision_transformer", reason="needs torchvision").VisionTransformer
+    own, made = vit.__init__, []
+    with made_models(made.append):
+        model = vit(16, 8, 1, 1, hidden_dim=32, mlp_dim=48)
+        assert vit.__init__ is not own
+    assert vit.__init__ is own and made == [model]

@@ -75,6 +75,47 @@ def test_the_wrapper_distills_into_an_accelerated_student(hosts, make, kernels_s
     torch.testing.assert_close(our_gradients, gradients)
 
 
+@pytest.fixture
+def losses_stood_in(monkeypatch):
+    """The op of the loss runs on the CPU, by its reference. Lists the options of its calls."""
+    from fastdeit import ops
+    from fastdeit.nn import vit_pytorch_distill
+
+    calls, op = [], ops.distillation_cross_entropy
+    monkeypatch.setattr(vit_pytorch_distill, "why_reference", lambda *tensors: None)
+    monkeypatch.setattr(
+        ops, "distillation_cross_entropy", lambda *heads, **options: calls.append(options) or op(*heads, **options)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("given", [{}, {"temperature": 2.0, "alpha": 0.25}])
+def test_the_wrappers_loss_is_one_op(make, losses_stood_in, hard, given):
+    results = []
+    for accelerated in (True, False):
+        student, teacher = make("DistillableViT", depth=1).train(), nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
+        torch.manual_seed(3)
+        options = dict(temperature=3, alpha=0.5, hard=hard)
+        wrapper = DistillWrapper(student=student, teacher=teacher, **options).double()
+        wrapper = fastdeit.accelerate(wrapper) if accelerated else wrapper
+        loss = wrapper(X.double(), torch.tensor([0, 3]), **given)
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in wrapper.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(*results)
+    (call,) = losses_stood_in
+    assert call["kind"] == ("hard" if hard else "soft") and call["tau"] == given.get("temperature", 3)
+
+
+def test_what_the_op_does_not_take_is_vit_pytorchs_loss(make, losses_stood_in):
+    student, teacher = make("DistillableViT", depth=1), nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
+    wrapper = DistillWrapper(student=student, teacher=teacher)
+    stock = wrapper(X, torch.tensor([0, 3]), alpha=1.5)
+    accelerated = fastdeit.accelerate(wrapper)
+    assert accelerated(X, torch.tensor([0, 3]), alpha=1.5).equal(stock) and not losses_stood_in
+    assert type(fastdeit.restore(wrapper)) is DistillWrapper
+
+
 CHANGES = {
     "dropout is active": lambda attn, mlp: setattr(attn.dropout, "p", 0.1),
     "its logits are scaled by 1.0": lambda attn, mlp: setattr(attn, "scale", 1.0),

@@ -24,6 +24,7 @@ from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
 from fastdeit.kernels.gemm.fused_mlp import use_fused_mlp
 from fastdeit.kernels.runtime.architecture import has_descriptors
 from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, poisoned_memory
+from fastdeit.testing.ptx.quantization_cases import eight_bit
 from fastdeit.testing.ptx.tf32 import in_tf32_products, tf32
 
 Errors = Mapping[str, tuple[Error, Error]]  # of outputs and gradients: maximum, RMS
@@ -50,7 +51,7 @@ _LEFT_OUT = (
 
 def cases(arch: int) -> Iterator[Case]:
     """Every case for an architecture; to be run under `harness.executing(arch)`, with a seed set."""
-    for group in (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding, _augmentation):
+    for group in (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding, _augmentation, eight_bit):
         for name, function in group(arch):
             yield Case(name, function)
 
@@ -207,8 +208,10 @@ def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     if has_descriptors(arch):
         home = next(c for c in attention_config.aot_cases(arch) if c.config.descriptors and c.head_dim == 64)
         for keys in (128, 256):
-            whole = attention_config.one_program_tiles(keys)
-            yield f"attention, one program, {keys} keys", functools.partial(_attend, home, whole, keys - 3)
+            yield (
+                f"attention, one program, {keys} keys",
+                functools.partial(_attend, home, attention_config.one_program_tiles(keys), keys - 3),
+            )
 
 
 def _add_layer_norm_attention() -> Errors:

@@ -49,6 +49,26 @@ def f32_to_f16(value: ndarray) -> ndarray:
     return np.where(nan, np.uint16(0x7FFF), bits) if nan.any() else bits
 
 
+def f32_to_e4m3(value: ndarray) -> ndarray:
+    """Rounds to nearest, ties to even, as bits; what is larger than 448 becomes 448 (.satfinite), NaN becomes 0x7f."""
+    size = np.minimum(np.abs(value.astype(np.float64)), 448.0)
+    exponent = np.where(size == 0, -6, np.maximum(np.frexp(size)[1] - 1, -6))
+    eighths = np.rint(np.ldexp(size, 3 - exponent))  # of a power of two: 8 to 16, less below the normal numbers
+    bits = (exponent + 6) * 8 + np.where(np.isnan(value), 0, eighths).astype(np.int64) | np.signbit(value) * 128
+    return np.where(np.isnan(value), 0x7F, bits).astype(np.uint8)
+
+
+def pair_to_e4m3(high: ndarray, low: ndarray) -> ndarray:
+    return (f32_to_e4m3(high).astype(np.uint16) << np.uint16(8)) | f32_to_e4m3(low)
+
+
+def f32_to_f16_towards_zero(value: ndarray) -> ndarray:
+    """As bits; NaN becomes 0x7fff."""
+    half = f32_to_f16(value).view(np.float16)
+    over = np.abs(half.astype(np.float32)) > np.abs(value)
+    return np.where(over, np.nextafter(half, np.float16(0)), half).view(np.uint16)
+
+
 def to_f32(bits: ndarray, kind: str) -> ndarray:
     """16-bit floating-point numbers of `kind`, f16 or bf16, as float32."""
     return bf16_to_f32(bits) if kind == "bf16" else np.ascontiguousarray(bits).view(np.float16).astype(np.float32)

@@ -17,11 +17,13 @@ from fastdeit.testing.ptx.formats import (
     Approximations,
     canonical,
     extreme,
+    f32_to_f16_towards_zero,
     flush,
     fma_f32,
     from_f32,
     halves,
     numpy_type,
+    pair_to_e4m3,
     to_f32,
 )
 
@@ -350,7 +352,7 @@ def _conversion() -> dict[str, Operation]:
         found[f"cvt.rn.f32.{of}"] = Operation((of,), ("f32",), lambda a: a.astype(np.float32))
         found[f"cvt.rn.f64.{of}"] = Operation((of,), ("f64",), lambda a: a.astype(np.float64))
     for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
-        for to, of in itertools.product(("s32", "u32", "s64", "u64"), ("f32", "f64")):
+        for to, of in itertools.product(("s16", "u16", "s32", "u32", "s64", "u64"), ("f32", "f64")):
             found[f"cvt.{mode}.{to}.{of}"] = Operation((of,), (to,), lambda a, to=to, f=function: _to_integer(f(a), to))
         found[f"cvt.{mode}.f64.f64"] = Operation(("f64",), ("f64",), function)
     found["cvt.rn.f32.f64"] = Operation(("f64",), ("f32",), lambda a: canonical(a.astype(np.float32)))
@@ -362,6 +364,11 @@ def _conversion() -> dict[str, Operation]:
         found[f"cvt.rn.{kind}x2.f32"] = Operation(
             ("f32", "f32"), ("b32",), lambda high, low, k=kind: _packed(from_f32(high, k), from_f32(low, k))
         )
+    found["cvt.rz.f16.f32"] = Operation(("f32",), ("b16",), f32_to_f16_towards_zero)
+    found["cvt.rn.satfinite.e4m3x2.f32"] = Operation(("f32", "f32"), ("b16",), pair_to_e4m3)
+    found["cvt.rn.satfinite.e4m3x2.f16x2"] = Operation(
+        ("b32",), ("b16",), lambda a: pair_to_e4m3(*halves(a, "f16").T[::-1])
+    )
     found["cvt.rna.tf32.f32"] = Operation(("f32",), ("b32",), _to_tf32)
     return found
 
@@ -371,7 +378,7 @@ def _packed(high: ndarray, low: ndarray) -> ndarray:
 
 
 def _to_integer(value: ndarray, kind: str) -> ndarray:
-    """Clamps to the type's range; NaN becomes 0 in 32 bits and the lowest bit pattern of the sign in 64."""
+    """Clamps to the type's range; NaN becomes 0, from float64 or in 64 bits the highest bit alone."""
     to = numpy_type(kind)
     limits = np.iinfo(to)
     wide = value.astype(np.float64)
@@ -379,8 +386,9 @@ def _to_integer(value: ndarray, kind: str) -> ndarray:
     result: ndarray = np.where(inside, wide, 0.0).astype(to)
     result = np.where(wide >= float(limits.max) + 1, to(limits.max), result)
     result = np.where(wide < float(limits.min), to(limits.min), result)
-    nan = to(0) if WIDTH[kind] == 4 else (1 << 63 if kind == "u64" else limits.min)
-    return np.where(np.isnan(wide), np.array(nan).astype(to), result)
+    width = WIDTH[kind]
+    nan = 1 << 8 * width - 1 if width == 8 or value.dtype == np.float64 else 0
+    return np.where(np.isnan(wide), np.array(nan, UNSIGNED[width]).view(to), result)
 
 
 def _to_tf32(value: ndarray) -> ndarray:
