@@ -38,6 +38,7 @@ WITH_EXTRAS = (
     "fastdeit.benchmarks",
     "fastdeit.commands",
     "fastdeit.testing.fake_cuda.pytest_plugin",
+    "fastdeit.inference.exporting",
 )  # what the extras `train`, `bench` and `test` are for
 # Imported only where the library has been: an adapter and its drop-in classes each.
 HOSTS = {

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdeit
 from fastdeit import backends
-from fastdeit.kernels.runtime import launch as launch_module
+from fastdeit.kernels.runtime.launch import cpu_launches
 from fastdeit.ops import matmul
 
 # Operations that launch nothing on a GPU: views and allocations.
@@ -93,7 +93,7 @@ def kernels_left_out() -> Iterator[list[str]]:
         return torch.mm(a, b).new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
 
     with (
-        mock.patch.object(launch_module, "_launch", launch),
+        cpu_launches(launch),
         backends.kernels_for_all_tensors(),
         # whose insides a dispatch mode does not see
         mock.patch.object(backends, "registered_path", lambda *tensors: False),

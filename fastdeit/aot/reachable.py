@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,9 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastdeit import backends, ops
 from fastdeit.aot import catalog
 from fastdeit.kernels.attention.config import HEAD_DIM_SPLITS
-from fastdeit.kernels.runtime import architecture
-from fastdeit.kernels.runtime import launch as launch_module
 from fastdeit.kernels.runtime.aot_config import AotConfig
+from fastdeit.kernels.runtime.architecture import LIMITS, nominal_device
+from fastdeit.kernels.runtime.launch import cpu_launches
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
@@ -68,9 +67,9 @@ def recorded_launches(arch: int) -> Iterator[list[AotConfig]]:
         rows.append(replace(row, fp_fusion=fp_fusion, maxnreg=maxnreg))
 
     with (
-        mock.patch.object(launch_module, "_launch", launch),
+        cpu_launches(launch),
         backends.kernels_for_all_tensors(),
-        mock.patch.object(architecture, "NOMINAL", arch),
+        nominal_device(arch),
     ):
         yield rows
 
@@ -93,7 +92,7 @@ def faults(row: AotConfig, arch: int) -> list[str]:
         found = catalog.compile_config(row, arch)
     except Exception as error:  # the compiler has no exception of its own
         return [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"]
-    most = architecture.LIMITS[arch].shared_per_block
+    most = LIMITS[arch].shared_per_block
     if found.shared_bytes > most:
         return [f"{found.shared_bytes} bytes of shared memory, a block has {most}"]
     return [] if found.blocks_per_sm else ["no block fits a multiprocessor"]

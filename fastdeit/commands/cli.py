@@ -23,6 +23,7 @@ COMMANDS = {
     ),
     "eval": Command("fastdeit.commands.eval", "print the accuracy of a checkpoint, of each head and of both together"),
     "predict": Command("fastdeit.commands.predict", "print the most likely classes of images"),
+    "export": Command("fastdeit.commands.export", "write a model, frozen for inference, as a file that serves"),
     "cache-teacher": Command(
         "fastdeit.commands.cache_teacher", "run the teacher once and save its labels for later training runs"
     ),

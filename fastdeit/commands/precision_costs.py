@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastdeit.commands.export import labelled_images
 from fastdeit.inference.architecture import FORMATS
 from fastdeit.inference.images import preparation
 from fastdeit.inference.optimizing import optimize_for_inference
 
-BATCH, MOST_IMAGES, RANDOM_IMAGES = 32, 512, 64
+BATCH, RANDOM_IMAGES = 32, 64
 
 
 def run(args: argparse.Namespace, model: nn.Module) -> int:
@@ -50,27 +51,13 @@ def _random(architecture) -> list[tuple[Tensor, Tensor]]:
 
 
 def _of_folder(folder: Path, prepare, model) -> list[tuple[Tensor, Tensor]]:
-    """Batches of images, taken evenly from all there are; every other one is for calibration.
-
-    Their classes are folders, or as predicted where all are in one.
-    """
-    from fastdeit.commands.predict import image_files
-    from fastdeit.train.config import Config
-    from fastdeit.train.image_files import read_image
-
-    paths = image_files([folder])
-    if len(paths) < 4:
-        raise ValueError(
-            f"--images: expected at least 4 images, half of them to calibrate with, got {len(paths)} in {folder}"
-        )
-    paths = paths[:: -(-len(paths) // MOST_IMAGES)]
-    size, mode = min(BATCH, len(paths) // 2), "L" if model.architecture.in_chans == 1 else "RGB"
-    folders = sorted({path.parent for path in paths})
-    halves, found = (paths[::2], paths[1::2]), []
-    for start in range(0, len(halves[1]), size):
-        for half in halves:
-            if chosen := half[start : start + size]:
-                images = torch.stack([prepare(read_image(path, mode, Config.max_image_megapixels)) for path in chosen])
-                labels = torch.tensor([folders.index(path.parent) for path in chosen])
-                found.append((images, labels if len(folders) > 1 else model(images.to(model.device)).argmax(-1)))
-    return found
+    """Batches of images with their classes; every other one is for calibration."""
+    batches = labelled_images(folder, prepare, model, BATCH)
+    if len(batches) < 2:
+        images, labels = batches[0]
+        if len(images) < 4:
+            raise ValueError(
+                f"--images: expected at least 4 images, half of them to calibrate with, got {len(images)} in {folder}"
+            )
+        batches = [(images[half::2], labels[half::2]) for half in (0, 1)]
+    return batches

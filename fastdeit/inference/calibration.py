@@ -27,7 +27,7 @@ def calibrate(
     """The buffers that quantized layers need beside their weights.
 
     Args:
-        model: in bf16, whose activations are measured; its blocks are left with observers.
+        model: in bf16, whose activations are measured; its blocks are left with taps.
         images: batches as model takes them, or pairs of a batch and labels.
         quantized: layers, as of `Options`.
         precision: "fp8" or "int8".
@@ -38,7 +38,7 @@ def calibrate(
     """
     statistics = {layer: _Statistics() for layer in quantized}
     for index, block in enumerate(model.blocks):
-        cast(Block, block).observer = functools.partial(_add, statistics, f"blocks.{index}")
+        cast(Block, block).tap = functools.partial(_add, statistics, f"blocks.{index}")
     _check_classes(model, images)
     largest, found = LARGEST[FORMATS[precision]], {}
     for layer, seen in statistics.items():
@@ -52,10 +52,11 @@ def calibrate(
     return found
 
 
-def _add(statistics: Mapping[str, "_Statistics"], block: str, layer: str, x: Tensor) -> None:
+def _add(statistics: Mapping[str, "_Statistics"], block: str, layer: str, x: Tensor) -> Tensor:
     seen = statistics.get(f"{block}.{layer}")
     if seen is not None:
         seen.add(x, static=layer not in NORMS)
+    return x
 
 
 def batches(images: Any, argument: str) -> Iterator[tuple[Tensor, Tensor | None]]:

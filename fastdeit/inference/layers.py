@@ -179,7 +179,7 @@ class Block(nn.Module):
         weights: of its parts, as `norm1.weight`; `gamma1` and `gamma2` (C,) where the layers before them do not have them.
 
     Attributes:
-        observer: called with the name of each layer and its input, where that is of a float dtype.
+        tap: called with the name of each layer and its input, of a float dtype; returns what the layer takes in its place.
     """
 
     norm1: Norm
@@ -195,7 +195,7 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = architecture.num_heads, architecture.head_dim
         self.activation = architecture.activation
-        self.observer: Callable[[str, Tensor], None] | None = None
+        self.tap: Callable[[str, Tensor], Tensor] | None = None
         for norm, eps in zip(("norm1", "norm2"), architecture.eps, strict=True):
             setattr(self, norm, Norm(eps, under(weights, norm)))
         for layer in LAYERS:
@@ -208,19 +208,18 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and what is still to be added to it, of the first `keep` tokens if that is given."""
         x, y = self.norm1(x, branch, gamma, self.qkv.format)
-        self._observe("qkv", y)
+        y = self._tapped("qkv", y)
         if keep is None:
             mixed = ops.attention(self.qkv(y), self.num_heads, scale=1.0)
         else:
             x, mixed = x[:, :keep], self._prefix_attention(y, keep)
-        self._observe("proj", mixed)
+        mixed = self._tapped("proj", mixed)
         x, y = self.norm2(x, self.proj(self.proj.received(mixed)), self.gamma1, self.fc1.format)
-        self._observe("fc1", y)
+        y = self._tapped("fc1", y)
         return x, self._mlp(y)
 
-    def _observe(self, layer: str, x: Tensor) -> None:
-        if self.observer is not None:
-            self.observer(layer, x)
+    def _tapped(self, layer: str, x: Any) -> Any:
+        return x if self.tap is None else self.tap(layer, x)
 
     def _prefix_attention(self, y: Tensor | Tokens, keep: int) -> Tensor:
         heads, width = (self.num_heads, self.head_dim), self.num_heads * self.head_dim
@@ -230,8 +229,7 @@ class Block(nn.Module):
 
     def _mlp(self, y: Any) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
-        if fc1.format is None and fc2.format is None and self.observer is None:
+        if fc1.format is None and fc2.format is None and self.tap is None:
             return ops.mlp(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.activation)
         hidden = fc1.activated(y, self.activation, fc2)
-        self._observe("fc2", hidden)
-        return fc2(hidden)
+        return fc2(self._tapped("fc2", hidden))

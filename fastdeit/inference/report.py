@@ -98,15 +98,16 @@ def _observed(optimized: OptimizedModel, exact: OptimizedModel) -> dict[str, _Su
     pairs = zip(optimized.blocks, exact.blocks, optimized.architecture.blocks, strict=True)
     for ours, theirs, block in pairs:
         sums = {layer: _Sums() for layer in LAYERS if isinstance(getattr(ours, layer), QuantizedLinear)}
-        cast(Block, theirs).observer = functools.partial(_compare, cast(Block, ours), cast(Block, theirs), sums)
+        cast(Block, theirs).tap = functools.partial(_compare, cast(Block, ours), cast(Block, theirs), sums)
         found |= {name: sums[layer] for layer, name in zip(LAYERS, block.names, strict=True) if layer in sums}
     return found
 
 
-def _compare(ours: Block, theirs: Block, sums: Mapping[str, _Sums], layer: str, x: Tensor) -> None:
+def _compare(ours: Block, theirs: Block, sums: Mapping[str, _Sums], layer: str, x: Tensor) -> Tensor:
     if layer in sums:
         linear = getattr(theirs, layer)
         sums[layer].add(_output(ours, layer, x), F.linear(x, linear.weight, linear.bias))
+    return x
 
 
 def _output(block: Block, layer: str, x: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ def quantized_linear_reference(
 
 
 def _integer_product(rows: Tensor, weight: Tensor) -> Tensor:
+    if torch.compiler.is_exporting() and not rows.is_cuda:  # `_int_mm` takes no symbolic number of rows
+        return torch.mm(rows.int(), weight.int().t())
     count = len(rows)
     if rows.is_cuda and count < _FEWEST_ROWS:
         rows = F.pad(rows, (0, 0, 0, _FEWEST_ROWS - count))

@@ -1,13 +1,26 @@
 """What the kernels need to know about a GPU: its architecture number and its hardware limits. The only place that knows them."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-# Stand in for the device of CPU tensors, which only the interpreter, launch tests and the PTX machine use.
-NOMINAL = 90
-NOMINAL_MULTIPROCESSORS = 132  # an H100's
+# Architecture and multiprocessors that stand in for the device of CPU tensors, which only the interpreter, launch tests and the
+# PTX machine use: an H100's.
+_nominal = 90, 132
+
+
+@contextlib.contextmanager
+def nominal_device(arch: int, multiprocessors: int | None = None) -> Iterator[None]:
+    """In it kernels for CPU tensors are chosen as on this architecture, such as 80, by default with as many multiprocessors."""
+    global _nominal
+    previous, _nominal = _nominal, (arch, multiprocessors or _nominal[1])
+    try:
+        yield
+    finally:
+        _nominal = previous
 
 
 @dataclass(frozen=True)
@@ -67,10 +80,10 @@ def _multiprocessors(device_index: int) -> int:
 
 
 def architecture(x: torch.Tensor) -> int:
-    """The compute capability of x's device as one number, such as 90; `NOMINAL` for a CPU tensor."""
-    return _capability(x.device.index) if x.is_cuda else NOMINAL
+    """The compute capability of x's device as one number, such as 90; that of `nominal_device` for a CPU tensor."""
+    return _capability(x.device.index) if x.is_cuda else _nominal[0]
 
 
 def multiprocessors(x: torch.Tensor) -> int:
-    """The number of streaming multiprocessors of x's device; `NOMINAL_MULTIPROCESSORS` for a CPU tensor."""
-    return _multiprocessors(x.device.index) if x.is_cuda else NOMINAL_MULTIPROCESSORS
+    """The number of streaming multiprocessors of x's device; those of `nominal_device` for a CPU tensor."""
+    return _multiprocessors(x.device.index) if x.is_cuda else _nominal[1]

@@ -107,7 +107,7 @@ def launch(
         with torch.cuda.device(home):
             _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
     elif home < 0 and _cpu_launcher is not None:
-        _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion)
+        _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
     else:
         _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
 
@@ -139,8 +139,7 @@ def _runs() -> bool:
 
 @contextlib.contextmanager
 def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
-    """In it `launcher` is called in the place of `launch` where the tensors are on the CPU, with all of
-    its arguments but maxnreg, which ptxas alone heeds."""
+    """In it `launcher` is called in the place of `launch` for tensors on the CPU, with all of its arguments by position."""
     global _cpu_launcher
     previous, _cpu_launcher = _cpu_launcher, launcher
     try:

@@ -87,12 +87,10 @@ def _layer_norms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
         yield f"add_layer_norm C={channels} autocast", functools.partial(_add_layer_norm, channels)
         hidden = 256 if channels == 192 else 32
         yield f"add_layer_norm_mlp C={channels} autocast", functools.partial(_add_layer_norm_mlp, channels, hidden)
-    for name, *options in (
-        (" without LayerScale", 256, False),
-        (", pre-activation recomputed", 32, True, True),
-        (", first layer bf16", 256, True, False, BF16),
-    ):
-        yield f"add_layer_norm_mlp{name}, autocast", functools.partial(_add_layer_norm_mlp, 384, *options)
+    folded = functools.partial(functools.partial, _add_layer_norm_mlp, 384)
+    yield "add_layer_norm_mlp without LayerScale, autocast", folded(256, scaled=False)
+    yield "add_layer_norm_mlp, pre-activation recomputed, autocast", folded(32, lean=True)
+    yield "add_layer_norm_mlp, first layer bf16, autocast", folded(256, first=BF16)
     yield "layer_norm_mlp autocast", _layer_norm_mlp
     yield "linear, residual branch, bf16", functools.partial(_residual_linear, BF16)
     yield "linear, residual branch, autocast", functools.partial(_residual_linear, FP32)
@@ -208,10 +206,8 @@ def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     if has_descriptors(arch):
         home = next(c for c in attention_config.aot_cases(arch) if c.config.descriptors and c.head_dim == 64)
         for keys in (128, 256):
-            yield (
-                f"attention, one program, {keys} keys",
-                functools.partial(_attend, home, attention_config.one_program_tiles(keys), keys - 3),
-            )
+            tiles = attention_config.one_program_tiles(keys)
+            yield f"attention, one program, {keys} keys", functools.partial(_attend, home, tiles, keys - 3)
 
 
 def _add_layer_norm_attention() -> Errors:

@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeit.backends import supposed_gpu
-from fastdeit.kernels.runtime import architecture
+from fastdeit.kernels.runtime.architecture import nominal_device
 from fastdeit.kernels.runtime.launch import cpu_launches
 from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_variant, why_untested
 from fastdeit.testing.ptx.counts import Counts, Observer
@@ -159,6 +158,7 @@ def executing(
         num_warps: int,
         num_stages: int = 1,
         fp_fusion: bool = True,
+        maxnreg: int | None = None,  # which ptxas alone heeds
     ) -> None:
         if before_launch:
             before_launch(kernel, grid, args, constexprs, num_warps, num_stages)
@@ -184,8 +184,7 @@ def executing(
     with (
         supposed_gpu(),
         cpu_launches(launch),
-        mock.patch.object(architecture, "NOMINAL", arch),
-        mock.patch.object(architecture, "NOMINAL_MULTIPROCESSORS", multiprocessors),
+        nominal_device(arch, multiprocessors),
     ):
         yield
 
