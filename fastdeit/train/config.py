@@ -37,10 +37,10 @@ class Config:
     data_download: bool = _help("download a set of timm's that is not there", False)
     train_split: str = _help("the split to train on, of a set of timm's", "train")
     val_split: str = _help("the split to evaluate on, of a set of timm's", "validation")
-    input_key: str | None = _help("column of the images in a set of timm's; by default the reader's own", None)
+    input_key: str | None = _help("column of the images in a set of timm's; by default the reader's choice", None)
     target_key: str | None = _help("column of the classes in a set of timm's; by default the reader's own", None)
     num_classes: int | None = _help(
-        "classes of a set of timm's that does not tell; of others, what there must be", None
+        "number of classes; needed for a timm set that does not give it, checked for others", None
     )
     max_bad_images: int = _help("unreadable images that are reported and replaced; one more stops the run", 100)
     max_image_megapixels: float = _help("images with more pixels, in millions, count as unreadable", 500.0)
@@ -70,7 +70,7 @@ class Config:
         "auto",
     )
     workers: int = _help("processes that load data; results do not depend on it", 0)
-    prefetch: int = _help("batches that each of them loads ahead", 2)
+    prefetch: int = _help("batches that each worker loads ahead", 2)
 
     scale: list[float] = field(
         default_factory=lambda: [0.08, 1.0], metadata=dict(help="area of random crops, relative to the image")
@@ -79,7 +79,7 @@ class Config:
         default_factory=lambda: [3 / 4, 4 / 3], metadata=dict(help="width to height of random crops")
     )
     repeated_aug: int = _help(
-        "times that an image comes in an epoch, each augmented anew; the epoch keeps its length", 3
+        "how often an image is repeated in an epoch, each time augmented anew; the epoch keeps its length", 3
     )
     simple_random_crop: bool = _help(
         "resize, pad by 4 and crop, in place of scale and ratio (DeiT III on ImageNet-21k)", False
@@ -98,9 +98,9 @@ class Config:
     mixup: float = _help("mixup's alpha; 0 is off", 0.8)
     cutmix: float = _help("CutMix's alpha; 0 is off", 1.0)
     mixup_prob: float = _help("probability that a batch is mixed", 1.0)
-    mixup_switch_prob: float = _help("share of CutMix where both are on", 0.5)
+    mixup_switch_prob: float = _help("probability of CutMix rather than mixup where both are on", 0.5)
     mixup_mode: str = _help("mix by batch, pair or elem(ent)", "batch")
-    mixup_off_epoch: int = _help("mix no more from this epoch on; 0 mixes to the end", 0)
+    mixup_off_epoch: int = _help("stop mixing at this epoch; 0 mixes to the end", 0)
     cutmix_minmax: list[float] | None = field(
         default=None, metadata=dict(help="smallest and largest side of CutMix's region, in place of cutmix")
     )
@@ -133,7 +133,7 @@ class Config:
     )
     teacher_cache: str | None = _help("labels that fastdeit cache-teacher wrote, in place of the teacher", None)
     teacher_epochs: int = _help("train the teacher first, for so many epochs", 0)
-    teacher_lr: float = _help("its learning rate, as lr", 5e-4)
+    teacher_lr: float = _help("the teacher's learning rate, scaled as lr is", 5e-4)
 
     opt: str = _help("timm's name of the optimizer", "adamw")
     opt_eps: float = _help("the optimizer's epsilon", 1e-8)
@@ -146,12 +146,12 @@ class Config:
     clip_mode: str = _help("clip by norm, value or agc (adaptively, relative to the weights)", "norm")
     grad_accum_steps: int = _help("equal parts that a process cuts its batch into, for less memory", 1)
     memory: str = _help(
-        "what accelerated blocks keep for backward: usual, or lean, less for one more product a block", "usual"
+        "what accelerated blocks save for backward: usual, or lean: less, for one more GEMM per block", "usual"
     )
-    grad_checkpointing: bool = _help("keep no activations within a block but make them again in backward", False)
+    grad_checkpointing: bool = _help("save no activations within a block and recompute them in backward", False)
     sched: str = _help("timm's name of the learning-rate schedule", "cosine")
     sched_on_updates: bool = _help("a new learning rate each update rather than each epoch", False)
-    warmup_epochs: int = _help("epochs of linear warm-up, the first of all", 5)
+    warmup_epochs: int = _help("epochs of linear warm-up at the start", 5)
     warmup_lr: float = _help("learning rate at the start of warm-up", 1e-6)
     min_lr: float = _help("learning rate at the end", 1e-5)
     model_ema_decay: float = _help("decay of the weights' moving average; 0 is off", 0.99996)
@@ -161,7 +161,7 @@ class Config:
     wandb: str | None = _help("project of Weights & Biases to report to", None)
 
     checkpoint_minutes: float = _help("save the state within an epoch after so many minutes; 0 is off", 10.0)
-    checkpoint_steps: int = _help("save it after so many updates, too; 0 is off", 0)
+    checkpoint_steps: int = _help("save the state within an epoch after so many updates; 0 is off", 0)
     keep_best: int = _help("keep the weights of so many best epochs", 1)
 
     compile: bool = _help("compile the model with torch.compile", False)
