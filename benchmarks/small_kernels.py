@@ -62,6 +62,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
         torch.full((2, 2, 8), 2.0, dtype=torch.float64, device=x.device),
     )
     yield "augment", lambda: ops.augment(pixels, operation)
+    yield from quantization(x.detach(), branch.detach(), weight.detach(), bias.detach())
     narrow = randn(2, tokens, fused_mlp.CHANNELS.value), randn(128, 192), None, randn(192, 128), None
     for config in fused_mlp.candidates(architecture(x)):
         with fused_mlp.use_fused_mlp(config), torch.no_grad():
@@ -77,6 +78,21 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
     target = torch.tensor([1, 40], device=x.device)
     logits = [randn(2, 77) for _ in range(2)]
     yield "distillation", lambda: ops.distillation_cross_entropy(*logits, target, randn(2, 77).detach())
+
+
+def quantization(x, branch, weight, bias) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """To the 8-bit formats that the architecture has, behind LayerNorm and behind a product."""
+    step = torch.tensor([0.05], device=x.device)
+    for format in (torch.int8, torch.float8_e4m3fn)[: 1 if architecture(x) < 89 else 2]:
+
+        def normalised(format=format):
+            _, q, scale = ops.add_layer_norm_quantize(x, branch, weight, bias, dtype=format)
+            return q.float() * scale[..., None]
+
+        options = dict(column_scale=weight.float(), bias=bias, activation="gelu", scale=step, out_dtype=format)
+        name = str(format).removeprefix("torch.")
+        yield f"add_layer_norm_quantize, {name}", normalised
+        yield f"rescale, {name}", lambda options=options: ops.rescale(x, **options).float()
 
 
 def descriptor_attention(qkv: torch.Tensor) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
