@@ -13,9 +13,8 @@ from fastdeit.blocks.call_rules import why_not_plain_call, why_not_trunk_call
 from fastdeit.blocks.checklist import TrunkVerdict
 from fastdeit.blocks.run import PendingResidual, attention_fused, blocks_of, read_gamma, run_blocks, run_final_norm
 
-MOST_GRADIENTS = (
-    12 << 20
-)  # bytes that a span of several blocks has: several spans fill a bucket of DDP, which has 25 MiB
+# Bytes of gradients that a span of several blocks has at most: several spans fill a bucket of DDP, which has 25 MiB.
+MOST_GRADIENTS = 12 << 20
 
 
 class Span(NamedTuple):

@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastdeit.commands import named_model
 from fastdeit.commands.eval import weights_file
+from fastdeit.commands.image_batches import labelled_images
 from fastdeit.inference.architecture import FORMATS as QUANTIZED
 from fastdeit.inference.architecture import IMAGES, READOUTS, STREAM
 from fastdeit.inference.exporting import FORMATS, export_optimized
-from fastdeit.inference.images import preparation
 from fastdeit.inference.optimizing import optimize_for_inference
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.precision in QUANTIZED:
         if args.calibration is None:
             raise ValueError(f"--calibration: expected a folder of images, from which {args.precision} has its scales")
-        calibration = labelled_images(args.calibration, preparation(plain), plain)
+        calibration = labelled_images(args.calibration, plain)
         options |= dict(calibration=calibration, exclude=args.exclude)
     elif args.calibration is not None or args.exclude:
         raise ValueError(f"--calibration, --exclude: are for fp8 and int8, not for {args.precision}")
@@ -67,29 +67,6 @@ def run(args: argparse.Namespace) -> int:
     size = sum(t.numel() * t.element_size() for t in fast.buffers())
     print(f"{args.output}: {args.precision}, weights of {size / 2**20:.1f} MiB, {FORMATS[args.format]}")
     return 0
-
-
-def labelled_images(folder: Path, prepare, model, size: int = 32, most: int = 512) -> list[tuple[Tensor, Tensor]]:
-    """Batches of at most `most` images of a folder, taken evenly from all there are.
-
-    Their labels are the folders that they are in, or what the model predicts where all are in one.
-    """
-    import torch
-
-    from fastdeit.commands.predict import image_files
-    from fastdeit.train.config import Config
-    from fastdeit.train.image_files import read_image
-
-    paths = image_files([folder])
-    paths = paths[:: -(-len(paths) // most)]
-    folders, found = sorted({path.parent for path in paths}), []
-    mode = "L" if model.architecture.in_chans == 1 else "RGB"
-    for start in range(0, len(paths), size):
-        chosen = paths[start : start + size]
-        images = torch.stack([prepare(read_image(path, mode, Config.max_image_megapixels)) for path in chosen])
-        labels = torch.tensor([folders.index(path.parent) for path in chosen])
-        found.append((images, labels if len(folders) > 1 else model(images.to(model.device)).argmax(-1)))
-    return found
 
 
 def _model(name: str) -> tuple[nn.Module, dict[str, Any]]:

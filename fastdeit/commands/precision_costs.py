@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdeit.commands.export import labelled_images
+from fastdeit.commands.image_batches import labelled_images
 from fastdeit.inference.architecture import FORMATS
-from fastdeit.inference.images import preparation
+from fastdeit.inference.model import OptimizedModel
 from fastdeit.inference.optimizing import optimize_for_inference
 
 BATCH, RANDOM_IMAGES = 32, 64
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, model: nn.Module) -> int:
     """
     device = next(model.parameters()).device
     plain = optimize_for_inference(model, "bf16")  # which has the transform of images
-    batches = _random(plain.architecture) if args.images is None else _of_folder(args.images, preparation(plain), plain)
+    batches = _random(plain.architecture) if args.images is None else _of_folder(args.images, plain)
     options = {"exclude": args.exclude} if args.precision in FORMATS else {}
     if args.exclude and not options:
         raise ValueError(f"--exclude: expected nothing for {args.precision}, in which no layer is quantized")
@@ -50,9 +50,9 @@ def _random(architecture) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(RANDOM_IMAGES // 2), labels.split(RANDOM_IMAGES // 2), strict=True))
 
 
-def _of_folder(folder: Path, prepare, model) -> list[tuple[Tensor, Tensor]]:
+def _of_folder(folder: Path, model: OptimizedModel) -> list[tuple[Tensor, Tensor]]:
     """Batches of images with their classes; every other one is for calibration."""
-    batches = labelled_images(folder, prepare, model, BATCH)
+    batches = labelled_images(folder, model, BATCH)
     if len(batches) < 2:
         images, labels = batches[0]
         if len(images) < 4:

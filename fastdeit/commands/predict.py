@@ -110,27 +110,22 @@ def predict_optimized(
         FileNotFoundError: an image or the file is not there.
         ValueError: one cannot be read, or the file does not say how images are prepared.
     """
-    import torch
 
     from fastdeit.commands.explain import device as device_named
+    from fastdeit.commands.image_batches import batch_reader
     from fastdeit.inference.file import load_optimized
-    from fastdeit.inference.images import preparation
-    from fastdeit.train.config import Config
-    from fastdeit.train.image_files import read_image
 
     model = load_optimized(file, device_named(device))
     try:
-        prepare, mode = preparation(model), "L" if model.architecture.in_chans == 1 else "RGB"
+        read = batch_reader(model, max_megapixels)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    limit = Config.max_image_megapixels if max_megapixels is None else max_megapixels
     classes = model.preprocessing.class_names or tuple(map(str, range(model.architecture.classes)))
     paths = image_files(images)
     found: dict[str, list[dict[str, Any]]] = {}
     for start in range(0, len(paths), BATCH):
         batch = paths[start : start + BATCH]
-        pixels = torch.stack([prepare(read_image(path, mode, limit)) for path in batch]).to(model.device)
-        scores = model(pixels).float()
+        scores = model(read(batch)).float()
         found |= _likeliest(
             batch, scores / 2 if model.options.readout == "softmax_sum" else scores.softmax(1), top, classes
         )

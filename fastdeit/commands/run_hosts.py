@@ -48,9 +48,11 @@ def made_models(accelerated: Callable[[nn.Module], None]) -> Iterator[None]:
 
     def replace(module: ModuleType) -> None:
         owner_name, methods = _MAKERS[module.__name__]
-        owner = getattr(module, owner_name, nn.Identity)  # of another version
+        owner = getattr(module, owner_name, None)
+        if owner is None:  # another version
+            return
         for name in methods:
-            own = vars(owner).get(name) if owner is not nn.Identity else None
+            own = vars(owner).get(name)
             if own is not None:
                 replaced.append((owner, name, own))
                 setattr(owner, name, _making(own, accelerated))

@@ -29,6 +29,8 @@ from fastdeit.inference.folding import (
 from fastdeit.nn.vision_transformer import FusedTrunk
 from fastdeit.swap import accelerate, restore
 
+_NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, timm.layers.PatchDropout, type(None))
+
 
 class Normalisation(NamedTuple):
     """Of images in [0, 1]: (x - mean) / std for each channel."""
@@ -200,9 +202,6 @@ def _read(layer: spec.Affine) -> Layer:
 
 def _named(prefix: str, tensors: Layer | Apart) -> dict[str, Tensor | None]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors._asdict().items()}
-
-
-_NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, timm.layers.PatchDropout, type(None))
 
 
 def _present(prefix: str, weights: Mapping[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:

@@ -48,12 +48,10 @@ def quantized_linear(
     rows = q.reshape(-1, q.shape[-1])
     shape = (*q.shape[:-1], len(weight))
     options: dict[str, Any] = dict(activation=activation, scale=scale, out_dtype=out_dtype)
-    if q.dtype == torch.int8:
-        z = _integer_product(rows, weight).view(shape)
-        return rescale(z, row_scale=row_scale, column_scale=column_scale, bias=bias, **options)
-    if not q.is_cuda:  # there `_scaled_mm` takes one scale a tensor, and is slow
-        z = F.linear(rows.float(), weight.float()).view(shape)
-        return rescale(z, row_scale=row_scale, column_scale=column_scale, bias=bias, **options)
+    if q.dtype == torch.int8 or not q.is_cuda:  # on a CPU `_scaled_mm` takes one scale a tensor, and is slow
+        integers = q.dtype == torch.int8
+        z = _integer_product(rows, weight) if integers else F.linear(rows.float(), weight.float())
+        return rescale(z.view(shape), row_scale=row_scale, column_scale=column_scale, bias=bias, **options)
     row_scale = _ones(len(rows), q.device) if row_scale is None else row_scale.reshape(-1, 1)
     bias = None if bias is None else bias.bfloat16()
     scales: dict[str, Any] = dict(scale_a=row_scale, scale_b=column_scale[None], bias=bias)

@@ -136,7 +136,8 @@ class AutomaticGraph:
             return
         global _failed
         with _changing:
-            if _mode == "off":
+            if _mode == "off":  # since this call began
+                self._decided = False
                 return
             _make_room(_most - 1)
             try:

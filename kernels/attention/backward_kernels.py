@@ -6,6 +6,7 @@ Seen as in the forward kernels, see there for the inputs. Logits and probabiliti
 import triton
 import triton.language as tl
 
+from fastdeit.kernels.attention.forward import FORWARD_INTEGERS
 from fastdeit.kernels.attention.tiles import (
     LOG2E,
     dkv_step,
@@ -18,25 +19,9 @@ from fastdeit.kernels.attention.tiles import (
     zeros_pair,
 )
 
-_INPUT_INTEGERS = (
-    "N_Q",
-    "N_KV",
-    "H",
-    "k_first_head",
-    "v_first_head",
-    "q_batch_stride",
-    "q_token_stride",
-    "q_head_stride",
-    "k_batch_stride",
-    "k_token_stride",
-    "k_head_stride",
-    "v_batch_stride",
-    "v_token_stride",
-    "v_head_stride",
-)
-DQ_INTEGERS = (*_INPUT_INTEGERS, "dq_batch_stride", "dq_token_stride", "dq_head_stride")
+DQ_INTEGERS = (*FORWARD_INTEGERS, "dq_batch_stride", "dq_token_stride", "dq_head_stride")
 DKV_INTEGERS = (
-    *_INPUT_INTEGERS,
+    *FORWARD_INTEGERS,
     "dk_batch_stride",
     "dk_token_stride",
     "dk_head_stride",
