@@ -216,9 +216,11 @@ def test_a_capture_that_fails_half_way_ends(model, monkeypatch):
 
 @pytest.mark.fake_device
 def test_inside_another_capture_the_launches_are_captured(model):
-    capture(model)
-    x = images()
-    with fake_cuda.counting() as counts, torch.cuda.graph(torch.cuda.CUDAGraph()):
+    stream, x = torch.cuda.Stream(), images()
+    with torch.cuda.stream(stream):
+        capture(model)
+        assert is_replayed(model)
+    with fake_cuda.counting() as counts, torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         call(model, x)
     assert counts["graph_launch"] == 0 and counts["triton_launch"] > 5
 
