@@ -263,6 +263,14 @@ def test_calls_with_gradients_are_not_captured(model):
     assert counts["graph_launch"] == 0
 
 
+@pytest.mark.fake_device
+def test_switched_off_nothing_is_timed(model):
+    fastdeit.set_graphs("off")
+    with fake_cuda.counting() as counts:
+        capture(model)
+    assert counts["record_event"] == counts["query"] == counts["capture"] == 0
+
+
 @pytest.mark.parametrize(
     ("mode", "most", "error", "said"),
     [

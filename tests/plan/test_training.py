@@ -166,6 +166,60 @@ def test_a_weight_that_changes_before_the_backward_pass_is_noticed(calls):
     step(model, x)
 
 
+def planned_loss():
+    """A model with a plan, and the loss of a call from it."""
+    model = build(dtype=torch.bfloat16).train()
+    x = images(model)
+    for _ in range(2):
+        step(model, x)
+    only_plan(model)
+    return model, sum(output.sum() for output in model(x))
+
+
+def test_a_weight_that_gets_other_data_keeps_its_memory_until_backward_has_read_it():
+    model, loss = planned_loss()
+    weight = model.blocks[0].mlp.fc1.weight
+    before = weight.data_ptr()
+    weight.data = weight.data.clone()
+    assert before not in [torch.empty_like(weight).data_ptr() for _ in range(8)]
+    loss.backward()
+    del loss
+    assert before in [made.data_ptr() for made in [torch.empty_like(weight) for _ in range(8)]]
+
+
+def test_a_weight_whose_memory_is_given_back_before_backward_is_noticed():
+    model, loss = planned_loss()
+    model.blocks[0].mlp.fc1.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory of a parameter was given back or moved"):
+        loss.backward()
+
+
+def test_a_backward_pass_that_another_may_follow_writes_over_nothing_that_is_kept(monkeypatch):
+    model, loss = planned_loss()
+    ran = []
+    for span in only_plan(model)._spans:
+        for name in ("_backward", "_repeatable"):
+            bound = getattr(span, name)
+            monkeypatch.setattr(bound, "at", lambda *a, name=name, at=bound.at: ran.append(name) or at(*a))
+    count = len(only_plan(model)._spans)
+    loss.backward(retain_graph=True)
+    assert ran == ["_repeatable"] * count
+    loss.backward()
+    assert ran[count:] == ["_backward"] * count
+
+
+def test_gradients_are_received_as_launches_read_them():
+    device, layout = torch.device("cuda", 0), ((2, 4, 8), torch.bfloat16)
+    shifted = torch.empty(65, device=device, dtype=torch.bfloat16)[1:].view(2, 4, 8)
+    transposed = torch.empty(2, 8, 4, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    given = [shifted, transposed, None, None, torch.empty(2, 4, 8, device=device, dtype=torch.bfloat16)]
+    got = span_plans.received_gradients(given, [layout, layout, layout, None, layout], device)
+    assert got[3] is None and got[4] is given[4]
+    for gradient in (*got[:3], got[4]):
+        assert gradient.is_contiguous() and gradient.data_ptr() % 16 == 0
+        assert (gradient.shape, gradient.dtype) == layout
+
+
 def test_two_calls_before_their_backward_passes_have_memory_of_their_own(monkeypatch):
     def interleaved():
         tokens = [model._planned_tokens(looked_at(model), x) for _ in range(2)]
