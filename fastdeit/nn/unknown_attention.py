@@ -6,7 +6,8 @@ import textwrap
 
 from torch import nn
 
-SCALED_AFTER_SOFTMAX = "it scales the attention weights after the softmax; the kernels scale the logits before it (Vaswani et al. 2017, eq. 1)"
+# The kernels scale the logits before it (Vaswani et al. 2017, eq. 1).
+SCALED_AFTER_SOFTMAX = "it scales attention weights after the softmax, not logits before it"
 
 
 def why_not_standard(kind: type[nn.Module]) -> str | None:

@@ -97,12 +97,12 @@ def layer_class(name: str) -> type[nn.Module]:
     return parts.source
 
 
-def layout_of(module: nn.Module) -> Layout:
+def layout_of(module: Any) -> Layout:
     """Of a layer's drop-in."""
     return _parts[module.source].layout
 
 
-def why_collected(layer: nn.Module) -> str | None:
+def why_collected(layer: Any) -> str | None:
     """Why parts of a layer must be called in this call: transformers collects what they give."""
     if output_capturing is None:
         return None
@@ -116,7 +116,7 @@ def why_collected(layer: nn.Module) -> str | None:
     return next((f"transformers collects its {name}" for name in parts), None)
 
 
-def part(layer: nn.Module, path: str) -> Any:
+def part(layer: Any, path: str) -> Any:
     """The module at a path of children from the layer; the layer itself for an empty one.
 
     Raises:
