@@ -64,7 +64,7 @@ class Calls:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return model.run(images)
         count = len(images)
-        batch = _Batch(model, next((bucket for bucket in self.buckets if bucket >= count > 0), count))
+        batch = Batch(model, next((bucket for bucket in self.buckets if bucket >= count > 0), count))
         if self.cuda_graphs == "off" or why_not_plannable(images) is not None or self._why_no_graph(model) is not None:
             return batch.launch(images)
         key = batch.images, *circumstances(images)
@@ -94,7 +94,7 @@ class Calls:
             return self._graphs.setdefault(key, AutomaticGraph())
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """A model's calls with at most so many images, as `AutomaticGraph` runs and captures them."""
 
     model: "OptimizedModel"

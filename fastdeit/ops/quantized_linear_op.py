@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeit.kernels.runtime.launch import next_power_of_2
 from fastdeit.ops.arguments import check_vector
 from fastdeit.ops.quantized_formats import check_format, check_scale
 from fastdeit.ops.rescale_op import rescale, rescale_reference
@@ -96,7 +95,7 @@ def _ones(rows: int, device: torch.device) -> Tensor:
     """A scale of 1 for each row, which `_scaled_mm` asks for where the columns have one each."""
     if torch.compiler.is_compiling():
         return torch.ones((rows, 1), device=device)
-    most = next_power_of_2(rows)
+    most = 1 << (rows - 1).bit_length()
     ones = _ones_of.get((most, device))
     if ones is None:
         ones = torch.ones((most, 1), device=device)

@@ -10,7 +10,7 @@ import torch
 
 import fastdeit
 from fastdeit import ops, optimize_for_inference
-from fastdeit.inference.calls import MOST_KINDS
+from fastdeit.inference.calls import MOST_KINDS, Batch
 from fastdeit.ops import quantized_linear_op
 from fastdeit.plan import graphs
 from fastdeit.testing import fake_cuda
@@ -129,10 +129,8 @@ def replayed_by_hand(monkeypatch):
 
 @PRECISIONS
 def test_a_replay_computes_what_a_call_computes(replayed_by_hand, precision):
-    from fastdeit.inference.calls import _Batch
-
     fast = optimized(precision)
-    graph = graphs._Graph(_Batch(fast, 4), torch.randn(2, 3, 32, 32))
+    graph = graphs._Graph(Batch(fast, 4), torch.randn(2, 3, 32, 32))
     full = torch.randn(4, 3, 32, 32)
     first = graph(full)
     assert torch.equal(first, fast.run(full))
@@ -168,8 +166,6 @@ def test_the_fifth_call_replays_and_nothing_waits(precision):
 @pytest.mark.fake_device
 @PRECISIONS
 def test_a_graph_holds_the_launches_of_a_call(precision):
-    from fastdeit.inference.calls import _Batch
-
     def of(events):
         return [
             (event.kind, event.name, event.grid, event.block) for event in events if "FillFunctor" not in event.name
@@ -180,7 +176,7 @@ def test_a_graph_holds_the_launches_of_a_call(precision):
     with torch.no_grad():
         x = images().to(fast.dtype)
         launches = of(recorded(lambda: fast.run(x)))
-        captured = of(recorded(lambda: graphs._Graph(_Batch(fast, 2), x)))
+        captured = of(recorded(lambda: graphs._Graph(Batch(fast, 2), x)))
     assert captured[:-1] == launches and len(launches) > 15  # the last one copies the logits to where they are read
     assert captured[-1][0] == "copy_on_device"
 
