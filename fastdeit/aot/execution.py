@@ -77,8 +77,8 @@ class Execution:
     eager_rms_error: float
     share_of_limit: float
     instructions: dict[str, int] = field(default_factory=dict)
-    once: Accesses = Accesses()
-    loop: Accesses = Accesses()
+    once: Accesses = field(default_factory=Accesses)
+    loop: Accesses = field(default_factory=Accesses)
 
     @property
     def accesses(self) -> Accesses:

@@ -20,10 +20,7 @@ configuration whose PTX was executed on a CPU ([how](compiled-code.md)), with Tr
 Checks: every row passed all of the machine's checks in three schedules (in step, shuffled with equal bits, and with approximate
 instructions perturbed). The limits on sectors and wavefronts, and their exceptions, are in `fastdeit/aot/resource_limits.py`.
 """
-_COLUMNS = (
-    *("kernel", "configuration", "case", "warp instructions", "error", "eager", "share"),
-    *("sectors", "wavefronts"),
-)
+_COLUMNS = ["kernel", "configuration", "case", "warp instructions", "error", "eager", "share", "sectors", "wavefronts"]
 
 
 def page(rows: Sequence[tuple[str, str, str, Resources]], triton_version: str) -> str:
@@ -35,7 +32,7 @@ def page(rows: Sequence[tuple[str, str, str, Resources]], triton_version: str) -
         lines += [f"## {arch}", "", f"{len(executed)} of {len(of_arch)} configurations are executed.", ""]
         if len(executed) < len(of_arch):
             lines[-2] += " The others use tcgen05, or are launched only by calls that do."
-        lines += [f"| {' | '.join(row)} |" for row in (_COLUMNS, ("---",) * len(_COLUMNS), *executed)]
+        lines += [f"| {' | '.join(row)} |" for row in (_COLUMNS, ["---"] * len(_COLUMNS), *executed)]
         lines.append("")
     return "\n".join(lines)
 
@@ -45,7 +42,9 @@ def _cells(kernel: str, config: str, resources: Resources) -> tuple[str, ...]:
     assert found is not None
     errors = (f"{found.rms_error:.2g}", f"{found.eager_rms_error:.2g}", f"{found.share_of_limit:.2f}")
     return (
-        *(f"`{kernel.removesuffix('_kernel')}`", config.split(";")[0], found.case.replace("|", "/")),
+        f"`{kernel.removesuffix('_kernel')}`",
+        config.split(";")[0],
+        found.case,
         f"{sum(found.instructions.values()):,}",
         *(errors if found.share_of_limit else ("exact", "exact", "0")),
         f"{found.accesses.sector_ratio:.2f}",

@@ -46,8 +46,8 @@ class Counts:
     """
 
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)
-    once: Accesses = Accesses()
-    loop: Accesses = Accesses()
+    once: Accesses = dataclasses.field(default_factory=Accesses)
+    loop: Accesses = dataclasses.field(default_factory=Accesses)
 
     def __add__(self, other: "Counts") -> "Counts":
         instructions = dict(Counter(self.instructions) + Counter(other.instructions))
