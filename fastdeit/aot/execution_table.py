@@ -12,7 +12,7 @@ configuration whose PTX was executed on a CPU ([how](compiled-code.md)), with Tr
 - *case*: the call in `fastdeit/testing/ptx/cases.py` that launches the configuration. A call launches several kernels, which then
   share its errors.
 - *warp instructions*: executed in that call, in PTX before the assembler.
-- *error, eager, share*: RMS error relative to float64 of the output or gradient that comes closest to its limit, the error of
+- *error, eager, share*: RMS error against float64 of the output or gradient that comes closest to its limit, the error of
   PyTorch's implementation in the same dtype, and the first as a share of what the numerics contract allows. *exact*: the bits of
   the reference.
 - *sectors, wavefronts*: of global and shared memory, over the ideal.
