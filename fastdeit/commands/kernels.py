@@ -108,7 +108,7 @@ def _executed(
     if reason := compiler.why_untested():
         print(f"nothing is executed: {reason}", file=sys.stderr)
         return results, []
-    found, failures = {}, []
+    found, failures = dict[str, Execution](), list[str]()
     for arch in harness.ARCHITECTURES:
         wanted = {
             key

@@ -67,10 +67,9 @@ def run_case(case: Case, arch: int, *, thorough: bool) -> Ran:
             with executing(arch, schedules, on_launch=note if schedules is runs[0] else None):
                 errors = case.run()
             ran.errors = ran.errors or errors
+        fused, eager, share = (float(f"{number:.3g}") for number in ran.worst)
         ran.executions = {
-            key: Execution(
-                case.name, *(float(f"{x:.3g}") for x in ran.worst), found.instructions, found.once, found.loop
-            )
+            key: Execution(case.name, fused, eager, share, found.instructions, found.once, found.loop)
             for key, found in counts.items()
         }
     except Exception as error:
