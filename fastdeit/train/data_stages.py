@@ -4,11 +4,10 @@ import os
 import time
 from dataclasses import dataclass
 
-import torch
-
 from fastdeit.train.batched_images import BatchedImages
 from fastdeit.train.config import Config
 from fastdeit.train.copying import HostBatch, copied, copied_ahead
+from fastdeit.train.device import wait_for
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.ring import as_arrays
 from fastdeit.train.sampling import Key, seed_sample
@@ -23,7 +22,8 @@ class DataStages:
     """CPU milliseconds an image.
 
     Attributes:
-        ms: by stage. `decode` includes drawing the crop, `augment` planning it; `copy` is the training process's.
+        ms: by stage. `decode` includes drawing the crop, `augment` planning it and, of what the device augments, the host's share;
+            `copy` is the training process's.
         cores: of this machine that the process may use.
     """
 
@@ -71,11 +71,15 @@ def measure_stages(loader: TrainLoader, config: Config, images: int = IMAGES) ->
         iter([HostBatch(slot.tensors())] * 2), loader.device
     )
     started = time.process_time()
-    for tensors in copy:
+    batches = list(copy)
+    wait_for(loader.device)
+    copied_at = time.process_time()
+    for tensors in batches:
         loader.finish(*tensors)
-    if loader.device.type == "cuda":
-        torch.cuda.synchronize(loader.device)
-    spent["copy"] = (time.process_time() - started) / (2 * loader.batches.batch_size) * count
+    wait_for(loader.device)
+    share = count / (len(batches) * loader.batches.batch_size)
+    spent["copy"] = (copied_at - started) * share
+    spent["augment"] += (time.process_time() - copied_at) * share
     cores = len(os.sched_getaffinity(0))
     return DataStages({name: 1000 * seconds / count for name, seconds in spent.items()}, cores)
 

@@ -159,8 +159,7 @@ def flipped(image: Image.Image, flips: int) -> Image.Image:
 class _Extent(Image.Image):
     """An image of which nothing but the size is known: what a crop is drawn from."""
 
-    def __init__(self, width: int, height: int) -> None:
-        super().__init__()
+    def __init__(self, width: int, height: int) -> None:  # PIL's takes longer than drawing the crop, for nothing
         self.extent = width, height
 
     @property

@@ -96,7 +96,7 @@ class TrainLoader:
             self.worker_seeds.manual_seed(derive_seed("stream workers", b.seed, b.epoch, b.rank))
         ahead = copied_ahead if self.device.type == "cuda" else copied
         given = 0
-        for tensors in ahead(self._host_batches(), self.device):
+        for tensors in ahead(self.host_batches(), self.device):
             yield tensors if self.ring is None else self._finished(tensors, self.batches.first_batch + given)
             given += 1
         if given < len(self):
@@ -117,7 +117,8 @@ class TrainLoader:
                 f"(seed {b.seed}, epoch {b.epoch}, positions {positions[0]} to {positions[-1]})"
             ) from error
 
-    def _host_batches(self) -> Iterator[HostBatch]:
+    def host_batches(self) -> Iterator[HostBatch]:
+        """The epoch's batches in the loader's memory, before they are copied to the device: until the next one is asked for."""
         iterator = iter(self.loader)
         for _ in range(len(self)):
             try:
