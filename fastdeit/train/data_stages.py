@@ -79,7 +79,7 @@ def measure_stages(loader: TrainLoader, config: Config, images: int = IMAGES) ->
     batch = HostBatch(slot.tensors())
     if loader.decoding is not None:
         ticket = source[keys[: loader.batches.batch_size]]
-        batch = HostBatch((), decoded=functools.partial(loader.decoding, source.ring.read(ticket), ticket))
+        batch = HostBatch((), decoded=functools.partial(loader.decoded, source.ring.read(ticket), ticket))
     copy = (copied_ahead if loader.device.type == "cuda" else copied)(iter([batch] * 2), loader.device)
     started = time.process_time()
     batches = list(copy)

@@ -38,23 +38,15 @@ class DeviceDecoding:
         decoder: of files.
         source: of the batches; makes again, by Pillow in this process, what the decoder refuses.
         device: of the images.
-        report: takes what is found to be unreadable.
     """
 
-    def __init__(
-        self,
-        decoder: DeviceDecoder,
-        source: EncodedImages,
-        device: torch.device,
-        report: Callable[[Sequence[str]], None],
-    ) -> None:
+    def __init__(self, decoder: DeviceDecoder, source: EncodedImages, device: torch.device) -> None:
         self.decoder = decoder
         self.source = source
         self.device = device
-        self.report = report
 
-    def __call__(self, batch: Batch, ticket: Ticket) -> tuple[Tensor, ...]:
-        """Images (B, H, W, C) uint8, plans, flips and classes on the device.
+    def __call__(self, batch: Batch, ticket: Ticket) -> tuple[tuple[Tensor, ...], list[str]]:
+        """Images (B, H, W, C) uint8, plans, flips and classes on the device; and what was found to be unreadable.
 
         Work that the current stream has not done yet may still read the batch.
         """
@@ -73,7 +65,6 @@ class DeviceDecoding:
             if crop is None:
                 whole[place] = np.empty(batch.images.shape[1:], np.uint8)
                 messages += self.source.made_here(ticket.keys[place], batch, place, whole[place])
-        self.report(messages)
         crops = {place: crop for place, crop in decoded.items() if crop is not None}
         modes = [INTERPOLATIONS[parts[place].interpolation] for place in crops]
         images = resized(list(crops.values()), modes, batch.images.shape[1:], self.device)
@@ -82,7 +73,7 @@ class DeviceDecoding:
             order = torch.tensor([*crops, *whole], device=self.device).argsort()
             images = torch.cat([images, others])[order]
         rest = (batch.plans, batch.flips, batch.classes)
-        return images, *(tensor.to(self.device, non_blocking=True, copy=True) for tensor in rest)
+        return (images, *(t.to(self.device, non_blocking=True, copy=True) for t in rest)), messages
 
     def _decoded(self, contents: Sequence[np.ndarray], parts: Sequence[Part]) -> dict[int, Tensor | None]:
         """By place, the crops of files; None of those that the decoder refuses."""

@@ -19,7 +19,8 @@ from fastdeit.train.encoded_images import COLUMNS, EncodedImages
 from fastdeit.train.error_passing import ErrorPassingLoader
 from fastdeit.train.image_files import UnreadableImageError
 from fastdeit.train.image_pipeline import ImagePipeline
-from fastdeit.train.ring import Ring
+from fastdeit.train.ring import Batch as RingBatch
+from fastdeit.train.ring import Ring, Ticket
 from fastdeit.train.sampling import EpochBatches, KeyedDataset, Sample, derive_seed, seed_sample
 from fastdeit.train.transform_errors import TransformError, described
 
@@ -87,7 +88,7 @@ class TrainLoader:
                 dataset, pipeline, self.ring, batches.seed, config.max_bad_images
             )
             if on_device:
-                self.decoding = DeviceDecoding(create_device_decoder(config, device), source, device, self._report)
+                self.decoding = DeviceDecoding(create_device_decoder(config, device), source, device)
             # A key of the sampler is a batch's list of keys.
             options |= dict(
                 sampler=batches, batch_size=None, persistent_workers=config.workers > 0, collate_fn=as_it_is
@@ -149,10 +150,17 @@ class TrainLoader:
                 unreadable = made.unreadable
                 check = functools.partial(self.ring.check, made)
                 slot = self.ring.read(made)
-                decoded = None if self.decoding is None else functools.partial(self.decoding, slot, made)
+                decoded = None if self.decoding is None else functools.partial(self.decoded, slot, made)
                 batch = HostBatch(slot.tensors(), check, decoded)
             self._report(unreadable)
             yield batch
+
+    def decoded(self, slot: RingBatch, ticket: Ticket) -> tuple[Tensor, ...]:
+        """What the device decodes of a batch that workers left encoded."""
+        assert self.decoding is not None
+        tensors, unreadable = self.decoding(slot, ticket)
+        self._report(unreadable)
+        return tensors
 
     def _report(self, unreadable: Sequence[str]) -> None:
         for message in unreadable:
