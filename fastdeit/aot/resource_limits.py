@@ -99,27 +99,37 @@ class Shortfall:
 # With ALLOWED_NARROW at most six.
 SHORTFALLS = (
     Shortfall(
-        *("attention_", (80,), 0.42),
+        "attention_",
+        (80,),
+        0.42,
         "mma.sync takes its operands from registers, which ldmatrix fills from shared memory: that and the products take longer "
         "than memory does at 198 tokens. A warp of 32 rows, as now, reads half as often as one of 16; larger ones spill",
     ),
     Shortfall(
-        *("attention_forward_", (90,), 0.54),
+        "attention_forward_",
+        (90,),
+        0.54,
         "three full blocks and a tail of 16 keys a tile: what surrounds the loop is as many instructions as the loop, and the "
         "exponentials of a tile overlap with products of its neighbour alone",
     ),
     Shortfall(
-        *("attention_dkv_backward_", (90,), 0.53),
+        "attention_dkv_backward_",
+        (90,),
+        0.53,
         "tiles of 64 keys read queries and gradients four times from L2; 128 keys have registers for one block a multiprocessor. "
         "lse and delta come in 32 copies of 4 bytes a step; held in registers they spill, as tensor copies they gain 3 %",
     ),
     Shortfall(
-        *("attention_", (100,), 0.27),
+        "attention_",
+        (100,),
+        0.27,
         "Triton 3.6 waits for every tcgen05 product and moves its operands through registers and tensor memory; the floor, at "
         "7.2 TB/s, is 0.6 of an H200's, special functions and instruction issue are what they are there",
     ),
     Shortfall(
-        *("layer_norm_forward_", (100,), 0.55),
+        "layer_norm_forward_",
+        (100,),
+        0.55,
         "a row a program: two waits for memory and two reductions in a row take longer than 2 bytes in and out at 7.2 TB/s",
     ),
 )

@@ -68,8 +68,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 _HEADER = (
-    *("arch", "kernel", "config", "warp instructions", "RMS error", "PyTorch's", "share of the limit"),
-    *("sectors / ideal", "wavefronts / ideal", "state"),
+    "arch",
+    "kernel",
+    "config",
+    "warp instructions",
+    "RMS error",
+    "PyTorch's",
+    "share of the limit",
+    "sectors / ideal",
+    "wavefronts / ideal",
+    "state",
 )
 
 

@@ -11,10 +11,8 @@ from numpy import ndarray
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-WIDTH = {
-    **{f"{kind}{8 * width}": width for kind in "bus" for width in UNSIGNED},
-    **{"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "tf32": 4, "f32x2": 8, "pred": 0},
-}
+_FLOAT_WIDTH = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "tf32": 4, "f32x2": 8, "pred": 0}
+WIDTH = {f"{kind}{8 * width}": width for kind in "bus" for width in UNSIGNED} | _FLOAT_WIDTH
 _NAN_F32 = np.uint32(0x7FFFFFFF)
 _HALF_ULP_OF_F32 = np.uint64(1 << 28)  # in the bits of a float64
 _BELOW_F32 = np.uint64((1 << 29) - 1)

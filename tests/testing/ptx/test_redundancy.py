@@ -73,8 +73,11 @@ def test_a_commit_of_nothing_changes_no_completion(recorded):
 
 
 def test_what_never_completes_is_no_redundancy(recorded):
-    whole, _ = recorded("shl.b32 %r30, %tid, 2;\ncp.async.ca.shared.global [%r30], [%a0], 0x4;\ncp.async.commit_group;\n"
-                        "cp.async.wait_group 0;", "cp.async.wait")  # fmt: skip
+    whole, _ = recorded(
+        "shl.b32 %r30, %tid, 2;\ncp.async.ca.shared.global [%r30], [%a0], 0x4;\ncp.async.commit_group;\n"
+        "cp.async.wait_group 0;",
+        "cp.async.wait",
+    )
     none, _ = recorded("mov.b32 %r30, 0;", "mov")
     assert redundancy.completes_elsewhere(whole, none) is None
 
