@@ -2,8 +2,11 @@
 
 import argparse
 import importlib.util
+import inspect
+import pkgutil
 import re
 import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -156,3 +159,27 @@ def test_the_picture_of_a_block_shows_what_runs_and_was_drawn_by_its_script():
     assert all(hasattr(ops, op) for _, _, op in picture.NODES)
     with Image.open(picture.OUT) as image:
         assert image.text["script"] == picture.DIGEST, "run python docs/architecture.py"
+
+
+def documented() -> list[tuple[str, Callable]]:
+    """What the API reference shows that takes arguments: the names in docs/api.md, of packages all public ones."""
+    found = []
+    for name in re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.M):
+        owner = pkgutil.resolve_name(name)
+        members = {name: owner}
+        if inspect.ismodule(owner):
+            members = {f"{name}.{key}": getattr(owner, key) for key in owner.__all__}
+        found += [(key, value) for key, value in members.items() if callable(value)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "member"), documented(), ids=lambda x: x if isinstance(x, str) else "")
+def test_a_docstring_documents_the_arguments_that_there_are(name, member):
+    """One a line, by their names: the reference's tables are made from them (`make docs` refuses others, where it is installed)."""
+    section = re.search(r"\n( *)Args:\n(.*?)(?=\n\n|\Z)", member.__doc__, re.S)
+    if section is None:
+        return
+    indent = len(section[1]) + 4
+    named = re.findall(rf"^ {{{indent}}}(\S.*?):", section[2], re.M)
+    parameters = [key for key in inspect.signature(member).parameters if key != "self"]
+    assert named == parameters
