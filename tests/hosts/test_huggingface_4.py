@@ -184,7 +184,7 @@ CHANGES_OF_BEIT = {
         layer.attention.attention, "has_relative_position_bias", True
     ),
     "its branches are scaled by 0.5": lambda layer: delattr(layer, "lambda_2") or setattr(layer, "lambda_2", 0.5),
-    "drop_path1 is a {}BeitDropPath": lambda layer: setattr(layer.drop_path, "drop_prob", 0.5),
+    "its drop path is a {}BeitDropPath": lambda layer: setattr(layer.drop_path, "drop_prob", 0.5),
     "dropout is active": lambda layer: setattr(layer.attention.attention.dropout, "p", 0.5),
     "dropout is active ": lambda layer: setattr(layer.attention.attention.config, "attention_probs_dropout_prob", 0.5),
 }
