@@ -140,7 +140,9 @@ def training_throughput(config: Config, batch_size: int | None = None, runs: int
     if batch_size is not None:
         share_of_batch(config.replace(batch_size=batch_size), SINGLE)
     unit = config.grad_accum_steps * (2 if config.mixes else 1)  # what a batch must be a multiple of
-    config = config.replace(batch_size=unit, workers=0, repeated_aug=1)
+    config = config.replace(
+        batch_size=unit, workers=0, repeated_aug=1, img_size_schedule=None, aa_schedule=None
+    )  # of the last phase
     with reproducible(config):
         teacher = None
         if config.distillation_type != "none":

@@ -240,6 +240,8 @@ OTHER = dict(
     teacher_model="regnety_002",
     teacher_kwargs={},
     in_chans=3,
+    img_size_schedule=[[0, 8], [1, 16]],
+    aa_schedule=[[0, None], [1, "rand-m9-mstd0.5-inc1"]],
 )
 
 

@@ -56,6 +56,7 @@ def two_processes(config, labels, tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     jobs = {
         "train": (config, "train"),
+        "sizes": (config.replace(img_size_schedule=[[0, 8], [1, 16]]), "train"),
         "live": (labels[0], "train"),
         "cached": (labels[0].replace(teacher_cache=str(labels[1])), "train"),
         "stop": (config, "stop"),
@@ -83,9 +84,10 @@ def history(folder):
     return load_state(folder / STATE)["history"]
 
 
-def test_two_processes_train_what_one_trains(config, two_processes, tmp_path):
-    run.train(config, tmp_path)
-    two = two_processes["train"]
+@pytest.mark.parametrize("name, schedule", [("train", None), ("sizes", [[0, 8], [1, 16]])])
+def test_two_processes_train_what_one_trains(config, two_processes, tmp_path, name, schedule):
+    run.train(config.replace(img_size_schedule=schedule), tmp_path)
+    two = two_processes[name]
     assert all(outcome.startswith("trained") for outcome in outcomes(two))
     for one, both in zip(history(tmp_path), history(two), strict=True):
         assert both["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
