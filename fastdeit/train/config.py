@@ -131,6 +131,10 @@ class Config:
     drop: float = _help("dropout", 0.0)
     drop_path: float = _help("rate of stochastic depth in the last block", 0.1)
     drop_path_uniform: bool = _help("the same rate in every block (DeiT III), rather than rising from 0", False)
+    drop_path_mode: str = _help(
+        "mask: stochastic depth computes all samples and masks; skip: each branch runs on the samples that are kept alone",
+        "mask",
+    )
     accelerate: bool = _help("use the fused kernels where they run", True)
 
     distillation_type: str = _help("none, soft or hard", "hard")

@@ -123,6 +123,7 @@ def check_config(config: "Config") -> None:
         ("clip_mode", ("norm", "value", "agc")),
         ("memory", ("usual", "lean")),
         ("eval_ema", ("last", "each")),
+        ("drop_path_mode", ("mask", "skip")),
         ("interpolation", ("nearest", "bilinear", "bicubic", "random")),
         ("crop_mode", ("center", "squash", "border")),
         ("mixup_mode", ("batch", "pair", "elem")),
@@ -211,6 +212,11 @@ def _check_contradictions(c: "Config") -> None:
     refuse(
         "three_augment", c.three_augment and c.aa is not None, f"takes the place of aa, which is {c.aa}; set aa to null"
     )
+    skips = c.drop_path_mode == "skip"
+    refuse(
+        "drop_path_mode", skips and not c.accelerate, "skip is for accelerated blocks; expected accelerate true or mask"
+    )
+    refuse("drop_path", skips and c.drop_path == 1, "with drop_path_mode skip, a rate of 1 leaves nothing to train on")
     refuse("aa_schedule", c.three_augment and c.aa_schedule is not None, "contradicts three_augment, which replaces aa")
     refuse(
         "bce_target_thresh",

@@ -14,6 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdeit.blocks.subsets import kept_samples
 from fastdeit.cost.models import training_flops_per_image
 from fastdeit.cost.view import shape_of
 from fastdeit.losses import DistillationLoss
@@ -339,6 +340,8 @@ def share_of_batch(config: Config, world: World) -> int:
         parts = phase.config.grad_accum_steps
         if share % parts:
             raise ValueError(f"grad_accum_steps: {share} images of a process cannot be cut into {parts} equal parts")
+        if config.drop_path_mode == "skip":
+            kept_samples(share // parts, config.drop_path)
     if config.mixes and share % 2:
         raise ValueError(f"batch_size: mixup pairs a process's images, so expected an even number of them, got {share}")
     return share

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit.cost.models import Shape, parts, seconds
+from fastdeit.cost.models import Part, Shape, parts, seconds
+from fastdeit.cost.subsets import block_rates, parts_on_subsets
 from fastdeit.cost.view import shape_of
 from fastdeit.train.config import Config
 from fastdeit.train.models import create_timm_model
@@ -61,10 +62,17 @@ def gpu_hours(config: Config, model: nn.Module, updates: int) -> float | None:
         return None
     execution, hours = execution_of(config), 0.0
     for phase in phases(config):
-        work = parts(shape.at(phase.config.img_size), config.batch_size, execution, "amp", training=True)
+        work = _step(shape.at(phase.config.img_size), config, execution)
         share = (phase.end - phase.first) / config.epochs
         hours += share * updates * seconds(work, FLOPS_PER_SECOND, BYTES_PER_SECOND) / 3600
     return hours
+
+
+def _step(shape: Shape, config: Config, execution: str) -> list[Part]:
+    if config.drop_path_mode == "skip":
+        rates = block_rates(config.drop_path, shape.depth, config.drop_path_uniform)
+        return parts_on_subsets(shape, config.batch_size, execution, rates=rates)
+    return parts(shape, config.batch_size, execution, "amp", training=True)
 
 
 def teacher_gpu_hours(config: Config, num_classes: int, updates: int) -> float:

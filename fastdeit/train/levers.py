@@ -103,6 +103,8 @@ class Estimate:
             candidates.append(("img_size_schedule", None, schedule, c.img_size_schedule is not None))
         if c.distillation_type == "hard" and not c.teacher_epochs:
             candidates.append(("teacher_cache", None, c.teacher_cache or "FILE", c.teacher_cache is not None))
+        if c.drop_path and c.accelerate:
+            candidates.append(("drop_path_mode", "mask", "skip", c.drop_path_mode == "skip"))
         fewer = c.eval_every if c.eval_every > 1 else FEWER_EVALUATIONS
         if c.epochs > fewer:
             candidates.append(("eval_every", 1, fewer, c.eval_every > 1))

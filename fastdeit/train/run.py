@@ -125,6 +125,7 @@ def teacher_config(config: Config) -> Config:
         drop=0.0,
         drop_path=0.0,
         drop_path_uniform=False,
+        drop_path_mode="mask",
         mixup=0.0,
         cutmix=0.0,
         cutmix_minmax=None,

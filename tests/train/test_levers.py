@@ -10,6 +10,7 @@ from torch import nn
 from fastdeit.cost.models import parts, seconds
 from fastdeit.train import epoch_results, run
 from fastdeit.train.checkpoints import STATE, load_state
+from fastdeit.train.engine import Trainer
 from fastdeit.train.estimate import BYTES_PER_SECOND, FLOPS_PER_SECOND, gpu_hours, teacher_gpu_hours
 from fastdeit.train.levers import Estimate, describe_levers
 from fastdeit.train.models import create_student
@@ -24,7 +25,7 @@ def estimate(make_small_config):
 
     def make(**changes):
         given = dict(img_size=112, epochs=10, distillation_type="none", teacher_model=None, teacher_epochs=0)
-        given |= dict(model="deit_tiny_patch16_224", model_ema_decay=0.0)
+        given |= dict(model="deit_tiny_patch16_224", model_ema_decay=0.0, drop_path=0.0)
         config = make_small_config(**{**given, **changes})
         model = create_student(config, 3, CPU)
         return config, model, Estimate(config, model, 3, 30, IMAGES)
@@ -157,3 +158,64 @@ def test_a_run_may_be_resumed_with_other_evaluations(make_small_config, tmp_path
     run.train(config, tmp_path)
     run.train(config.replace(epochs=2, eval_every=2, eval_ema="each"), tmp_path, resume=True)
     assert len(load_state(tmp_path / STATE)["history"]) == 2
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_a_run_that_skips_samples_learns_and_goes_on_with_the_same_bits(make_small_config, tmp_path, monkeypatch):
+    plain = dict(distillation_type="none", teacher_model=None, teacher_epochs=0, model="deit_tiny_patch16_224")
+    config = make_small_config(**plain, drop_path_mode="skip", drop_path=0.4, checkpoint_steps=2, mixup=0.0, cutmix=0.0)
+    run.train(config, tmp_path / "whole")
+    train_step = Trainer._train_step
+
+    def interrupted(trainer, *args):
+        if trainer.step == 5:
+            raise Interrupted
+        return train_step(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted)
+        with pytest.raises(Interrupted):
+            run.train(config, tmp_path / "run")
+    run.train(config, tmp_path / "run", resume=True)
+    whole, found = (load_state(tmp_path / name / STATE) for name in ("whole", "run"))
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in whole["model"].items())
+    assert whole["history"][-1]["train_loss"] < whole["history"][0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(drop_path_mode="drop"), "drop_path_mode: expected one of mask, skip, got 'drop'"),
+        (dict(drop_path_mode="skip", accelerate=False), "drop_path_mode: skip is for accelerated blocks"),
+        (dict(drop_path_mode="skip", drop_path=1.0), "drop_path: with drop_path_mode skip, a rate of 1 leaves nothing"),
+    ],
+)
+def test_a_configuration_that_cannot_skip_is_refused(make_small_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_small_config(**changes)
+
+
+def test_batches_and_models_that_cannot_skip_are_refused_before_training(make_small_config, tmp_path):
+    with pytest.raises(ValueError, match=r"a rate of 0\.9 leaves none of 2 samples"):
+        run.train(make_small_config(drop_path_mode="skip", drop_path=0.9, grad_accum_steps=16), tmp_path)
+    config = make_small_config(
+        model="regnetx_002",
+        model_kwargs={},
+        drop_path_mode="skip",
+        distillation_type="none",
+        teacher_model=None,
+        teacher_epochs=0,
+    )
+    with pytest.raises(ValueError, match="drop_path_mode: drop_path: 'skip' is for timm's vision transformer blocks"):
+        run.train(config, tmp_path)
+
+
+def test_skipping_is_estimated_where_stochastic_depth_is_on(estimate):
+    config, _, made = estimate(drop_path=0.4, drop_path_uniform=True)
+    found = next(lever for lever in made.levers() if lever.field == "drop_path_mode")
+    assert not found.on and found.without == made.hours(config).total
+    assert found.with_it == made.hours(config.replace(drop_path_mode="skip")).total != found.without
+    assert "drop_path_mode" not in {lever.field for lever in estimate(drop_path=0.0)[2].levers()}
