@@ -2,8 +2,8 @@
 
     python tests/train/lever_comparison.py --seeds 5 --output runs/levers
 
-A run whose folder has results is not made again. The table is printed as Markdown: mean and standard deviation over the seeds of the
-last epoch's top-1, both heads together, and the GPU-hours of the student relative to the full recipe by the arithmetic of --dry-run.
+A run whose folder has results is not made again. The table is Markdown: mean and standard deviation over the seeds of the last
+epoch's top-1, both heads together, and the student's GPU-hours relative to the full recipe, estimated as by --dry-run.
 """
 
 import argparse
