@@ -29,7 +29,9 @@ class Subset(NamedTuple):
 
 def drop_rate(drop_path: nn.Module) -> float:
     """The share that stochastic depth drops in the mode that it is in."""
-    return 0.0 if type(drop_path) is nn.Identity or not drop_path.training else drop_path.drop_prob
+    if not isinstance(drop_path, timm.layers.DropPath) or not drop_path.training:
+        return 0.0
+    return drop_path.drop_prob or 0.0
 
 
 def runs_on_subsets(block: spec.Block) -> bool:

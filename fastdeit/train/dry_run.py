@@ -35,8 +35,9 @@ def describe(config: Config, world: World = SINGLE) -> str:
     lines.append(f"device: {select_device(config, world)}" + (f", {world.size} processes" if world.size > 1 else ""))
     lines.append(describe_loader(config, data.train, select_device(config, world)))
     lines.append(_graphs(config, model, world))
+    images = len(data.train), len(data.val)
     lines.append(
-        f"data: {len(data.train)} training and {len(data.val)} validation images of {len(data.classes)} classes; "
+        f"data: {images[0]} training and {images[1]} validation images of {len(data.classes)} classes; "
         f"{updates} updates of {config.batch_size} images per epoch, {updates * config.epochs} in all"
     )
     check_sizes(config, model)
@@ -52,7 +53,7 @@ def describe(config: Config, world: World = SINGLE) -> str:
         lines += [f"    {name}" for name in group.names]
     total = updates * config.epochs
     lines += describe_needs(config, model, len(data.classes), total)
-    lines += describe_levers(config, model, len(data.classes), total, len(data.val))
+    lines += describe_levers(config, model, len(data.classes), total, images[1])
     return "\n".join(lines)
 
 

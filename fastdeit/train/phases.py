@@ -77,13 +77,14 @@ def set_input_size(model: nn.Module, size: int) -> dict[nn.Parameter, nn.Paramet
     if known is None or tuple(known) == (size, size):
         return {}
     _check_divisible(model, size)
-    if not hasattr(model, "set_input_size"):
+    change = getattr(model, "set_input_size", None)
+    if change is None:
         raise ValueError(
             f"img_size_schedule: timm cannot change the input size of a {type(model).__name__}; expected a model with "
             "set_input_size, such as a vision transformer"
         )
     before = dict(model.named_parameters())
-    model.set_input_size(img_size=(size, size))
+    change(img_size=(size, size))
     after = dict(model.named_parameters())
     return {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
 

@@ -20,7 +20,8 @@ READOUTS = {
 def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """One row per epoch, one column per quantity; empty where an epoch was not evaluated."""
     text = io.StringIO()
-    names = list(max(history, key=len))  # an epoch without an evaluation has fewer
+    longest: Mapping[str, Any] = max(history, key=len)  # an epoch without an evaluation has fewer
+    names = list(longest)
     writer = csv.DictWriter(text, fieldnames=names)
     writer.writeheader()
     writer.writerows(history)
