@@ -61,6 +61,7 @@ def estimates(row: AotConfig, arch: int, found: Resources) -> dict[str, Estimate
             found.blocks_per_sm,
             launch.work,
             DEVICES[arch],
+            found.execution,
         )
         for launch in launches_of(row, arch)
     }
@@ -138,10 +139,13 @@ def _streams(model: str, shape: Shape, arch: int, device: Device) -> Iterator[La
     yield Launch("column_sums_backward_kernel", "two matrices", model, strips)
 
     size, patches = shape.tokens * channels, (shape.tokens - _PREFIX) * channels
-    cut = patch_embedding.select_config(BATCH, size, device.multiprocessors)
-    programs, trips = cut.blocks * cut.strips, cut.images_per_strip / patch_embedding.IMAGES
     embedded = Cost(2 * BATCH * size, BATCH * (2 * patches + 4 * size), 1)
-    for kernel in ("patch_embedding_forward_kernel", "patch_embedding_backward_kernel"):
+    for kernel, elements in (
+        ("patch_embedding_forward_kernel", patch_embedding.ELEMENTS),
+        ("patch_embedding_backward_kernel", patch_embedding.backward_elements(4)),
+    ):
+        cut = patch_embedding.select_config(BATCH, size, device.multiprocessors, elements)
+        programs, trips = cut.blocks * cut.strips, cut.images_per_strip / patch_embedding.IMAGES
         yield Launch(kernel, "autocast", model, Workload(programs, trips, embedded))
 
 

@@ -254,13 +254,13 @@ def _why_not_tail(branch: spec.Branch, block: nn.Module) -> str | None:
     if reason is None and type(scale) is not nn.Identity:
         kind, in_place = type(scale), getattr(scale, "inplace", False)
         if not own and (kind not in _LAYER_SCALES or in_place):
-            return f"ls1 is a {kind.__name__}{' that works in place' if in_place else ''}"
+            return f"its LayerScale is a {kind.__name__}{' that works in place' if in_place else ''}"
         gamma = scale._parameters.get(branch.gamma)
         weight = f"a weight is a {type(gamma).__name__}" if gamma is None else why_not_weight(gamma)
         reason = (None if own else why_replaced(kind)) or weight
     if reason is None and type(drop_path) is not nn.Identity:
         if type(drop_path) is not timm.layers.DropPath:
-            return f"drop_path1 is a {type(drop_path).__name__}"
+            return f"its drop path is a {type(drop_path).__name__}"
         reason = why_replaced(timm.layers.DropPath)
     return reason
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from fastdeit.train.image_pipeline import ImagePipeline
@@ -31,18 +32,22 @@ class BatchedImages(Dataset):
 
     def __getitem__(self, keys: list[Key]) -> Ticket:
         slot, number, batch = self.ring.next_slot()
-        out, plans, flips, classes = as_arrays(batch)
+        out, plans, flips, classes, _ = as_arrays(batch)
         unreadable: list[str] = []
         for place, key in enumerate(keys):
-
-            def make(index: int, place: int = place) -> tuple[int, int]:
-                with self.images.naming_errors(index):
-                    source, label = self.images.source_of(index)
-                    return self.pipeline(source, out[place], plans[place]), label
-
-            (flips[place], classes[place]), messages = keyed(make, key, self.seed, len(self.images), self.max_bad)
+            (flips[place], classes[place]), messages = self.made(key, out[place], plans[place])
             unreadable += messages
         return Ticket(slot, number, unreadable)
+
+    def made(self, key: Key, out: np.ndarray, rows: np.ndarray) -> tuple[tuple[int, int], list[str]]:
+        """Makes an image as `ImagePipeline` does; its flips and class, and the unreadable images that it stands in for."""
+
+        def make(index: int) -> tuple[int, int]:
+            with self.images.naming_errors(index):
+                source, label = self.images.source_of(index)
+                return self.pipeline(source, out, rows), label
+
+        return keyed(make, key, self.seed, len(self.images), self.max_bad)
 
     def __len__(self) -> int:
         return len(self.images)

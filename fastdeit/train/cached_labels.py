@@ -42,23 +42,14 @@ MISSING = -1
 STORE_EVERY = 60  # seconds
 FILES_READ = 1000
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")  # that augment
-BEFORE = {"decoder": "pillow", "resize": "pillow"}  # of a file that does not say
-_SAMPLING = ("seed", "batch_size", "repeated_aug", "in_chans", "img_size", "img_size_schedule")
-_PIXELS = ("mean", "std", "interpolation", "resize")
-_GEOMETRY = ("simple_random_crop", "scale", "ratio", "hflip", "vflip", "reprob", "remode", "recount")
-_COLOURS = (
-    "three_augment",
-    "aa",
-    "aa_schedule",
-    "color_jitter",
-    "color_jitter_prob",
-    "grayscale_prob",
-    "gaussian_blur_prob",
-)
+BEFORE = {"decoder": "pillow", "resize": "pillow", "decode_on": "cpu"}  # of a file that does not say
+_SAMPLING = ("seed", "batch_size", "repeated_aug", "in_chans", "img_size", "mean", "std", "interpolation", "resize")
+_GEOMETRY = ("decode_on", "simple_random_crop", "scale", "ratio", "hflip", "vflip", "reprob", "remode", "recount")
+_COLOURS = ("three_augment", "aa", "color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob")
+_SCHEDULES = ("img_size_schedule", "aa_schedule")
 _MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch")
-FIELDS_OF_LABELS = (
-    _SAMPLING + _PIXELS + _GEOMETRY + _COLOURS + _MIXING + ("precision", "teacher_model", "teacher_kwargs")
-)
+_TEACHER = ("precision", "teacher_model", "teacher_kwargs")
+FIELDS_OF_LABELS = _SAMPLING + _GEOMETRY + _COLOURS + _SCHEDULES + _MIXING + _TEACHER
 
 
 def label_header(config: Config, data: Data, device: torch.device, ranks: int, teacher_hash: str) -> dict[str, Any]:

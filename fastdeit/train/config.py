@@ -72,6 +72,10 @@ class Config:
     resize: str = _help(
         "resizes training images: pillow, as timm does, or torch, faster and a little different", "pillow"
     )
+    decode_on: str = _help(
+        "where training images are decoded and resized: cpu, or device, by nvJPEG; with resize torch; pixels differ a little",
+        "cpu",
+    )
     augment_on: str = _help(
         "where auto-augmentation and flips run: cpu, device, or auto for a GPU if there is one; images do not depend on it",
         "auto",

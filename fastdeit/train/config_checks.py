@@ -12,6 +12,7 @@ from fastdeit.train.schedule_checks import check_schedules
 
 DISTILLATION_TYPES = ("none", "soft", "hard")
 DECODERS = ("nvimgcodec", "simplejpeg", "torchvision", "pillow")  # `auto` takes the first that is installed
+DEVICE_DECODERS = ("nvimgcodec", "torchvision")  # with `decode_on: device`, in the order of `auto`
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LONGEST_NAME = 200  # bytes; file systems allow 255, and -2, -3... follow
 TAKEN_KWARGS = {"num_classes", "img_size", "in_chans", "drop_path_rate", "pretrained"}
@@ -131,6 +132,7 @@ def check_config(config: "Config") -> None:
         ("decoder", ("auto", *DECODERS)),
         ("resize", ("pillow", "torch")),
         ("augment_on", ("auto", "cpu", "device")),
+        ("decode_on", ("cpu", "device")),
     ):
         if getattr(c, name) not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(c, name)!r}")
@@ -202,6 +204,22 @@ def _check_contradictions(c: "Config") -> None:
         "resize",
         c.resize == "torch" and c.interpolation == "nearest",
         "torch is for bilinear and bicubic interpolation, pillow for nearest",
+    )
+    on_device = c.decode_on == "device"
+    refuse(
+        "decode_on",
+        on_device and c.resize != "torch",
+        f"the device resizes by PyTorch, expected resize torch, got {c.resize!r}",
+    )
+    refuse(
+        "decode_on",
+        on_device and c.decoder not in ("auto", *DEVICE_DECODERS),
+        f"{c.decoder} decodes on the CPU only, expected decoder auto, {' or '.join(DEVICE_DECODERS)}",
+    )
+    refuse(
+        "decode_on",
+        on_device and c.augment_on == "cpu",
+        "what the device decodes it augments, expected augment_on auto or device, got 'cpu'",
     )
     refuse("mixup_off_epoch", c.mixup_off_epoch > 0 and not c.mixes, "nothing is mixed, so that nothing can end")
     refuse(

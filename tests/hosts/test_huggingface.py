@@ -283,7 +283,7 @@ CHANGES_OF_BEIT = {
         layer, "relative_position_bias", nn.Identity()
     ),
     "its branches are scaled by 0.5": lambda layer: delattr(layer, "lambda_2") or setattr(layer, "lambda_2", 0.5),
-    "drop_path1 is a BeitDropPath": lambda layer: setattr(layer.drop_path, "drop_prob", 0.5),
+    "its drop path is a BeitDropPath": lambda layer: setattr(layer.drop_path, "drop_prob", 0.5),
 }
 
 
