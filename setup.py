@@ -39,6 +39,7 @@ HOSTS = [
     "vit-pytorch>=1.26",
 ]
 TEST = [
+    "litserve>=0.2.19",  # the server of docs/serve.md, on the loopback interface
     "mypy>=2.4",
     "onnx>=1.19",  # with the next two: a model is exported and run
     "onnxscript>=0.5",

@@ -1,7 +1,10 @@
 """What a step costs whose branches run on the samples that stochastic depth keeps."""
 
+import json
+
 import pytest
 
+from fastdeit.commands import cli
 from fastdeit.cost.models import DEIT, PRECISIONS, parts, seconds, total
 from fastdeit.cost.subsets import GATHER_AND_ADD, block_rates, parts_on_subsets
 
@@ -50,3 +53,25 @@ def test_the_rates_of_blocks():
     assert block_rates(0.2, 3, uniform=False) == [0.0, 0.1, 0.2] and block_rates(0.2, 3, uniform=True) == [0.2] * 3
     with pytest.raises(ValueError, match="rates: expected 12, one for each block, got 3"):
         parts_on_subsets(SHAPE, BATCH, "fastdeit", rates=[0.1] * 3)
+
+
+def test_the_roofline_has_a_column_for_it(capsys):
+    options = ["bench", "roofline", "--tflops", "600", "--tbps", "4.3", "--json"]
+    assert cli.main([*options, "--drop-path", "0.45", "--drop-path-uniform"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert all(row["skip"] == row["fastdeit"] for row in rows if row["work"] == "inference")
+    large = [row for row in rows if row["model"] == "DeiT-L" and row["work"] == "training step"]
+    assert len(large) == 4 and all(row["skip"] > 1.3 * row["fastdeit"] for row in large)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--drop-path", "1"], "--drop-path: expected a rate from 0 to less than 1, got 1"),
+        (["--drop-path", "0.1", "--parts", "B"], "--drop-path: is for the table of models"),
+        (["--drop-path-uniform"], "--drop-path-uniform: belongs to --drop-path"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(capsys, given, message):
+    assert cli.main(["bench", "roofline", "--tflops", "600", "--tbps", "4.3", *given]) != 0
+    assert message in capsys.readouterr().err

@@ -208,6 +208,7 @@ def test_ranks_divide_the_batch(taught, tmp_path):
 
 OTHER = dict(
     resize="torch",
+    decode_on="device",
     seed=9,
     batch_size=48,
     repeated_aug=3,
