@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastdeit.backends import supposed_gpu
+from fastdeit.blocks.fused_module import has_own_forward
 from fastdeit.blocks.snapshot import KEY as RECORD
 from fastdeit.explanation import Report, explain_modules
 
@@ -209,6 +210,8 @@ def _swap(choices: Iterable[tuple[nn.Module, dict[type, type]]]) -> None:
     for module, classes in choices:
         new = classes.get(type(module))
         if new is not None:
+            if "forward" in module.__dict__ and not has_own_forward(module):
+                del module.__dict__["forward"]  # it would go on calling the former class's
             module.__class__ = new
             changed = True
     if changed:

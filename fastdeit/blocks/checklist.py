@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastdeit.blocks import spec
-from fastdeit.blocks.fused_module import is_fused
+from fastdeit.blocks.fused_module import has_own_forward, is_fused
 from fastdeit.blocks.snapshot import OWN_METHODS, register_methods
 
 # Marks that `fastdeit.accelerate` leaves on what it was told to exclude and on all around it.
@@ -65,7 +65,7 @@ def why_not_bypassed(modules: Iterable[nn.Module]) -> str | None:
     """None if computing what these modules compute without calling them skips nothing. Global hooks are `why_global_hook`'s."""
     for module in modules:
         state = module.__dict__
-        if "forward" in state:
+        if "forward" in state and has_own_forward(module):
             return f"its {type(module).__name__} has a forward of its own"
         if "_compiled_call_impl" in state:
             return f"its {type(module).__name__} is compiled on its own"

@@ -41,3 +41,12 @@ def is_fused(module: nn.Module) -> bool:
     """Whether it is exactly of a class that `fastdeit.accelerate` gives."""
     kind = type(module)
     return FUSED_CLASSES.get(getattr(kind, "source", None)) is kind
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a call runs another forward than the class's. That of the class, bound to its module, is no other: transformers 4
+    leaves it on modules whose outputs it collected."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
