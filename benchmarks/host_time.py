@@ -9,7 +9,7 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -21,10 +21,9 @@ from fastdeit.testing import fake_cuda
 
 PRECISIONS = ("bf16", "autocast")  # a bf16 model, or fp32 parameters under autocast to bf16
 PASSES = ("forward", "step")
-MODES = (
-    "eager",
-    "captured",
-)  # launches one by one; in a CUDA graph, a forward pass by `fastdeit.set_graphs`, a step by hand
+# Launches one by one; in a CUDA graph, a forward pass by `fastdeit.set_graphs`, a step by hand; a forward pass of
+# `optimize_for_inference` in bf16, which captures its graph too.
+MODES = ("eager", "captured", "optimized")
 LAUNCHES = ("launch", "triton_launch", "gemm", "graph_launch", "memset", "copy_on_device")
 _WARM_UP = 8  # calls: the first compiles, and the seventh may capture a graph
 
@@ -44,7 +43,7 @@ class HostTime(NamedTuple):
 
 
 def measure(names: list[str], batch_size: int, turns: int, calls: int, driver_us: float) -> Iterator[HostTime]:
-    """Yields the host times of timm's models with these names, each in PRECISIONS, PASSES and MODES.
+    """Yields the host times of timm's models with these names, each in PRECISIONS, PASSES and those of MODES that a pass has.
 
     Args:
         batch_size: images; cuDNN is not there, and timm's patch embedding then launches a GEMM an image.
@@ -60,12 +59,28 @@ def measure(names: list[str], batch_size: int, turns: int, calls: int, driver_us
                 baseline = _call(timms, precision, passed, images)
                 eager = _call(accelerated, precision, passed, images)
                 candidates = {"eager": eager, "captured": eager if passed == "forward" else _captured(eager, images)}
+                if passed == "forward":
+                    frozen = fastdeit.optimize_for_inference(copy.deepcopy(timms).cpu()).cuda()
+                    candidates["optimized"] = _call(frozen, "bf16", passed, images)
                 for mode, candidate in candidates.items():
-                    fastdeit.set_graphs("auto" if mode == "captured" else "off")
+                    fastdeit.set_graphs("off" if mode == "eager" else "auto")
                     times, launches = _in_turns((baseline, candidate), turns, calls, driver_us)
                     ratio = statistics.median(mine / theirs for theirs, mine in zip(*times, strict=True))
                     medians = (round(statistics.median(each) * 1e6, 1) for each in times)
                     yield HostTime(name, precision, passed, mode, *medians, round(ratio, 3), *launches)
+
+
+def ratios(
+    baseline: nn.Module, others: Mapping[str, nn.Module], turns: int, calls: int, driver_us: float
+) -> dict[str, float]:
+    """Host time of a forward pass of others, by name, over that of timm's bf16 model, at batch size 1; as `measure`."""
+    images = _images(baseline, "bf16", 1)
+    candidates = tuple(_call(module, "bf16", "forward", images) for module in (baseline, *others.values()))
+    times, _ = _in_turns(candidates, turns, calls, driver_us)
+    return {
+        name: round(statistics.median(mine / theirs for theirs, mine in zip(times[0], each, strict=True)), 3)
+        for name, each in zip(others, times[1:], strict=True)
+    }
 
 
 def _model(name: str, precision: str) -> nn.Module:

@@ -9,16 +9,13 @@ from pathlib import Path
 
 from fastdeit.commands.cli import main
 
-DATA = (
-    "--config", "digits", "--img-size", "16", "--epochs", "2", "--warmup-epochs", "1",
-    "--device", "cpu", "--threads", "1", "--workers", "0", "--model-ema-decay", "0",
-)  # fmt: skip
+DATA = "--config digits --img-size 16 --epochs 2 --warmup-epochs 1 --device cpu --threads 1 --workers 0 --model-ema-decay 0"
 TEACHER = "{depth: 8, stem_width: 8}"
 STUDENT = ("--model-kwargs", "{patch_size: 8, embed_dim: 32, num_heads: 1, depth: 1}", "--teacher-model", "regnetx_002")
 
 
 def run(command: str, *arguments: str) -> None:
-    assert main([command, *DATA, *arguments]) == 0
+    assert main([command, *DATA.split(), *arguments]) == 0
 
 
 with tempfile.TemporaryDirectory() as folder:

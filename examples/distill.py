@@ -27,9 +27,17 @@ def batches(epochs: int, size: int = 32):
 
 # The teacher: any module from images to logits.
 teacher = nn.Sequential(
-    nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-)  # fmt: skip
+    nn.Conv2d(1, 32, 3, padding=1),
+    nn.BatchNorm2d(32),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    nn.Conv2d(32, 64, 3, padding=1),
+    nn.BatchNorm2d(64),
+    nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1),
+    nn.Flatten(),
+    nn.Linear(64, 10),
+)
 optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)
 for x, y in batches(epochs=3):
     optimizer.zero_grad()
@@ -37,10 +45,11 @@ for x, y in batches(epochs=3):
     optimizer.step()
 
 # The student: two heads, one of which learns from the teacher's decisions.
+SIZES = dict(img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=2)
 student = timm.create_model(
     "deit_tiny_distilled_patch16_224",
-    img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=2,
-)  # fmt: skip
+    **SIZES,
+)
 fastdeit.accelerate(student)
 student.set_distilled_training(True)  # in train mode it returns the outputs of both heads
 criterion = DistillationLoss(nn.CrossEntropyLoss(label_smoothing=0.1), teacher, "hard", alpha=0.5, tau=1.0)

@@ -14,8 +14,11 @@ PINS = '# a comment\ntorch==2.11.0\nnumpy==2.3.5; python_version >= "3.11"\nPyYA
 def test_a_corner_replaces_the_pins_of_its_packages_only():
     oldest = matrix.Corner("3.10", {"torch": "2.8.0"}, constrained=True)
     assert matrix.constraints(PINS, oldest).split("\n") == [
-        'numpy==2.3.5; python_version >= "3.11"', "PyYAML==6.0.3", "torch==2.8.0", "",
-    ]  # fmt: skip
+        'numpy==2.3.5; python_version >= "3.11"',
+        "PyYAML==6.0.3",
+        "torch==2.8.0",
+        "",
+    ]
     newest = matrix.Corner("3.13", {"numpy": "2.3.5"}, constrained=False)
     assert matrix.constraints(PINS, newest) == "numpy==2.3.5\n"
 

@@ -101,7 +101,7 @@ def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) 
     bases = {"pointers": pointers}
     if attention_config.has_descriptors(architecture(probe)):
         bases["descriptors"] = replace(now, descriptors=True, one_program=None)
-    group = f"D={head_dim}{'' if now.forward.own >= 64 else ' narrow'}"
+    group = f"D={head_dim}{'' if now.forward.owned >= 64 else ' narrow'}"
     where = f"B={batch} N={tokens} H={heads} D={head_dim}"
 
     def inputs(size):
@@ -142,7 +142,7 @@ def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, toy: bool) 
                 backwards.append(backward(f"{entry} {form}", tiles, replace(base, **{entry: tiles}), present))
     if "descriptors" in bases and attention_config.one_program_fits(tokens, head_dim):
         first = attention_config.one_program_tiles(tokens)
-        for tiles in [first] if toy else [first, replace(first, num_stages=3), replace(first, block=16)]:
+        for tiles in [first] if toy else [first, replace(first, num_stages=3), replace(first, streamed=16)]:
             config = replace(bases["descriptors"], one_program=tiles)
             backwards.append(backward("whole", tiles, config, tiles == now.one_program))
     call = dict(head_dim=head_dim, tokens=tokens, batch_heads=batch * heads)

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import DependenciesFinder, JITCallable, JITFunction
 
 from fastdeit.aot import instruction_stream, sass
+from fastdeit.aot.execution import Execution
 from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import LIMITS, Limits
@@ -66,6 +67,14 @@ class Resources:
     matrix_instructions: dict[str, int] = field(default_factory=dict)  # mnemonic -> occurrences in the binary
     scalar_products: int = 0  # `tl.dot`s that the compiler turned into multiply-adds without matrix instructions
     stream: InstructionStream | None = None  # None for figures on record that were made before it was read
+    execution: Execution | None = (
+        None  # from the record: what executing the PTX on a CPU counted, where it can be executed
+    )
+
+    @property
+    def can_be_executed(self) -> bool:
+        """Whether fastdeit.testing.ptx knows its instructions: it has no tensor memory."""
+        return not any(name.startswith("UTC") for name in self.matrix_instructions)
 
 
 def aot_configs(arch: int, kernel_files: tuple[str, ...] = KERNEL_FILES) -> Iterator[AotConfig]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastdeit.aot.devices import Device
+from fastdeit.aot.execution import Execution
 from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.cost.formulas import Cost
 
@@ -59,6 +60,7 @@ def estimate(
     blocks_per_sm: int,
     work: Workload,
     device: Device,
+    execution: Execution | None = None,
 ) -> Estimate:
     """The estimate of one launch on one device.
 
@@ -67,8 +69,10 @@ def estimate(
         num_warps: of a block.
         work: the launch.
         device: the GPU.
+        execution: what executing the kernel counted: sectors and wavefronts beyond the ideal take their time. Without it shared
+            memory is taken to have no conflicts, and narrow stores are found in the machine code.
     """
-    clocks = _clocks(stream, matrix_instructions, num_warps, work, device)
+    clocks = _clocks(stream, matrix_instructions, num_warps, work, device, execution)
     issue = clocks.pop("issue")
     unit = max(clocks, key=clocks.get)
     busy = clocks[unit]
@@ -78,12 +82,16 @@ def estimate(
         unit, busy = "issue", issue
     blocks = work.programs / device.multiprocessors  # of one multiprocessor
 
-    threads = _WARP * num_warps * work.programs
-    scattered = threads * (stream.once.scattered_bytes + work.trips * stream.loop.scattered_bytes)
+    l2_bytes = float(max(work.l2_bytes, work.cost.bytes))
+    if execution is not None:
+        l2_bytes *= execution.accesses.l2_ratio
+    else:
+        threads = _WARP * num_warps * work.programs
+        l2_bytes += threads * (stream.once.scattered_bytes + work.trips * stream.loop.scattered_bytes)
     alone, first = (_one_block_ns(stream, num_warps, trips, device) for trips in (work.trips, min(work.trips, 1)))
     times = {
         "memory": work.cost.bytes / device.memory_tb_per_s / 1e3,
-        "L2": (max(work.l2_bytes, work.cost.bytes) + scattered) / device.l2_tb_per_s / 1e3,
+        "L2": l2_bytes / device.l2_tb_per_s / 1e3,
         unit: blocks * busy / device.gigahertz,
         "latency": max(blocks / blocks_per_sm, 1) * alone,
     }
@@ -93,8 +101,9 @@ def estimate(
     return Estimate((times[bound] + first) / 1e3, floor / 1e3, bound)
 
 
-def _clocks(stream, matrix_instructions, num_warps, work, device) -> dict[str, float]:
+def _clocks(stream, matrix_instructions, num_warps, work, device, execution) -> dict[str, float]:
     """Clocks that one block keeps each unit of a multiprocessor busy."""
+    once, loop = (1.0, 1.0) if execution is None else (x.wavefront_ratio for x in (execution.once, execution.loop))
 
     def executed(*kinds: str) -> float:
         return sum(stream.once.instructions.get(k, 0) + work.trips * stream.loop.instructions.get(k, 0) for k in kinds)
@@ -105,7 +114,7 @@ def _clocks(stream, matrix_instructions, num_warps, work, device) -> dict[str, f
     flops = stream.once.matrix_flops + work.trips * stream.loop.matrix_flops or work.matrix_flops / work.programs
     by_warp = all(name == "HMMA" for name in matrix_instructions)
     share = device.mma_sync_share if by_warp else 1.0
-    shared = stream.once.shared_bytes + work.trips * stream.loop.shared_bytes
+    shared = once * stream.once.shared_bytes + loop * work.trips * stream.loop.shared_bytes
     every = {*stream.once.instructions, *stream.loop.instructions}
     return {
         "issue": executed(*every) * num_warps / _SCHEDULERS,

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import triton
 
-from fastdeit.aot import catalog
+from fastdeit.aot import catalog, execution_table
 from fastdeit.aot.catalog import ARCHITECTURES, KERNEL_FILES, Resources
+from fastdeit.aot.execution import Execution
 from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.kernels.runtime.aot_config import AotConfig
 
 RESOURCES_FILE = Path(__file__).with_name("resources.json")
 UPDATE_COMMAND = "fastdeit kernels --update"
+PAGE = "compiled-rows.md"  # of docs/
+REEXECUTE_COMMAND = f"{UPDATE_COMMAND} --execute"
 _MOST_WORKERS = 16  # each takes a gigabyte or so
 _POOL_FROM = 8  # fewer configurations compile sooner than worker processes start
 
@@ -87,9 +90,13 @@ def read_committed() -> dict[str, Resources]:
 
 
 def _from_record(row: dict) -> Resources:
-    facts = {name: row[name] for name in Resources.__dataclass_fields__ if name != "stream"}
-    stream = row.get("stream")
-    return Resources(**facts, stream=None if stream is None else InstructionStream.from_dict(stream))
+    facts = {name: row[name] for name in Resources.__dataclass_fields__ if name not in ("stream", "execution")}
+    stream, execution = row.get("stream"), row.get("execution")
+    return Resources(
+        **facts,
+        stream=None if stream is None else InstructionStream.from_dict(stream),
+        execution=None if execution is None else Execution.from_dict(execution),
+    )
 
 
 def as_json(rows: list[dict]) -> str:
@@ -112,7 +119,10 @@ def _progress(result, entry: Entry, done: int, total: int):
 
 
 def update_committed(rows: dict[tuple[str, str, str], dict], covered: set[tuple[str, str, str]]) -> None:
-    """Writes the rows to resources.json, and keeps what the file holds of other current configurations."""
+    """Writes the rows to resources.json, and keeps what the file holds of other current configurations.
+
+    In a clone of the repository the page of docs/ that shows them is written too.
+    """
     everything, known = entries(), read_committed()
     kept = []
     for entry in everything:
@@ -121,6 +131,15 @@ def update_committed(rows: dict[tuple[str, str, str], dict], covered: set[tuple[
         elif entry.name not in covered and (key := catalog.row_key(entry.row, entry.arch)) in known:
             kept.append(entry.as_dict(known[key]))
     RESOURCES_FILE.write_text(as_json(kept), encoding="utf-8")
+    if (docs := RESOURCES_FILE.parents[2] / "docs").is_dir():
+        (docs / PAGE).write_text(committed_page(), encoding="utf-8")
+
+
+def committed_page() -> str:
+    """docs/compiled-rows.md, made from resources.json."""
+    committed = json.loads(RESOURCES_FILE.read_text(encoding="utf-8"))
+    rows = [(row["kernel"], row["config"], row["arch"], _from_record(row)) for row in committed["rows"]]
+    return execution_table.page(rows, committed["triton"])
 
 
 def _count(number: int, noun: str) -> str:

@@ -55,7 +55,13 @@ def estimates(row: AotConfig, arch: int, found: Resources) -> dict[str, Estimate
     """Model -> the estimate of a compiled configuration's launch in it."""
     return {
         launch.model: estimate(
-            *(found.stream, found.matrix_instructions, row.num_warps, found.blocks_per_sm, launch.work, DEVICES[arch])
+            found.stream,
+            found.matrix_instructions,
+            row.num_warps,
+            found.blocks_per_sm,
+            launch.work,
+            DEVICES[arch],
+            found.execution,
         )
         for launch in launches_of(row, arch)
     }
@@ -78,11 +84,11 @@ def _attention(model: str, shape: Shape, arch: int) -> Iterator[Launch]:
 
     def work(tiles: attention.Tiles, streamed: int, owned: int, cost: Cost, products: int) -> Workload:
         """streamed: tensors that a program reads all rows of; owned: those that it reads or writes its own rows of."""
-        programs = cdiv(tokens, tiles.own) * heads
-        l2_bytes = programs * 2 * head_dim * (streamed * tokens + owned * tiles.own)
-        columns = (tokens - 1) // tiles.block * tiles.block + attention.tail(tokens, tiles.block)
-        flops = programs * products * 2 * tiles.own * columns * head_dim
-        return Workload(programs, (tokens - 1) // tiles.block, cost, l2_bytes, flops)
+        programs = cdiv(tokens, tiles.owned) * heads
+        l2_bytes = programs * 2 * head_dim * (streamed * tokens + owned * tiles.owned)
+        columns = (tokens - 1) // tiles.streamed * tiles.streamed + attention.tail(tokens, tiles.streamed)
+        flops = programs * products * 2 * tiles.owned * columns * head_dim
+        return Workload(programs, (tokens - 1) // tiles.streamed, cost, l2_bytes, flops)
 
     config, rows = case.config, 4 * heads * tokens
     forward = formulas.attention_forward(BATCH, tokens, shape.heads, head_dim)
@@ -97,11 +103,13 @@ def _streams(model: str, shape: Shape, arch: int, device: Device) -> Iterator[La
     plain, full = f"C={channels} bf16", f"C={channels} autocast"
     bf16 = dict(stream_bytes=2, branch_bytes=None)
     yield Launch(
-        *("layer_norm_forward_kernel", plain, model),
+        "layer_norm_forward_kernel",
+        plain,
+        model,
         Workload(rows, 0, formulas.layer_norm_forward(rows, channels, **bf16)),
     )
     yield Launch(
-        *("layer_norm_forward_kernel", full, model), Workload(rows, 0, formulas.layer_norm_forward(rows, channels))
+        "layer_norm_forward_kernel", full, model, Workload(rows, 0, formulas.layer_norm_forward(rows, channels))
     )
     programs = layer_norm.select_config(channels, arch).backward_programs_per_sm * device.multiprocessors
     backward = formulas.layer_norm_backward(rows, channels, **bf16)
@@ -112,12 +120,16 @@ def _streams(model: str, shape: Shape, arch: int, device: Device) -> Iterator[La
 
     elements, config = rows * hidden, activation.select_config()
     yield Launch(
-        *("activation_forward_kernel", "gelu bf16", model),
+        "activation_forward_kernel",
+        "gelu bf16",
+        model,
         Workload(cdiv(elements, config.block), 0, Cost(14 * elements, 4 * elements, 1)),
     )
     columns = cdiv(hidden, config.columns)
     yield Launch(
-        *("activation_backward_kernel", "gelu bf16", model),
+        "activation_backward_kernel",
+        "gelu bf16",
+        model,
         _strips(rows, config.rows, columns, Cost(24 * elements, 8 * elements, 1), device),
     )
 
@@ -127,10 +139,13 @@ def _streams(model: str, shape: Shape, arch: int, device: Device) -> Iterator[La
     yield Launch("column_sums_backward_kernel", "two matrices", model, strips)
 
     size, patches = shape.tokens * channels, (shape.tokens - _PREFIX) * channels
-    cut = patch_embedding.select_config(BATCH, size, device.multiprocessors)
-    programs, trips = cut.blocks * cut.strips, cut.images_per_strip / patch_embedding.IMAGES
     embedded = Cost(2 * BATCH * size, BATCH * (2 * patches + 4 * size), 1)
-    for kernel in ("patch_embedding_forward_kernel", "patch_embedding_backward_kernel"):
+    for kernel, elements in (
+        ("patch_embedding_forward_kernel", patch_embedding.ELEMENTS),
+        ("patch_embedding_backward_kernel", patch_embedding.backward_elements(4)),
+    ):
+        cut = patch_embedding.select_config(BATCH, size, device.multiprocessors, elements)
+        programs, trips = cut.blocks * cut.strips, cut.images_per_strip / patch_embedding.IMAGES
         yield Launch(kernel, "autocast", model, Workload(programs, trips, embedded))
 
 

@@ -1,6 +1,8 @@
 """`fastdeit kernels`: a table of every configuration and what the compiler made of it, without a GPU."""
 
 import argparse
+import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -8,6 +10,7 @@ import triton
 
 from fastdeit.aot import catalog, reachable, report, resource_limits, workloads
 from fastdeit.aot.catalog import ARCHITECTURES, KERNEL_FILES, Resources
+from fastdeit.aot.execution import Execution
 
 SAMPLE = 16  # configurations an architecture that calls reach beyond the listed ones
 
@@ -17,7 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="FILE", help=f"one kernel file of {', '.join(KERNEL_FILES)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--committed", action="store_true", help="compile only what has changed since resources.json")
-    parser.add_argument("--update", action="store_true", help="the same, and rewrite resources.json")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="the same, execute what has changed on the CPU, and rewrite resources.json",
+    )
+    parser.add_argument(
+        "--execute",
+        action="store_true",
+        help="with --update, execute every configuration on the CPU again (default: those that have changed)",
+    )
     parser.add_argument(
         "--sample",
         type=int,
@@ -36,18 +48,30 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table; 1 if a configuration does not compile or breaks a limit.
 
     Raises:
-        ValueError: an unknown architecture or kernel file, or kernels are interpreted in this process.
+        ValueError: an unknown architecture or kernel file, --execute without --update, or kernels are interpreted in this process.
     """
     chosen = report.entries(_architectures(args.arch), _files(args.only))
     if triton.knobs.runtime.interpret:
         raise ValueError("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
-    known = report.read_committed() if args.committed or args.update else {}
+    if args.execute and not args.update:
+        raise ValueError("--execute: only with --update")
+    committed = report.read_committed()
+    executions = {} if args.execute else {key: found.execution for key, found in committed.items()}
+    known = committed if args.committed or args.update else {}
     keys = [catalog.row_key(entry.row, entry.arch) for entry in chosen]
     if args.streams:
         known = {key: resources for key, resources in known.items() if resources.stream is not None}
     missing = [entry for entry, key in zip(chosen, keys, strict=True) if key not in known]
     compiled = dict(zip((entry.name for entry in missing), report.compile_entries(missing), strict=True))
     results = [compiled.get(entry.name) or known[key] for entry, key in zip(chosen, keys, strict=True)]
+
+    results = [
+        result if isinstance(result, str) else dataclasses.replace(result, execution=executions.get(key))
+        for result, key in zip(results, keys, strict=True)
+    ]
+    failed: list[str] = []
+    if args.update:
+        results, failed = _executed(chosen, keys, results)
 
     rows, faults = {}, []
     for entry, result in zip(chosen, results, strict=True):
@@ -61,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     print(report.as_json(shown) if args.json else _table(shown, [estimates[name] for name in rows]), end="")
     for entry, fault in faults:
         print("{} ({}) on {}: ".format(*entry.name) + fault, file=sys.stderr)
+    print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr)
     if args.update:
         report.update_committed(rows, {entry.name for entry in chosen})
     sampled: list[str] = []
@@ -68,7 +93,39 @@ def run(args: argparse.Namespace) -> int:
         archs = reachable.ARCHITECTURES if args.arch is None else _architectures(args.arch)
         sampled = list(_sampled_faults(archs, args.sample, args.seed))
         print(*sampled, sep="\n", end="\n" if sampled else "", file=sys.stderr)
-    return 1 if faults or sampled else 0
+    return 1 if faults or sampled or failed else 0
+
+
+def _executed(
+    entries: list[report.Entry], keys: list[str], results: list[Resources | str]
+) -> tuple[list[Resources | str], list[str]]:
+    """The results with what executing their code counted, where they lack it and the code can be executed; what failed.
+
+    With a Triton that the PTX machine is not tested with, nothing is executed.
+    """
+    from fastdeit.testing.ptx import compiler, harness, rows
+
+    if reason := compiler.why_untested():
+        print(f"nothing is executed: {reason}", file=sys.stderr)
+        return results, []
+    found, failures = dict[str, Execution](), list[str]()
+    for arch in harness.ARCHITECTURES:
+        wanted = {
+            key
+            for entry, key, result in zip(entries, keys, results, strict=True)
+            if entry.arch == arch
+            and not isinstance(result, str)
+            and result.can_be_executed
+            and result.execution is None
+        }
+        if wanted:
+            new, failed = rows.record(arch, wanted, os.cpu_count() or 1)
+            found |= new
+            failures += failed
+    return [
+        dataclasses.replace(result, execution=found[key]) if key in found and not isinstance(result, str) else result
+        for key, result in zip(keys, results, strict=True)
+    ], failures
 
 
 def _sampled_faults(archs: Iterable[int], count: int, seed: int) -> Iterator[str]:
@@ -107,18 +164,29 @@ def _estimates(entry: report.Entry, found: Resources | str) -> str:
 
 def _table(rows: list[dict], estimates: list[str]) -> str:
     header = ("kernel", "config", "arch", "registers", "spilled_bytes", "shared_bytes", "blocks_per_sm")
+    executed = ("executed", "sectors", "wavefronts")
     stream = ("access_bytes", "in_flight_KB", "wgmma", "instructions a tile", "share of the floor")
-    cells: list[tuple[str, ...]] = [(*header, *stream, "matrix_instructions")]
+    cells: list[tuple[str, ...]] = [(*header, *executed, *stream, "matrix_instructions")]
     for row, estimate in zip(rows, estimates, strict=True):
         matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
-        cells.append((*(str(row[name]) for name in header), *_stream_cells(row["stream"]), estimate, matrix or "-"))
+        figures = (*_executed_cells(row["execution"]), *_stream_cells(row["stream"]))
+        cells.append((*(str(row[name]) for name in header), *figures, estimate, matrix or "-"))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
         padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        padded[3:7] = [cell.rjust(width) for cell, width in zip(line[3:7], widths[3:7], strict=True)]
+        padded[3:10] = [cell.rjust(width) for cell, width in zip(line[3:10], widths[3:10], strict=True)]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines) + "\n"
+
+
+def _executed_cells(execution: dict | None) -> tuple[str, ...]:
+    """Warp instructions executed, sectors and wavefronts over the ideal."""
+    if execution is None:
+        return ("-",) * 3
+    found = Execution.from_dict(execution)
+    accesses = found.accesses
+    return str(sum(found.instructions.values())), f"{accesses.sector_ratio:.2f}", f"{accesses.wavefront_ratio:.2f}"
 
 
 def _stream_cells(stream: dict | None) -> tuple[str, ...]:

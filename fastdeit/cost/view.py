@@ -11,7 +11,9 @@ from fastdeit.cost.models import Part, Shape, parts
 _LAST = "last block: "
 # Where a part's cost is listed. A block's norms are fused with its additions, so that they stand with the block.
 _PLACES = {
-    **{"patch embedding": "patch_embed.proj", "heads and loss": "head", "norms and additions": "blocks.{}"},
+    "patch embedding": "patch_embed.proj",
+    "heads and loss": "head",
+    "norms and additions": "blocks.{}",
     **dict.fromkeys(("qkv", "attention", "proj"), "blocks.{}.attn"),
     **dict.fromkeys(("fc1", "activation", "fc2"), "blocks.{}.mlp"),
 }

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.inference.architecture import Architecture, Options
+from fastdeit.inference.calls import Calls
 from fastdeit.inference.model import OptimizedModel, Preprocessing
 
 KEY = "fastdeit_optimized"
@@ -33,14 +34,23 @@ def save_optimized(model: OptimizedModel, path: str | os.PathLike[str]) -> None:
     unfinished.replace(target)
 
 
-def load_optimized(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> OptimizedModel:
+def load_optimized(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
+    cuda_graphs: str = "auto",
+    buckets: Iterable[int] = (),
+) -> OptimizedModel:
     """The model that `OptimizedModel.save` wrote.
 
     Args:
         path: of the file.
         device: where its tensors go.
+        cuda_graphs: as `optimize_for_inference` takes it; the file does not contain it.
+        buckets: as `optimize_for_inference` takes them; the file does not contain them.
 
     Raises:
+        TypeError: a bucket is no whole number.
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, no safetensors file, one without an optimized model, of another version or changed, or the
             device lacks its precision.
@@ -49,6 +59,7 @@ def load_optimized(path: str | os.PathLike[str], device: torch.device | str = "c
 
     from fastdeit.inference.device import check_device
 
+    calls = Calls(cuda_graphs, buckets)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -79,7 +90,7 @@ def load_optimized(path: str | os.PathLike[str], device: torch.device | str = "c
         architecture = Architecture.from_dict(description["architecture"])
         options = Options(**{name: _as_tuple(value) for name, value in description["options"].items()})
         preprocessing = Preprocessing(**{n: _as_tuple(value) for n, value in description["preprocessing"].items()})
-        model = OptimizedModel(architecture, options, tensors, preprocessing).eval()
+        model = OptimizedModel(architecture, options, tensors, preprocessing, calls).eval()
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: metadata `{KEY}` is damaged: {error!r}") from None
     check_device(options.precision, torch.device(device))

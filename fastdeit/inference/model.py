@@ -2,13 +2,14 @@
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastdeit.inference.architecture import READOUTS, Architecture, Options
+from fastdeit.inference.calls import Calls
 from fastdeit.inference.conversion import converted, factors_name
 from fastdeit.inference.host import Host
 from fastdeit.inference.layers import Block, Embedding, Linear, Norm, under
@@ -38,6 +39,7 @@ class OptimizedModel(nn.Module):
         options: of the optimization.
         weights: folded, by the names of the buffers, in the dtypes that they are to have.
         preprocessing: of image files, for `fastdeit predict`.
+        calls: how it runs on a GPU, by default with CUDA graphs and without buckets.
     """
 
     embedding: Embedding
@@ -50,11 +52,13 @@ class OptimizedModel(nn.Module):
         options: Options,
         weights: Mapping[str, Tensor],
         preprocessing: Preprocessing | None = None,
+        calls: Calls | None = None,
     ) -> None:
         super().__init__()
         self.architecture, self.options = architecture, options
         self.preprocessing = preprocessing or Preprocessing()
-        self._original: weakref.ref[nn.Module] | None = None
+        self._calls = calls or Calls()
+        self._originals: list[weakref.ref[nn.Module]] = []  # one or none
         self.embedding = Embedding(under(weights, "embedding"))
         self.norm_before = None
         if architecture.eps_before is not None:
@@ -94,8 +98,13 @@ class OptimizedModel(nn.Module):
             images = images.detach()
         if torch.is_autocast_enabled(images.device.type):
             with without_autocast():
-                return self.run(images)
-        return self.run(images)
+                return self._calls(self, images)
+        return self._calls(self, images)
+
+    def calls(self) -> list[str]:
+        """A line for each batch size, device and stream that the model was called with on a GPU, which says whether such calls are
+        captured in a CUDA graph, and why not. It begins anew when modules or buffers of the model are replaced."""
+        return self._calls.described()
 
     def check(self, images: Any) -> None:
         """Raises what `forward` raises."""
@@ -119,7 +128,7 @@ class OptimizedModel(nn.Module):
             raise ValueError(f"images: expected device {self.device} as the model has, got {images.device}")
 
     def run(self, images: Tensor) -> Tensor:
-        """`forward` without its checks."""
+        """`forward` without its checks, as launches for as many images as there are."""
         x = self.embedding(images)
         if self.norm_before is not None:
             x = layer_norm(x, self.norm_before.weight, self.norm_before.bias, self.norm_before.eps)
@@ -180,10 +189,24 @@ class OptimizedModel(nn.Module):
         """
         from fastdeit.inference.report import report
 
-        model = self._original() if model is None and self._original is not None else model
+        model = self._originals[0]() if model is None and self._originals else model
         if model is None:
             raise ValueError("model: expected the model that this one was made of, which is gone or was never here")
         return report(self, model, loader)
+
+    def image_transform(self) -> Callable[[Any], Tensor]:
+        """A function from a Pillow image to a tensor (K, H, W), of which batches for this model are made: resized and cropped as
+        timm's evaluation does, and normalised unless the model takes uint8.
+
+        Raises:
+            ValueError: the model does not know how.
+        """
+        from fastdeit.inference.images import preparation
+
+        try:
+            return preparation(self)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model as one safetensors file, which `fastdeit.load_optimized` reads."""
@@ -193,7 +216,7 @@ class OptimizedModel(nn.Module):
 
     def remember(self, model: nn.Module) -> None:
         """The model that this one was made of, for reports. It is not kept alive."""
-        self._original = weakref.ref(model)
+        self._originals[:] = [weakref.ref(model)]
 
     def check_architecture(self, host: Host) -> None:
         """Raises ValueError where host is not of the architecture that this model was made of."""
@@ -208,7 +231,7 @@ class OptimizedModel(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_original": None}
+        return {**self.__dict__, "_originals": []}
 
     def _apply(self, fn, recurse=True):
         if fn(self.embedding.weight.new_empty(0)).dtype != self.dtype:

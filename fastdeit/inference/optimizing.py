@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastdeit.inference.architecture import FORMATS, IMAGES, RANGES, READOUTS, STREAM, Architecture, Options
 from fastdeit.inference.calibration import calibrate
+from fastdeit.inference.calls import Calls
 from fastdeit.inference.conversion import converted
 from fastdeit.inference.device import check_device
 from fastdeit.inference.host import Host, Normalisation
@@ -26,6 +27,8 @@ def optimize_for_inference(
     readout: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    cuda_graphs: str = "auto",
+    buckets: Iterable[int] = (),
 ) -> OptimizedModel:
     """A module of its own that computes what model computes in evaluation, with as little work as that takes.
 
@@ -46,18 +49,24 @@ def optimize_for_inference(
         images: what the result takes: "float", normalised images, or "uint8", raw ones.
         readout: "class" (logits of the class token), "distillation", "mean" (of both, as DeiT predicts) or "softmax_sum" (of both
             heads' probabilities). By default "mean" with a distillation head, else "class".
-        mean, std: of a channel in [0, 1], for uint8 images; by default those of timm's configuration of the model.
+        mean: of each channel in [0, 1], for uint8 images; by default that of timm's configuration of the model.
+        std: the standard deviation of each channel, likewise.
+        cuda_graphs: "auto": on a GPU, calls with a batch size and stream that took the host longer than the device some times are
+            captured in a CUDA graph, within the limit of `fastdeit.set_graphs`. "off": none is.
+        buckets: batch sizes, such as (1, 8, 64): a batch is padded up to the next of them, if there is one, so that a few graphs
+            serve all batch sizes. Each call then takes as long as one with that many images.
 
     Returns:
         An `OptimizedModel`, in evaluation mode on model's device.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or a bucket is no whole number.
         ValueError: the model is not fused as a whole, with the reason; an argument is none of those allowed, does not fit the model
             or needs a device that model is not on.
     """
     _check_choice("precision", precision, STREAM)
     _check_choice("images", images, IMAGES)
+    calls = Calls(cuda_graphs, buckets)
     host = Host(model)
     architecture = host.architecture()
     readout = _readout(readout, host.has_distillation_head())
@@ -74,7 +83,7 @@ def optimize_for_inference(
         ):
             if given is not None:
                 raise ValueError(f"{name}: expected nothing for {precision}, in which no layer is quantized")
-        return _made(model, architecture, options, converted(host, options))
+        return _made(model, architecture, options, converted(host, options), calls)
     value_range = value_range or {"fp8": "maximum", "int8": "percentile"}[precision]
     _check_choice("value_range", value_range, RANGES)
     excluded = excluded_modules(host.model, exclude)
@@ -84,11 +93,13 @@ def optimize_for_inference(
     quantized = quantized_layers(measured, excluded)
     scales = calibrate(measured, calibration, quantized, precision, value_range)
     options = options._replace(quantized=quantized)
-    return _made(model, architecture, options, converted(host, options, scales))
+    return _made(model, architecture, options, converted(host, options, scales), calls)
 
 
-def _made(model: nn.Module, architecture: Architecture, options: Options, weights: dict[str, Tensor]) -> OptimizedModel:
-    optimized = OptimizedModel(architecture, options, weights, preprocessing_of(model)).eval()
+def _made(
+    model: nn.Module, architecture: Architecture, options: Options, weights: dict[str, Tensor], calls: Calls
+) -> OptimizedModel:
+    optimized = OptimizedModel(architecture, options, weights, preprocessing_of(model), calls).eval()
     optimized.remember(model)
     return optimized
 

@@ -1,6 +1,5 @@
 """A linear layer of 8-bit operands: the product by cuBLAS, and what follows it. There is no gradient."""
 
-import functools
 from typing import Any
 
 import torch
@@ -33,9 +32,12 @@ def quantized_linear(
     Args:
         q: (..., C), torch.float8_e4m3fn or torch.int8, such as `add_layer_norm_quantize` gives.
         row_scale: (...) float32, what one step of each row is worth, or None where column_scale has it.
-        weight: (O, C) of q's dtype, and column_scale: (O,) float32, what one step of each of its rows is worth.
+        weight: (O, C) of q's dtype.
+        column_scale: (O,) float32, what one step of each row of weight is worth.
         bias: (O,), a float dtype, or None.
-        activation, scale, out_dtype: as in `rescale`. On a GPU float8 products are rounded to bfloat16.
+        activation: as in `rescale`.
+        scale: as in `rescale`.
+        out_dtype: as in `rescale`. On a GPU float8 products are rounded to bfloat16.
 
     Returns:
         (..., O).
@@ -89,10 +91,21 @@ def _integer_product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(rows, weight.t())[:count]
 
 
-@functools.lru_cache(maxsize=64)
+_ones_of: dict[tuple[int, torch.device], Tensor] = {}  # kept for good, since a captured graph may read them
+
+
 def _ones(rows: int, device: torch.device) -> Tensor:
     """A scale of 1 for each row, which `_scaled_mm` asks for where the columns have one each."""
-    return torch.ones((rows, 1), device=device)
+    if torch.compiler.is_compiling():
+        return torch.ones((rows, 1), device=device)
+    most = 1 << (rows - 1).bit_length()
+    ones = _ones_of.get((most, device))
+    if ones is None:
+        ones = torch.ones((most, 1), device=device)
+        if not torch.cuda.is_current_stream_capturing():  # there it is in the graph's memory, and filled at each replay
+            torch.cuda.current_stream(device).synchronize()  # once: other streams may read it
+            _ones_of[most, device] = ones
+    return ones[:rows]
 
 
 def _check(q, row_scale, weight, column_scale, bias) -> None:

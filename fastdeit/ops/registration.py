@@ -108,6 +108,8 @@ class Op:
             grads = (_first_tensor(saved).new_zeros(shape, dtype=dtype), *grads[1:])
         needed = zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         all_dtypes = [dtype if needs else None for dtype, needs in needed]
+        if self._added is None and self._passed_on is None:
+            return backward(grads, saved, ctx.options, all_dtypes)
         dtypes = list(all_dtypes)
         shared = self._added is not None and dtypes[0] is not None and dtypes[0] == dtypes[1]
         shared = shared and all(saved[field] is None for field in self._added)

@@ -29,7 +29,7 @@ _clock = itertools.count()
 
 
 def set_graphs(mode: str = "auto", *, max_graphs: int = MOST_GRAPHS) -> None:
-    """Chooses whether accelerated models capture their forward pass in CUDA graphs, from now on and in every thread.
+    """Chooses whether accelerated and optimized models capture their forward pass in CUDA graphs, from now on and in every thread.
 
     Graphs are captured of calls without gradients, one for each shape, dtype, autocast setting and stream, after some calls of
     that kind and where these took the host longer than the device. Outputs are new tensors as before.
@@ -61,9 +61,13 @@ class Repeated(Protocol):
         """The output, a new tensor."""
         ...
 
-    def fixed(self, stream: int) -> "tuple[Callable[[Tensor], object], Tensor, Tensor]":
-        """A function of the input that launches the same on a stream and into memory of its own: the output, and a workspace
-        to be held."""
+    def receive(self, x: Tensor) -> Tensor:
+        """A new tensor that x, and every other input of this kind, can be copied to; it may be longer."""
+        ...
+
+    def fixed(self, stream: int) -> "tuple[Callable[[Tensor], object], Tensor, Any]":
+        """A function of what `receive` gives that launches the same on a stream and into memory of its own: the output, and what
+        else is to be held."""
         ...
 
 
@@ -158,7 +162,8 @@ def _make_room(most: int) -> None:
 
 
 class _Graph:
-    """One captured plan: an input is copied to where the graph reads it, and the output from where it is written.
+    """One captured plan: an input is copied to where the graph reads it, and the output from where it is written. Of an input
+    that is shorter than what the graph reads, the output is as long.
 
     What it reads and writes is allocated on the stream that it is replayed on, so that it may be freed while a replay is under way.
     """
@@ -166,16 +171,18 @@ class _Graph:
     def __init__(self, plan: Repeated, x: Tensor) -> None:
         side = _side(x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)
         with torch.inference_mode(False), torch.no_grad():
-            self._input = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            run, self._output, self._workspace = plan.fixed(side.stream.cuda_stream)
+            self._input = plan.receive(x)
+            run, self._output, self._held = plan.fixed(side.stream.cuda_stream)
             self._graph = side.capture(lambda: run(self._input))
+        self._length = len(self._input)
         self._in_order = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
+        given = len(x)
         with self._in_order:  # another thread must not come between, on the same stream
-            self._input.copy_(x)
+            (self._input if given == self._length else self._input[:given]).copy_(x)
             self._graph.replay()
-            return self._output.clone()
+            return (self._output if given == self._length else self._output[:given]).clone()
 
 
 class _Side:

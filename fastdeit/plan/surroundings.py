@@ -67,21 +67,22 @@ def key_of(x: Tensor, needs: tuple[bool, ...] = ()) -> tuple:
     Args:
         needs: whether x and each parameter need gradients, of a call with gradients.
     """
+    return (x.shape, x.stride(), x.dtype, *circumstances(x), needs)
+
+
+def circumstances(x: Tensor) -> tuple:
+    """What decides so beside the input's shape and dtype: its device, the current stream as an integer, and settings."""
     from fastdeit.kernels.gemm.config import gemm_in_force
     from fastdeit.kernels.gemm.fused_mlp import fused_mlp_in_force
 
     device = x.get_device()
     return (
-        x.shape,
-        x.stride(),
-        x.dtype,
         device,
         torch._C._cuda_getCurrentRawStream(device),
         backends.settings(x),
         gemm_in_force(),
         fused_mlp_in_force(),
         tuple(SDPA_PREFERRED.items()),
-        needs,
     )
 
 

@@ -12,17 +12,29 @@ def _nothing() -> None:
 
 
 class HostBatch(NamedTuple):
-    """Tensors in memory that may be used again once they have been copied; `copied` is called then, and checks that it was not
-    before."""
+    """Tensors in memory that may be used again once they have been copied.
+
+    Attributes:
+        tensors: the batch.
+        copied: is called then, and checks that the memory was not used before.
+        decoded: in place of a copy, makes the tensors on the device of what the memory holds.
+    """
 
     tensors: tuple[Tensor, ...]
     copied: Callable[[], None] = _nothing
+    decoded: Callable[[], tuple[Tensor, ...]] | None = None
+
+    def on_device(self, device: torch.device) -> tuple[Tensor, ...]:
+        """In memory of their own. From page-locked memory the copy runs on the current stream."""
+        if self.decoded is not None:
+            return self.decoded()
+        return tuple(t.to(device, non_blocking=True, copy=True) for t in self.tensors)
 
 
 def copied(batches: Iterator[HostBatch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """Each batch's tensors on device, in memory of their own."""
     for batch in batches:
-        tensors = tuple(t.to(device, copy=True) for t in batch.tensors)
+        tensors = batch.on_device(device)
         batch.copied()
         yield tensors
 
@@ -42,7 +54,7 @@ def copied_ahead(batches: Iterator[HostBatch], device: torch.device) -> Iterator
             if before is not None:
                 _await(*before)
             with torch.cuda.stream(stream):
-                tensors = tuple(t.to(device, non_blocking=True) for t in batch.tensors)
+                tensors = batch.on_device(device)
                 latest = batch, stream.record_event()
             if waiting is not None:
                 yield waiting

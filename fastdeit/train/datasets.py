@@ -64,7 +64,7 @@ def _load_data(config: Config) -> Data:
         return _digits(mode, config)
     if config.data.partition("/")[0].lower() in TIMM_SETS and not Path(config.data).is_dir():
         return _timm_data(mode, config)
-    decoder = create_decoder(resolved_decoder(config.decoder))
+    decoder = create_decoder(resolved_decoder(config))
     train, val = read_splits(Path(config.data))
     return Data(
         Images(train, mode, train_transform(config), config.max_image_megapixels, decoder),
@@ -84,7 +84,7 @@ def load_validation(config: Config) -> tuple[Dataset, tuple[str, ...]]:
         return data.val, data.classes
     val = read_split(root / "val")
     mode = "L" if config.in_chans == 1 else "RGB"
-    decoder = create_decoder(resolved_decoder(config.decoder))
+    decoder = create_decoder(resolved_decoder(config))
     return Images(val, mode, eval_transform(config), config.max_image_megapixels, decoder), val.classes
 
 
@@ -271,7 +271,7 @@ def _timm_data(mode: str, config: Config) -> Data:
         val.reader.dist_rank, val.reader.dist_num_replicas = 0, 1
         streams = Stream(train.reader, train_transform(config)), Stream(val.reader, eval_transform(config))
         return Data(*streams, _timm_classes(train, config))
-    decoder = create_decoder(resolved_decoder(config.decoder))
+    decoder = create_decoder(resolved_decoder(config))
     return Data(
         Images(train, mode, train_transform(config), config.max_image_megapixels, decoder),
         Images(val, mode, eval_transform(config), config.max_image_megapixels, decoder),

@@ -24,6 +24,12 @@ def select_device(config: Config, world: World = SINGLE) -> torch.device:
     return device
 
 
+def wait_for(device: torch.device) -> None:
+    """Returns when device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     """The context of a forward pass: bf16 or fp16 if precision says so, on a GPU bf16 by default."""
     low = config.precision in ("bf16", "fp16") or (config.precision == "auto" and device.type == "cuda")

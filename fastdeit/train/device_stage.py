@@ -8,6 +8,7 @@ from torch.utils.data import IterableDataset
 
 from fastdeit.ops import augment
 from fastdeit.train.config import Config
+from fastdeit.train.datasets import Images
 from fastdeit.train.decoders import with_decoder
 from fastdeit.train.image_pipeline import split_flips
 from fastdeit.train.plans import Planner, why_not_planned
@@ -66,12 +67,30 @@ def why_augmented_on_cpu(config: Config, dataset: Any, device: torch.device) -> 
     return reason if reason is not None else why_not_planned(split_flips(dataset.transform)[1])
 
 
+def check_decoded_on_device(config: Config, dataset: Any, device: torch.device) -> None:
+    """Raises ValueError where config wants the device to decode what it cannot decode."""
+    if config.decode_on != "device":
+        return
+    reason = why_not_batched(dataset)
+    if reason is None and not isinstance(dataset, Images):
+        reason = "they are in memory, decoded"
+    if reason is None:
+        reason = why_augmented_on_cpu(config, dataset, device)
+    if reason is not None:
+        raise ValueError(f"decode_on: the images cannot be decoded on the device: {reason}; set it to cpu")
+
+
 def describe_loader(config: Config, dataset: Any, device: torch.device) -> str:
-    """What makes the training images, and where, in a line; reasons where something is not done as it could be."""
+    """What makes the training images, and where, in a line; reasons where something is not done as it could be.
+
+    Raises:
+        ValueError: as `check_decoded_on_device`.
+    """
+    check_decoded_on_device(config, dataset, device)
     reason = why_augmented_on_cpu(config, dataset, device)
     parts = [
         f"decoder {with_decoder(config).decoder}" if config.data != "digits" else "images in memory",
-        f"resize {config.resize}",
+        f"resize {config.resize}" + (", both on the device" if config.decode_on == "device" else ""),
         "flips and augmentation on the device" if reason is None else f"flips and augmentation on the CPU: {reason}",
     ]
     single = why_not_batched(dataset)

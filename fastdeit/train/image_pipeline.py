@@ -5,7 +5,9 @@ whichever way they are made.
 """
 
 import random
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
 from fastdeit.train.decoders import Box
-from fastdeit.train.image_sources import ImageSource
+from fastdeit.train.image_sources import EncodedJpeg, ImageSource
 from fastdeit.train.plans import Planner, Recorder, why_not_planned
 from fastdeit.train.transform_errors import NamedTransforms, TransformFailure
 
@@ -26,7 +28,28 @@ _RESAMPLING = {
     InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
     InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
 }
+# A crop that is larger in relation to the result is resized on the CPU: PyTorch's kernel for CUDA keeps the weights of a result's
+# pixel, and rows of as many, in 48 KB of shared memory.
+LARGEST_REDUCTION = 32
 _TRANSPOSE = {LEFT_RIGHT: Image.Transpose.FLIP_LEFT_RIGHT, TOP_BOTTOM: Image.Transpose.FLIP_TOP_BOTTOM}
+
+
+class PlannedImage(NamedTuple):
+    """What has been drawn of an image that is not made yet.
+
+    Attributes:
+        source: of the whole image.
+        box: the crop.
+        mode: how it is to be resized.
+        flips: that are left to do.
+        image: the crop, resized, where something had to be done to it that no plan describes.
+    """
+
+    source: ImageSource
+    box: Box
+    mode: InterpolationMode
+    flips: int
+    image: Image.Image | None
 
 
 class ImagePipeline:
@@ -74,21 +97,77 @@ class ImagePipeline:
         Raises:
             TransformFailure: a transform failed. Whatever PIL raises: the image cannot be decoded.
         """
+        if self.plans_first:
+            planned = self.planned(source, rows)
+            self.finish(planned, out)
+            return planned.flips
         image, flips = self.augmented(self.resized(*self.part(source)), rows)
         self.write(image, out)
         return flips
 
+    @property
+    def plans_first(self) -> bool:
+        """Whether all random numbers of an image can be drawn before it is decoded: `planned`, then `finish`."""
+        return self.planner is not None and isinstance(self.crop, RandomResizedCropAndInterpolation)
+
+    def planned(self, source: ImageSource, rows: np.ndarray) -> "PlannedImage":
+        """Draws all that is random about an image, and writes its plan into rows. Raises as `__call__`."""
+        box, mode = self.drawn_crop(source)
+        flips = self._drawn_flips()
+        made = PlannedImage(source, box, mode, flips, None)
+
+        def decoded() -> Image.Image | np.ndarray:
+            try:
+                part = self.cropped(made)
+            except Exception as error:
+                raise _UndecodableError(error) from error
+            return self.resized(part, mode)
+
+        try:
+            image = self._noted(decoded, flips, rows)
+        except _UndecodableError as error:
+            raise error.error from None
+        return made if image is None else made._replace(flips=0, image=image)
+
+    def finish(self, planned: "PlannedImage", out: np.ndarray) -> None:
+        """Writes the image into out, (height, width, channels) uint8. Raises as `__call__`."""
+        image = planned.image
+        self.write(self.resized(self.cropped(planned), planned.mode) if image is None else image, out)
+
+    def cropped(self, planned: "PlannedImage") -> Image.Image | np.ndarray:
+        """The crop, decoded."""
+        source = planned.source
+        return source.array(planned.box) if self.resize == "torch" else source.image(planned.box)
+
     def part(self, source: ImageSource) -> tuple[Image.Image | np.ndarray, InterpolationMode | None]:
         """The random crop, decoded, and how it is to be resized; the whole image where the crop is not one of a size to draw."""
-        crop = self.crop
-        if not isinstance(crop, RandomResizedCropAndInterpolation):
+        if not isinstance(self.crop, RandomResizedCropAndInterpolation):
             return source.image(), None
+        box, mode = self.drawn_crop(source)
+        return (source.array if self.resize == "torch" else source.image)(box), mode
+
+    def drawn_crop(self, source: ImageSource) -> tuple[Box, InterpolationMode]:
+        """The random crop of an image of source's size, and how it is to be resized."""
+        crop: Any = self.crop
         with _Named(self.crop_option):
             top, left, height, width = crop.get_params(_Extent(source.width, source.height), crop.scale, crop.ratio)
-            box = Box(left, top, width, height)
             mode = crop.interpolation
-            mode = random.choice(mode) if isinstance(mode, tuple | list) else mode
-        return (source.array if self.resize == "torch" else source.image)(box), mode
+            return Box(left, top, width, height), random.choice(mode) if isinstance(mode, tuple | list) else mode
+
+    def encoded(self, source: ImageSource, rows: np.ndarray) -> tuple[bytes, bool, Box, InterpolationMode, int]:
+        """What is left to the device of an image of a random crop with a plan; writes the plan into rows.
+
+        Returns:
+            A JPEG file, True, the part of it and how that is to be resized; or, where the device cannot make the image, the image
+            itself, (height, width, channels) uint8, False and its extent. Last the flips that are left to do.
+        """
+        planned = self.planned(source, rows)
+        box, mode, flips, image = planned[1:]
+        reduction = max(box.width / self.width, box.height / self.height)
+        if image is None and isinstance(source, EncodedJpeg) and reduction <= LARGEST_REDUCTION:
+            return source.data, True, box, mode, flips
+        made = self.resized(self.cropped(planned), mode) if image is None else image
+        return np.asarray(made).tobytes(), False, Box(0, 0, self.width, self.height), mode, flips
 
     def resized(
         self, part: Image.Image | np.ndarray, interpolation: InterpolationMode | None
@@ -103,11 +182,7 @@ class ImagePipeline:
 
     def augmented(self, image: Image.Image | np.ndarray, rows: np.ndarray) -> tuple[Image.Image | np.ndarray, int]:
         """The image after what is not planned, and the flips that are left to do; writes the plan into rows."""
-        flips = 0
-        for option, step in self.flips:
-            with _Named(option):
-                if torch.rand(1) < step.p:
-                    flips |= LEFT_RIGHT if isinstance(step, transforms.RandomHorizontalFlip) else TOP_BOTTOM
+        flips = self._drawn_flips()
         if self.planner is None:
             with _Named("hflip"):
                 image = flipped(as_image(image), flips)
@@ -115,13 +190,29 @@ class ImagePipeline:
                 with _Named(option):
                     image = step(image)
             return image, 0
-        recorder = Recorder((self.width, self.height), lambda: flipped(as_image(image), flips))
-        for option, step in self.planner.steps:
+        changed = self._noted(lambda: image, flips, rows)
+        return (image, flips) if changed is None else (changed, 0)
+
+    def _drawn_flips(self) -> int:
+        flips = 0
+        for option, step in self.flips:
+            with _Named(option):
+                if torch.rand(1) < step.p:
+                    flips |= LEFT_RIGHT if isinstance(step, transforms.RandomHorizontalFlip) else TOP_BOTTOM
+        return flips
+
+    def _noted(self, made: Callable[[], Image.Image | np.ndarray], flips: int, rows: np.ndarray) -> Image.Image | None:
+        """Writes the plan into rows. Where it begins with something that no plan describes, that is done to the image that `made`
+        gives, and the result returned, flipped; else None, and the flips are left to do."""
+        planner = self.planner
+        assert planner is not None
+        recorder = Recorder((self.width, self.height), lambda: flipped(as_image(made()), flips))
+        for option, step in planner.steps:
             with _Named(option):
                 step(recorder)
         with _Named("aa"):
-            self.planner.write(recorder, rows)
-        return (image, flips) if recorder.image is None else (recorder.image, 0)
+            planner.write(recorder, rows)
+        return recorder.image
 
     def write(self, image: Image.Image | np.ndarray, out: np.ndarray) -> None:
         with _Named("img_size"):
@@ -159,13 +250,20 @@ def flipped(image: Image.Image, flips: int) -> Image.Image:
 class _Extent(Image.Image):
     """An image of which nothing but the size is known: what a crop is drawn from."""
 
-    def __init__(self, width: int, height: int) -> None:
-        super().__init__()
+    def __init__(self, width: int, height: int) -> None:  # PIL's takes longer than drawing the crop, for nothing
         self.extent = width, height
 
     @property
     def size(self) -> tuple[int, int]:
         return self.extent
+
+
+class _UndecodableError(Exception):
+    """An image that was to be augmented cannot be decoded; `error` says why."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class _Named:
@@ -178,5 +276,5 @@ class _Named:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, _UndecodableError):
             raise TransformFailure(self.option) from error

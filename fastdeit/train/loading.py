@@ -13,11 +13,14 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 from fastdeit.train.batched_images import BatchedImages
 from fastdeit.train.config import Config
 from fastdeit.train.copying import HostBatch, copied, copied_ahead
-from fastdeit.train.device_stage import DeviceStage, why_augmented_on_cpu, why_not_batched
+from fastdeit.train.device_decoding import DeviceDecoding, create_device_decoder
+from fastdeit.train.device_stage import DeviceStage, check_decoded_on_device, why_augmented_on_cpu, why_not_batched
+from fastdeit.train.encoded_images import COLUMNS, EncodedImages
 from fastdeit.train.error_passing import ErrorPassingLoader
 from fastdeit.train.image_files import UnreadableImageError
 from fastdeit.train.image_pipeline import ImagePipeline
-from fastdeit.train.ring import Ring
+from fastdeit.train.ring import Batch as RingBatch
+from fastdeit.train.ring import Ring, Ticket
 from fastdeit.train.sampling import EpochBatches, KeyedDataset, Sample, derive_seed, seed_sample
 from fastdeit.train.transform_errors import TransformError, described
 
@@ -39,7 +42,8 @@ class TrainLoader:
         batches: of this rank.
 
     Raises:
-        ValueError: fewer images than one batch.
+        ValueError: fewer images than one batch, or images that `decode_on: device` is not for.
+        ImportError: the device's decoder does not work.
 
     A pass raises TransformError that names image, epoch, position and option where a transform fails, and a batch's positions where
     its augmentation on the device does.
@@ -55,9 +59,13 @@ class TrainLoader:
         self.unreadable: dict[str, None] = {}
         self.streams = isinstance(dataset, IterableDataset)
         self.ring: Ring | None = None
+        self.decoding: DeviceDecoding | None = None
+        check_decoded_on_device(config, dataset, device)
+        on_device = config.decode_on == "device"
         options: dict[str, Any] = dict(
             num_workers=config.workers, prefetch_factor=config.prefetch if config.workers else None
         )
+        source: Any
         if self.streams:
             source = KeyedStream(dataset, batches)
             self.worker_seeds = torch.Generator()  # from which PyTorch draws those that readers shuffle by
@@ -66,11 +74,21 @@ class TrainLoader:
             planned = why_augmented_on_cpu(config, dataset, device) is None
             size = (config.img_size, config.img_size)
             pipeline = ImagePipeline(dataset.transform, size, dataset.mode, config.resize, planned)
-            shape = (*size, pipeline.channels)
-            pinned = device.type == "cuda"
-            self.ring = Ring(batches.batch_size, shape, pipeline.layers, config.workers, config.prefetch, pinned)
+            self.ring = Ring(
+                batches.batch_size,
+                (*size, pipeline.channels),
+                pipeline.layers,
+                config.workers,
+                config.prefetch,
+                pinned=device.type == "cuda",
+                columns=COLUMNS if on_device else 0,
+            )
             self.finish = DeviceStage(config, pipeline.planner, device)
-            source = BatchedImages(dataset, pipeline, self.ring, batches.seed, config.max_bad_images)
+            source = (EncodedImages if on_device else BatchedImages)(
+                dataset, pipeline, self.ring, batches.seed, config.max_bad_images
+            )
+            if on_device:
+                self.decoding = DeviceDecoding(create_device_decoder(config, device), source, device)
             # A key of the sampler is a batch's list of keys.
             options |= dict(
                 sampler=batches, batch_size=None, persistent_workers=config.workers > 0, collate_fn=as_it_is
@@ -85,6 +103,10 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def close(self) -> None:
+        """Ends the workers, which a loader of another image size takes the place of. Not to be called within a pass."""
+        self.loader._iterator = None
+
     def __iter__(self) -> Iterator[Batch]:
         if self.streams and self.batches.first_batch:
             raise ValueError(
@@ -96,7 +118,7 @@ class TrainLoader:
             self.worker_seeds.manual_seed(derive_seed("stream workers", b.seed, b.epoch, b.rank))
         ahead = copied_ahead if self.device.type == "cuda" else copied
         given = 0
-        for tensors in ahead(self._host_batches(), self.device):
+        for tensors in ahead(self.host_batches(), self.device):
             yield tensors if self.ring is None else self._finished(tensors, self.batches.first_batch + given)
             given += 1
         if given < len(self):
@@ -117,7 +139,8 @@ class TrainLoader:
                 f"(seed {b.seed}, epoch {b.epoch}, positions {positions[0]} to {positions[-1]})"
             ) from error
 
-    def _host_batches(self) -> Iterator[HostBatch]:
+    def host_batches(self) -> Iterator[HostBatch]:
+        """The epoch's batches in the loader's memory, before they are copied to the device: until the next one is asked for."""
         iterator = iter(self.loader)
         for _ in range(len(self)):
             try:
@@ -130,9 +153,18 @@ class TrainLoader:
             else:
                 unreadable = made.unreadable
                 check = functools.partial(self.ring.check, made)
-                batch = HostBatch(self.ring.read(made).tensors(), check)
+                slot = self.ring.read(made)
+                decoded = None if self.decoding is None else functools.partial(self.decoded, slot, made)
+                batch = HostBatch(slot.tensors(), check, decoded)
             self._report(unreadable)
             yield batch
+
+    def decoded(self, slot: RingBatch, ticket: Ticket) -> tuple[Tensor, ...]:
+        """What the device decodes of a batch that workers left encoded."""
+        assert self.decoding is not None
+        tensors, unreadable = self.decoding(slot, ticket)
+        self._report(unreadable)
+        return tensors
 
     def _report(self, unreadable: Sequence[str]) -> None:
         for message in unreadable:

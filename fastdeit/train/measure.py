@@ -12,7 +12,7 @@ from fastdeit.train.cached_labels import CachedTeacher
 from fastdeit.train.config import Config
 from fastdeit.train.data_stages import DataStages, measure_stages
 from fastdeit.train.datasets import Data, load_data
-from fastdeit.train.device import reproducible, select_device
+from fastdeit.train.device import reproducible, select_device, wait_for
 from fastdeit.train.engine import Trainer
 from fastdeit.train.loading import Batch
 from fastdeit.train.models import create_student, create_teacher, quickened
@@ -88,7 +88,7 @@ def _loader_rate(trainer: Trainer, seconds: float) -> tuple[float, Batch]:
                 started = time.monotonic() if seen >= WARM_UP else None
                 continue
             images += len(batch[1])
-            _wait(trainer.device)
+            wait_for(trainer.device)
             if time.monotonic() - started > seconds:
                 return images / (time.monotonic() - started), batch
     raise AssertionError("time has passed")
@@ -118,16 +118,11 @@ def _step_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
     def timed(steps: int) -> float:
         trainer.step = 0
         trainer.loader = _Repeated(batch, min(steps, trainer.schedule.updates_per_epoch))
-        _wait(trainer.device)
+        wait_for(trainer.device)
         started = time.monotonic()
         trainer.train_epoch(0, _Silent())
-        _wait(trainer.device)
+        wait_for(trainer.device)
         return (time.monotonic() - started) / len(trainer.loader)
 
     once = timed(WARM_UP)
     return len(batch[1]) / timed(max(1, round(seconds / once)))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

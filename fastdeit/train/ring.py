@@ -7,8 +7,9 @@ its reader is to have copied it. A ticket in each slot says which batch it holds
 """
 
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +23,28 @@ HELD = 1  # batches that a reader may not have copied yet when it asks for the n
 
 @dataclass(frozen=True)
 class Batch:
-    """One slot, or a copy of it: images (B, H, W, C) uint8, plans (B, layers, 8) float64, flips (B,) uint8, classes (B,) int64."""
+    """One slot, or a copy of it.
+
+    Attributes:
+        images: (B, H, W, C) uint8, or memory for files in their place.
+        plans: (B, layers, 8) float64.
+        flips: (B,) uint8.
+        classes: (B,) int64.
+        parts: (B, columns) int64, where files lie and what is to be made of them; without columns where images are images.
+    """
 
     images: Tensor
     plans: Tensor
     flips: Tensor
     classes: Tensor
+    parts: Tensor
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is copied to the device."""
         return self.images, self.plans, self.flips, self.classes
+
+    def memory(self) -> tuple[Tensor, ...]:
+        return *self.tensors(), self.parts
 
 
 class Ticket(NamedTuple):
@@ -39,6 +53,8 @@ class Ticket(NamedTuple):
     slot: int
     number: int  # of all batches that were put into this slot
     unreadable: list[str]  # images that others stand in for
+    beyond: Mapping[int, bytes] = {}  # by place in the batch, what the slot had no room for
+    keys: Sequence[Any] = ()  # of the images, where some may have to be made again
 
 
 class OverwrittenError(RuntimeError):
@@ -55,10 +71,18 @@ class Ring:
         workers: processes that fill slots; 0 for this one, whose memory is not shared.
         prefetch: batches that each of them is given at first.
         pinned: tell CUDA of the memory, so that copies run beside the computation.
+        columns: of `Batch.parts`.
     """
 
     def __init__(
-        self, batch_size: int, shape: tuple[int, int, int], layers: int, workers: int, prefetch: int, pinned: bool
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        layers: int,
+        workers: int,
+        prefetch: int,
+        pinned: bool,
+        columns: int = 0,
     ) -> None:
         self.slots_each = (prefetch if workers else 0) + HELD + 1
         count = self.slots_each * max(workers, 1)
@@ -67,10 +91,11 @@ class Ring:
             torch.zeros((count, batch_size, layers, ROW), dtype=torch.float64),
             torch.zeros((count, batch_size), dtype=torch.uint8),
             torch.zeros((count, batch_size), dtype=torch.int64),
+            torch.zeros((count, batch_size, columns), dtype=torch.int64),
         )
         self._numbers = torch.zeros(count, dtype=torch.int64)
         if workers:
-            for tensor in (*self._all.tensors(), self._numbers):
+            for tensor in (*self._all.memory(), self._numbers):
                 tensor.share_memory_()
         if pinned:
             held = [tensor for tensor in self._all.tensors() if tensor.numel() and _pin(tensor)]
@@ -97,7 +122,7 @@ class Ring:
             )
 
     def _at(self, slot: int) -> Batch:
-        return Batch(*(tensor[slot] for tensor in self._all.tensors()))
+        return Batch(*(tensor[slot] for tensor in self._all.memory()))
 
 
 def _pin(tensor: Tensor) -> bool:
@@ -110,6 +135,6 @@ def _unpin(tensors: list[Tensor]) -> None:
         torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
 
 
-def as_arrays(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The slot's memory for a worker to fill."""
-    return tuple(tensor.numpy() for tensor in batch.tensors())
+def as_arrays(batch: Batch) -> tuple[np.ndarray, ...]:
+    """The slot's memory, in the order of `Batch`, for a worker to fill."""
+    return tuple(tensor.numpy() for tensor in batch.memory())

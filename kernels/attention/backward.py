@@ -132,9 +132,9 @@ def _launch_pointers(
     tiles = config.dq
     launch(
         attention_dq_backward_kernel,
-        (cdiv(queries, tiles.own) * batch_heads,),
+        (cdiv(queries, tiles.owned) * batch_heads,),
         (*inputs, out, dout, lse, delta, gradients[0], scale, queries, keys, *heads, *strides, *d_strides[:3]),
-        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.own, tiles.block, tail(keys, tiles.block), vector),
+        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.owned, tiles.streamed, tail(keys, tiles.streamed), vector),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -143,9 +143,9 @@ def _launch_pointers(
     tiles = config.dkv
     launch(
         attention_dkv_backward_kernel,
-        (cdiv(keys, tiles.own) * batch_heads,),
+        (cdiv(keys, tiles.owned) * batch_heads,),
         (*inputs, dout, lse, delta, *gradients[1:], scale, queries, keys, *heads, *strides, *d_strides[3:]),
-        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.own, tiles.block, tail(queries, tiles.block), vector),
+        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.owned, tiles.streamed, tail(queries, tiles.streamed), vector),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -163,46 +163,46 @@ def _launch_descriptors(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, c
         return made[id(x), rows]
 
     tiles = config.dq
-    own, block, last = tiles.own, tiles.block, tail(tokens, tiles.block)
+    block_q, block_kv, last = tiles.owned, tiles.streamed, tail(tokens, tiles.streamed)
     launch(
         attention_dq_backward_descriptor_kernel,
-        (cdiv(tokens, own) * batch * num_heads,),
+        (cdiv(tokens, block_q) * batch * num_heads,),
         (
-            *blocks(qkv, own),
-            *blocks(qkv, block),
+            *blocks(qkv, block_q),
+            *blocks(qkv, block_kv),
             *blocks(qkv, last),
-            *blocks(out, own),
-            *blocks(dout, own),
-            *blocks(dqkv, own),
+            *blocks(out, block_q),
+            *blocks(dout, block_q),
+            *blocks(dqkv, block_q),
             lse,
             delta,
             scale,
             tokens,
             num_heads,
         ),
-        (*split, own, block, last),
+        (*split, block_q, block_kv, last),
         tiles.num_warps,
         tiles.num_stages,
     )
     tiles = config.dkv
-    own, block, last = tiles.own, tiles.block, tail(tokens, tiles.block)
+    block_kv, block_q, last = tiles.owned, tiles.streamed, tail(tokens, tiles.streamed)
     launch(
         attention_dkv_backward_descriptor_kernel,
-        (cdiv(tokens, own) * batch * num_heads,),
+        (cdiv(tokens, block_kv) * batch * num_heads,),
         (
-            *blocks(qkv, block),
+            *blocks(qkv, block_q),
             *blocks(qkv, last),
-            *blocks(dout, block),
+            *blocks(dout, block_q),
             *blocks(dout, last),
-            *blocks(qkv, own),
-            *blocks(dqkv, own),
+            *blocks(qkv, block_kv),
+            *blocks(dqkv, block_kv),
             lse,
             delta,
             scale,
             tokens,
             num_heads,
         ),
-        (*split, own, block, last),
+        (*split, block_kv, block_q, last),
         tiles.num_warps,
         tiles.num_stages,
         maxnreg=tiles.maxnreg,
@@ -212,8 +212,8 @@ def _launch_descriptors(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, c
 def _launch_one_program(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, tiles):
     batch, tokens, _ = qkv.shape
     qkv, out, dout, dqkv = (by_head(x, head_dim) for x in (qkv, out, dout, dqkv))
-    blocks = [(qkv, tiles.own), (qkv, tiles.block), (out, tiles.block), (dout, tiles.block)]
-    blocks += [(dqkv, tiles.own), (dqkv, tiles.block)]
+    blocks = [(qkv, tiles.owned), (qkv, tiles.streamed), (out, tiles.streamed), (dout, tiles.streamed)]
+    blocks += [(dqkv, tiles.owned), (dqkv, tiles.streamed)]
     launch(
         attention_one_program_backward_kernel,
         (batch * num_heads,),
@@ -224,7 +224,7 @@ def _launch_one_program(dout, qkv, out, lse, dqkv, num_heads, head_dim, scale, t
             tokens,
             num_heads,
         ),
-        (head_dim, tiles.block, tiles.own),
+        (head_dim, tiles.streamed, tiles.owned),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -241,11 +241,13 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
 
 def _aot_dq(case: Case) -> AotConfig:
     tiles, split = case.config.dq, HEAD_DIM_SPLITS[case.head_dim]
-    tile = dict(D0=split[0], D1=split[1], BLOCK_Q=tiles.own, BLOCK_KV=tiles.block, TAIL=min(case.tail, tiles.block))
+    tile = dict(
+        D0=split[0], D1=split[1], BLOCK_Q=tiles.owned, BLOCK_KV=tiles.streamed, TAIL=min(case.tail, tiles.streamed)
+    )
     types = dict(lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32")
     if case.config.descriptors:
-        kernel, own = attention_dq_backward_descriptor_kernel, tiles.own
-        rows = dict(q=own, kv=tiles.block, tail=tile["TAIL"], out=own, dout=own, dq=own)
+        kernel, block_q = attention_dq_backward_descriptor_kernel, tiles.owned
+        rows = dict(q=block_q, kv=tiles.streamed, tail=tile["TAIL"], out=block_q, dout=block_q, dq=block_q)
         types |= descriptor_types(rows, case.dtype, split) | dict(N="i32", H="i32")
     else:
         kernel = attention_dq_backward_kernel
@@ -257,11 +259,13 @@ def _aot_dq(case: Case) -> AotConfig:
 
 def _aot_dkv(case: Case) -> AotConfig:
     tiles, split = case.config.dkv, HEAD_DIM_SPLITS[case.head_dim]
-    tile = dict(D0=split[0], D1=split[1], BLOCK_KV=tiles.own, BLOCK_Q=tiles.block, TAIL=min(case.tail, tiles.block))
+    tile = dict(
+        D0=split[0], D1=split[1], BLOCK_KV=tiles.owned, BLOCK_Q=tiles.streamed, TAIL=min(case.tail, tiles.streamed)
+    )
     types = dict(lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32")
     if case.config.descriptors:
         kernel, last = attention_dkv_backward_descriptor_kernel, tile["TAIL"]
-        rows = dict(q=tiles.block, q_tail=last, dout=tiles.block, dout_tail=last, kv=tiles.own, dkv=tiles.own)
+        rows = dict(q=tiles.streamed, q_tail=last, dout=tiles.streamed, dout_tail=last, kv=tiles.owned, dkv=tiles.owned)
         types |= descriptor_types(rows, case.dtype, split) | dict(N="i32", H="i32")
     else:
         kernel = attention_dkv_backward_kernel
@@ -275,9 +279,11 @@ def _aot_dkv(case: Case) -> AotConfig:
 
 def _aot_one_program(keys: int) -> AotConfig:
     tiles = one_program_tiles(keys)
-    rows = dict(kv=tiles.own, q=tiles.block, out=tiles.block, dout=tiles.block, dkv=tiles.own, dq=tiles.block)
+    rows = dict(
+        kv=tiles.owned, q=tiles.streamed, out=tiles.streamed, dout=tiles.streamed, dkv=tiles.owned, dq=tiles.streamed
+    )
     types = {f"{name}_desc": f"tensordesc<bf16[1, 1, {count}, 64]>" for name, count in rows.items()}
     types |= dict(lse_ptr="*fp32", scale="fp32", N="i32", H="i32")
-    tile = dict(D=64, BLOCK_Q=tiles.block, KEYS=tiles.own)
+    tile = dict(D=64, BLOCK_Q=tiles.streamed, KEYS=tiles.owned)
     kernel, label = attention_one_program_backward_kernel, f"D=64 bf16 {keys} keys"
     return AotConfig(kernel, types, tile, tiles.num_warps, tiles.num_stages, label, matrix=True)

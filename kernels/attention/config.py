@@ -13,8 +13,15 @@ from fastdeit.kernels.runtime.architecture import has_descriptors, pointer_stage
 # 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 is cut in halves because whole it spills on sm_80; on sm_90 both
 # compile without.
 HEAD_DIM_SPLITS = {
-    **{32: (32, 0), 48: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16)},
-    **{88: (64, 32), 96: (64, 32), 104: (64, 64), 128: (64, 64)},
+    32: (32, 0),
+    48: (32, 16),
+    64: (64, 0),
+    72: (64, 16),
+    80: (64, 16),
+    88: (64, 32),
+    96: (64, 32),
+    104: (64, 64),
+    128: (64, 64),
 }
 
 # Up to this many tokens backward runs as one kernel, a head a program. None yet: the two-kernel form is the one that is safe to
@@ -26,8 +33,8 @@ _ONE_PROGRAM_LONGEST = 256
 
 @dataclass(frozen=True)
 class Tiles:
-    own: int  # rows of a program's own tile: queries, or keys for dK and dV
-    block: int  # rows of a step of its loop
+    owned: int  # rows of the tile that a program keeps: queries, or keys for dK and dV
+    streamed: int  # rows of a tile that a step of its loop loads
     num_warps: int = 4
     num_stages: int = 2
     maxnreg: int | None = None  # of a thread, where that makes room for another block on a multiprocessor
@@ -39,7 +46,7 @@ class Config:
     forward: Tiles
     dq: Tiles
     dkv: Tiles
-    one_program: Tiles | None = None  # backward in one kernel instead of dq and dkv; `own` holds all keys
+    one_program: Tiles | None = None  # backward in one kernel instead of dq and dkv; `owned` holds all keys
 
 
 @dataclass(frozen=True)
@@ -129,25 +136,25 @@ def _tiles(
     if itemsize == 4:
         return (Tiles(64, 32 if has_descriptors(arch) else 16, num_stages=pointer_stages(arch, 2)),) * 3
     # A grid that does not fill the machine gets programs of half the size. Larger heads have no registers to lose on it.
-    own = 32 if narrow and head_dim <= 64 else 64
-    if has_descriptors(arch) and arch >= 100 and own == 64:
+    owned = 32 if narrow and head_dim <= 64 else 64
+    if has_descriptors(arch) and arch >= 100 and owned == 64:
         # tcgen05 multiplies 128 rows at a time. Other sizes of these three spill at one head dimension or another.
         return Tiles(128, 64), Tiles(128, 64) if head_dim == 64 else Tiles(64, 32), Tiles(64, 32)
     if has_descriptors(arch):
         # 32 rows are too few for wgmma, so that their copies may be asynchronous.
-        stages = 2 if descriptors or own == 32 else pointer_stages(arch, 2)
+        stages = 2 if descriptors or owned == 32 else pointer_stages(arch, 2)
         narrower = 64 if descriptors or piece1 < 64 else 32
         # At 64 columns dK and dV take 171 registers by themselves: 168 leave room for a third block.
         fewer = 168 if descriptors and head_dim == 64 else None
-        tiles = Tiles(own, 64, num_stages=stages)
+        tiles = Tiles(owned, 64, num_stages=stages)
         if tall and descriptors and head_dim == 64:
             tiles = Tiles(128, 64, num_warps=8)
-        return tiles, tiles, Tiles(own, narrower, num_stages=stages, maxnreg=fewer)
+        return tiles, tiles, Tiles(owned, narrower, num_stages=stages, maxnreg=fewer)
     if tall and arch == 80 and head_dim == 64:
         # A warp multiplies 32 rows instead of 16 by what it reads of shared memory, which is the bound there.
         return Tiles(128, 32), Tiles(128, 32), Tiles(128, 16)
     if head_dim <= 64:
-        return Tiles(own, 32), Tiles(own, 32), Tiles(own, 32)
+        return Tiles(owned, 32), Tiles(owned, 32), Tiles(owned, 32)
     if piece1 < 64:
         return Tiles(64, 32), Tiles(64, 32), Tiles(64, 16)
     return Tiles(64, 32), Tiles(64, 16), Tiles(64, 16, num_warps=8)
@@ -203,6 +210,6 @@ def case(
     tokens = tokens or 192 + last
     config = select_config(samples, 1, tokens, tokens, head_dim, itemsize, arch, 132, describable)
     form = "descriptors" if config.descriptors else "pointers"
-    narrow = "" if config.forward.own == 64 else f" {config.forward.own} rows"
-    matrix = "HMMA" if config.forward.own < 64 and has_descriptors(arch) else True
+    narrow = "" if config.forward.owned == 64 else f" {config.forward.owned} rows"
+    matrix = "HMMA" if config.forward.owned < 64 and has_descriptors(arch) else True
     return Case(head_dim, dtype, last, config, f"D={head_dim} {dtype} {form}{narrow} tail={last}", matrix)

@@ -213,9 +213,9 @@ def _launch_pointers(q, k, v, out, lse, heads, strides, queries, keys, head_dim,
     vector, strides = vector_units(q.element_size(), head_dim, strides)
     launch(
         attention_forward_kernel,
-        (cdiv(queries, tiles.own) * out.shape[0] * heads[0],),
+        (cdiv(queries, tiles.owned) * out.shape[0] * heads[0],),
         (q, k, v, out, lse, scale, queries, keys, *heads, *strides),
-        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.own, tiles.block, tail(keys, tiles.block), vector),
+        (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.owned, tiles.streamed, tail(keys, tiles.streamed), vector),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -223,24 +223,24 @@ def _launch_pointers(q, k, v, out, lse, heads, strides, queries, keys, head_dim,
 
 def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
     batch, tokens, _ = qkv.shape
-    split, last = HEAD_DIM_SPLITS[head_dim], tail(tokens, tiles.block)
+    split, last = HEAD_DIM_SPLITS[head_dim], tail(tokens, tiles.streamed)
     qkv = by_head(qkv, head_dim)
-    q = descriptors(qkv, split, tiles.own)
-    kv = q if tiles.block == tiles.own else descriptors(qkv, split, tiles.block)
+    q = descriptors(qkv, split, tiles.owned)
+    kv = q if tiles.streamed == tiles.owned else descriptors(qkv, split, tiles.streamed)
     launch(
         attention_forward_descriptor_kernel,
-        (cdiv(tokens, tiles.own) * batch * num_heads,),
+        (cdiv(tokens, tiles.owned) * batch * num_heads,),
         (
             *q,
             *kv,
             *descriptors(qkv, split, last),
-            *descriptors(by_head(out, head_dim), split, tiles.own),
+            *descriptors(by_head(out, head_dim), split, tiles.owned),
             lse,
             scale,
             tokens,
             num_heads,
         ),
-        (*split, tiles.own, tiles.block, last),
+        (*split, tiles.owned, tiles.streamed, last),
         tiles.num_warps,
         tiles.num_stages,
     )
@@ -257,11 +257,13 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
 
 def _aot_config(case: Case) -> AotConfig:
     tiles, split = case.config.forward, HEAD_DIM_SPLITS[case.head_dim]
-    tile = dict(D0=split[0], D1=split[1], BLOCK_Q=tiles.own, BLOCK_KV=tiles.block, TAIL=min(case.tail, tiles.block))
+    tile = dict(
+        D0=split[0], D1=split[1], BLOCK_Q=tiles.owned, BLOCK_KV=tiles.streamed, TAIL=min(case.tail, tiles.streamed)
+    )
     types = dict(lse_ptr="*fp32", scale="fp32")
     if case.config.descriptors:
         kernel = attention_forward_descriptor_kernel
-        rows = dict(q=tiles.own, kv=tiles.block, tail=tile["TAIL"], out=tiles.own)
+        rows = dict(q=tiles.owned, kv=tiles.streamed, tail=tile["TAIL"], out=tiles.owned)
         types |= descriptor_types(rows, case.dtype, split) | dict(N="i32", H="i32")
     else:
         kernel = attention_forward_kernel

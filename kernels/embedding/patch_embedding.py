@@ -15,31 +15,42 @@ import triton.language as tl
 from fastdeit.kernels.gemm.tiles import assume_multiple_of
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import multiprocessors
-from fastdeit.kernels.runtime.column_sums import add_partial_sums
+from fastdeit.kernels.runtime.column_sums import add_partial_sums, sum_rows
 from fastdeit.kernels.runtime.launch import cdiv, launch
 
-IMAGES, ELEMENTS, NUM_WARPS = 4, 512, 4  # of a program's step: 16 values a thread
+IMAGES, ELEMENTS, NUM_WARPS = 4, 512, 4  # of a forward program's step: 16 values a thread
 
 
 @dataclass(frozen=True)
 class Config:
-    blocks: int  # of ELEMENTS elements of the table
+    elements: int  # of the table, that a program owns
+    blocks: int  # of so many elements
     strips: int  # of images
     images_per_strip: int  # a multiple of IMAGES
 
 
+def backward_elements(element_size: int) -> int:
+    """Of the table, that a backward program owns, for gradients of that many bytes an element: a thread reads 16 bytes of an image.
+
+    Two copies of 16 bytes, 32 bytes apart, would each move whole sectors of 32 bytes from the L2 cache.
+    """
+    return 512 // element_size
+
+
 @lru_cache
-def select_config(images: int, size: int, multiprocessors: int) -> Config:
+def select_config(images: int, size: int, multiprocessors: int, elements: int = ELEMENTS) -> Config:
     """Eight programs a multiprocessor keep enough loads in flight. Each strip costs backward a row of partial sums.
 
     Args:
         images: in the batch, at least 1.
         size: elements of one image's tokens, at least 1.
+        multiprocessors: of the device.
+        elements: that a program owns.
     """
-    blocks = cdiv(size, ELEMENTS)
+    blocks = cdiv(size, elements)
     strips = min(cdiv(images, IMAGES), cdiv(8 * multiprocessors, blocks))
     images_per_strip = IMAGES * cdiv(cdiv(images, IMAGES), strips)
-    return Config(blocks, cdiv(images, images_per_strip), images_per_strip)
+    return Config(elements, blocks, cdiv(images, images_per_strip), images_per_strip)
 
 
 @triton.jit(do_not_specialize=["B", "C", "size", "prefix", "unplaced", "images_per_strip"])
@@ -124,7 +135,7 @@ def patch_embedding_backward_kernel(
             to = dproduct_ptr + image * (size - prefix) + (at - prefix)[None, :]
             tl.store(to, dtoken.to(dproduct_ptr.dtype.element_ty), (image < B) & of_patch[None, :])
     if sum_partial_ptr is not None:
-        tl.store(sum_partial_ptr + strip.to(tl.int64) * size + at, tl.sum(total, axis=0), at < size)
+        tl.store(sum_partial_ptr + strip.to(tl.int64) * size + at, sum_rows(total, IMAGES), at < size)
 
 
 def patch_embedding_forward(
@@ -188,7 +199,7 @@ def patch_embedding_backward(
     dproduct = None if product_dtype is None else dtokens.new_empty((rows, C), dtype=product_dtype)
     if dtokens.numel() == 0:
         return dproduct, torch.zeros((tokens, C), device=dtokens.device) if needs_sum else None
-    config = select_config(B, size, multiprocessors(dtokens))
+    config = select_config(B, size, multiprocessors(dtokens), backward_elements(dtokens.element_size()))
     shape = (config.strips, tokens, C)
     partial = dtokens.new_empty(shape, dtype=torch.float32) if needs_sum else None
     if needs_sum or dproduct is not None:
@@ -196,7 +207,7 @@ def patch_embedding_backward(
             patch_embedding_backward_kernel,
             (config.blocks, config.strips),
             (dtokens, dproduct, partial, B, size, prefix, config.images_per_strip),
-            (IMAGES, ELEMENTS, min(C & -C, 16)),
+            (IMAGES, config.elements, min(C & -C, 16)),
             NUM_WARPS,
         )
     if not needs_sum or config.strips == 1:
@@ -215,4 +226,5 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     yield AotConfig(patch_embedding_forward_kernel, forward, tile, NUM_WARPS, 1, "autocast", matrix=False)
     backward = dict(dtokens_ptr="*fp32", dproduct_ptr="*bf16", sum_partial_ptr="*fp32")
     backward |= dict.fromkeys(("B", "size", "prefix", "images_per_strip"), "i32")
+    tile = tile | dict(ELEMENTS=backward_elements(4))
     yield AotConfig(patch_embedding_backward_kernel, backward, tile, NUM_WARPS, 1, "autocast", matrix=False)

@@ -147,8 +147,9 @@ def fold_columns_backward(
         column_blocks = cdiv(channels, config.columns)
         strips, rows_per_strip = row_strips(outputs, config.rows, column_blocks, weight)
         partial = weight.new_empty((len(wanted), strips, channels), dtype=torch.float32)
-        tables = iter(partial)
-        dscale_partial, dshift_partial = (None if total is None else next(tables) for total in sums)
+        tables = partial.unbind(0)
+        next_table = iter(tables)
+        dscale_partial, dshift_partial = (None if total is None else next(next_table) for total in sums)
         launch(
             fold_columns_backward_kernel,
             (column_blocks, strips),
@@ -169,7 +170,7 @@ def fold_columns_backward(
             config.num_warps,
         )
         if wanted:
-            add_partial_sums(*zip(partial, wanted, strict=True))
+            add_partial_sums(*zip(tables, wanted, strict=True))
     return dweight, *sums
 
 

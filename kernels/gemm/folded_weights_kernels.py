@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastdeit.kernels.gemm.tiles import assume_multiple_of
+from fastdeit.kernels.runtime.column_sums import sum_rows
 
 
 @triton.jit
@@ -191,9 +192,9 @@ def fold_columns_backward_kernel(
                     gradient += dbias * shift
                 tl.store(dweight_ptr + at, gradient.to(dweight_ptr.dtype.element_ty), inside)
     if dscale_partial_ptr is not None:
-        tl.store(dscale_partial_ptr + strip * C + col, tl.sum(dscale, axis=0), col < C)
+        tl.store(dscale_partial_ptr + strip * C + col, sum_rows(dscale, BLOCK_M), col < C)
     if dshift_partial_ptr is not None:
-        tl.store(dshift_partial_ptr + strip * C + col, tl.sum(dshift, axis=0), col < C)
+        tl.store(dshift_partial_ptr + strip * C + col, sum_rows(dshift, BLOCK_M), col < C)
 
 
 @triton.jit(do_not_specialize=["N", "C"])

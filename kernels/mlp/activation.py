@@ -15,7 +15,7 @@ import triton.language as tl
 from fastdeit.kernels.gemm.tiles import assume_multiple_of
 from fastdeit.kernels.mlp.activation_functions import activate, activate_with_derivative
 from fastdeit.kernels.runtime.aot_config import AotConfig
-from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later
+from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later, sum_rows
 from fastdeit.kernels.runtime.launch import cdiv, launch
 
 
@@ -85,7 +85,7 @@ def activation_backward_kernel(
             dbias += dz
     if dbias_partial_ptr is not None:
         column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(dbias_partial_ptr + strip * N + column, tl.sum(dbias, axis=0), column < N)
+        tl.store(dbias_partial_ptr + strip * N + column, sum_rows(dbias, BLOCK_M), column < N)
 
 
 def activation_forward(z: torch.Tensor, activation: str, config: Config | None = None) -> torch.Tensor:

@@ -177,7 +177,8 @@ def layer_norm_backward(
     config = config or select_config(channels, architecture(x))
     programs = min(rows, config.backward_programs_per_sm * multiprocessors(x))
     partial = x.new_empty((len(wanted), programs, channels), dtype=torch.float32) if wanted else None
-    tables = iter(partial.unbind(0) if wanted else ())
+    tables = () if partial is None else partial.unbind(0)
+    next_table = iter(tables)
     dy, x = _as_tokens(dy), _as_tokens(x)
     dx_new = None if dx_new is None else _as_tokens(dx_new)
     branch = None if branch is None or dgamma_dtype is None else _as_tokens(branch)
@@ -198,7 +199,7 @@ def layer_norm_backward(
             drop_path_scale,
             dx,
             dbranch,
-            *(None if s is None else next(tables) for s in sums),
+            *(None if s is None else next(next_table) for s in sums),
             rows,
             x.shape[1],
             *(stride for t in strided for stride in t.stride()[:2]),
@@ -213,7 +214,7 @@ def layer_norm_backward(
         config.num_warps,
     )
     if wanted:
-        add_partial_sums(*zip(partial, wanted, strict=True))
+        add_partial_sums(*zip(tables, wanted, strict=True))
     return dx, dbranch, *sums
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastdeit.kernels.gemm.tiles import assume_multiple_of
 from fastdeit.kernels.runtime.aot_config import AotConfig
-from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later, sum_pairs
+from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later, sum_pairs, sum_rows
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
 
 
@@ -27,6 +27,14 @@ class Config:
 
 
 TILE = Config(rows=4, columns=256, num_warps=4)  # of the elementwise kernels: 8 values of each stream a thread
+
+
+def backward_tile(element_size: int) -> Config:
+    """Of a step, for upstream gradients of that many bytes an element: 16 bytes a thread.
+
+    Two copies of 16 bytes, 32 bytes apart, would each move whole sectors of 32 bytes from the L2 cache.
+    """
+    return Config(rows=4, columns=512 // element_size, num_warps=4)
 
 
 @lru_cache
@@ -100,7 +108,7 @@ def scale_add_backward_kernel(
         if sum_partial_ptr is not None:
             total += g
     if sum_partial_ptr is not None:
-        tl.store(sum_partial_ptr + strip * N + column, tl.sum(total, axis=0), column < N)
+        tl.store(sum_partial_ptr + strip * N + column, sum_rows(total, BLOCK_M), column < N)
 
 
 @triton.jit(do_not_specialize=["M", "TOKENS"])
@@ -179,15 +187,16 @@ def scale_add_backward(
         return g, total if total is None else total.zero_()
     if same and total is None:
         return g, None
-    column_blocks = cdiv(N, TILE.columns)
-    strips, rows_per_strip = row_strips(M, TILE.rows, column_blocks, dy)
+    tile = backward_tile(dy.element_size())
+    column_blocks = cdiv(N, tile.columns)
+    strips, rows_per_strip = row_strips(M, tile.rows, column_blocks, dy)
     partial = None if total is None else dy.new_empty((strips, N), dtype=torch.float32)
     launch(
         scale_add_backward_kernel,
         (column_blocks, strips),
         (dy, drop_path_scale, None if same else g, partial, M, N, _tokens(M, drop_path_scale), rows_per_strip),
-        (TILE.rows, TILE.columns, min(N & -N, 16)),
-        TILE.num_warps,
+        (tile.rows, tile.columns, min(N & -N, 16)),
+        tile.num_warps,
     )
     if total is not None:
         sum_later(later, partial, total)
@@ -237,7 +246,9 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         yield AotConfig(scale_add_forward_kernel, forward, tile, TILE.num_warps, 1, label, matrix=False)
         backward = dict(dy_ptr=wide, drop_path_scale_ptr="*fp32", g_ptr="*bf16", sum_partial_ptr="*fp32")
         backward |= dict.fromkeys(("M", "N", "TOKENS", "rows_per_strip"), "i32")
-        yield AotConfig(scale_add_backward_kernel, backward, tile, TILE.num_warps, 1, label, matrix=False)
+        config = backward_tile(2 if wide == "*bf16" else 4)
+        step = dict(BLOCK_M=config.rows, BLOCK_N=config.columns, VECTOR=16)
+        yield AotConfig(scale_add_backward_kernel, backward, step, config.num_warps, 1, label, matrix=False)
     for channels in (192, 384, 768, 1024, 1280, 8192):
         config = select_row_config(channels)
         types = dict(dx_hat_ptr="*bf16", x_hat_ptr="*bf16", rstd_ptr="*fp32", dx_new_ptr="*fp32", dx_ptr="*fp32")

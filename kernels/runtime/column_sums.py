@@ -30,6 +30,21 @@ def sum_pairs(a, b, axis: tl.constexpr, keep_dims: tl.constexpr = False):
     return tl.reduce((a, b), axis, _add_pairs, keep_dims=keep_dims)
 
 
+@triton.jit
+def sum_rows(x, ROWS: tl.constexpr):
+    """The sums (N,) of the columns of x (ROWS, N), where ROWS is a power of two.
+
+    As `tl.sum(x, axis=0)`, by halves. Where the rows lie in different warps, Triton's reduction writes a thread's columns to shared
+    memory ROWS elements apart, which puts all threads of a warp on one bank; a split converts the layout without such conflicts.
+    """
+    N: tl.constexpr = x.shape[1]
+    x = tl.trans(x)
+    for step in tl.static_range(ROWS.bit_length() - 1):
+        even, odd = tl.split(tl.reshape(x, [N, ROWS >> (step + 1), 2]))
+        x = even + odd
+    return tl.reshape(x, [N])
+
+
 _MOST_TABLES = 3  # of one launch of the second step
 
 
@@ -100,7 +115,7 @@ def _sum_strip(
     for start in tl.range(first, tl.minimum(first + rows_per_strip, M), BLOCK_M, num_stages=4):  # no NaN: row numbers
         row = start + tl.arange(0, BLOCK_M)[:, None]
         total += tl.load(x_ptr + row.to(tl.int64) * N + col, (row < M) & (col < N), other=0.0).to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(1) * N + column, tl.sum(total, axis=0), column < N)
+    tl.store(partial_ptr + tl.program_id(1) * N + column, sum_rows(total, BLOCK_M), column < N)
 
 
 @triton.jit(do_not_specialize=["M", "N0", "N1", "rows_per_strip"])

@@ -105,11 +105,11 @@ def launch(
     home = _device_index(args)
     if home >= 0 and home != torch.cuda.current_device():
         with torch.cuda.device(home):
-            _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
+            _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
     elif home < 0 and _cpu_launcher is not None:
         _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
     else:
-        _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
+        _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
 
 
 class CompiledOnly:
@@ -148,11 +148,11 @@ def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
         _cpu_launcher = previous
 
 
-def _launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg) -> None:
+def _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg) -> None:
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or not _DIRECT:
         _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
         return
-    device = driver.active.get_current_device()
+    device = home if home >= 0 else driver.active.get_current_device()
     known = _kernels.get(id(kernel)) or _register(kernel)
     key = [device, num_warps, num_stages, maxnreg, constexprs]
     for i in known.typed:

@@ -16,9 +16,11 @@ import triton.language as tl
 
 from fastdeit.aot import catalog, reachable, report, resource_limits, workloads
 from fastdeit.aot.catalog import Resources, compile_binary, compile_config, row_key, source_key
+from fastdeit.aot.execution import Execution
 from fastdeit.aot.instruction_stream import InstructionStream
 from fastdeit.commands import kernels
 from fastdeit.kernels.runtime.aot_config import AotConfig
+from fastdeit.testing.ptx import rows as ptx_rows
 
 SAMPLE = 6  # rows that are compiled anew in every run; `fastdeit kernels` compiles all
 ENTRIES = report.entries()
@@ -66,8 +68,9 @@ def check_a_sample_compiles_to_the_committed_figures():
         entry = by_key[key]
         found = compile_config(entry.row, entry.arch)
         on_record = committed.get(key)
-        if on_record is not None and on_record.stream is None:
-            on_record = dataclasses.replace(on_record, stream=found.stream)
+        if on_record is not None:
+            stream = on_record.stream or found.stream
+            on_record = dataclasses.replace(on_record, stream=stream, execution=None)
         assert OTHER_TRITON or found == on_record, f"{entry.name}: {found}, committed {on_record}"
         assert not resource_limits.breaches(entry.row, entry.arch, found), entry.name
 
@@ -116,6 +119,39 @@ def check_a_shortfall_is_one_that_happens():
             lowest[shortfall] = min([lowest.get(shortfall, 1.0), *shares])
     for shortfall in resource_limits.SHORTFALLS if committed else ():
         assert 0 <= lowest[shortfall] - shortfall.lowest_share < 0.03, (shortfall, lowest[shortfall])
+
+
+def check_an_excess_is_one_that_happens():
+    """And no larger, by a tenth, than what was counted."""
+    committed = report.read_committed()
+    for known, ratio in (
+        (resource_limits.SECTOR_EXCESSES, lambda x: x.accesses.sector_ratio),
+        (resource_limits.WAVEFRONT_EXCESSES, lambda x: x.accesses.wavefront_ratio),
+    ):
+        largest = {}
+        for entry in ENTRIES:
+            excess, resources = (
+                resource_limits.excess_of(entry.row, known),
+                committed.get(row_key(entry.row, entry.arch)),
+            )
+            if excess is not None and resources is not None and resources.execution is not None:
+                largest[excess] = max(largest.get(excess, 0.0), ratio(resources.execution))
+        for excess in known if committed else ():
+            assert 0 <= excess.most - largest[excess] < 0.1, (excess, largest[excess])
+
+
+def check_what_can_be_executed_has_been():
+    """All but one launch of sm_100, whose only case also has a product of tcgen05."""
+    committed = report.read_committed()
+    missing = [
+        entry.name
+        for entry in ENTRIES
+        if (resources := committed.get(row_key(entry.row, entry.arch)))
+        and resources.can_be_executed
+        and resources.execution is None
+    ]
+    expected = [("column_sums_backward_kernel", "two matrices", "sm_100")] if committed else []
+    assert missing == expected, f"run: {report.UPDATE_COMMAND}"
 
 
 def check_run_time_integers_are_not_specialised():
@@ -186,10 +222,25 @@ def check_too_much_shared_memory_is_refused():
 # ---- the command
 
 
-def report_of(*rows: AotConfig, update: Path | None = None, **flags) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `fastdeit kernels` where these rows are all that ships, on one architecture."""
+def nothing_executed(arch: int, wanted: set[str], jobs: int) -> tuple[dict, list[str]]:
+    return {}, []
+
+
+def report_of(*rows: AotConfig, update: Path | None = None, record=nothing_executed, **flags) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `fastdeit kernels` where these rows are all that ships, on one architecture.
+
+    record: stands in for executing them.
+    """
     options = dict(
-        arch=None, only=None, json=False, committed=False, streams=False, update=bool(update), sample=0, seed=0
+        arch=None,
+        only=None,
+        json=False,
+        committed=False,
+        streams=False,
+        update=bool(update),
+        execute=False,
+        sample=0,
+        seed=0,
     )
     args = argparse.Namespace(**options | flags)
     out, err = io.StringIO(), io.StringIO()
@@ -197,6 +248,7 @@ def report_of(*rows: AotConfig, update: Path | None = None, **flags) -> tuple[in
         mock.patch.object(catalog, "aot_configs", lambda arch, files: rows),
         mock.patch.object(report, "entries", lambda *_: [report.Entry("toy", i, 90, r) for i, r in enumerate(rows)]),
         mock.patch.object(report, "RESOURCES_FILE", update or Path("absent.json")),
+        mock.patch.object(ptx_rows, "record", record),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -238,6 +290,28 @@ def check_an_update_compiles_what_changed_and_drops_what_is_gone():
         report_of(product(), update=file)
         assert file.read_text().splitlines()[3].rstrip(",") == first.splitlines()[3].rstrip(",")
         assert len(file.read_text().splitlines()) == len(first.splitlines()) - 1
+
+
+def check_an_update_executes_what_has_no_counts():
+    asked = []
+
+    def record(arch, wanted, jobs):
+        asked.append((arch, set(wanted)))
+        return {key: Execution("a case", 1e-3, 1e-3, 0.25, {"float": len(asked)}) for key in wanted}, []
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "resources.json"
+        first, second = product(), product("*fp16", label="half")
+        report_of(first, update=file, record=record)
+        report_of(first, second, update=file, record=record)
+        assert asked == [(90, {row_key(row, 90)}) for row in (first, second)], asked
+        with mock.patch.object(report, "RESOURCES_FILE", file):
+            counts = [found.execution.instructions["float"] for found in report.read_committed().values()]
+        assert counts == [1, 2], counts
+        report_of(first, second, update=file, record=record, execute=True)
+        assert asked[-1] == (90, {row_key(row, 90) for row in (first, second)})
+        code, _, err = report_of(product(size=128), update=file, record=lambda *_: ({}, ["sm_90, a case: wrong"]))
+        assert code == 1 and "sm_90, a case: wrong" in err
 
 
 # ---- keys and errors

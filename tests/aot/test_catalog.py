@@ -10,6 +10,7 @@ import pytest
 
 from fastdeit.aot import catalog, report, resource_limits
 from fastdeit.aot.catalog import Resources
+from fastdeit.aot.execution import Accesses, Execution
 from fastdeit.commands import kernels
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import LIMITS
@@ -128,6 +129,51 @@ def test_the_committed_file_is_one_row_a_line_in_the_report_s_form():
     assert report.as_json(rows).splitlines()[2:] == text.splitlines()[2:] and "triton" in head
     assert len({(row["kernel"], row["config"], row["arch"]) for row in rows}) == len(rows)
     assert len(text.splitlines()) == len(rows) + 5
+
+
+def test_the_page_of_executed_rows_is_what_the_committed_file_says():
+    page = Path(__file__).parents[2] / "docs" / report.PAGE
+    assert page.read_text() == report.committed_page(), f"run: {report.UPDATE_COMMAND}"
+
+
+EXECUTED = Execution("a case", 1e-3, 1e-3, 0.5, {"float": 7}, Accesses(loaded=8, ideal_loaded=8), Accesses())
+
+
+@pytest.mark.parametrize(
+    "accesses, expected",
+    [
+        (Accesses(loaded=11, ideal_loaded=10, wavefronts=3, ideal_wavefronts=2), []),
+        (Accesses(copied=12, ideal_copied=10), ["1.20 times the ideal sectors, allowed 1.1"]),
+        (Accesses(loaded=5, ideal_loaded=5, stored=7, ideal_stored=5), ["1.20 times the ideal sectors, allowed 1.1"]),
+        (Accesses(wavefronts=8, ideal_wavefronts=5), ["1.60 times the ideal wavefronts of shared memory, allowed 1.5"]),
+    ],
+)
+@pytest.mark.parametrize("section", ["once", "loop"])
+def test_an_excess_is_named(section, accesses, expected):
+    execution = dataclasses.replace(EXECUTED, once=Accesses(), loop=Accesses())
+    execution = dataclasses.replace(execution, **{section: accesses})
+    assert resource_limits.breaches(ROW, 90, dataclasses.replace(GOOD, execution=execution)) == expected
+
+
+def test_an_exception_allows_as_much_as_it_says(monkeypatch):
+    known = (resource_limits.Excess("AotConfig", "to", 1.3, "a reason"),)
+    monkeypatch.setattr(resource_limits, "SECTOR_EXCESSES", known)
+    for sectors, count in ((13, 0), (14, 1)):
+        execution = dataclasses.replace(EXECUTED, once=Accesses(loaded=sectors, ideal_loaded=10))
+        assert len(resource_limits.excesses(ROW, 90, dataclasses.replace(GOOD, execution=execution))) == count
+    other = dataclasses.replace(ROW, label="other")
+    assert resource_limits.excess_of(ROW, known) and not resource_limits.excess_of(other, known)
+
+
+def test_an_execution_survives_the_file():
+    assert Execution.from_dict(json.loads(json.dumps(dataclasses.asdict(EXECUTED)))) == EXECUTED
+
+
+def test_what_l1_serves_again_does_not_count_for_l2():
+    assert Accesses(loaded=20, ideal_loaded=10).l2_ratio == 1 and Accesses(loaded=20, ideal_loaded=10).sector_ratio == 2
+    assert Accesses(copied=20, ideal_copied=10).l2_ratio == 2
+    assert Accesses(copied=20, ideal_copied=10, tensor_bytes=320).l2_ratio == 1.5
+    assert Accesses().l2_ratio == Accesses().wavefront_ratio == 1
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in):
 
 CHANGES = {
     "a weight is a NoneType": lambda block: setattr(block, "gamma_1", None),
-    "drop_path1 is a Dropout": lambda block: setattr(block, "drop_path", nn.Dropout()),
+    "its drop path is a Dropout": lambda block: setattr(block, "drop_path", nn.Dropout()),
     "a norm is a Identity that is not accelerated": lambda block: setattr(block, "norm2", nn.Identity()),
     "this version of timm keeps its parts elsewhere: 'drop_path'": lambda block: delattr(block, "drop_path"),
 }

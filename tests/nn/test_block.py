@@ -177,12 +177,23 @@ def test_what_a_custom_attention_returns_is_added_as_pytorch_adds(kernels_stood_
     torch.testing.assert_close(fused(x), timms(x))
 
 
+class Doubled(nn.Module):
+    """A scale of a class that no host has."""
+
+    def forward(self, x):
+        return 2 * x
+
+
 @pytest.mark.parametrize(
     ("replace", "reason"),
     [
         (lambda b: setattr(b, "norm1", nn.BatchNorm1d(5)), "a norm is a BatchNorm1d that is not accelerated"),
-        (lambda b: setattr(b, "ls1", LayerScale(32, inplace=True)), "ls1 is a LayerScale that works in place"),
-        (lambda b: setattr(b, "drop_path1", nn.Dropout(0.1)), "drop_path1 is a Dropout"),
+        (
+            lambda b: setattr(b, "ls1", LayerScale(32, inplace=True)),
+            "its LayerScale is a LayerScale that works in place",
+        ),
+        (lambda b: setattr(b, "ls1", Doubled()), "its LayerScale is a Doubled"),
+        (lambda b: setattr(b, "drop_path1", nn.Dropout(0.1)), "its drop path is a Dropout"),
         (lambda b: b.ls1.to(torch.float64), r"a LayerScale is in torch.float64, the input in torch.float32"),
         (lambda b: setattr(b, "norm2", TorchLayerNorm((5, 32))), "it normalises over 2 dimensions"),
     ],
@@ -191,6 +202,13 @@ def test_reasons_to_step_aside(kernels_stood_in, replace, reason):
     block = Block(32, 2, init_values=0.5)
     replace(block)
     assert block.why_not_fused(torch.randn(2, 5, 32)) == reason
+
+
+def test_a_scale_of_an_unknown_class_is_called(kernels_stood_in):
+    fused, timms = pair(init_values=0.5)
+    fused.ls1, fused.ls2, timms.ls1, timms.ls2 = (Doubled() for _ in range(4))
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(fused(x), timms(x))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -16,7 +16,13 @@ from fastdeit.ops import attention_op
 from fastdeit.ops.attention_op import (
     HEAD_DIMS,
 )
-from fastdeit.testing import assert_as_accurate_as_eager, assert_close_to_oracle, kernel_device, kernel_dtypes
+from fastdeit.testing import (
+    assert_as_accurate_as_eager,
+    assert_close_to_oracle,
+    interpreter_active,
+    kernel_device,
+    kernel_dtypes,
+)
 
 DEVICE = kernel_device()
 # On a GPU float32 goes to PyTorch's own attention; the float32 kernels are for the interpreter and, tested below, for TF32.
@@ -46,6 +52,13 @@ def config_of(form, queries, keys, head_dim):
 def form(request, monkeypatch):
     if torch.cuda.is_available() and "descriptors" in request.param and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need capability 9.0")
+
+    if (
+        request.param in ("sm_80 pointers", "TF32 tiles")
+        and not interpreter_active()
+        and architecture(torch.empty(0, device=DEVICE)) >= 90
+    ):
+        pytest.skip("on this architecture Triton omits a proxy fence in these tiles, which are not chosen there")
 
     def select(batch, heads, queries, keys, head_dim, *_):
         return config_of(request.param, queries, keys, head_dim)

@@ -8,10 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastdeit import backends, ops
-from fastdeit.testing import kernel_device
+from fastdeit.testing import kernel_device, kernel_dtypes
+
+DTYPE = kernel_dtypes(products=True)[0]
 
 
-def randn(*shape, dtype=torch.float32):
+def randn(*shape, dtype=DTYPE):
     return torch.randn(shape, dtype=dtype, device=kernel_device())
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from fastdeit.benchmarks.photographs import fitted, photographs
 from fastdeit.train import decoders
 from fastdeit.train.checkpoints import check_same_run
+from fastdeit.train.config import Config
 from fastdeit.train.config_checks import DECODERS
 from fastdeit.train.datasets import load_validation
 from fastdeit.train.decoders import Box, create_decoder, is_installed, resolved_decoder
@@ -149,11 +150,11 @@ def test_headers():
 
 def test_the_first_that_is_installed(monkeypatch):
     monkeypatch.setattr(decoders, "is_installed", lambda name: name in ("torchvision", "pillow"))
-    assert resolved_decoder("auto") == "torchvision" and resolved_decoder("pillow") == "pillow"
+    assert resolved_decoder(Config()) == "torchvision" and resolved_decoder(Config(decoder="pillow")) == "pillow"
     with pytest.raises(
         ImportError, match="decoder: simplejpeg is not installed: pip install simplejpeg, or set decoder to auto"
     ):
-        resolved_decoder("simplejpeg")
+        resolved_decoder(Config(decoder="simplejpeg"))
 
 
 def test_a_missing_decoder_stops_a_run_before_it_starts(make_small_config, monkeypatch, tmp_path):

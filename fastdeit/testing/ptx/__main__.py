@@ -1,19 +1,17 @@
 """`python -m fastdeit.testing.ptx`: executes what ships, row by row, on the CPU."""
 
 import argparse
-import csv
-import multiprocessing
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 
+from fastdeit.aot.catalog import aot_configs
 from fastdeit.testing.ptx.cases import cases
 from fastdeit.testing.ptx.compiler import why_untested
 from fastdeit.testing.ptx.harness import ARCHITECTURES
 from fastdeit.testing.ptx.mutations import run as run_mutants
 from fastdeit.testing.ptx.mutations import table as mutation_table
-from fastdeit.testing.ptx.rows import Ran, not_launched, report, rows_of, run_named, uses_tcgen05
+from fastdeit.testing.ptx.rows import not_launched, off_the_record, report, run_cases, uses_tcgen05
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--mutants", type=int, metavar="N", help="instead, plant up to N faults of each kind in each kernel"
     )
-    parser.add_argument("--csv", type=Path, help="write a line for each shipped row to this file")
     options = parser.parse_args(arguments)
     if reason := why_untested():
         print(f"skipped: {reason}")
@@ -37,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in names:
             parser.error(f"--arch: expected one of {', '.join(names)}, got {name!r}")
     part, parts = map(int, options.part.split("/"))
-    failed, lines, outcomes = False, [], Counter()
+    failed, outcomes = False, Counter()
     for arch in [names[name] for name in options.arch or names]:
         chosen = [c.name for c in cases(arch) if options.only in c.name and (c.thin or not options.thin)][
             part - 1 :: parts
@@ -45,54 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
         if options.mutants:
             outcomes += run_mutants([c for c in cases(arch) if c.name in chosen], arch, options.mutants, seed=0)
             continue
-        jobs = [(arch, name, options.thorough) for name in chosen]
-        context = multiprocessing.get_context("spawn")
-        if options.jobs > 1:
-            with context.Pool(options.jobs) as pool:
-                rans = list(pool.imap(run_named, jobs))
-        else:
-            rans = [run_named(job) for job in jobs]
+        rans = list(run_cases(arch, chosen, thorough=options.thorough, jobs=options.jobs))
         report(rans, arch)
         failed |= any(ran.failure and not uses_tcgen05(ran.failure) for ran in rans)
+        for difference in off_the_record(rans):
+            failed = True
+            print(f"sm_{arch}: {difference}")
         if not options.only and not options.thin and parts == 1:
             missing = not_launched(rans, arch)
             failed |= bool(missing) and not any(uses_tcgen05(ran.failure) for ran in rans)
-            print(f"sm_{arch}: {len(rows_of(arch))} rows, not launched: {', '.join(missing) or 'none'}")
-        lines += _lines(rans, arch)
+            print(f"sm_{arch}: {len(list(aot_configs(arch)))} rows, not launched: {', '.join(missing) or 'none'}")
     if options.mutants:
         print("\n".join(mutation_table(outcomes)))
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([_HEADER, *sorted(lines)])
     return int(failed)
-
-
-_HEADER = (
-    *("arch", "kernel", "config", "warp instructions", "RMS error", "PyTorch's", "share of the limit"),
-    *("sectors / ideal", "wavefronts / ideal", "state"),
-)
-
-
-def _lines(rans: list[Ran], arch: int) -> list[tuple]:
-    """A line for each shipped row that was launched."""
-    found = {}
-    for ran in rans:
-        for key, counts in ran.rows.items():
-            if key not in found:
-                fused, eager, share = (f"{number:.3g}" for number in ran.worst)
-                state = "passed" if not ran.failure else ran.failure.splitlines()[0]
-                found[key] = (
-                    f"sm_{arch}",
-                    *key,
-                    sum(counts.instructions.values()),
-                    fused,
-                    eager,
-                    share,
-                    f"{counts.sector_ratio:.2f}",
-                    f"{counts.wavefront_ratio:.2f}",
-                    state,
-                )
-    return list(found.values())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ through its public function in the dtypes of its rows.
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,15 +14,14 @@ import torch
 from torch import Tensor
 
 from fastdeit import ops
-from fastdeit.backends import use_backend
 from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.attention import forward as attention
-from fastdeit.kernels.augment.operations import ROW, Operation
 from fastdeit.kernels.gemm.config import EPILOGUES, candidates, use_gemm
 from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
 from fastdeit.kernels.gemm.fused_mlp import use_fused_mlp
 from fastdeit.kernels.runtime.architecture import has_descriptors
-from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, poisoned_memory
+from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager
+from fastdeit.testing.ptx.augmentation_cases import augmentation
 from fastdeit.testing.ptx.quantization_cases import eight_bit
 from fastdeit.testing.ptx.tf32 import in_tf32_products, tf32
 
@@ -44,14 +42,19 @@ class Case(NamedTuple):
 
 
 _LEFT_OUT = (
-    r"layer_norm(_mlp)? C=(192|768|1024|1280|8192)", r"D=(32|48|72|88|96|104|128)", r"tail=(32|64)", r"fp16|\bfloat16",
-    r"mlp (gelu_tanh|quick)", r"augment 224", r"distillation C=1000 (float32|\w+ \w+ none|bfloat16 cross_entropy soft)",
-)  # fmt: skip
+    r"layer_norm(_mlp)? C=(192|768|1024|1280|8192)",
+    r"D=(32|48|72|88|96|104|128)",
+    r"tail=(32|64)",
+    r"fp16|\bfloat16",
+    r"mlp (gelu_tanh|quick)",
+    r"augment 224",
+    r"distillation C=1000 (float32|\w+ \w+ none|bfloat16 cross_entropy soft)",
+)
 
 
 def cases(arch: int) -> Iterator[Case]:
     """Every case for an architecture; to be run under `harness.executing(arch)`, with a seed set."""
-    for group in (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding, _augmentation, eight_bit):
+    for group in (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding, augmentation, eight_bit):
         for name, function in group(arch):
             yield Case(name, function)
 
@@ -162,11 +165,13 @@ def _layer_norm_mlp() -> Errors:
     x = randn(4, 3, 192, dtype=FP32, scale=2, shift=1)
     weights = [*_norm_weights(FP32, 192), *_mlp_weights(FP32, 192, 256), randn(192, dtype=FP32, scale=0.2, shift=0.7)]
     pair = (
-        under_autocast(lambda x, g, b, w1, b1, w2, b2, gamma, scale, f=f: f(
-            x, g, b, 1e-6, w1, b1, w2, b2, gamma=gamma, drop_path_scale=scale, residual=x
-        ))
+        under_autocast(
+            lambda x, g, b, w1, b1, w2, b2, gamma, scale, f=f: f(
+                x, g, b, 1e-6, w1, b1, w2, b2, gamma=gamma, drop_path_scale=scale, residual=x
+            )
+        )
         for f in (ops.layer_norm_mlp, ops.layer_norm_mlp_reference)
-    )  # fmt: skip
+    )
     return assert_as_accurate_as_eager(*pair, x, *weights, _scales(4), frozen=(8,))
 
 
@@ -215,8 +220,10 @@ def _add_layer_norm_attention() -> Errors:
     x, branch = randn(2, TOKENS, 64, dtype=FP32), randn(2, TOKENS, 64)
     weights = [
         *_norm_weights(FP32, 64),
-        *(randn(192, 64, dtype=FP32, scale=0.1), randn(192, dtype=FP32, scale=0.1)),
-        *(randn(64, 64, dtype=FP32, scale=0.1), randn(64, dtype=FP32, scale=0.1)),
+        randn(192, 64, dtype=FP32, scale=0.1),
+        randn(192, dtype=FP32, scale=0.1),
+        randn(64, 64, dtype=FP32, scale=0.1),
+        randn(64, dtype=FP32, scale=0.1),
     ]
     pair = (
         under_autocast(lambda x, branch, g, b, wq, bq, wp, bp, f=f: f(x, branch, g, b, 1e-6, wq, bq, wp, bp, 1))
@@ -231,7 +238,7 @@ def _attend(case: attention_config.Case, whole: Any = None, tokens: int = 0, bel
     config = case.config
     config = attention_config.Config(config.descriptors, config.forward, config.dq, config.dkv, whole)
     dtype = {"bf16": BF16, "fp16": FP16, "fp32": FP32}[case.dtype]
-    heads = 2 if case.config.forward.own == 64 and case.head_dim == 64 else 1
+    heads = 2 if case.config.forward.owned == 64 and case.head_dim == 64 else 1
     qkv = randn(1, tokens, 3 * heads * case.head_dim, dtype=dtype)
     if below:
         qkv += torch.tensor([5, -5, 0], dtype=dtype).repeat_interleave(heads * case.head_dim)
@@ -364,36 +371,3 @@ def _embed() -> Errors:
     ]
     pair = (under_autocast(f) for f in (ops.patch_embedding, ops.patch_embedding_reference))
     return assert_as_accurate_as_eager(*pair, *given)
-
-
-# ---- augmentation
-
-_ARGUMENTS = {
-    "POSTERIZE": (0, 5), "SOLARIZE": (0, 100), "SOLARIZE_ADD": (0, 60), "CONTRAST": (0, 1.4), "COLOR": (0, 0.3),
-    "BRIGHTNESS": (0, 0.7), "SHARPNESS": (0, 1.8), "AFFINE": (1, 0.94, -0.34, 4.5, 0.34, 0.94, -2.5),
-}  # fmt: skip
-
-
-def _augmentation(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
-    yield "augment 224x224, layers that ship", functools.partial(_augment, 224, 224, [["EQUALIZE", "AFFINE"]])
-    every = [[first, last] for first, last in itertools.pairwise([*Operation.__members__, "NONE"])]
-    yield "augment 20x17, every operation", functools.partial(_augment, 20, 17, every)
-
-
-def _augment(height: int, width: int, names: list[list[str]]) -> Errors:
-    """Bits of the reference, which are Pillow's. names: for each image its operations."""
-    images = torch.randint(256, (len(names), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    plan = torch.zeros(len(names), len(names[0]), ROW, dtype=torch.float64)
-    for image, chosen in enumerate(names):
-        for layer, name in enumerate(chosen):
-            arguments = _ARGUMENTS.get(name, ())
-            plan[image, layer, : 1 + len(arguments)] = torch.tensor([Operation[name], *arguments])
-    given: dict[str, Any] = dict(
-        flips=torch.arange(len(names), dtype=torch.uint8) % 4, levels=torch.randn(3, 256), fill=(124, 116, 104)
-    )
-    expected = ops.augment_reference(images, plan, **given)
-    with use_backend("triton"), poisoned_memory():
-        found = ops.augment(images, plan, **given)
-    if not torch.equal(found, expected):
-        raise AssertionError(f"{(found != expected).sum()} of {found.numel()} elements differ from Pillow's")
-    return {"output 0": (Error(0.0, 0.0, 0.0, 0.0),) * 2}

@@ -10,10 +10,8 @@ from collections import Counter
 import numpy as np
 from numpy import ndarray
 
-from fastdeit.testing.ptx.program import Instruction
-
-SECTOR_LIMIT = 1.1  # times the ideal
-WAVEFRONT_LIMIT = 1.5
+from fastdeit.aot.execution import Accesses
+from fastdeit.testing.ptx.program import Instruction, Program
 
 _CLASSES = (
     ("matrix", ("mma.", "wgmma.mma_async")),
@@ -44,36 +42,23 @@ class Counts:
 
     Attributes:
         instructions: class -> warps that executed one of it, in PTX before the assembler.
-        sectors, ideal_sectors: of loads and stores of global memory; tensor copies are not among them.
-        wavefronts, ideal_wavefronts: of loads, stores and copies of shared memory; wgmma's and tensor copies' are not among them.
-        copied_bytes: by tensor copies, within the tensors.
+        once, loop: accesses outside and inside the loops of the kernel.
     """
 
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)
-    sectors: int = 0
-    ideal_sectors: int = 0
-    wavefronts: int = 0
-    ideal_wavefronts: int = 0
-    copied_bytes: int = 0
+    once: Accesses = dataclasses.field(default_factory=Accesses)
+    loop: Accesses = dataclasses.field(default_factory=Accesses)
 
     def __add__(self, other: "Counts") -> "Counts":
-        numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)[1:]}
-        return Counts(dict(Counter(self.instructions) + Counter(other.instructions)), **numbers)
-
-    @property
-    def sector_ratio(self) -> float:
-        return self.sectors / self.ideal_sectors if self.ideal_sectors else 1.0
-
-    @property
-    def wavefront_ratio(self) -> float:
-        return self.wavefronts / self.ideal_wavefronts if self.ideal_wavefronts else 1.0
+        instructions = dict(Counter(self.instructions) + Counter(other.instructions))
+        return Counts(instructions, self.once + other.once, self.loop + other.loop)
 
 
 class Observer:
     """Adds up one launch's memory accesses; a machine's `observer`."""
 
     def __init__(self) -> None:
-        self.sectors = self.ideal_sectors = self.wavefronts = self.ideal_wavefronts = self.copied_bytes = 0
+        self._by_line: dict[int, Accesses] = {}  # line of the PTX -> of its instruction
 
     def access(self, instruction: Instruction, lanes: ndarray, address: ndarray, nbytes: int, space: str = "") -> None:
         """Threads `lanes` access `nbytes` at each address; `space`, where the instruction does not name it: global or shared."""
@@ -81,29 +66,44 @@ class Observer:
             return
         if (space or ("global" if ".global" in instruction.opcode else "shared")) == "global":
             sectors, ideal = sectors_of(lanes, address, nbytes)
-            self.sectors += sectors
-            self.ideal_sectors += ideal
+            if instruction.opcode.startswith("st."):
+                self._add(instruction, Accesses(stored=sectors, ideal_stored=ideal))
+            elif instruction.opcode.startswith("cp.async"):
+                self._add(instruction, Accesses(copied=sectors, ideal_copied=ideal))
+            else:
+                self._add(instruction, Accesses(loaded=sectors, ideal_loaded=ideal))
         else:
             wavefronts, ideal = wavefronts_of(lanes, address, nbytes)
-            self.wavefronts += wavefronts
-            self.ideal_wavefronts += ideal
+            self._add(instruction, Accesses(wavefronts=wavefronts, ideal_wavefronts=ideal))
 
     def tensor_copy(self, instruction: Instruction, nbytes: int) -> None:
-        self.copied_bytes += nbytes
+        self._add(instruction, Accesses(tensor_bytes=nbytes))
 
-    def counts(self, instructions: list[Instruction], executed: ndarray) -> Counts:
-        """With the warps that executed each instruction."""
+    def _add(self, instruction: Instruction, accesses: Accesses) -> None:
+        self._by_line[instruction.line] = self._by_line.get(instruction.line, Accesses()) + accesses
+
+    def counts(self, program: Program, executed: ndarray) -> Counts:
+        """With the warps that executed each instruction of the program."""
         by_class: Counter = Counter()
-        for instruction, warps in zip(instructions, executed.tolist(), strict=True):
+        for instruction, warps in zip(program.instructions, executed.tolist(), strict=True):
             by_class[instruction_class(instruction.opcode)] += warps
-        return Counts(
-            {name: n for name, n in sorted(by_class.items()) if n},
-            self.sectors,
-            self.ideal_sectors,
-            self.wavefronts,
-            self.ideal_wavefronts,
-            self.copied_bytes,
-        )
+        repeated = lines_of_loops(program)
+        once, loop = Accesses(), Accesses()
+        for line, accesses in self._by_line.items():
+            if line in repeated:
+                loop += accesses
+            else:
+                once += accesses
+        return Counts({name: n for name, n in sorted(by_class.items()) if n}, once, loop)
+
+
+def lines_of_loops(program: Program) -> set[int]:
+    """The lines of all instructions between a label and a branch back to it."""
+    found: set[int] = set()
+    for at, instruction in enumerate(program.instructions):
+        if instruction.opcode.split(".")[0] == "bra":
+            found |= {x.line for x in program.instructions[program.target(instruction) : at]}
+    return found
 
 
 def sectors_of(lanes: ndarray, address: ndarray, nbytes: int) -> tuple[int, int]:

@@ -11,10 +11,8 @@ from numpy import ndarray
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-WIDTH = {
-    **{f"{kind}{8 * width}": width for kind in "bus" for width in UNSIGNED},
-    **{"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "tf32": 4, "f32x2": 8, "pred": 0},
-}
+_FLOAT_WIDTH = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "tf32": 4, "f32x2": 8, "pred": 0}
+WIDTH = {f"{kind}{8 * width}": width for kind in "bus" for width in UNSIGNED} | _FLOAT_WIDTH
 _NAN_F32 = np.uint32(0x7FFFFFFF)
 _HALF_ULP_OF_F32 = np.uint64(1 << 28)  # in the bits of a float64
 _BELOW_F32 = np.uint64((1 << 29) - 1)
@@ -145,17 +143,17 @@ def extreme(largest: bool, propagate_nan: bool) -> Callable[[ndarray, ndarray], 
 
 # ---- approximate instructions
 
-# What the ISA documents, of float32 results: relative errors, for lg2 absolute between 0.5 and 2. div.full is within 2 ulp, which
-# of the result.
+# The largest errors of float32 results that the PTX ISA documents, in the notes of each instruction (chapter 9.7.3, "Floating-Point
+# Instructions", of version 9.1): relative, but absolute for lg2 of operands between 0.5 and 2.
 APPROXIMATION_BOUNDS = {
-    "ex2": 2.0**-22,
-    "lg2": 2.0**-22,
-    "rcp": 2.0**-23,
-    "rsqrt": 2.0**-22.9,
-    "sqrt": 2.0**-23,
-    "tanh": 2.0**-11,
+    "lg2": 2.0**-22,  # 9.7.3.20
+    "rcp": 2.0**-23,  # 9.7.3.13, which says 1 ulp: at least 2^-24 and at most 2^-23 of the result
+    "rsqrt": 2.0**-22.9,  # 9.7.3.16
+    "sqrt": 2.0**-23,  # 9.7.3.15
+    "tanh": 2.0**-11,  # 9.7.3.22
 }
-_DIVISION_ULPS = 2
+_EXPONENTIAL_ULPS = 2  # of ex2, off the correctly rounded result: 9.7.3.21
+_DIVISION_ULPS = 2  # of div.full, off the quotient: 9.7.3.8
 _ROUNDING = 2.0**-24  # of the moved result to float32, part of the bound
 
 
@@ -184,6 +182,8 @@ class Approximations:
             exact = compute(a.astype(np.float64))
             if self.seed is None:
                 return canonical(exact.astype(np.float32))
+            if name == "ex2":
+                return self._moved_by_ulps(exact, self._fraction(a), a == 0)
             if name == "lg2":
                 magnitude = np.where((a > 0.5) & (a < 2), 1.0, exact)
                 return self._moved(exact, magnitude, name, self._fraction(a), exact == 0)
@@ -199,6 +199,15 @@ class Approximations:
         unit = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
         moved = exact + (_DIVISION_ULPS - 0.5) * unit * self._fraction(*np.broadcast_arrays(a, b))
         return canonical(np.where((exact == 0) | ~np.isfinite(unit), exact, moved).astype(np.float32))
+
+    @staticmethod
+    def _moved_by_ulps(exact: ndarray, fraction: ndarray, exact_at: ndarray) -> ndarray:
+        """exact, rounded and moved by whole units in the last place."""
+        rounded = exact.astype(np.float32)
+        unit = np.spacing(np.abs(rounded)).astype(np.float64)
+        moved = rounded + unit * np.round(_EXPONENTIAL_ULPS * fraction)
+        fixed = exact_at | (rounded == 0) | ~np.isfinite(unit)
+        return canonical(np.where(fixed, rounded, moved).astype(np.float32))
 
     @staticmethod
     def _moved(exact: ndarray, magnitude: ndarray, name: str, fraction: ndarray, exact_at: ndarray) -> ndarray:

@@ -173,7 +173,7 @@ def executing(
             observer = Observer() if on_launch and schedule is schedules[0] else None
             machine = execute(compiled, grid, args, schedule, observer)
             if observer:
-                counts = observer.counts(machine.program.instructions, machine.executed)
+                counts = observer.counts(machine.program, machine.executed)
                 launched = Launched(variant, grid, machine, counts)
             if results and not all(map(torch.equal, storages, results)):
                 raise Fault("schedule", f"{kernel.__name__} gives other bits under {schedule}", None)
@@ -187,6 +187,27 @@ def executing(
         nominal_device(arch, multiprocessors),
     ):
         yield
+
+
+@contextlib.contextmanager
+def launches_noted(arch: int, multiprocessors: int = 2) -> Iterator[list[Variant]]:
+    """In it ops choose kernels for `arch` as in `executing`, but launches are only noted in the list, and write nothing."""
+    noted: list[Variant] = []
+
+    def launch(
+        kernel: Any,
+        grid: tuple,
+        args: tuple,
+        constexprs: tuple,
+        num_warps: int,
+        num_stages: int = 1,
+        fp_fusion: bool = True,
+        maxnreg: int | None = None,
+    ) -> None:
+        noted.append(variant_of(kernel, args, constexprs, num_warps, num_stages, fp_fusion))
+
+    with supposed_gpu(), cpu_launches(launch), nominal_device(arch, multiprocessors):
+        yield noted
 
 
 def storage_of(tensor: torch.Tensor | TensorDescriptor) -> torch.Tensor:

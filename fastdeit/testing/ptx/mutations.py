@@ -47,6 +47,10 @@ def _add(group: int, by: int) -> Callable[[re.Match], str]:
     return change
 
 
+def _doubled(match: re.Match) -> str:
+    return match[0].replace(f", {match[1]}, 31", f", {2 * int(match[1])}, 31")
+
+
 # Name of a kind -> pattern of a line, and what the line becomes.
 KINDS: dict[str, tuple[str, Callable[[re.Match], str]]] = {
     "bar.sync dropped": (r"^\tbar\.sync .*", _drop),
@@ -73,15 +77,16 @@ KINDS: dict[str, tuple[str, Callable[[re.Match], str]]] = {
     "mask widened": (r"^\tsetp\.lt\.s32 .*", lambda m: m[0].replace("setp.lt", "setp.le")),
     "mask dropped": (r"^\tsetp\.lt\.s32\s+(%p\d+), (%r\d+), .*", lambda m: f"\tsetp.eq.s32 {m[1]}, {m[2]}, {m[2]};"),
     "initialisation dropped": (r"^\tmov\.u32 %r\d+, %r\d+;(?=\n\t(?:mov\.u32|@))", _drop),
-    "shuffle of another lane": (r"^\tshfl\.sync\.bfly.*, (1|2|4|8), 31, -1;", _add(1, 3)),
+    # By 3 more, a butterfly over all lanes would add the same values in another order.
+    "shuffle of another lane": (r"^\tshfl\.sync\.bfly.*, (1|2|4|8), 31, -1;", _doubled),
     "swizzle changed": (r"^\txor\.b32 .*, (16|32|64|128);", _add(1, 16)),
 }
 
 
-def mutants(ptx: str, most: int, random: np.random.Generator) -> Iterator[Mutant]:
-    """At most so many of every kind, chosen at random."""
+def mutants(ptx: str, executed: set[int], most: int, random: np.random.Generator) -> Iterator[Mutant]:
+    """At most so many of every kind, chosen at random from the lines that are executed."""
     for kind, (pattern, change) in KINDS.items():
-        found = list(re.finditer(pattern, ptx, re.M))
+        found = [m for m in re.finditer(pattern, ptx, re.M) if ptx.count("\n", 0, m.start()) + 1 in executed]
         for index in sorted(random.permutation(len(found))[:most]):
             match = found[index]
             line = ptx.count("\n", 0, match.start()) + 1
@@ -131,9 +136,15 @@ def _compiled(launch: Launch, text: str, arch: int) -> Compiled:
 
 def results(launch: Launch, compiled: Compiled, schedule: Schedule) -> list[torch.Tensor]:
     """The storages after a launch, which are then as before it."""
+    return _results_and_lines(launch, compiled, schedule)[0]
+
+
+def _results_and_lines(launch: Launch, compiled: Compiled, schedule: Schedule) -> tuple[list[torch.Tensor], set[int]]:
+    """The same, and the lines of the PTX that were executed."""
     with _restored(launch) as storages:
-        execute(compiled, launch.grid, launch.args, schedule)
-        return [s.clone() for s in storages]
+        machine = execute(compiled, launch.grid, launch.args, schedule)
+        executed = zip(compiled.program.instructions, machine.executed.tolist(), strict=True)
+        return [s.clone() for s in storages], {instruction.line for instruction, warps in executed if warps}
 
 
 @contextlib.contextmanager
@@ -177,6 +188,8 @@ def _storages(args: tuple) -> list[torch.Tensor]:
 def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable[[str], None] = print) -> Counter:
     """Makes mutants of every kernel that these cases launch, and runs each in all of its launches until one catches it.
 
+    Code that the cases do not reach gets none: how much of each kernel they execute is printed.
+
     Returns how often each (kind, outcome) happened: what caught it, or "redundant" with a proof, or "hole".
     """
     random = np.random.default_rng(seed)
@@ -187,8 +200,12 @@ def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable
             by_variant.setdefault(launch.variant, []).append(launch)
     for variant, launches in by_variant.items():
         ptx = compile_to_ptx(variant, arch)[0]
-        expected = [results(launch, _compiled(launch, ptx, arch), IN_STEP) for launch in launches]
-        for mutant in mutants(ptx, most, random):
+        original = [_compiled(launch, ptx, arch) for launch in launches]
+        runs = [_results_and_lines(*pair, IN_STEP) for pair in zip(launches, original, strict=True)]
+        expected, executed = [found for found, _ in runs], set[int]().union(*(lines for _, lines in runs))
+        instructions = len(original[0].program.instructions)
+        print_line(f"sm_{arch} {variant.kernel.__name__}: {len(executed)} of {instructions} instructions are executed")
+        for mutant in mutants(ptx, executed, most, random):
             caught = next(
                 filter(None, (judge(s, mutant.text, arch, e) for s, e in zip(launches, expected, strict=True))), None
             )

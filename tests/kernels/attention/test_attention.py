@@ -68,7 +68,11 @@ def test_every_shape_of_timm_has_a_configuration(arch, itemsize):
                     config = select_config(*shape)
                     assert config == select_config.__wrapped__(*shape), "a pure function"
                     for tiles in (config.forward, config.dq, config.dkv):
-                        assert tiles.own in (32, 64, 128) and tiles.block in (16, 32, 64) and tiles.num_warps in (4, 8)
+                        assert (
+                            tiles.owned in (32, 64, 128)
+                            and tiles.streamed in (16, 32, 64)
+                            and tiles.num_warps in (4, 8)
+                        )
                     assert not config.descriptors or (90 <= arch < 120 and packed and itemsize == 2)
 
 
@@ -82,8 +86,8 @@ def test_pieces_cover_every_head_dim_at_the_least_width():
 def test_large_grids_on_hopper_take_descriptors_and_small_ones_smaller_tiles():
     large = select_config(256, 12, 197, 197, 64, 2, 90, 132, True)
     small = select_config(1, 3, 197, 197, 64, 2, 90, 132, True)
-    assert large.descriptors and large.forward.own == large.dq.own == 128 and large.dkv.own == 64
-    assert not small.descriptors and small.forward.own == 32
+    assert large.descriptors and large.forward.owned == large.dq.owned == 128 and large.dkv.owned == 64
+    assert not small.descriptors and small.forward.owned == 32
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,7 @@ def test_large_grids_on_hopper_take_descriptors_and_small_ones_smaller_tiles():
 )
 def test_tiles_of_128_queries_where_they_add_no_rows_and_fill_the_machine(batch, tokens, head_dim, tall):
     config = select_config(batch, 12, tokens, tokens, head_dim, 2, 90, 132, True)
-    assert config.descriptors and config.forward.own == config.dq.own == (128 if tall else 64)
+    assert config.descriptors and config.forward.owned == config.dq.owned == (128 if tall else 64)
 
 
 @pytest.mark.parametrize("fenced", [False, True])

@@ -6,7 +6,9 @@ import torch
 from fastdeit.kernels.embedding.patch_embedding import (
     ELEMENTS,
     IMAGES,
+    NUM_WARPS,
     Config,
+    backward_elements,
     patch_embedding_backward,
     patch_embedding_forward,
     select_config,
@@ -82,7 +84,7 @@ def test_a_sum_over_many_strips_repeats_to_the_bit(monkeypatch):
     monkeypatch.setattr("fastdeit.kernels.embedding.patch_embedding.multiprocessors", lambda x: 1)
     dtokens = randn(5 * IMAGES - 1, 3, 8)
     first, again = (patch_embedding_backward(dtokens, 1, None, needs_sum=True)[1] for _ in range(2))
-    assert select_config(len(dtokens), 24, 1).strips == 5
+    assert select_config(len(dtokens), 24, 1, backward_elements(4)).strips == 5
     assert torch.equal(first, again)
 
 
@@ -96,11 +98,16 @@ def test_no_images():
 @pytest.mark.parametrize(
     ("images", "size", "expected"),
     [
-        (256, 198 * 768, Config(297, 4, 64)),
-        (256, 198 * 192, Config(75, 13, 20)),
-        (1, 198 * 192, Config(75, 1, 4)),
-        (5, 1, Config(1, 2, 4)),
+        (256, 198 * 768, Config(512, 297, 4, 64)),
+        (256, 198 * 192, Config(512, 75, 13, 20)),
+        (1, 198 * 192, Config(512, 75, 1, 4)),
+        (5, 1, Config(512, 1, 2, 4)),
     ],
 )
 def test_strips_fill_the_gpu_and_cover_the_batch(images, size, expected):
     assert select_config(images, size, 132) == expected
+
+
+def test_a_backward_thread_reads_16_bytes_of_an_image():
+    assert [backward_elements(size) * size // (32 * NUM_WARPS) * IMAGES for size in (2, 4)] == [16, 16]
+    assert select_config(256, 198 * 768, 132, backward_elements(4)) == Config(128, 1188, 1, 256)

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from fastdeit.aot.execution import Accesses
 from fastdeit.testing.ptx.counts import Counts, Observer, instruction_class, sectors_of, wavefronts_of
+from fastdeit.testing.ptx.machine import IN_STEP, Machine
 
 LANES = np.arange(32)
 
@@ -67,13 +69,46 @@ def test_classes(opcode, expected):
 
 
 def test_an_observer_sees_a_machine_s_accesses(execute):
-    observer = Observer()
+    observer, programs = Observer(), []
+
+    def make(program, shared):
+        programs.append(Machine(program, shared, IN_STEP))
+        return programs[0]
+
     body = "shl.b32 %r30, %tid, 7;\nst.shared.b32 [%r30], %r1;"
-    execute(body, {"%r1": np.zeros(32, np.uint32)}, [], shared=4096, observer=observer)
-    assert (observer.sectors, observer.ideal_sectors, observer.wavefronts, observer.ideal_wavefronts) == (4, 4, 32, 1)
+    execute(body, {"%r1": np.zeros(32, np.uint32)}, [], shared=4096, observer=observer, make=make)
+    counts = observer.counts(programs[0].program, programs[0].executed)
+    assert counts.once == Accesses(loaded=4, ideal_loaded=4, wavefronts=32, ideal_wavefronts=1)
+    assert counts.loop == Accesses()
+    assert counts.instructions["shared"] == counts.instructions["global"] == 1
+
+
+def test_what_a_loop_accesses_is_counted_apart(execute):
+    observer, programs = Observer(), []
+
+    def make(program, shared):
+        programs.append(Machine(program, shared, IN_STEP))
+        return programs[0]
+
+    body = """
+        mov.u32 %r3, 0;
+        shl.b32 %r30, %tid, 2;
+        st.shared.b32 [%r30], %r1;
+        $again:
+        st.shared.b32 [%r30], %r1;
+        add.u32 %r3, %r3, 1;
+        setp.lt.u32 %p1, %r3, 5;
+        @%p1 bra $again;
+    """
+    execute(body, {"%r1": np.zeros(32, np.uint32)}, ["%r1"], shared=4096, observer=observer, make=make)
+    counts = observer.counts(programs[0].program, programs[0].executed)
+    assert counts.loop == Accesses(wavefronts=5, ideal_wavefronts=5)
+    assert counts.once == Accesses(4, 4, stored=4, ideal_stored=4, wavefronts=1, ideal_wavefronts=1)
 
 
 def test_counts_add_up():
-    both = Counts({"float": 1}, 10, 8, 3, 3, 0) + Counts({"float": 2, "integer": 1}, 2, 2, 3, 1, 5)
-    assert both == Counts({"float": 3, "integer": 1}, 12, 10, 6, 4, 5)
-    assert both.sector_ratio == 1.2 and both.wavefront_ratio == 1.5 and Counts().sector_ratio == 1
+    one, other = Accesses(10, 8, wavefronts=3, ideal_wavefronts=3), Accesses(2, 2, wavefronts=3, ideal_wavefronts=1)
+    both = Counts({"float": 1}, one, other) + Counts({"float": 2, "integer": 1}, other, other)
+    assert both == Counts({"float": 3, "integer": 1}, one + other, other + other)
+    assert both.once == Accesses(12, 10, wavefronts=6, ideal_wavefronts=4)
+    assert both.once.sector_ratio == 1.2 and both.once.wavefront_ratio == 1.5

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-VALUES = np.concatenate([
-    np.random.default_rng(0).normal(0, 1, 400) * 2.0 ** np.random.default_rng(1).integers(-12, 10, 400),
-    [0.0, -0.0, 448, 449, 463.9, 464, 1e9, -1e9, np.inf, -np.inf, 2**-9, 2**-10, 3 * 2**-10, 1.0625, 1.1875, 0.0156, np.nan],
-]).astype(np.float32)  # fmt: skip
+_EDGES = "0 -0 448 449 463.9 464 1e9 -1e9 inf -inf 0.001953125 0.0009765625 0.0029296875 1.0625 1.1875 0.0156 nan"
+_DRAWN = np.random.default_rng(0).normal(0, 1, 400) * 2.0 ** np.random.default_rng(1).integers(-12, 10, 400)
+VALUES = np.concatenate([_DRAWN, [float(edge) for edge in _EDGES.split()]]).astype(np.float32)
 
 
 def expected_bits(values):

@@ -283,14 +283,13 @@ def test_comparison_of_pairs_gives_two_predicates(execute, kind):
     assert not low.any() and high.all()
 
 
-@pytest.mark.parametrize("name", ["ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh"])
+@pytest.mark.parametrize("name", ["lg2", "rcp", "rsqrt", "sqrt", "tanh"])
 def test_approximations_err_within_their_bounds_and_not_by_nothing(name):
     x = np.geomspace(1e-3, 60, 20_000).astype(np.float32)
     exact = formats.Approximations(None).unary(name)(x).astype(np.float64)
     moved = formats.Approximations(7).unary(name)(x).astype(np.float64)
     wide = x.astype(np.float64)
     true = {
-        "ex2": np.exp2,
         "lg2": np.log2,
         "rcp": lambda v: 1 / v,
         "rsqrt": lambda v: v**-0.5,
@@ -304,6 +303,14 @@ def test_approximations_err_within_their_bounds_and_not_by_nothing(name):
     assert error.max() > 0.7 * formats.APPROXIMATION_BOUNDS[name]
     assert (moved == formats.Approximations(7).unary(name)(x)).all(), "the same operand gives the same result"
     assert (moved != formats.Approximations(8).unary(name)(x)).any()
+
+
+def test_exponentials_err_by_two_units_off_the_rounded_result():
+    x = np.linspace(-140, 120, 20_000, dtype=np.float32)
+    exact, moved = (formats.Approximations(seed).unary("ex2")(x) for seed in (None, 7))
+    ulps = (moved.astype(np.float64) - exact) / np.spacing(exact)
+    assert set(ulps.tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+    assert (exact == np.exp2(x.astype(np.float64)).astype(np.float32)).all()
 
 
 def test_full_range_division_errs_within_two_units():

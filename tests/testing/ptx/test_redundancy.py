@@ -73,8 +73,11 @@ def test_a_commit_of_nothing_changes_no_completion(recorded):
 
 
 def test_what_never_completes_is_no_redundancy(recorded):
-    whole, _ = recorded("shl.b32 %r30, %tid, 2;\ncp.async.ca.shared.global [%r30], [%a0], 0x4;\ncp.async.commit_group;\n"
-                        "cp.async.wait_group 0;", "cp.async.wait")  # fmt: skip
+    whole, _ = recorded(
+        "shl.b32 %r30, %tid, 2;\ncp.async.ca.shared.global [%r30], [%a0], 0x4;\ncp.async.commit_group;\n"
+        "cp.async.wait_group 0;",
+        "cp.async.wait",
+    )
     none, _ = recorded("mov.b32 %r30, 0;", "mov")
     assert redundancy.completes_elsewhere(whole, none) is None
 
@@ -154,13 +157,24 @@ def test_a_fence_is_redundant_where_its_registers_were_not_accessed_since_the_la
 
 def test_every_mutant_differs_in_its_line_alone():
     text = "\n".join(["\tbar.sync \t0;", "\tsetp.lt.s32 \t%p8, %r91, %r63;", "\tbar.sync \t0;", "\tbar.sync \t0;"])
-    made = list(mutants(text, 2, np.random.default_rng(0)))
+    made = list(mutants(text, {1, 2, 3, 4}, 2, np.random.default_rng(0)))
     assert Counter(m.kind for m in made) == {"bar.sync dropped": 2, "mask widened": 1, "mask dropped": 1}
     for mutant in made:
         before, after = text.split("\n"), mutant.text.split("\n")
         differ = [i for i, (a, b) in enumerate(zip(before, after, strict=True), 1) if a != b]
         assert differ == [mutant.line] and mutant.before == before[mutant.line - 1].strip()
         assert mutant.kind in KINDS
+
+
+def test_code_that_is_not_executed_gets_no_mutants():
+    text = "\n".join(["\tbar.sync \t0;", "\tbar.sync \t0;"])
+    assert [m.line for m in mutants(text, {2}, 5, np.random.default_rng(0))] == [2]
+
+
+def test_another_lane_is_one_that_a_butterfly_reads_twice():
+    text = "\tshfl.sync.bfly.b32 \t%r42, %r41, 8, 31, -1;"
+    (mutant,) = mutants(text, {1}, 1, np.random.default_rng(0))
+    assert mutant.text == text.replace(" 8,", " 16,")
 
 
 def test_the_table_counts_what_was_caught_proved_and_neither():

@@ -111,9 +111,14 @@ def run(
     )
     scale = "1" if c is not None else "0"
     order = dict(
-        fence="fence.proxy.async.shared::cta;", barrier="bar.sync 0;", wgmma_fence="wgmma.fence.sync.aligned;",
-        before="", commit="wgmma.commit_group.sync.aligned;", early="", wait="wgmma.wait_group.sync.aligned 0;",
-    ) | (parts or {})  # fmt: skip
+        fence="fence.proxy.async.shared::cta;",
+        barrier="bar.sync 0;",
+        wgmma_fence="wgmma.fence.sync.aligned;",
+        before="",
+        commit="wgmma.commit_group.sync.aligned;",
+        early="",
+        wait="wgmma.wait_group.sync.aligned 0;",
+    ) | (parts or {})
     lines += [order["fence"], order["barrier"], order["wgmma_fence"], order["before"]]
     lines.append(
         f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {{{', '.join(results)}}}, {operand}, %rd2, "

@@ -1,0 +1,50 @@
+"""Calls of `ops.augment` that launch every configuration of its kernels."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastdeit import ops
+from fastdeit.backends import use_backend
+from fastdeit.kernels.augment.operations import ROW, Operation
+from fastdeit.testing.accuracy import Error, poisoned_memory
+
+_ARGUMENTS = {
+    "POSTERIZE": (0, 5),
+    "SOLARIZE": (0, 100),
+    "SOLARIZE_ADD": (0, 60),
+    "CONTRAST": (0, 1.4),
+    "COLOR": (0, 0.3),
+    "BRIGHTNESS": (0, 0.7),
+    "SHARPNESS": (0, 1.8),
+    "AFFINE": (1, 0.94, -0.34, 4.5, 0.34, 0.94, -2.5),
+}
+
+
+def augmentation(arch: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Name and run of each case; results equal Pillow's bits, so that every error is 0."""
+    yield "augment 224x224, layers that ship", functools.partial(_augment, 224, 224, [["EQUALIZE", "AFFINE"]])
+    every = [[first, last] for first, last in itertools.pairwise([*Operation.__members__, "NONE"])]
+    yield "augment 20x17, every operation", functools.partial(_augment, 20, 17, every)
+
+
+def _augment(height: int, width: int, names: list[list[str]]) -> dict[str, tuple[Error, Error]]:
+    """Bits of the reference, which are Pillow's. names: for each image its operations."""
+    images = torch.randint(256, (len(names), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    plan = torch.zeros(len(names), len(names[0]), ROW, dtype=torch.float64)
+    for image, chosen in enumerate(names):
+        for layer, name in enumerate(chosen):
+            arguments = _ARGUMENTS.get(name, ())
+            plan[image, layer, : 1 + len(arguments)] = torch.tensor([Operation[name], *arguments])
+    given: dict[str, Any] = dict(
+        flips=torch.arange(len(names), dtype=torch.uint8) % 4, levels=torch.randn(3, 256), fill=(124, 116, 104)
+    )
+    expected = ops.augment_reference(images, plan, **given)
+    with use_backend("triton"), poisoned_memory():
+        found = ops.augment(images, plan, **given)
+    if not torch.equal(found, expected):
+        raise AssertionError(f"{(found != expected).sum()} of {found.numel()} elements differ from Pillow's")
+    return {"output 0": (Error(0.0, 0.0, 0.0, 0.0),) * 2}
