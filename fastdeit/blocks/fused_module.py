@@ -16,11 +16,13 @@ class FusedModule:
     Attributes:
         source: the class that it stands in for.
         memory: what a block saves for backward (`fastdeit.nn.Block`); None where there is no choice.
+        drop_path_mode: how a block drops samples (`fastdeit.nn.Block`); None where there is no choice.
         covers_parts: whether what it computes includes its other parts, so that a report has no line for them.
     """
 
     source: ClassVar[type[nn.Module]]
     memory: str | None = None
+    drop_path_mode: str | None = None
     covers_parts: ClassVar[bool] = False
 
     def __init_subclass__(cls, source: type[nn.Module] | None = None, **kwargs: Any) -> None:
