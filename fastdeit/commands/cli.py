@@ -30,12 +30,12 @@ COMMANDS = {
     "shrink-data": Command(
         "fastdeit.commands.shrink_data", "write smaller JPEG copies of a folder of images, which decode faster"
     ),
-    "explain": Command("fastdeit.commands.explain", "list what of a timm model runs fused, and why the rest does not"),
+    "explain": Command("fastdeit.commands.explain", "list what of a model runs fused, and why the rest does not"),
     "verify": Command(
         "fastdeit.commands.verify",
         "compare every layer with timm and float64 on your device and weights; measure speed and memory",
     ),
-    "run": Command("fastdeit.commands.run", "run a script unedited, with every model that timm creates accelerated"),
+    "run": Command("fastdeit.commands.run", "run a script unedited, with its models accelerated"),
     "kernels": Command(
         "fastdeit.commands.kernels", "compile every kernel and report registers, spills and instructions, without a GPU"
     ),
