@@ -35,7 +35,7 @@ HOSTS = [
     "peft>=0.21",
     "torchao>=0.18",
     "torchvision>=0.26",
-    "transformers>=5.24",
+    "transformers>=4.57",
     "vit-pytorch>=1.26",
 ]
 TEST = [
@@ -104,6 +104,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
