@@ -10,7 +10,7 @@ STAMP := $(VENV)/.fastdeit-installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-long test-fast coverage docs notebook test-compiled test-pillow lint kernels bench clean
+.PHONY: help install train test test-long test-fast coverage docs notebook test-compiled test-pillow test-transformers-4 lint kernels bench clean
 
 help:
 	@echo "make install   create $(VENV) and install fastdeit into it, with the versions of constraints.txt"
@@ -21,6 +21,7 @@ help:
 	@echo "make coverage  install, then run all tests and report the share of lines that they run (minutes longer)"
 	@echo "make test-compiled  install, then execute the compiled code of every shipped kernel on the CPU"
 	@echo "make test-pillow  install, then run the tests of images and augmentation on the newest Pillow"
+	@echo "make test-transformers-4  install, then run the tests of transformers 4.57 on that version"
 	@echo "make lint      install, then ruff check, ruff format --check and mypy"
 	@echo "make docs      install, then build the site of the documentation into build/site, links checked"
 	@echo "make notebook  install, then execute examples/two_tokens.ipynb into build/ (minutes of training)"
@@ -72,6 +73,14 @@ test-pillow: $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/pillow pillow
 	@PYTHONPATH=build/pillow $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__, "from", PIL.__path__[0])'
 	PYTHONPATH=build/pillow OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_policies.py tests/train/test_image_files.py $(ARGS)
+
+# Beside the environment, whose transformers is that of constraints.txt; with what that version needs in older versions.
+test-transformers-4: $(STAMP)
+	rm -rf build/transformers-4
+	$(BIN)/python -m pip install --quiet --target build/transformers-4 --no-deps \
+		transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 requests charset-normalizer idna urllib3 certifi
+	@PYTHONPATH=build/transformers-4 $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	PYTHONPATH=build/transformers-4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts/test_huggingface_4.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -35,10 +35,11 @@ HOSTS = [
     "peft>=0.21",
     "torchao>=0.18",
     "torchvision>=0.26",
-    "transformers>=5.24",
+    "transformers>=4.57",
     "vit-pytorch>=1.26",
 ]
 TEST = [
+    "litserve>=0.2.19",  # the server of docs/serve.md, on the loopback interface
     "mypy>=2.4",
     "onnx>=1.19",  # with the next two: a model is exported and run
     "onnxscript>=0.5",

@@ -9,7 +9,7 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -68,6 +68,19 @@ def measure(names: list[str], batch_size: int, turns: int, calls: int, driver_us
                     ratio = statistics.median(mine / theirs for theirs, mine in zip(*times, strict=True))
                     medians = (round(statistics.median(each) * 1e6, 1) for each in times)
                     yield HostTime(name, precision, passed, mode, *medians, round(ratio, 3), *launches)
+
+
+def ratios(
+    baseline: nn.Module, others: Mapping[str, nn.Module], turns: int, calls: int, driver_us: float
+) -> dict[str, float]:
+    """Host time of a forward pass of others, by name, over that of timm's bf16 model, at batch size 1; as `measure`."""
+    images = _images(baseline, "bf16", 1)
+    candidates = tuple(_call(module, "bf16", "forward", images) for module in (baseline, *others.values()))
+    times, _ = _in_turns(candidates, turns, calls, driver_us)
+    return {
+        name: round(statistics.median(mine / theirs for theirs, mine in zip(times[0], each, strict=True)), 3)
+        for name, each in zip(others, times[1:], strict=True)
+    }
 
 
 def _model(name: str, precision: str) -> nn.Module:

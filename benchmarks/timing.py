@@ -31,7 +31,8 @@ from torch import Tensor, nn
 import fastdeit
 from fastdeit.train.graphs import recorded
 
-BASELINES = ("liger-kernel", "flash-attn", "xformers", "transformer-engine", "vit-pytorch", "transformers")
+BASELINES = ("liger-kernel", "flash-attn", "xformers", "transformer-engine", "vit-pytorch", "transformers", "torchao")
+BASELINES += ("onnxruntime", "onnxruntime-gpu", "torch-tensorrt")
 WARM_UP_TURNS = 3
 LEAST_TURNS = 7  # quartiles of fewer say little
 L2_ROTATIONS = 3
@@ -90,6 +91,8 @@ class Row:
     peak_mib: float | None = None
     max_errors: list[float] = field(default_factory=list)  # against float64, one per result that is compared
     rms_errors: list[float] = field(default_factory=list)
+    agreement: float | None = None  # of logits: share of images whose largest one is that in float64
+    logit_error: float | None = None  # RMS of the error over RMS of the logits
 
     def derived(self, flops: float, bytes_: float, floor_us: float | None) -> dict[str, Any]:
         """The row as a dictionary, with the rates that its time means for the given work."""
@@ -108,6 +111,7 @@ def measure(
     turns: int = 20,
     expected: Callable[..., Sequence[Tensor | None]] | None = None,
     different: Collection[str] = (),
+    agreement: bool = False,
     candidate_seconds: float = math.inf,
     deadline: float = math.inf,
     profiled: bool = True,
@@ -122,17 +126,22 @@ def measure(
         expected: the candidates' results in float64 for the same arguments, in their order, None for one that is not compared.
             One with fewer rows than the result is compared with the result's first rows.
         different: candidates that are known to compute something else, and are not compared.
+        agreement: results are logits, of which rows say how many are largest where those in float64 are.
         candidate_seconds: a candidate that takes longer to set up is a row that says so.
         deadline: of time.monotonic(), after which nothing more is set up, or profiled.
         profiled: name the kernels of each candidate, which takes a profile of each.
     """
     try:
-        return _measured(candidates, inputs, turns, expected, different, candidate_seconds, deadline, profiled)
+        return _measured(
+            candidates, inputs, turns, expected, different, agreement, candidate_seconds, deadline, profiled
+        )
     finally:
         _release()
 
 
-def _measured(candidates, inputs, turns, expected, different, candidate_seconds, deadline, profiled) -> list[Row]:
+def _measured(
+    candidates, inputs, turns, expected, different, agreement, candidate_seconds, deadline, profiled
+) -> list[Row]:
     side = torch.cuda.Stream() if torch.cuda.is_available() else None
     # Off the default stream for good: backward runs where its forward ran, and the default stream cannot be captured.
     with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
@@ -148,7 +157,7 @@ def _measured(candidates, inputs, turns, expected, different, candidate_seconds,
         timers = [_Timer(name, function, sets, side, pools) for name, function in candidates.items()]
 
         def warm_up(timer: _Timer) -> None:
-            timer.warm_up(None if timer.row.candidate in different else oracle)
+            timer.warm_up(None if timer.row.candidate in different else oracle, agreement)
 
         for step in (warm_up, _Timer.make_turn):
             for timer in timers:
@@ -210,12 +219,14 @@ class _Timer:
             self.run = None
             _release()
 
-    def warm_up(self, oracle: Sequence[Tensor | None] | None) -> None:
+    def warm_up(self, oracle: Sequence[Tensor | None] | None, agreement: bool) -> None:
         """Compiles what compiles, and fills in what plain calls tell."""
         row = self.row
         result = self.function(*self.sets[0])
         if oracle is not None:
             row.max_errors, row.rms_errors = _errors(result, oracle)
+            if agreement:
+                row.agreement, row.logit_error = _agreement(result, oracle[0])
         del result
         for arguments in self.sets[1:]:
             self.function(*arguments)
@@ -314,6 +325,15 @@ def device_events(profile: torch.profiler.profile) -> list[Any]:
     well, over the kernels in it: that is no event of its own."""
     cuda = torch.autograd.DeviceType.CUDA
     return [e for e in profile.events() if e.device_type == cuda and not e.is_user_annotation]
+
+
+def _agreement(result: Any, exact: Tensor | None) -> tuple[float, float]:
+    """Of logits with float64 ones of the first images: share of equal classes, and the error's RMS over theirs."""
+    got = result[0] if isinstance(result, tuple | list) else result
+    assert exact is not None
+    got = got[: len(exact)].double()
+    error = (got - exact).norm() / exact.norm()
+    return (got.argmax(-1) == exact.argmax(-1)).double().mean().item(), error.item()
 
 
 def _errors(result: Any, oracle: Sequence[Tensor | None]) -> tuple[list[float], list[float]]:

@@ -207,7 +207,7 @@ def _why_not_fused(module: Any, fallback: Tensor) -> str | None:
 def _wraps_its_class(module: nn.Module) -> bool:
     """Whether the forward put on this instance ends in its class's, as that of Hugging Face Accelerate's `prepare` does."""
     innermost = inspect.unwrap(module.__dict__["forward"])
-    return getattr(innermost, "__func__", innermost) is type(module).forward
+    return getattr(innermost, "__func__", None) is type(module).forward and innermost.__self__ is module
 
 
 def _why_not_embedded(model: nn.Module) -> str | None:

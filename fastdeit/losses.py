@@ -16,7 +16,14 @@ class DistillationCrossEntropy(nn.Module):
     """`fastdeit.ops.distillation_cross_entropy` as a module, for teacher logits or labels already in hand.
 
     Args:
-        kind, alpha, tau, label_smoothing, reduction, base, soft_divisor, check_indices: as the op's.
+        kind: as the op's.
+        alpha: as the op's.
+        tau: as the op's.
+        label_smoothing: as the op's.
+        reduction: as the op's.
+        base: as the op's.
+        soft_divisor: as the op's.
+        check_indices: as the op's.
 
     Raises:
         TypeError, ValueError: as the op for its options.

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from fastdeit.backends import supposed_gpu
+from fastdeit.blocks.fused_module import has_own_forward
 from fastdeit.blocks.snapshot import KEY as RECORD
 from fastdeit.explanation import Report, explain_modules
 
 MEMORY = ("usual", "lean")
+DROP_PATH = ("mask", "skip")
 _ONLY_NORMS = (
     "accelerate: of this {}, only LayerNorms are fused. It has no transformer block of the classes looked for, which are listed "
     "in docs/hosts.md by library and version; a block of a derived class, or of a library imported under another name, is not "
@@ -21,7 +23,9 @@ _ONLY_NORMS = (
 )
 
 
-def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "usual") -> nn.Module:
+def accelerate(
+    model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "usual", drop_path: str = "mask"
+) -> nn.Module:
     """Replaces the class of every module that has a fused counterpart, in place: of timm, and of the libraries in docs/hosts.md.
 
     Parameters, buffers, hooks, names and the modules themselves stay the same. Only `forward` changes, and it falls back to the
@@ -36,27 +40,42 @@ def accelerate(model: nn.Module, *, exclude: Iterable[str] = (), memory: str = "
             parent that would bypass it (a model its `patch_embed`, an MLP its `fc1`) falls back. `explain` reports that.
         memory: what the blocks save for backward, `fastdeit.nn.Block.memory`. "usual" saves 0.56 of timm's bytes under autocast
             to bf16; "lean" saves a third and recomputes one GEMM per block in backward.
+        drop_path: what stochastic depth does in training, `fastdeit.nn.Block.drop_path_mode`. "mask" computes all samples and
+            multiplies by timm's mask. "skip" runs each branch of timm's blocks on a random subset of round(B (1 - p)) samples.
+            Blocks of other libraries keep their masks.
 
     Returns:
         model.
 
     Raises:
         TypeError: model is not a module or is scripted, or exclude is neither a string nor strings.
-        ValueError: an exclude pattern matches no module, or memory is neither "usual" nor "lean".
+        ValueError: an exclude pattern matches no module, memory is neither "usual" nor "lean", drop_path is neither "mask" nor
+            "skip", or it is "skip" and the model has no block of timm's.
         RuntimeError: a module's class was derived at run time from one that would be swapped, as `fully_shard` and
             `parametrize` do.
     """
     if memory not in MEMORY:
         raise ValueError(f"memory: expected one of {', '.join(MEMORY)}, got {memory!r}")
+    if drop_path not in DROP_PATH:
+        raise ValueError(f"drop_path: expected one of {', '.join(DROP_PATH)}, got {drop_path!r}")
     named = _named_modules(model)
     patterns = _patterns(exclude)
     excluded = _excluded(named, patterns)
     fused = _fused_classes()
     source = {twin: cls for cls, twin in fused.items()}
     _check_not_derived(named, "accelerate")
-    _set_memory((named[name] for name in excluded), "usual")  # while they are still this package's
+    if drop_path == "skip" and not any(
+        name not in excluded and fused.get(type(module), type(module)).__dict__.get("drop_path_mode")
+        for name, module in named.items()
+    ):
+        raise ValueError(
+            "drop_path: 'skip' is for timm's vision transformer blocks, of which the model has none to accelerate"
+        )
+    _set_choice((named[name] for name in excluded), "memory", "usual")  # while they are still this package's
+    _set_choice((named[name] for name in excluded), "drop_path_mode", "mask")
     _swap((module, source if name in excluded else fused) for name, module in named.items())
-    _set_memory(named.values(), memory)
+    _set_choice(named.values(), "memory", memory)
+    _set_choice(named.values(), "drop_path_mode", drop_path)
     _mark_excluded(named, excluded)
     swapped = {type(module) for module in named.values()} & source.keys()
     if swapped and not excluded and type(model) not in swapped and all(issubclass(c, nn.LayerNorm) for c in swapped):
@@ -76,7 +95,8 @@ def restore(model: nn.Module) -> nn.Module:
     named = _named_modules(model)
     _check_not_derived(named, "restore")
     source = {twin: cls for cls, twin in _fused_classes().items()}
-    _set_memory(named.values(), "usual")
+    _set_choice(named.values(), "memory", "usual")
+    _set_choice(named.values(), "drop_path_mode", "mask")
     _mark_excluded(named, set())
     for module in named.values():
         module.__dict__.pop(RECORD, None)
@@ -190,6 +210,8 @@ def _swap(choices: Iterable[tuple[nn.Module, dict[type, type]]]) -> None:
     for module, classes in choices:
         new = classes.get(type(module))
         if new is not None:
+            if "forward" in module.__dict__ and not has_own_forward(module):
+                del module.__dict__["forward"]  # it would go on calling the former class's
             module.__class__ = new
             changed = True
     if changed:
@@ -216,17 +238,17 @@ def _mark_excluded(named: dict[str, nn.Module], excluded: set[str]) -> None:
         torch.compiler.reset()
 
 
-def _set_memory(modules: Iterable[nn.Module], memory: str) -> None:
-    """Leaves nothing on a block that keeps the usual."""
+def _set_choice(modules: Iterable[nn.Module], name: str, value: str) -> None:
+    """Sets an attribute of the blocks that have the choice. Leaves nothing on a block that keeps its class's value."""
     from fastdeit.blocks.fused_module import is_fused
 
     changed = False
     for module in modules:
-        if is_fused(module) and module.memory not in (None, memory):
-            if memory == type(module).memory:
-                del module.memory
+        if is_fused(module) and getattr(module, name) not in (None, value):
+            if value == getattr(type(module), name):
+                delattr(module, name)
             else:
-                module.memory = memory
+                setattr(module, name, value)
             changed = True
     if changed:
         torch.compiler.reset()

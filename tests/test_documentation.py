@@ -2,8 +2,11 @@
 
 import argparse
 import importlib.util
+import inspect
+import pkgutil
 import re
 import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +61,8 @@ def test_there_are_blocks_and_each_is_run_or_says_what_it_needs():
     assert {block.page for block in blocks()} > {"README.md", "index.md", "train.md"}
     assert [b for b in blocks() if b.title is None] and [b for b in blocks() if b.title is not None]
     assert [b for b in blocks() if b.title is not None and not b.title.startswith(REASONS)] == []
-    indented = [page.name for page in PAGES if re.search(r"\n\n(?: {4}|\t)(?![-*]|\d+\.)\S", page.read_text())]
+    prose = {page.name: re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S) for page in PAGES}
+    indented = [name for name, text in prose.items() if re.search(r"\n\n(?: {4}|\t)(?![-*]|\d+\.)\S", text)]
     assert indented == [], "blocks are fenced, so that their language and title can be given"
 
 
@@ -105,11 +109,11 @@ def test_python_that_is_not_run_compiles():
 
 
 def test_the_commands_that_are_named_exist():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     readme = (ROOT / "README.md").read_text()
-    assert {"train", "test", "docs"} <= set(re.findall(r"(?:^|`)make ([a-z-]+)", readme, re.MULTILINE))
+    assert {"train", "test", "docs"} <= set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", readme, re.MULTILINE))
     for page in PAGES:
-        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE))
+        named = set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", page.read_text(), re.MULTILINE))
         assert named <= targets, page.name
     overview = (ROOT / "docs" / "commands.md").read_text()
     assert set(re.findall(r"(?:^|`)fastdeit ([a-z-]+)", overview, re.MULTILINE)) == set(cli.COMMANDS)
@@ -156,3 +160,27 @@ def test_the_picture_of_a_block_shows_what_runs_and_was_drawn_by_its_script():
     assert all(hasattr(ops, op) for _, _, op in picture.NODES)
     with Image.open(picture.OUT) as image:
         assert image.text["script"] == picture.DIGEST, "run python docs/architecture.py"
+
+
+def documented() -> list[tuple[str, Callable]]:
+    """What the API reference shows that takes arguments: the names in docs/api.md, of packages all public ones."""
+    found = []
+    for name in re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.M):
+        owner = pkgutil.resolve_name(name)
+        members = {name: owner}
+        if inspect.ismodule(owner):
+            members = {f"{name}.{key}": getattr(owner, key) for key in owner.__all__}
+        found += [(key, value) for key, value in members.items() if callable(value)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "member"), documented(), ids=lambda x: x if isinstance(x, str) else "")
+def test_a_docstring_documents_the_arguments_that_there_are(name, member):
+    """One a line, by their names: the reference's tables are made from them (`make docs` refuses others, where it is installed)."""
+    section = re.search(r"\n( *)Args:\n(.*?)(?=\n\n|\Z)", member.__doc__, re.S)
+    if section is None:
+        return
+    indent = len(section[1]) + 4
+    named = re.findall(rf"^ {{{indent}}}(\S.*?):", section[2], re.M)
+    parameters = [key for key in inspect.signature(member).parameters if key != "self"]
+    assert named == parameters

@@ -307,14 +307,32 @@ def test_a_bound_forward_that_was_kept_works_after_restore(kernels_stood_in, nam
     assert torch.equal(model(x), expected) and not kernels_stood_in
 
 
+@pytest.mark.parametrize("name", ["blocks.0", "blocks.0.attn", "blocks.0.attn.qkv", "norm"])
+def test_the_classs_own_forward_on_an_instance_is_no_other(kernels_stood_in, name):
+    """transformers 4 leaves one on each module that it collected an output from. A swap takes it away: it is the former class's."""
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval()
+    x, module = torch.randn(1, 3, 32, 32), model.get_submodule(name)
+    expected = model(x)
+    for swap in (fastdeit.accelerate, fastdeit.restore):
+        module.forward = module.forward
+        swap(model)
+        kernels_stood_in.clear()
+        torch.testing.assert_close(model(x), expected)
+        assert kernels_stood_in["add_layer_norm_attention"] == (swap is fastdeit.accelerate)
+    fastdeit.accelerate(model)
+    module.forward = module.forward
+    assert all(row.fused for row in fastdeit.explain(model) if row.name.startswith("blocks"))
+
+
 def test_a_wrapper_around_the_models_forward_leaves_the_residual_carried_through(kernels_stood_in):
     model = fastdeit.accelerate(timm.create_model("deit_tiny_patch16_224", img_size=32, depth=3, num_classes=3)).eval()
     wrapped(model)
     assert fastdeit.explain(model).rows[0].fused is True
     model(torch.randn(1, 3, 32, 32))
     assert kernels_stood_in["add_layer_norm_attention"] == 2  # the last block runs for the prefix alone
-    model.forward = lambda x: x
-    assert fastdeit.explain(model).rows[0].reason == "it has a forward of its own"
+    for other in (lambda x: x, copy.deepcopy(model).forward):
+        model.forward = other
+        assert fastdeit.explain(model).rows[0].reason == "it has a forward of its own"
 
 
 def test_a_model_of_which_only_norms_are_fused_gets_a_warning():

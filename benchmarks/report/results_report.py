@@ -23,6 +23,7 @@ _HEADER = (
     "plain call, µs",
     "largest error, of eager's",
     "RMS error, of eager's",
+    "same class, logit error",
     "how, or why not",
 )
 
@@ -112,8 +113,14 @@ def _cells(case: str, row: dict[str, Any], rows: list[dict[str, Any]]) -> list[s
         "" if row["plain_call_us"] is None else f"{row['plain_call_us']:.1f}",
         _error(row["max_errors"], rows[1]["max_errors"] if len(rows) > 1 else []),
         _error(row["rms_errors"], rows[1]["rms_errors"] if len(rows) > 1 else []),
+        _agreement(row),
         row["timed_by"],
     ]
+
+
+def _agreement(row: dict[str, Any]) -> str:
+    """Of logits, which older results do not have."""
+    return "" if row.get("agreement") is None else f"{row['agreement']:.0%}, {row['logit_error']:.2%}"
 
 
 def _error(errors: list[float], eager: list[float]) -> str:
@@ -130,7 +137,15 @@ def _floors(info: dict[str, Any]) -> list[str]:
     ours = info["rows"][0]["median_us"]
     return [
         _line(
-            [case_name(info), name, f"{floor:.1f}", "", f"{floor / ours:.2f}x" if ours else "", *[""] * 9, "computed"]
+            [
+                case_name(info),
+                name,
+                f"{floor:.1f}",
+                "",
+                f"{floor / ours:.2f}x" if ours else "",
+                *[""] * (len(_HEADER) - 6),
+                "computed",
+            ]
         )
         for name, floor in floors.items()
         if floor

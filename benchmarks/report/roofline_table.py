@@ -5,7 +5,9 @@ import json
 import math
 from typing import Any
 
+from fastdeit.cost import frozen
 from fastdeit.cost.models import DEIT, EXECUTIONS, PRECISIONS, Part, part_seconds, parts, seconds
+from fastdeit.cost.subsets import block_rates, parts_on_subsets
 
 # What a part of a model belongs to, in the order of the pictures and tables.
 GROUPS = {
@@ -27,7 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images, default: 256")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: both")
-    parser.add_argument("--parts", metavar="MODEL", choices=tuple(DEIT), help="where one model's time goes instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--parts", metavar="MODEL", choices=tuple(DEIT), help="where one model's time goes instead")
+    instead.add_argument(
+        "--frozen", action="store_true", help="models of optimize_for_inference instead, in bf16, fp8 and int8"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="N",
+        help="with --frozen, rate of 8-bit products over bf16's (default: estimated, "
+        f"{', '.join(f'{rate:g} for {width} channels' for width, rate in frozen.PRODUCT_RATES.items())})",
+    )
+    parser.add_argument(
+        "--drop-path",
+        type=float,
+        metavar="RATE",
+        help="add a column `skip` to training steps: stochastic depth of this rate, whose branches run on what it keeps",
+    )
+    parser.add_argument(
+        "--drop-path-uniform", action="store_true", help="the same rate in every block, not rising from 0"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -37,18 +59,30 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a number that is not positive.
     """
-    for name in ("tflops", "tbps", "batch_size"):
+    for name in ("tflops", "tbps", "batch_size", "rate"):
         value = getattr(args, name)
-        if not (math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    if args.drop_path is not None and not 0 <= args.drop_path < 1:
+        raise ValueError(f"--drop-path: expected a rate from 0 to less than 1, got {args.drop_path}")
+    if args.drop_path is not None and (args.parts or args.frozen):
+        raise ValueError("--drop-path: is for the table of models, not for --parts or --frozen")
+    if args.drop_path is None and args.drop_path_uniform:
+        raise ValueError("--drop-path-uniform: belongs to --drop-path, which is not given")
+    if args.rate is not None and not args.frozen:
+        raise ValueError("--rate: is for --frozen, whose products may be in 8 bits")
+    if args.frozen and args.precision:
+        raise ValueError("--precision: expected nothing with --frozen, which shows all of its precisions")
     precisions = (args.precision,) if args.precision else PRECISIONS
     rates = args.tflops * 1e12, args.tbps * 1e12
     if args.parts:
         found = [
             dict(precision=p, **row) for p in precisions for row in by_group(args.parts, args.batch_size, p, *rates)
         ]
+    elif args.frozen:
+        found = frozen_rooflines(args.batch_size, *rates, args.rate)
     else:
-        found = rooflines(args.batch_size, *rates, precisions)
+        found = rooflines(args.batch_size, *rates, precisions, args.drop_path, args.drop_path_uniform)
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -61,9 +95,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rooflines(
-    batch: int, flops_per_second: float, bytes_per_second: float, precisions: tuple[str, ...] = PRECISIONS
+    batch: int,
+    flops_per_second: float,
+    bytes_per_second: float,
+    precisions: tuple[str, ...] = PRECISIONS,
+    drop_path: float | None = None,
+    uniform: bool = False,
 ) -> list[dict[str, Any]]:
-    """Images a second of every execution, by model, image size, training and precision."""
+    """Images a second of every execution, by model, image size, training and precision.
+
+    Args:
+        batch: images.
+        flops_per_second, bytes_per_second: of the GPU.
+        precisions: of the rows.
+        drop_path: adds `skip`, fastdeit in training with branches on the samples that stochastic depth of this rate keeps.
+        uniform: the same rate in every block, not rising from 0.
+    """
     rows = []
     for training in (False, True):
         for precision in precisions:
@@ -79,7 +126,35 @@ def rooflines(
                         found = parts(shape.at(size), batch, execution, precision, training=training)
                         row[execution] = batch / seconds(found, flops_per_second, bytes_per_second)
                     row["fastdeit / compile"] = row["fastdeit"] / row["compile"]
+                    if drop_path is not None:
+                        row["skip"] = row["fastdeit"]
+                    if drop_path and training:
+                        rates = block_rates(drop_path, shape.depth, uniform)
+                        found = parts_on_subsets(shape.at(size), batch, "fastdeit", precision, rates=rates)
+                        row["skip"] = batch / seconds(found, flops_per_second, bytes_per_second)
                     rows.append(row)
+    return rows
+
+
+def frozen_rooflines(
+    batch: int, flops_per_second: float, bytes_per_second: float, rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Images a second of frozen models at 224 pixels, beside an ideal torch.compile of the same model in bf16.
+
+    Args:
+        rate: of 8-bit products over bf16's, by default that of `frozen.product_rate`.
+    """
+    rows = []
+    for name, shape in DEIT.items():
+        compiled = seconds(parts(shape, batch, "compile", "bf16", training=False), flops_per_second, bytes_per_second)
+        row: dict[str, Any] = {"model": f"DeiT-{name}", "compile, bf16": batch / compiled}
+        for precision in frozen.PRECISIONS:
+            for fused in (False, True):
+                found = frozen.frozen_parts(shape, batch, precision, epilogues=fused, rate=rate)
+                taken = seconds(found, flops_per_second, bytes_per_second)
+                row[f"{precision}, epilogues" if fused else precision] = batch / taken
+        row["fp8 / compile"] = row["fp8"] / row["compile, bf16"]
+        rows.append(row)
     return rows
 
 

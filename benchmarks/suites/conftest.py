@@ -18,6 +18,7 @@ from fastdeit.benchmarks.baselines import op_baselines as baselines
 SUITES = (
     "model",
     "training",
+    "inference",
     "attention",
     "block",
     "mlp",
@@ -26,6 +27,7 @@ SUITES = (
     "embedding",
     "augment",
     "gemm",
+    "quantization",
 )  # in a round, this order
 _LEAST_SECONDS = 8  # for which a case is begun
 _LINE = pytest.StashKey[str]()
@@ -136,10 +138,10 @@ _environment = functools.cache(timing.environment)
 def compare(benchmark, request):
     """compare(candidates, inputs, cost=..., matrix=..., **shape): measures all candidates and records a row of each.
 
-    The first candidate is fastdeit, the second the eager form that errors are put beside. `expected` and `different` are those of
-    timing.measure; `errors` has what was found before, by candidate, for rows without any. `floors` gives from ceilings the least
-    microseconds of fastdeit and of an ideal compiler around the same products, where the two differ; `images` is how many a call
-    processes.
+    The first candidate is fastdeit, the second the eager form that errors are put beside. `expected`, `different` and `agreement`
+    are those of timing.measure; `errors` has what was found before, by candidate, for rows without any. `floors` gives from
+    ceilings the least microseconds of fastdeit and of an ideal compiler around the same products, where the two differ; `images`
+    is how many a call processes.
     """
     config = request.config
     case_end = time.monotonic() + config.getoption("--case-seconds")
@@ -153,6 +155,7 @@ def compare(benchmark, request):
         floors=None,
         expected=None,
         different=(),
+        agreement=False,
         errors=None,
         images=None,
         turns=20,
@@ -175,6 +178,7 @@ def compare(benchmark, request):
                 inputs,
                 expected=expected,
                 different=different,
+                agreement=agreement,
                 turns=turns if ceilings else 3,
                 candidate_seconds=config.getoption("--candidate-seconds"),
                 deadline=min(case_end, config.bench_end),

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastdeit.blocks import spec
-from fastdeit.blocks.fused_module import is_fused
+from fastdeit.blocks.fused_module import has_own_forward, is_fused
 from fastdeit.blocks.snapshot import OWN_METHODS, register_methods
 
 # Marks that `fastdeit.accelerate` leaves on what it was told to exclude and on all around it.
@@ -65,7 +65,7 @@ def why_not_bypassed(modules: Iterable[nn.Module]) -> str | None:
     """None if computing what these modules compute without calling them skips nothing. Global hooks are `why_global_hook`'s."""
     for module in modules:
         state = module.__dict__
-        if "forward" in state:
+        if "forward" in state and has_own_forward(module):
             return f"its {type(module).__name__} has a forward of its own"
         if "_compiled_call_impl" in state:
             return f"its {type(module).__name__} is compiled on its own"
@@ -212,6 +212,11 @@ class BlockVerdict(NamedTuple):
     pruned: str | None
     gammas: tuple[Gamma, ...]
     last_gamma: tuple[Gamma, ...]
+
+    def of_branch(self, index: int) -> "BlockVerdict":
+        """That of a block with this branch alone."""
+        each = slice(index, index + 1)
+        return self._replace(parts=self.parts[each], called=self.called[each], out_dropouts=self.out_dropouts[each])
 
 
 def judge_block(block: spec.Block) -> BlockVerdict:

@@ -4,6 +4,7 @@ Whoever calls these functions has asked `checklist`; nothing is checked here.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fastdeit.backends import matmul_dtype
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_not_attention_call, why_not_plain_call
 from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict, exported, why_called
+from fastdeit.blocks.subsets import add_to_subset, draw_subset, runs_on_subsets
 from fastdeit.kernels.attention.config import SDPA_PREFERRED
 
 _NO_ARGUMENTS: Mapping[str, Any] = {}
@@ -67,14 +69,15 @@ def run_blocks(
         judged = verdict.blocks[index]
         prune = index == last and fused[index] and judged.pruned is None
         keep = trunk.prefix if prune else None
-        pending = run_block(blocks[index], judged, pending, attention_fused=fused[index], defer=True, keep=keep)
+        run = run_block_on_subsets if runs_on_subsets(blocks[index]) else run_block
+        pending = run(blocks[index], judged, pending, attention_fused=fused[index], defer=True, keep=keep)
     return pending
 
 
 def run_final_norm(trunk: spec.Trunk, pending: PendingResidual) -> Tensor:
     """The prefix tokens (B, prefix, C) of what left the last block, normalised."""
-    pending = pending._replace(x=pending.x[:, : trunk.prefix], branch=pending.branch[:, : trunk.prefix])
-    return add_layer_norm(pending, trunk.norm)[1]
+    branch = None if pending.branch is None else pending.branch[:, : trunk.prefix]
+    return add_layer_norm(pending._replace(x=pending.x[:, : trunk.prefix], branch=branch), trunk.norm)[1]
 
 
 def run_block(
@@ -130,6 +133,42 @@ def run_block(
     return pending
 
 
+def run_block_on_subsets(
+    block: spec.Block,
+    verdict: BlockVerdict,
+    pending: PendingResidual,
+    *,
+    attention_fused: bool,
+    defer: bool,
+    keep: int | None = None,
+    call_arguments: Mapping[str, Any] = _NO_ARGUMENTS,
+) -> PendingResidual:
+    """`run_block` of a block whose branches run on subsets of the samples. Nothing is left to be added."""
+    x = _settled(pending)
+    for index, branch in enumerate(block.branches):
+        subset = draw_subset(branch.drop_path, x)
+        given = x if subset is None else x.index_select(0, subset.indices)
+        one = replace(block, branches=(replace(branch, drop_path=spec.NOTHING),))
+        judged = verdict.of_branch(index)
+        keeping = keep if isinstance(branch.body, spec.Attention) else None
+        done = run_block(
+            one,
+            judged,
+            PendingResidual(given),
+            attention_fused=attention_fused,
+            defer=defer,
+            keep=keeping,
+            call_arguments=call_arguments,
+        )
+        x = x if keeping is None else x[:, :keeping]
+        if subset is None:
+            x = _settled(done)
+        else:
+            added = done.x - given if done.branch is None else _scaled(done)
+            x = add_to_subset(x, added, subset)
+    return PendingResidual(x)
+
+
 def _run_joint(
     block: spec.Block, branch: spec.Branch, pending: PendingResidual, folds_tail: bool, drops_out: bool
 ) -> PendingResidual | None:
@@ -161,6 +200,31 @@ def _run_joint(
     if not folds_tail:
         return PendingResidual(x, _tail(branch, block.module, out))
     return PendingResidual(x, out, None, drop_path_scale(branch.drop_path, out, gamma))
+
+
+def host_block_on_subsets(block: spec.Block, x: Tensor, call_arguments: Mapping[str, Any]) -> Tensor:
+    """What a block computes on subsets of the samples (B, N, C) by calls of the host's modules."""
+    for branch in block.branches:
+        subset = draw_subset(branch.drop_path, x)
+        tokens = branch.norm.module(x if subset is None else x.index_select(0, subset.indices))
+        call = branch.module if branch.call is None else branch.call
+        out = call(tokens, **call_arguments) if branch.takes_mask else call(tokens)
+        out = _tail(replace(branch, drop_path=spec.NOTHING), block.module, out)
+        x = x + out if subset is None else add_to_subset(x, out, subset)
+    return x
+
+
+def _settled(pending: PendingResidual) -> Tensor:
+    """The stream after its addition, by PyTorch's operations."""
+    return pending.x if pending.branch is None else pending.x + _scaled(pending)
+
+
+def _scaled(pending: PendingResidual) -> Tensor:
+    """What is to be added to the stream; there must be something."""
+    _, branch, gamma, scale = pending
+    assert branch is not None
+    branch = branch if gamma is None else branch * gamma
+    return branch if scale is None else branch * scale.to(branch.dtype).reshape(-1, 1, 1)
 
 
 def _tail(branch: spec.Branch, block: nn.Module, out: Tensor) -> Tensor:

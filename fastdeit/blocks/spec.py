@@ -98,6 +98,7 @@ class Block:
         all_fused: its parts are not called alone, as they take or return something else than (B, N, C): where one of them does
             not run fused, the block runs the host's code.
         beyond: what the block has or computes beyond its branches; None if nothing. Its branches may be empty then.
+        drop_path: "mask", or "skip": a branch runs only on the samples that stochastic depth keeps.
     """
 
     module: nn.Module
@@ -106,6 +107,7 @@ class Block:
     memory: str = "usual"
     all_fused: bool = False
     beyond: str | None = None
+    drop_path: str = "mask"
 
 
 @dataclass(frozen=True, slots=True)

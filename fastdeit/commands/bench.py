@@ -22,6 +22,10 @@ MODES = {
         "fastdeit.benchmarks.report.static_report",
         "what can be known without a GPU: counts, compiled kernels, host time",
     ),
+    "deployment": Mode(
+        "fastdeit.benchmarks.deployment",
+        "PyTorch's tutorial on deploying a vision transformer beside frozen models, without a GPU",
+    ),
     "loader": Mode("fastdeit.benchmarks.loader", "images per CPU second of the loader beside timm's, without a GPU"),
     "pictures": Mode("fastdeit.benchmarks.report.pictures", "draws where a step's time goes by roofline arithmetic"),
     "profile": Mode("fastdeit.benchmarks.profile_step", "what a forward pass and a training step spend their time on"),

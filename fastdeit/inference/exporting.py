@@ -1,14 +1,17 @@
 """Files of an optimized model that run without fastdeit: an exported program, AOTInductor's package, ONNX."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fastdeit import backends
 from fastdeit.inference.architecture import FORMATS as QUANTIZED
+from fastdeit.inference.inductor_form import InductorPairs
 from fastdeit.inference.model import OptimizedModel
-from fastdeit.inference.onnx_form import OPSET, OnnxForm
+from fastdeit.inference.onnx_form import OPSET, OnnxPairs
+from fastdeit.inference.pairs_form import PairsForm
 
 FORMATS = {
     "safetensors": "weights and a description, for fastdeit.load_optimized",
@@ -17,7 +20,7 @@ FORMATS = {
     "onnx": "an ONNX file, checked in ONNX Runtime",
 }
 LARGEST_BATCH = 4096
-# Of logits in ONNX Runtime, relative RMS: it sums in another order, and casts to 8 bits on its way.
+# Of logits in ONNX Runtime or Inductor's C++, relative RMS: they sum in another order, and cast to 8 bits on their way.
 _TOLERANCES = {"bf16": 0.02, "fp16": 0.005, "fp8": 0.1, "int8": 0.1}
 
 
@@ -28,16 +31,11 @@ def export_optimized(model: OptimizedModel, path: str | os.PathLike[str], form: 
         form: one of FORMATS.
 
     Raises:
-        ValueError: form is another or does not take the model's precision, or ONNX Runtime computes something else.
+        ValueError: form is another, or ONNX Runtime or the package compute something else.
         ImportError: onnx, onnxscript or onnxruntime are missing.
     """
     if form not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
-    if form == "aoti" and model.options.precision in QUANTIZED:
-        raise ValueError(
-            f"format: aoti takes bf16 and fp16, not {model.options.precision}: Inductor's C++ for 8-bit layers does not compile "
-            "on a CPU; pt2 and onnx take every precision"
-        )
     if form == "safetensors":
         model.save(path)
     elif form == "onnx":
@@ -45,7 +43,7 @@ def export_optimized(model: OptimizedModel, path: str | os.PathLike[str], form: 
     elif form == "pt2":
         torch.export.save(_program(model, model), path)
     else:
-        torch._inductor.aoti_compile_and_package(_program(model, model), package_path=os.fspath(path))
+        _export_package(model, Path(path))
 
 
 def example(model: OptimizedModel, batch: int = 2) -> torch.Tensor:
@@ -63,22 +61,35 @@ def _program(model: OptimizedModel, module: torch.nn.Module) -> torch.export.Exp
         return torch.export.export(module, (example(model),), dynamic_shapes=({0: batch},))
 
 
+def _export_package(model: OptimizedModel, path: Path) -> None:
+    module = PairsForm(model, InductorPairs()) if model.options.precision in QUANTIZED else model
+    torch._inductor.aoti_compile_and_package(_program(model, module), package_path=os.fspath(path))
+    _check(model, path, "the package's", torch._inductor.aoti_load_package(os.fspath(path)))
+
+
 def _export_onnx(model: OptimizedModel, path: Path) -> None:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401, which torch.onnx needs
     except ImportError as error:
         raise ImportError(f"format: onnx needs pip install onnx onnxscript onnxruntime ({error})") from error
-    exported = torch.onnx.export(_program(model, OnnxForm(model)), dynamo=True, verbose=False, opset_version=OPSET)
+    exported = torch.onnx.export(
+        _program(model, PairsForm(model, OnnxPairs())), dynamo=True, verbose=False, opset_version=OPSET
+    )
     assert exported is not None  # None is for an export to a file
     exported.save(path)
-    images = example(model, 3)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    name = session.get_inputs()[0].name
+    _check(model, path, "ONNX Runtime's", lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]))
+
+
+def _check(model: OptimizedModel, path: Path, whose: str, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Raises ValueError, and removes the file, where its logits are not the model's."""
+    images = example(model, 3)
     expected = model(images).float()
-    distance = ((torch.from_numpy(found).float() - expected).norm() / expected.norm()).item()
+    distance = ((run(images).float() - expected).norm() / expected.norm()).item()
     if not distance <= _TOLERANCES[model.options.precision]:
         path.unlink()
         raise ValueError(
-            f"format: ONNX Runtime's logits are {distance:.1%} from the model's (relative RMS): nothing was written"
+            f"format: {whose} logits are {distance:.1%} from the model's (relative RMS): nothing was written"
         )

@@ -46,7 +46,8 @@ def load_optimized(
     Args:
         path: of the file.
         device: where its tensors go.
-        cuda_graphs, buckets: as `optimize_for_inference` takes them; the file does not hold them.
+        cuda_graphs: as `optimize_for_inference` takes it; the file does not contain it.
+        buckets: as `optimize_for_inference` takes them; the file does not contain them.
 
     Raises:
         TypeError: a bucket is no whole number.

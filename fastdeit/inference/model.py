@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -193,6 +193,20 @@ class OptimizedModel(nn.Module):
         if model is None:
             raise ValueError("model: expected the model that this one was made of, which is gone or was never here")
         return report(self, model, loader)
+
+    def image_transform(self) -> Callable[[Any], Tensor]:
+        """A function from a Pillow image to a tensor (K, H, W), of which batches for this model are made: resized and cropped as
+        timm's evaluation does, and normalised unless the model takes uint8.
+
+        Raises:
+            ValueError: the model does not know how.
+        """
+        from fastdeit.inference.images import preparation
+
+        try:
+            return preparation(self)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model as one safetensors file, which `fastdeit.load_optimized` reads."""

@@ -49,7 +49,8 @@ def optimize_for_inference(
         images: what the result takes: "float", normalised images, or "uint8", raw ones.
         readout: "class" (logits of the class token), "distillation", "mean" (of both, as DeiT predicts) or "softmax_sum" (of both
             heads' probabilities). By default "mean" with a distillation head, else "class".
-        mean, std: of a channel in [0, 1], for uint8 images; by default those of timm's configuration of the model.
+        mean: of each channel in [0, 1], for uint8 images; by default that of timm's configuration of the model.
+        std: the standard deviation of each channel, likewise.
         cuda_graphs: "auto": on a GPU, calls with a batch size and stream that took the host longer than the device some times are
             captured in a CUDA graph, within the limit of `fastdeit.set_graphs`. "off": none is.
         buckets: batch sizes, such as (1, 8, 64): a batch is padded up to the next of them, if there is one, so that a few graphs

@@ -9,10 +9,11 @@ from fastdeit.blocks.adapters.timm import describe_block
 from fastdeit.blocks.call_rules import why_global_hook, why_not_attention_call, why_not_block_call, why_not_plain_call
 from fastdeit.blocks.checklist import BlockVerdict, judge_block
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
-from fastdeit.blocks.run import PendingResidual, run_block
+from fastdeit.blocks.run import PendingResidual, host_block_on_subsets, run_block, run_block_on_subsets
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.blocks.spec import Attention
 from fastdeit.blocks.spec import Block as Description
+from fastdeit.blocks.subsets import runs_on_subsets
 
 
 class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Block):
@@ -29,9 +30,12 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         memory: what is saved for backward. "usual": both normalised inputs, qkv, attention's output and the MLP's pre-activation,
             20 of timm's 36 bytes a token and channel under autocast. "lean": not the pre-activation, which backward computes
             again from the MLP's input, 12 bytes.
+        drop_path_mode: how stochastic depth drops samples in training. "mask": timm's mask, which multiplies what was computed for
+            all. "skip": each branch runs on a random subset of round(B (1 - p)) samples alone.
     """
 
     memory = "usual"
+    drop_path_mode = "mask"
     covers_parts = True
     describe = describe_block
 
@@ -52,13 +56,19 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         if not isinstance(self, Block):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, x, attn_mask, is_causal)
         description, verdict = looked_at(self)
-        if _why_not_call(verdict, x) is not None:
-            return super().forward(x, attn_mask, is_causal)
-        fused = attn_mask is None and not is_causal and _attention_runs(description, x)
+        subsets = runs_on_subsets(description)
+        if subsets and attn_mask is not None:
+            raise ValueError(
+                "attn_mask: expected None in training with drop_path 'skip', whose branches run on subsets"
+            )
         masks = {"attn_mask": attn_mask, "is_causal": is_causal}
+        if _why_not_call(verdict, x) is not None:
+            return host_block_on_subsets(description, x, masks) if subsets else super().forward(x, attn_mask, is_causal)
+        fused = attn_mask is None and not is_causal and _attention_runs(description, x)
+        run = run_block_on_subsets if subsets else run_block
         pending = PendingResidual(x)
-        pending = run_block(description, verdict, pending, attention_fused=fused, defer=False, call_arguments=masks)
-        return pending.x + pending.branch
+        pending = run(description, verdict, pending, attention_fused=fused, defer=False, call_arguments=masks)
+        return pending.x if pending.branch is None else pending.x + pending.branch
 
     def forward_deferred(self, pending: PendingResidual) -> PendingResidual:
         """What enters the block through it, with the addition of its last branch left to the caller.
@@ -70,8 +80,8 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         x = pending.x
         if (reason := _why_not_call(verdict, x) or verdict.deferred) is not None:
             raise RuntimeError(f"forward_deferred: {reason}")
-        fused = _attention_runs(description, x)
-        return run_block(description, verdict, pending, attention_fused=fused, defer=True)
+        run = run_block_on_subsets if runs_on_subsets(description) else run_block
+        return run(description, verdict, pending, attention_fused=_attention_runs(description, x), defer=True)
 
 
 def _attention_runs(description: Description, x: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastdeit.blocks.adapters.huggingface_layers import LAYERS
 from fastdeit.blocks.fused_module import FUSED_CLASSES
+from fastdeit.nn.unknown_attention import why_not_standard
 
 # The host's file -> ours that has the fused classes for it, and their names there.
 _HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -44,8 +45,8 @@ def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def has_known_name(kind: type[nn.Module]) -> bool:
-    """Whether it is known as no standard block, or is one of the classes looked for, in a version of its library that is not."""
-    if (kind.__module__, kind.__name__) in _OTHERS:
+    """Whether it is known as not standard, or is one of the classes looked for, in a version of its library that is not known."""
+    if (kind.__module__, kind.__name__) in _OTHERS or why_not_standard(kind) is not None:
         return True
     return kind.__module__ in _unusable and kind.__name__ in _HOSTS[kind.__module__][1]
 
@@ -54,6 +55,8 @@ def why_no_class(kind: type[nn.Module]) -> str:
     """Why a class has no fused one."""
     if (kind.__module__, kind.__name__) in _OTHERS:
         return _OTHERS[kind.__module__, kind.__name__]
+    if (reason := why_not_standard(kind)) is not None:
+        return f"no fused class for {kind.__name__}: {reason}"
     lack = None if kind.__module__ in _BESIDE_A_SCRIPT else _unusable.get(kind.__module__)
     version = "" if lack is None else f": this version of {kind.__module__.partition('.')[0]} is not known ({lack})"
     return f"no fused class for {kind.__name__}{version}"

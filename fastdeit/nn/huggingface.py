@@ -10,8 +10,9 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastdeit.blocks.adapters.huggingface import describe_layer, layer_class, why_collected
+from fastdeit.blocks.adapters.huggingface import describe_layer, layer_class, layout_of, part, why_collected
 from fastdeit.blocks.adapters.huggingface_layers import LAYERS
+from fastdeit.blocks.run import PendingResidual
 from fastdeit.nn.host_block import HostBlock
 
 # Arguments of the model that it hands on to its layers, which have no use for them; BEiT's have two for their bias alone.
@@ -30,12 +31,20 @@ class _Layer(HostBlock):
     describe_parts = describe_layer
 
     def why_not_arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
-        config = self._modules[LAYERS[self.source.__name__].names.attention].config
+        layout = layout_of(self)
+        config = part(self, layout.core).config
         name = config._attn_implementation
         if name not in _OWN_ATTENTION or ALL_ATTENTION_FUNCTIONS.get(name) is not _OWN_ATTENTION[name]:
             return f'its attention is {name!r}, not transformers\' "sdpa" or "eager"'
-        for_the_layer = {key: value for key, value in kwargs.items() if key not in _FOR_THE_MODEL}
-        return why_collected() or super().why_not_arguments(args, for_the_layer)
+        if self.training and layout.config_dropout is not None and getattr(config, layout.config_dropout) != 0.0:
+            return "dropout is active"
+        named = dict(zip(layout.parameters[1:], args, strict=False)) | dict(kwargs)
+        for_the_layer = {key: value for key, value in named.items() if key not in _FOR_THE_MODEL}
+        return why_collected(self) or super().why_not_arguments((), for_the_layer)
+
+    def finish(self, pending: PendingResidual) -> Any:
+        tokens = super().finish(pending)
+        return (tokens,) if layout_of(self).in_a_tuple else tokens
 
 
 def __getattr__(name: str) -> type[nn.Module]:

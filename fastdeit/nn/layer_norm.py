@@ -29,10 +29,8 @@ class _FusedLayerNorm(FusedModule):
 class LayerNorm(_FusedLayerNorm, timm.layers.LayerNorm, source=timm.layers.LayerNorm):
     """timm.layers.LayerNorm (Ba, Kiros and Hinton 2016, eq. 4) on the fused kernel, over the last dimension.
 
-    Args:
-        num_channels: C, the size of the last dimension.
-        eps: added to the variance.
-        affine: whether there are a weight and a bias, each (C,).
+    The constructor is timm's: `num_channels` is C, the size of the last dimension, `eps` is added to the variance, and `affine`
+    says whether there are a weight and a bias, each (C,).
 
     `forward` takes (..., C) and returns the same shape, in float32 under CUDA autocast, else in the input's dtype.
     """

@@ -67,10 +67,13 @@ def add_layer_norm_attention(
     Args:
         x: (B, N, C), the residual stream, a float dtype, any strides.
         branch: the shape of x, a float dtype; None where nothing is to be added.
-        norm_weight, norm_bias: (C,) or None.
+        norm_weight: (C,) or None.
+        norm_bias: (C,) or None.
         eps: added to the variance, >= 0.
-        qkv_weight: (3 * H * D, C); qkv_bias: (3 * H * D,) or None.
-        proj_weight: (O, H * D); proj_bias: (O,) or None.
+        qkv_weight: (3 * H * D, C).
+        qkv_bias: (3 * H * D,) or None.
+        proj_weight: (O, H * D).
+        proj_bias: (O,) or None.
         num_heads: H.
         gamma: (O,) or None, LayerScale. It is folded into proj_weight, so in fp16 it must not be far below 1.
         drop_path_scale: (B,) float32 or None, of `branch`, without gradient.

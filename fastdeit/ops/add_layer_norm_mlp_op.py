@@ -69,9 +69,13 @@ def add_layer_norm_mlp(
     Args:
         x: (..., C), the residual stream, a float dtype, any strides.
         branch: the shape of x, a float dtype; None where nothing is to be added.
-        norm_weight, norm_bias: (C,) or None.
+        norm_weight: (C,) or None.
+        norm_bias: (C,) or None.
         eps: added to the variance, >= 0.
-        w1: (H, C); b1: (H,) or None; w2: (O, H); b2: (O,) or None.
+        w1: (H, C).
+        b1: (H,) or None.
+        w2: (O, H).
+        b2: (O,) or None.
         activation: as `mlp` takes it.
         gamma: (O,) or None, LayerScale. It is folded into w2, so in fp16 it must not be far below 1.
         drop_path_scale: (x.shape[0],) float32 or None, of `branch`, without gradient.

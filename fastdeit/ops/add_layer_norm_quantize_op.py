@@ -29,9 +29,12 @@ def add_layer_norm_quantize(
         q, scale = quantized(layer_norm(x_new, weight, bias, eps))
 
     Args:
-        x: (..., C), the residual stream, a float dtype, any strides; branch: of x's shape, or None.
-        weight, bias, gamma: (C,), or None. SmoothQuant's factors (Xiao et al. 2023, eq. 3) are a weight.
+        x: (..., C), the residual stream, a float dtype, any strides.
+        branch: the shape of x, or None.
+        weight: (C,) or None. It may contain SmoothQuant's factors (Xiao et al. 2023, eq. 3).
+        bias: (C,) or None.
         eps: added to the variance, >= 0.
+        gamma: (C,), LayerScale, or None.
         dtype: torch.float8_e4m3fn, or torch.int8 from -127 to 127.
 
     Returns:

@@ -64,7 +64,8 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
 
     Args:
         q: (B, N, H, D), any strides: a view of (B, H, N, D) memory is as good as one of a packed projection.
-        k, v: (B, M, H, D), of q's dtype and device; M is N in self-attention.
+        k: (B, M, H, D), of q's dtype and device; M is N in self-attention.
+        v: (B, M, H, D), of q's dtype and device.
         scale: factor on the logits, D**-0.5 by default.
 
     Returns:

@@ -27,7 +27,8 @@ def layer_norm(
 
     Args:
         x: (..., C), a float dtype, any strides.
-        weight, bias: (C,) or None, a float dtype.
+        weight: (C,) or None, a float dtype.
+        bias: (C,) or None, a float dtype.
         eps: added to the variance, >= 0.
         out_dtype: dtype of the result; by default float32 under CUDA autocast, as PyTorch gives, else x's.
 
@@ -69,9 +70,12 @@ def add_layer_norm(
     Args:
         x: (..., C), the residual stream, a float dtype, any strides.
         branch: the shape of x, a float dtype, any strides.
-        weight, bias, eps, out_dtype: as in `layer_norm`.
+        weight: as in `layer_norm`.
+        bias: as in `layer_norm`.
+        eps: as in `layer_norm`.
         gamma: (C,), LayerScale (Touvron et al. 2021, eq. 1), or None.
         drop_path_scale: (x.shape[0],) float32, stochastic depth's factor per sample, 0 or 1/keep, or None. It has no gradient.
+        out_dtype: as in `layer_norm`.
 
     Returns:
         x_new in the promoted dtype of x and branch, and normed.

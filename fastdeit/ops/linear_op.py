@@ -41,7 +41,8 @@ def linear(
 
     Args:
         x: (..., C), a float dtype, any strides.
-        weight: (O, C); bias: (O,) or None.
+        weight: (O, C).
+        bias: (O,) or None.
         activation: None, or as `mlp` takes it.
         residual: (..., O) or None.
         gamma: (O,) or None, LayerScale (Touvron et al. 2021, "Going deeper with image transformers", eq. 4).

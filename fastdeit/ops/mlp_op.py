@@ -36,8 +36,10 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
 
     Args:
         x: (..., C), a float dtype, any strides.
-        w1: (H, C); b1: (H,) or None.
-        w2: (O, H); b2: (O,) or None.
+        w1: (H, C).
+        b1: (H,) or None.
+        w2: (O, H).
+        b2: (O,) or None.
         activation: "gelu" (by erf), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu" or "relu".
 
     Returns:

@@ -36,8 +36,9 @@ def patch_embedding(
     Args:
         images: (B, K, H, W), a float dtype, any strides. Patches do not overlap; what is left over at the right and at the bottom
             is not read. uint8 is read as level - 128, which float16 and bfloat16 hold exactly.
-        weight: (C, K, P, Q), a convolution's, of patches of P x Q pixels; bias: (C,) or None. Outside autocast of the images'
-            dtype, if that is a float dtype.
+        weight: (C, K, P, Q), a convolution's, of patches of P x Q pixels. Outside autocast of the images' dtype, if that is a float
+            dtype.
+        bias: (C,) of weight's dtype, or None.
         positions: (1, tokens, C), or (1, patches, C) to be added to the patches alone, or None.
         class_token: (1, 1, C) or None.
         more_tokens: (1, any number, C) or None: the distillation token (Touvron et al. 2021, section 4), or registers.

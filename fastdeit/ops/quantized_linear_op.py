@@ -32,9 +32,12 @@ def quantized_linear(
     Args:
         q: (..., C), torch.float8_e4m3fn or torch.int8, such as `add_layer_norm_quantize` gives.
         row_scale: (...) float32, what one step of each row is worth, or None where column_scale has it.
-        weight: (O, C) of q's dtype, and column_scale: (O,) float32, what one step of each of its rows is worth.
+        weight: (O, C) of q's dtype.
+        column_scale: (O,) float32, what one step of each row of weight is worth.
         bias: (O,), a float dtype, or None.
-        activation, scale, out_dtype: as in `rescale`. On a GPU float8 products are rounded to bfloat16.
+        activation: as in `rescale`.
+        scale: as in `rescale`.
+        out_dtype: as in `rescale`. On a GPU float8 products are rounded to bfloat16.
 
     Returns:
         (..., O).

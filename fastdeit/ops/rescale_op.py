@@ -30,7 +30,8 @@ def rescale(
 
     Args:
         z: (..., N), a float dtype, or int32 as products of int8 have it; any strides.
-        row_scale: (...) float32 or None; column_scale: (N,) float32 or None.
+        row_scale: (...) float32 or None.
+        column_scale: (N,) float32 or None.
         bias: (N,), a float dtype, or None.
         activation: None, or as `mlp` takes it.
         scale: (1,) float32, what one step of the result is worth, if out_dtype is torch.float8_e4m3fn or torch.int8; else None.

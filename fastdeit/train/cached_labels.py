@@ -33,7 +33,9 @@ from fastdeit.train.files import WriteError, remove_temporaries, why, write_atom
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.locks import claimed
 from fastdeit.train.models import create_teacher, quickened
+from fastdeit.train.phases import config_at, dataset_at, enlarged
 from fastdeit.train.sampling import EpochBatches, seed_step
+from fastdeit.train.transforms import train_transform
 
 MAGIC = b"FDLABEL1"
 MISSING = -1
@@ -44,8 +46,10 @@ BEFORE = {"decoder": "pillow", "resize": "pillow", "decode_on": "cpu"}  # of a f
 _SAMPLING = ("seed", "batch_size", "repeated_aug", "in_chans", "img_size", "mean", "std", "interpolation", "resize")
 _GEOMETRY = ("decode_on", "simple_random_crop", "scale", "ratio", "hflip", "vflip", "reprob", "remode", "recount")
 _COLOURS = ("three_augment", "aa", "color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob")
+_SCHEDULES = ("img_size_schedule", "aa_schedule")
 _MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch")
-FIELDS_OF_LABELS = _SAMPLING + _GEOMETRY + _COLOURS + _MIXING + ("precision", "teacher_model", "teacher_kwargs")
+_TEACHER = ("precision", "teacher_model", "teacher_kwargs")
+FIELDS_OF_LABELS = _SAMPLING + _GEOMETRY + _COLOURS + _SCHEDULES + _MIXING + _TEACHER
 
 
 def label_header(config: Config, data: Data, device: torch.device, ranks: int, teacher_hash: str) -> dict[str, Any]:
@@ -350,9 +354,22 @@ class _Labeller:
             len(data.train), config.batch_size // ranks, config.seed, 0, ranks, config.repeated_aug
         )
         self.updates = len(self.share)
-        self.loader = TrainLoader(data.train, self.share, config, device)
+        self.dataset = data.train
+        self.current: Config | None = None
+        self.loader: TrainLoader | None = None
+
+    def _enter(self, current: Config) -> TrainLoader:
+        """The loader of the images of a phase."""
+        if self.loader is None or current != self.current:
+            if self.loader is not None:
+                self.loader.close()
+            dataset = dataset_at(self.dataset, train_transform, current)
+            self.current, self.loader = current, TrainLoader(dataset, self.share, current, self.device)
+        return self.loader
 
     def epoch(self, epoch: int) -> Iterator[int]:
+        current = config_at(self.config, epoch)
+        loader = self._enter(current)
         row = np.array(self.file.labels[epoch])
         before, stored = epoch * len(row), time.monotonic()
         try:
@@ -360,15 +377,14 @@ class _Labeller:
                 self.share.rank = rank
                 missing = (b for b in range(self.updates) if MISSING in row[_slice(self.share.positions(b))])
                 self.share.set_epoch(epoch, next(missing, self.updates))
-                for batch, (images, classes) in enumerate(
-                    self.loader if len(self.share) else (), self.share.first_batch
-                ):
+                for batch, (images, classes) in enumerate(loader if len(self.share) else (), self.share.first_batch):
                     seed_step(self.config.seed, epoch * self.updates + batch, rank)
                     images, _ = self.augment(images, classes, epoch)
+                    images = enlarged(images, self.config.img_size)
                     with autocast(
                         self.config, self.device
                     ):  # in the parts that the run sees, so that not even roundings differ
-                        logits = torch.cat([self.teacher(part) for part in images.chunk(self.config.grad_accum_steps)])
+                        logits = torch.cat([self.teacher(part) for part in images.chunk(current.grad_accum_steps)])
                     if not logits.isfinite().all():
                         raise ValueError(
                             f"teacher_model: logits of {self.config.teacher_model} are not finite in epoch {epoch}, batch {batch}; "

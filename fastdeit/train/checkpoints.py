@@ -28,6 +28,7 @@ STATE_KEYS = {
     "data",
     "epoch",
     "step",
+    "img_size",
     "loss_sum",
     "model",
     "ema",
@@ -41,7 +42,7 @@ STATE_KEYS = {
 STATE_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("config", "data", "model", "optimizer", "best"), (dict,)),
     **dict.fromkeys(("classes", "history"), (list,)),
-    **dict.fromkeys(("epoch", "step"), (int,)),
+    **dict.fromkeys(("epoch", "step", "img_size"), (int,)),
     "loss_sum": (float, int),
     **dict.fromkeys(("ema", "scaler"), (dict, type(None))),
 }
@@ -152,6 +153,10 @@ def load_state(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: cannot be read: damaged, {damaged} does not have the checksum that it was written with"
         )
+    if isinstance(state, dict) and isinstance(
+        state.get("config"), dict
+    ):  # one written before sizes could change has none
+        state.setdefault("img_size", state["config"].get("img_size"))
     if not isinstance(state, dict) or not set(state) >= STATE_KEYS:
         raise ValueError(f"{path}: expected the training state of a run with {', '.join(sorted(STATE_KEYS))}")
     for name, kinds in STATE_TYPES.items():

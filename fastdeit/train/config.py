@@ -45,6 +45,13 @@ class Config:
     max_bad_images: int = _help("unreadable images that are reported and replaced; one more stops the run", 100)
     max_image_megapixels: float = _help("images with more pixels, in millions, count as unreadable", 500.0)
     img_size: int = _help("height and width of the model's input, in pixels", 224)
+    img_size_schedule: list[list[Any]] | None = field(
+        default=None,
+        metadata=dict(
+            help="sizes of training images by first epoch, [[0, 128], [100, 224]], the last one img_size; a third number is the "
+            "grad_accum_steps from there on"
+        ),
+    )
     in_chans: int = _help("1 for grey images, 3 for colour", 3)
     mean: list[float] = field(
         default_factory=lambda: [0.485, 0.456, 0.406],
@@ -93,6 +100,12 @@ class Config:
     vflip: float = _help("probability of a vertical flip", 0.0)
     color_jitter: float = _help("strength of colour jitter; without effect beside auto-augmentation", 0.0)
     aa: str | None = _help("timm's auto-augmentation policy, such as rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")
+    aa_schedule: list[list[Any]] | None = field(
+        default=None,
+        metadata=dict(
+            help="auto-augmentation policies by first epoch, [[0, rand-m1-inc1], [60, rand-m9-inc1]], the last one aa"
+        ),
+    )
     color_jitter_prob: float | None = _help("probability of colour jitter; by default every image", None)
     grayscale_prob: float = _help("probability of an image without colour", 0.0)
     gaussian_blur_prob: float = _help("probability of a blurred image", 0.0)
@@ -122,6 +135,10 @@ class Config:
     drop: float = _help("dropout", 0.0)
     drop_path: float = _help("rate of stochastic depth in the last block", 0.1)
     drop_path_uniform: bool = _help("the same rate in every block (DeiT III), rather than rising from 0", False)
+    drop_path_mode: str = _help(
+        "mask: stochastic depth computes all samples and masks; skip: each branch runs on the samples that are kept alone",
+        "mask",
+    )
     accelerate: bool = _help("use the fused kernels where they run", True)
 
     distillation_type: str = _help("none, soft or hard", "hard")
@@ -164,6 +181,10 @@ class Config:
     tensorboard: bool = _help("write event files for TensorBoard into the run folder", False)
     wandb: str | None = _help("project of Weights & Biases to report to", None)
 
+    eval_every: int = _help("evaluate after every so many epochs, and after the last one", 1)
+    eval_ema: str = _help(
+        "evaluate the moving average after the last epoch, or at each evaluation: last or each", "last"
+    )
     checkpoint_minutes: float = _help("save the state within an epoch after so many minutes; 0 is off", 10.0)
     checkpoint_steps: int = _help("save the state within an epoch after so many updates; 0 is off", 0)
     keep_best: int = _help("keep the weights of so many best epochs", 1)
@@ -201,6 +222,8 @@ FREE_FIELDS = (
     "max_image_megapixels",
     "tensorboard",
     "wandb",
+    "eval_every",
+    "eval_ema",
     "checkpoint_minutes",
     "checkpoint_steps",
     "keep_best",
@@ -289,6 +312,7 @@ _EXPECTED: dict[Any, str] = {
     str: "text",
     list[float]: "a list of numbers such as [0.5, 1.0]",
     dict[str, Any]: "a mapping such as {depth: 6}",
+    list[list[Any]]: "a list of lists such as [[0, 128], [100, 224]]",
 }
 
 
@@ -310,6 +334,9 @@ def _coerce(name: str, value: Any) -> Any:
             values = value if isinstance(value, list | tuple) else [value]
             if not any(isinstance(v, bool) for v in values):
                 return [float(v) for v in values]
+        if kind == list[list[Any]] and isinstance(value, list | tuple):
+            if all(isinstance(entry, list | tuple) for entry in value):
+                return [list(entry) for entry in value]
         if kind == dict[str, Any] and isinstance(value, dict):
             return dict(value)
         if kind is bool and isinstance(value, bool):

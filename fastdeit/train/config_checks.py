@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastdeit.train.config import Config
 
+from fastdeit.train.schedule_checks import check_schedules
+
 DISTILLATION_TYPES = ("none", "soft", "hard")
 DECODERS = ("nvimgcodec", "simplejpeg", "torchvision", "pillow")  # `auto` takes the first that is installed
 DEVICE_DECODERS = ("nvimgcodec", "torchvision")  # with `decode_on: device`, in the order of `auto`
@@ -25,6 +27,7 @@ MOST = {  # far beyond any use, and short of what hangs or brings down the machi
     "recount": 1024,
     "img_size": 4096,
     "epochs": 10**6,
+    "eval_every": 10**6,
     "batch_size": 2**24,
     "num_classes": 10**7,
     "grad_accum_steps": 2**24,
@@ -52,6 +55,7 @@ def check_config(config: "Config") -> None:
         "num_classes",
         "prefetch",
         "grad_accum_steps",
+        "eval_every",
         "keep_best",
     ]
     not_negative = [
@@ -119,6 +123,8 @@ def check_config(config: "Config") -> None:
         ("remode", ("const", "rand", "pixel")),
         ("clip_mode", ("norm", "value", "agc")),
         ("memory", ("usual", "lean")),
+        ("eval_ema", ("last", "each")),
+        ("drop_path_mode", ("mask", "skip")),
         ("interpolation", ("nearest", "bilinear", "bicubic", "random")),
         ("crop_mode", ("center", "squash", "border")),
         ("mixup_mode", ("batch", "pair", "elem")),
@@ -158,6 +164,7 @@ def check_config(config: "Config") -> None:
     if not all(0 <= beta < 1 for beta in c.opt_betas):
         raise ValueError(f"opt_betas: expected values from 0 to less than 1, got {c.opt_betas}")
 
+    check_schedules(c)
     _check_contradictions(c)
     for name in ("model_kwargs", "teacher_kwargs"):
         kwargs = getattr(c, name)
@@ -223,6 +230,12 @@ def _check_contradictions(c: "Config") -> None:
     refuse(
         "three_augment", c.three_augment and c.aa is not None, f"takes the place of aa, which is {c.aa}; set aa to null"
     )
+    skips = c.drop_path_mode == "skip"
+    refuse(
+        "drop_path_mode", skips and not c.accelerate, "skip is for accelerated blocks; expected accelerate true or mask"
+    )
+    refuse("drop_path", skips and c.drop_path == 1, "with drop_path_mode skip, a rate of 1 leaves nothing to train on")
+    refuse("aa_schedule", c.three_augment and c.aa_schedule is not None, "contradicts three_augment, which replaces aa")
     refuse(
         "bce_target_thresh",
         c.bce_target_thresh is not None and not c.bce_loss,

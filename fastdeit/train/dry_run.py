@@ -11,9 +11,12 @@ from fastdeit.train.distributed import SINGLE, World
 from fastdeit.train.engine import share_of_batch
 from fastdeit.train.estimate import describe_needs
 from fastdeit.train.graphs import why_not_captured
+from fastdeit.train.levers import describe_levers
 from fastdeit.train.models import create_student
 from fastdeit.train.optimization import Schedule, create_optimizer, parameter_groups
+from fastdeit.train.phases import check_sizes, phases
 from fastdeit.train.sampling import EpochBatches
+from fastdeit.train.transforms import train_transform
 
 
 def describe(config: Config, world: World = SINGLE) -> str:
@@ -32,10 +35,13 @@ def describe(config: Config, world: World = SINGLE) -> str:
     lines.append(f"device: {select_device(config, world)}" + (f", {world.size} processes" if world.size > 1 else ""))
     lines.append(describe_loader(config, data.train, select_device(config, world)))
     lines.append(_graphs(config, model, world))
+    images = len(data.train), len(data.val)
     lines.append(
-        f"data: {len(data.train)} training and {len(data.val)} validation images of {len(data.classes)} classes; "
+        f"data: {images[0]} training and {images[1]} validation images of {len(data.classes)} classes; "
         f"{updates} updates of {config.batch_size} images per epoch, {updates * config.epochs} in all"
     )
+    check_sizes(config, model)
+    lines += _phases(config)
     lines.append("learning rate at the start of an epoch:")
     shown = sorted({*range(0, config.epochs, max(1, config.epochs // 10)), config.warmup_epochs, config.epochs - 1})
     lines += [f"  {epoch:>4}  {schedule.set(epoch * updates):.4e}" for epoch in shown]
@@ -45,8 +51,24 @@ def describe(config: Config, world: World = SINGLE) -> str:
             f"  weight decay {group.weight_decay:g}: {len(group.names)} tensors, {group.parameters:,} parameters"
         )
         lines += [f"    {name}" for name in group.names]
-    lines += describe_needs(config, model, len(data.classes), updates * config.epochs)
+    total = updates * config.epochs
+    lines += describe_needs(config, model, len(data.classes), total)
+    lines += describe_levers(config, model, len(data.classes), total, images[1])
     return "\n".join(lines)
+
+
+def _phases(config: Config) -> list[str]:
+    """The phases of a run with schedules, a line each."""
+    if config.img_size_schedule is None and config.aa_schedule is None:
+        return []
+    lines = ["phases:"]
+    for first, end, current in phases(config):
+        train_transform(current)  # timm knows the policy
+        lines.append(
+            f"  epochs {first} to {end - 1}: img_size {current.img_size}, grad_accum_steps {current.grad_accum_steps}, "
+            f"aa {current.aa}"
+        )
+    return lines
 
 
 def _graphs(config: Config, model: torch.nn.Module, world: World) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -13,6 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdeit.blocks.subsets import kept_samples
 from fastdeit.cost.models import training_flops_per_image
 from fastdeit.cost.view import shape_of
 from fastdeit.losses import DistillationLoss
@@ -26,7 +28,17 @@ from fastdeit.train.loading import TrainLoader
 from fastdeit.train.meter import Meter, peak_flops
 from fastdeit.train.monitor import LossMonitor, NonFiniteLossError, all_finite
 from fastdeit.train.optimization import Schedule, create_ema, create_optimizer
+from fastdeit.train.phases import (
+    check_sizes,
+    config_at,
+    dataset_at,
+    enlarged,
+    exchange,
+    phases,
+    set_input_size,
+)
 from fastdeit.train.sampling import EpochBatches, seed_step
+from fastdeit.train.transforms import train_transform
 
 Phase = Literal["between steps", "gradients", "update"]
 SMALLEST_SCALE = 2.0**-14  # of fp16's loss: a gradient that overflows there is not finite by any scale
@@ -48,7 +60,11 @@ class Trainer:
         world: the processes that share the batches.
 
     Raises:
-        ValueError: the processes and their accumulated parts cannot share a batch evenly.
+        ValueError: the processes and their accumulated parts cannot share a batch evenly, or the model cannot take a size of
+            img_size_schedule.
+
+    Attributes:
+        current: the configuration of the phase under way, config itself in a run without schedules.
     """
 
     def __init__(
@@ -65,11 +81,18 @@ class Trainer:
         self.world = world
         self.device = next(model.parameters()).device
         share = share_of_batch(config, world)
+        check_sizes(config, model)
+        for phase in phases(config):
+            train_transform(phase.config)
+        self.dataset = dataset
+        self.current = config_at(config, 0)
+        set_input_size(model, self.current.img_size)
         self.batches = EpochBatches(len(dataset), share, config.seed, world.rank, world.size, config.repeated_aug)
-        self.loader = TrainLoader(dataset, self.batches, config, self.device)
+        self.loader = self._loader()
         self.augment = BatchAugmentation(config, num_classes, self.device)
         self.criterion = create_criterion(config, teacher)
         self.cached_teacher = teacher if isinstance(teacher, CachedTeacher) else None
+        self.teacher_sees = teacher is not None and self.cached_teacher is None
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
         self.optimizer = create_optimizer(config, model)
@@ -87,10 +110,7 @@ class Trainer:
             print(f"cuda_graphs: {self.whole_step.outcome}", file=sys.stderr, flush=True)
         peak = peak_flops(self.device)
         self.meter = Meter(config.batch_size, _flops_per_image(model), peak and peak * world.size)
-        # What a step changes before its update, so that one which fails can be taken back: for each of the last two steps, since
-        # a verdict may come one step late.
-        self.carried = [*model.buffers(), self.monitor.total]
-        self.kept = [[tensor.clone() for tensor in self.carried] for _ in range(2)]
+        self._carry()
         self.phase: Phase = "between steps"
         self.stop_requested: Callable[[], bool] = lambda: False  # whether this process was asked to stop
         self.after_step: Callable[[], None] = lambda: None
@@ -101,6 +121,40 @@ class Trainer:
         """The last finite one, NaN before there is any."""
         return self.monitor.last_finite
 
+    def _carry(self) -> None:
+        """Takes down what a step changes before its update, so that one which fails can be taken back: for each of the last two
+        steps, since a verdict may come one step late."""
+        self.carried = [*self.model.buffers(), self.monitor.total]
+        self.kept = [[tensor.clone() for tensor in self.carried] for _ in range(2)]
+
+    def _loader(self) -> TrainLoader:
+        dataset = self.dataset
+        if self.current is not self.config:
+            dataset = dataset_at(dataset, train_transform, self.current)
+        return TrainLoader(dataset, self.batches, self.current, self.device)
+
+    def enter(self, current: Config) -> None:
+        """Changes to another phase: model, moving average and optimizer to its image size, and a loader of its images.
+
+        Positions of another size are parameters of their own, whose optimizer state starts anew.
+        """
+        if current == self.current:
+            return
+        self.current = current
+        replaced = set_input_size(self.model, current.img_size)
+        if replaced:
+            exchange(self.optimizer, replaced)
+            if self.ema is not None:
+                set_input_size(self.ema.module, current.img_size)
+            del self.net  # a DistributedDataParallel is made for its parameters
+            gc.collect()
+            self.net = self._parallel(self.model)
+            self._carry()
+            self.meter.flops_per_image = _flops_per_image(self.model)
+        self.loader.close()
+        self.loader = self._loader()
+        self.whole_step.forget()
+
     def train_epoch(self, epoch: int, progress: Progress) -> float:
         """Trains on the batches of the epoch that remain and returns the mean loss of all.
 
@@ -108,6 +162,7 @@ class Trainer:
             NonFiniteLossError: a loss or a gradient is not finite. The weights are those before that step.
         """
         updates = self.schedule.updates_per_epoch
+        self.enter(config_at(self.config, epoch))
         self.model.train()
         done = min(max(self.step - epoch * updates, 0), updates)
         if done == 0:
@@ -173,7 +228,7 @@ class Trainer:
         """Adds up the gradients of the batch's parts; returns the verdict on their mean loss. Processes exchange gradients with the
         last part."""
         self.optimizer.zero_grad(set_to_none=True)
-        parts = self.config.grad_accum_steps
+        parts = self.current.grad_accum_steps
         size = len(images) // parts
         total = torch.zeros((), device=self.device)
         for part in range(parts):
@@ -183,8 +238,10 @@ class Trainer:
             last = part == parts - 1
             alone = isinstance(self.net, DistributedDataParallel) and not last
             with self.net.no_sync() if alone else contextlib.nullcontext():
+                shown = images[chosen]
+                taught = enlarged(shown, self.config.img_size) if self.teacher_sees else shown
                 with autocast(self.config, self.device):
-                    loss = self.criterion(images[chosen], self.net(images[chosen]), targets[chosen]) / parts
+                    loss = self.criterion(taught, self.net(shown), targets[chosen]) / parts
                 (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
             total += loss.detach()
         if self.scaler is not None:  # which looks itself, and for which an overflow is no fault
@@ -252,6 +309,7 @@ class Trainer:
         self.monitor.check()
         return {
             "step": self.step,
+            "img_size": self.current.img_size,
             "loss_sum": float(self.monitor.total),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
@@ -260,6 +318,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a state of the image size that the model has: see `enter`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -272,14 +331,17 @@ class Trainer:
 
 
 def share_of_batch(config: Config, world: World) -> int:
-    """Images of a batch that one process takes. Raises ValueError unless all processes take as many, in as large parts."""
+    """Images of a batch that one process takes. Raises ValueError unless all processes take as many, in as large parts, in every
+    phase."""
     share, left = divmod(config.batch_size, world.size)
     if left:
         raise ValueError(f"batch_size: {config.batch_size} images cannot be shared evenly by {world.size} processes")
-    if share % config.grad_accum_steps:
-        raise ValueError(
-            f"grad_accum_steps: {share} images of a process cannot be cut into {config.grad_accum_steps} equal parts"
-        )
+    for phase in phases(config):
+        parts = phase.config.grad_accum_steps
+        if share % parts:
+            raise ValueError(f"grad_accum_steps: {share} images of a process cannot be cut into {parts} equal parts")
+        if config.drop_path_mode == "skip":
+            kept_samples(share // parts, config.drop_path)
     if config.mixes and share % 2:
         raise ValueError(f"batch_size: mixup pairs a process's images, so expected an even number of them, got {share}")
     return share

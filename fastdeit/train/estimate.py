@@ -4,11 +4,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit.cost.models import Shape, parts, seconds
+from fastdeit.cost.models import Part, Shape, parts, seconds
+from fastdeit.cost.subsets import block_rates, parts_on_subsets
 from fastdeit.cost.view import shape_of
 from fastdeit.train.config import Config
 from fastdeit.train.models import create_timm_model
 from fastdeit.train.optimization import create_optimizer
+from fastdeit.train.phases import phases
 
 # What a large GPU reaches in matrix products of these sizes and in a copy: the rates of docs/performance.md.
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 600e12, 4.3e12
@@ -17,12 +19,17 @@ STREAM_BYTES = 4
 GB = 1e9
 
 
-def _shape(model: nn.Module) -> Shape | None:
+def plain_shape(model: nn.Module) -> Shape | None:
     """The sizes that costs are a function of; None of a model that is no plain vision transformer."""
     try:
         return shape_of(model)
     except ValueError:
         return None
+
+
+def execution_of(config: Config) -> str:
+    """How the student runs, one of `cost.models.EXECUTIONS`."""
+    return "fastdeit" if config.accelerate else "eager"
 
 
 def memory(config: Config, model: nn.Module) -> dict[str, float]:
@@ -35,23 +42,37 @@ def memory(config: Config, model: nn.Module) -> dict[str, float]:
     }
     if config.model_ema_decay:
         found["moving average"] = weights
-    shape = _shape(model)
+    shape = plain_shape(model)
     if shape is not None:
         kept = KEPT_BYTES * shape.depth
         if config.grad_checkpointing:  # the stream at each block, and all of the one that is made again
             kept = STREAM_BYTES * shape.depth + KEPT_BYTES
-        found["activations"] = kept * config.batch_size // config.grad_accum_steps * shape.tokens * shape.channels
+        rows = (
+            shape.at(phase.config.img_size).tokens * config.batch_size // phase.config.grad_accum_steps
+            for phase in phases(config)
+        )
+        found["activations"] = kept * max(rows) * shape.channels
     return found
 
 
 def gpu_hours(config: Config, model: nn.Module, updates: int) -> float | None:
     """The roofline of forward and backward of the student in `updates` updates; None of a model without costs."""
-    shape = _shape(model)
+    shape = plain_shape(model)
     if shape is None:
         return None
-    execution = "fastdeit" if config.accelerate else "eager"
-    work = parts(shape, config.batch_size, execution, "amp", training=True)
-    return updates * seconds(work, FLOPS_PER_SECOND, BYTES_PER_SECOND) / 3600
+    execution, hours = execution_of(config), 0.0
+    for phase in phases(config):
+        work = _step(shape.at(phase.config.img_size), config, execution)
+        share = (phase.end - phase.first) / config.epochs
+        hours += share * updates * seconds(work, FLOPS_PER_SECOND, BYTES_PER_SECOND) / 3600
+    return hours
+
+
+def _step(shape: Shape, config: Config, execution: str) -> list[Part]:
+    if config.drop_path_mode == "skip":
+        rates = block_rates(config.drop_path, shape.depth, config.drop_path_uniform)
+        return parts_on_subsets(shape, config.batch_size, execution, rates=rates)
+    return parts(shape, config.batch_size, execution, "amp", training=True)
 
 
 def teacher_gpu_hours(config: Config, num_classes: int, updates: int) -> float:

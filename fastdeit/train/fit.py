@@ -20,13 +20,14 @@ from fastdeit.train.data_identity import difference
 from fastdeit.train.datasets import Data
 from fastdeit.train.distributed import World
 from fastdeit.train.engine import Trainer
-from fastdeit.train.evaluation import EvaluationStopped, evaluate
+from fastdeit.train.epoch_results import EpochResults
+from fastdeit.train.evaluation import EvaluationStopped
 from fastdeit.train.failures import RunFailedError
 from fastdeit.train.files import WriteError, remove_temporaries, why
 from fastdeit.train.locks import Lock, LockedError
 from fastdeit.train.meter import postfix
 from fastdeit.train.monitor import NonFiniteLossError, NonFiniteWeightsError
-from fastdeit.train.sampling import eval_loader
+from fastdeit.train.phases import exported, phase_of_state
 from fastdeit.train.signals import Stopped, StopRequest
 from fastdeit.train.tracking import Tracker
 from fastdeit.train.transform_errors import described
@@ -87,9 +88,7 @@ class Fit:
         self.trainer = Trainer(config, model, teacher, data.train, len(data.classes), world)
         self.trainer.stop_requested = self.stop_requested
         self.trainer.after_step = self._between_steps
-        pin_memory = self.trainer.device.type == "cuda"
-        share = (world.rank, world.size)
-        self.validation = eval_loader(data.val, config.batch_size, config.workers, pin_memory, *share)
+        self.results = EpochResults(config, data.val, self.trainer.device, world, self.stop_requested)
         self.data = data_identity
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"epoch": -1, "top1": -1.0}
@@ -153,10 +152,10 @@ class Fit:
                 self._check_weights()
                 if self.world.main and self.saved_step != self.trainer.step:
                     self._save_state()  # so that nothing which evaluation meets costs the epoch
-                row, top1 = self._results(epoch, loss)
+                row, top1 = self.results.row(self.trainer, epoch, loss)
                 seconds = round(time.monotonic() - started, 2)
                 self.history.append({**row, "seconds": seconds, **rates})
-                improved = top1 > self.best["top1"]
+                improved = top1 is not None and top1 > self.best["top1"]
                 if improved:
                     self.best = {"epoch": epoch, "top1": top1}
                 if not self.world.main:
@@ -275,8 +274,11 @@ class Fit:
         """With keep_best over one, the weights of so many best epochs, each in a file of its own."""
         if self.config.keep_best == 1:
             return
-        own = "top1_both" if "top1_both" in self.history[0] else "top1_top1"
-        ranked = sorted(self.history, key=lambda row: (-row[own], row["epoch"]))[: self.config.keep_best]
+        evaluated = [row for row in self.history if "val_loss" in row]
+        if not evaluated:
+            return
+        own = "top1_both" if "top1_both" in evaluated[0] else "top1_top1"
+        ranked = sorted(evaluated, key=lambda row: (-row[own], row["epoch"]))[: self.config.keep_best]
         kept = {_epoch_file(row["epoch"]) for row in ranked}
         name = _epoch_file(self.history[-1]["epoch"])
         if name in kept:
@@ -290,26 +292,6 @@ class Fit:
         ema = _results_of(self.history[-1], "ema_") if self.trainer.ema is not None else None
         return Result(last, ema, self.best["epoch"], self.best["top1"], teacher_top1)
 
-    def _results(self, epoch: int, train_loss: float) -> tuple[dict[str, Any], float]:
-        """The epoch's row of summary.csv, and the top-1 that chooses the best checkpoint: the model's own prediction."""
-        row: dict[str, Any] = {
-            "epoch": epoch,
-            "lr": self.trainer.optimizer.param_groups[0]["lr"],
-            "train_loss": train_loss,
-        }
-        models = {"": self.trainer.model}
-        if self.trainer.ema is not None:
-            models["ema_"] = self.trainer.ema.module
-        for prefix, model in models.items():
-            results = evaluate(
-                model, self.validation, self.config, self.trainer.device, self.world, self.stop_requested
-            )
-            row[f"{prefix}val_loss"] = results.pop("loss")
-            row.update({f"{prefix}top1_{name}": value for name, value in results.items()})
-            if not prefix:
-                top1 = list(results.values())[-1]
-        return row, top1
-
     def _load_state(self) -> None:
         """Takes up the state in the folder, if there is one, the same in all processes."""
         if not self.world.agreed(checkpoints.has_state(self.folder)):
@@ -318,6 +300,7 @@ class Fit:
         path, problem = self.world.agreed(found and found[1:])
         state = found[0] if found else checkpoints.load_state(path)
         checkpoints.check_same_run(state, self.config, path)
+        self.trainer.enter(phase_of_state(self.config, state, path))
         checkpoints.check_same_tensors(state["model"], self.trainer.model.state_dict(), path)
         self.world.on_main(lambda: self._check_same_data(state, path))
         self._check_progress(state, path)
@@ -382,7 +365,8 @@ class Fit:
     def _save_weights(self, name: str, model: nn.Module) -> None:
         self._check_lock()
         epoch = self.history[-1]["epoch"]
-        checkpoints.save_weights(self.folder / name, model.state_dict(), self.config, self.classes, epoch=epoch)
+        config = exported(self.config, self.trainer.current)
+        checkpoints.save_weights(self.folder / name, model.state_dict(), config, self.classes, epoch=epoch)
 
 
 def _epoch_file(epoch: int | str) -> str:

@@ -103,6 +103,10 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def close(self) -> None:
+        """Ends the workers, which a loader of another image size takes the place of. Not to be called within a pass."""
+        self.loader._iterator = None
+
     def __iter__(self) -> Iterator[Batch]:
         if self.streams and self.batches.first_batch:
             raise ValueError(

@@ -65,7 +65,10 @@ def create_student(
     if initial_weights and config.finetune is not None:
         load_for_finetuning(model, Path(config.finetune), classes, config.finetune_new_head)
     if config.accelerate:
-        fastdeit.accelerate(model, memory=config.memory)
+        try:
+            fastdeit.accelerate(model, memory=config.memory, drop_path=config.drop_path_mode)
+        except ValueError as error:  # memory was checked with the configuration
+            raise ValueError(f"drop_path_mode: {error}") from error
     return model.to(device)
 
 

@@ -18,9 +18,11 @@ READOUTS = {
 
 
 def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """One row per epoch, one column per quantity."""
+    """One row per epoch, one column per quantity; empty where an epoch was not evaluated."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    longest: Mapping[str, Any] = max(history, key=len)  # an epoch without an evaluation has fewer
+    names = list(longest)
+    writer = csv.DictWriter(text, fieldnames=names)
     writer.writeheader()
     writer.writerows(history)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
@@ -30,23 +32,30 @@ def write_curves(path: Path, history: Sequence[Mapping[str, Any]], teacher_top1:
     """Loss and top-1 over epochs as PNG."""
     from matplotlib.figure import Figure
 
-    epochs = [row["epoch"] + 1 for row in history]  # counted as the lines that a run prints count them
-    style = "o" if len(epochs) == 1 else "-"  # one point makes no line
+    evaluated = [row for row in history if "val_loss" in row]
+    epochs, evaluated_epochs = (
+        [row["epoch"] + 1 for row in rows] for rows in (history, evaluated)
+    )  # as lines count them
+    style, evaluated_style = (
+        "o" if len(rows) == 1 else "-" for rows in (history, evaluated)
+    )  # one point makes no line
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [row["train_loss"] for row in history], style, label="training, augmented")
-    loss.plot(epochs, [row["val_loss"] for row in history], style, label="validation, cross-entropy")
+    values = [row["val_loss"] for row in evaluated]
+    loss.plot(evaluated_epochs, values, evaluated_style, label="validation, cross-entropy")
     loss.set(xlabel="epoch", ylabel="loss")
     for name, label in READOUTS.items():
-        if f"top1_{name}" in history[0]:
-            accuracy.plot(epochs, [row[f"top1_{name}"] for row in history], style, label=label)
+        if evaluated and f"top1_{name}" in evaluated[0]:
+            accuracy.plot(evaluated_epochs, [row[f"top1_{name}"] for row in evaluated], evaluated_style, label=label)
     if teacher_top1 is not None:
         accuracy.axhline(teacher_top1, color="grey", linestyle="--", label="teacher")
     accuracy.set(xlabel="epoch", ylabel="validation top-1 (%)")
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(path, lambda file: file.write(image.getvalue()))
@@ -55,7 +64,8 @@ def write_curves(path: Path, history: Sequence[Mapping[str, Any]], teacher_top1:
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     found = {name: f"{row[f'top1_{name}']:.2f}" for name in READOUTS if f"top1_{name}" in row}
     top1 = found.get("top1") or "  ".join(f"{name} {value}" for name, value in found.items())
-    return f"epoch {row['epoch'] + 1:>3}/{epochs}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}  top-1: {top1}"
+    line = f"epoch {row['epoch'] + 1:>3}/{epochs}  loss {row['train_loss']:.4f}  lr {row['lr']:.2e}"
+    return f"{line}  top-1: {top1}" if found else line
 
 
 def results_table(columns: Mapping[str, Mapping[str, float]], teacher: tuple[str, float] | None = None) -> str:

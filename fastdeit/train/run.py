@@ -20,6 +20,7 @@ from fastdeit.train.fit import Fit, Result
 from fastdeit.train.locks import claimed
 from fastdeit.train.mistakes import confusion
 from fastdeit.train.models import create_student, create_teacher, has_distillation_head, quickened
+from fastdeit.train.phases import config_at
 from fastdeit.train.report_page import write_page
 from fastdeit.train.sampling import eval_loader
 from fastdeit.train.signals import StopRequest
@@ -64,7 +65,8 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
             labels = CachedTeacher(config, data, device, world.size)
         elif config.distillation_type != "none":
             teacher = quickened(create_teacher(config, len(data.classes), device, data.classes), device)
-        model = create_student(config, len(data.classes), device, initial_weights=True, classes=data.classes)
+        first = config_at(config, 0)
+        model = create_student(first, len(data.classes), device, initial_weights=True, classes=data.classes)
         student_fit = Fit("student", config, model, teacher or labels, folder, **common)
 
         trackers: list[Tracker] = []
@@ -79,7 +81,7 @@ def train(config: Config, folder: Path, resume: bool = False, world: World = SIN
         if teacher is not None:
             with student_fit.ending_in_words():
                 teacher_top1 = evaluate(
-                    teacher, student_fit.validation, config, device, world, student_fit.stop_requested
+                    teacher, student_fit.results.loader(config), config, device, world, student_fit.stop_requested
                 )["top1"]
         student_fit.run(teacher_top1, trackers)
         result = student_fit.result(teacher_top1)
@@ -123,6 +125,7 @@ def teacher_config(config: Config) -> Config:
         drop=0.0,
         drop_path=0.0,
         drop_path_uniform=False,
+        drop_path_mode="mask",
         mixup=0.0,
         cutmix=0.0,
         cutmix_minmax=None,
@@ -135,6 +138,8 @@ def teacher_config(config: Config) -> Config:
         teacher_model=None,
         teacher_kwargs={},
         teacher_epochs=0,
+        img_size_schedule=None,
+        aa_schedule=None,
     )
 
 

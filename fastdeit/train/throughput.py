@@ -1,6 +1,7 @@
 """Images a second without a data loader, by the method of the DeiT paper's Table 5: largest batch that fits, mean of 30 runs."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -140,7 +141,11 @@ def training_throughput(config: Config, batch_size: int | None = None, runs: int
     if batch_size is not None:
         share_of_batch(config.replace(batch_size=batch_size), SINGLE)
     unit = config.grad_accum_steps * (2 if config.mixes else 1)  # what a batch must be a multiple of
-    config = config.replace(batch_size=unit, workers=0, repeated_aug=1)
+    if config.drop_path_mode == "skip":  # a sample must be left of each part
+        unit *= math.ceil(1 / (1 - config.drop_path))
+    config = config.replace(
+        batch_size=unit, workers=0, repeated_aug=1, img_size_schedule=None, aa_schedule=None
+    )  # of the last phase
     with reproducible(config):
         teacher = None
         if config.distillation_type != "none":

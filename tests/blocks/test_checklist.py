@@ -1,5 +1,6 @@
 """The checklist: every usual block runs without a call of its modules, and what a user puts between is seen at the next call."""
 
+import copy
 import functools
 
 import pytest
@@ -20,7 +21,8 @@ HOOKS = {
     "forward pre": lambda m: m.register_forward_pre_hook(print),
     "backward": lambda m: m.register_full_backward_hook(print),
     "backward pre": lambda m: m.register_full_backward_pre_hook(print),
-    "own forward": lambda m: setattr(m, "forward", m.forward),
+    "own forward": lambda m: setattr(m, "forward", functools.partial(m.forward)),
+    "another's forward": lambda m: setattr(m, "forward", copy.deepcopy(m).forward),
     "compiled": lambda m: m.compile(backend="eager"),
 }
 

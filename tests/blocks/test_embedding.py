@@ -1,6 +1,7 @@
 """A model makes its tokens with the fused op unless something would be skipped by it, or would notice."""
 
 import copy
+import functools
 
 import pytest
 import timm.layers
@@ -123,7 +124,7 @@ CHANGES = {
     "hook on patch_embed": lambda m: m.patch_embed.register_forward_hook(lambda *_: None),
     "hook on the convolution": lambda m: m.patch_embed.proj.register_forward_pre_hook(lambda *_: None),
     "hook on the norm": lambda m: m.patch_embed.norm.register_full_backward_hook(lambda *_: None),
-    "another forward": lambda m: setattr(m.patch_embed, "forward", m.patch_embed.forward),
+    "another forward": lambda m: setattr(m.patch_embed, "forward", functools.partial(m.patch_embed.forward)),
     "a class of its own": lora,
     "a parametrized weight": parametrized,
     "another kind of weight": lambda m: setattr(m.patch_embed.proj, "weight", Weight(m.patch_embed.proj.weight.data)),

@@ -43,6 +43,8 @@ def test_every_suite_runs_and_every_row_has_its_figures(results):
             assert row["status"] == "ok" and row["median_us"] > 0 and row["tflops"] > 0 and row["plain_call_us"] > 0
     compared = [row for b in benchmarks for row in b["extra_info"]["rows"] if row["max_errors"]]
     assert all(b["extra_info"]["rows"][0] in compared for b in benchmarks)
+    logits = [row for b in benchmarks if b["extra_info"]["suite"] == "inference" for row in b["extra_info"]["rows"]]
+    assert len(logits) >= 6 and all(0 <= row["agreement"] <= 1 and 0 < row["logit_error"] < 0.1 for row in logits)
     gemms = [b["extra_info"]["shape"] for b in benchmarks if b["extra_info"]["suite"] == "gemm"]
     assert len({(shape["layer"], shape["direction"]) for shape in gemms}) == len(gemms) == 12
     assert all(m >= r >= 0 for row in compared for m, r in zip(row["max_errors"], row["rms_errors"], strict=True))

@@ -204,6 +204,22 @@ def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in):
     hosts.assert_compiles_whole(make(layers=1), X, backend="eager")
 
 
+def test_a_layer_compiled_without_its_model(hosts, make, kernels_stood_in):
+    """Whether transformers collects outputs is read from a context, which Dynamo cannot trace."""
+    torch.compiler.reset()
+    model, tokens = fastdeit.accelerate(make(layers=1, attn_implementation="eager")), torch.randn(2, 5, 32)
+    layer = model.vit.layers[0]
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), layer(tokens))
+    model(X, output_attentions=True)  # leaves its hooks, which Dynamo does not guard
+    torch.compiler.reset()
+    kernels_stood_in.clear()
+    broken = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(broken(tokens), fastdeit.restore(copy.deepcopy(layer))(tokens))
+    assert not kernels_stood_in["add_layer_norm_attention"]
+    torch.compiler.reset()
+
+
 def test_autocast_is_as_accurate(hosts, make, kernels_stood_in):
     def under_autocast(model):
         def forward(x):
@@ -279,7 +295,7 @@ def test_a_replaced_forward_of_transformers_classes_is_noticed(hosts, make, kern
 
 
 CHANGES_OF_BEIT = {
-    "its attention adds a relative_position_bias": lambda layer: setattr(
+    "its attention adds a relative position bias": lambda layer: setattr(
         layer, "relative_position_bias", nn.Identity()
     ),
     "its branches are scaled by 0.5": lambda layer: delattr(layer, "lambda_2") or setattr(layer, "lambda_2", 0.5),

@@ -7,14 +7,17 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastdeit
+from fastdeit.nn import hosts as known_hosts
+from fastdeit.nn.unknown_attention import SCALED_AFTER_SOFTMAX
 
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
 
 
-class ScaledAfterSoftmax(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Attention whose weights, not its logits, are scaled, as tutorials on the vision transformer have it."""
 
     def __init__(self):
@@ -39,7 +42,7 @@ class ResidualAdd(nn.Module):
 def model(hosts):
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
-    parts = (ResidualAdd(nn.Sequential(nn.LayerNorm(32), part)) for part in (ScaledAfterSoftmax(), mlp))
+    parts = (ResidualAdd(nn.Sequential(nn.LayerNorm(32), part)) for part in (MultiHeadAttention(), mlp))
     return hosts.shaken(nn.Sequential(*parts))
 
 
@@ -53,10 +56,50 @@ def test_their_arithmetic_stays_and_what_was_looked_for_is_said_once(hosts, mode
     assert kernels_stood_in == {"layer_norm": 2}
     report = fastdeit.explain(accelerated)
     assert {row.kind for row in report if row.fused} == {"LayerNorm"}
-    assert {row.reason for row in report if not row.fused} == {"no fused class for Linear"}
+    assert {(row.kind, row.reason) for row in report if not row.fused} == {
+        ("MultiHeadAttention", f"no fused class for MultiHeadAttention: {SCALED_AFTER_SOFTMAX}"),
+        ("Linear", "no fused class for Linear"),
+    }
     assert "only LayerNorms were matched: no transformer block of a class in docs/hosts.md" in str(report)
     fastdeit.restore(accelerated)
     assert list(map(type, accelerated.modules())) == list(map(type, model.modules()))
+
+
+class Divided(MultiHeadAttention):
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        scaling = 32 ** (1 / 2)
+        weights = F.softmax(torch.einsum("bqd, bkd -> bqk", q, k), dim=-1) / scaling
+        return self.projection(weights @ v)
+
+
+class Multiplied(MultiHeadAttention):
+    scaling = 32**-0.5
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.projection(torch.softmax(q @ k.mT, -1) * self.scaling @ v)
+
+
+class Standard(MultiHeadAttention):
+    def forward(self, x, mask=1.0):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.projection(torch.softmax(q @ k.mT / 32**0.5, -1) * mask @ v)
+
+
+@pytest.mark.parametrize("kind", [Divided, Multiplied, Standard])
+def test_an_attention_is_told_by_its_source(kind):
+    kind = type("Attention", (kind,), {})
+    reason = known_hosts.why_no_class(kind)
+    more = "" if issubclass(kind, Standard) else f": {SCALED_AFTER_SOFTMAX}"
+    assert reason == f"no fused class for Attention{more}"
+    assert known_hosts.has_known_name(kind) == (not issubclass(kind, Standard))
+
+
+def test_an_attention_without_source_has_the_usual_reason():
+    names = {"nn": nn}
+    exec("class Attention(nn.Module):\n    def forward(self, x):\n        return x.softmax(-1) / 2", names)
+    assert known_hosts.why_no_class(names["Attention"]) == "no fused class for Attention"
 
 
 def test_a_known_block_of_another_structure_has_its_reason(model, monkeypatch):

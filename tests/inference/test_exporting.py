@@ -10,6 +10,7 @@ import fastdeit
 from fastdeit import optimize_for_inference
 from fastdeit.commands.cli import main
 from fastdeit.inference.exporting import example, export_optimized
+from fastdeit.inference.inductor_form import InductorPairs, rounded_to_e4m3
 
 
 @pytest.fixture
@@ -59,25 +60,54 @@ def test_an_onnx_file_that_computes_something_else_is_not_written(made, tmp_path
     assert not path.exists()
 
 
-def test_a_package_of_aotinductor_is_made_of_the_same_program(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+def test_a_package_of_aotinductor_is_made_of_the_same_program(made, tmp_path, monkeypatch, precision):
     packaged = []
     monkeypatch.setattr(
         torch._inductor,
         "aoti_compile_and_package",
         lambda program, package_path: packaged.append((program, package_path)),
     )
-    fast = made("bf16", "float")
+    fast = made(precision, "float")
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: packaged[0][0].module())
     export_optimized(fast, tmp_path / "deit.pt2", "aoti")
     ((program, path),) = packaged
     assert path == str(tmp_path / "deit.pt2")
-    assert torch.equal(program.module()(example(fast, 3)), fast(example(fast, 3)))
+    got, expected = program.module()(example(fast, 3)).float(), fast(example(fast, 3)).float()
+    assert (got - expected).norm() <= (0 if precision == "bf16" else 0.02) * expected.norm()
+    kinds = {node.meta["val"].dtype for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
+    assert torch.float8_e4m3fn not in kinds  # which Inductor's C++ does not have
+    stored = [tensor for tensor in program.state_dict.values() if tensor.dtype in (torch.uint8, torch.int8)]
+    assert len(stored) == (0 if precision == "bf16" else 4)
+
+
+def test_a_package_that_computes_something_else_is_not_kept(made, tmp_path, monkeypatch):
+    path = tmp_path / "deit.pt2"
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, package_path: path.write_text(""))
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda images: torch.ones(3, 10))
+    with pytest.raises(ValueError, match=r"format: the package's logits are .* nothing was written"):
+        export_optimized(made("fp8"), path, "aoti")
+    assert not path.exists()
+
+
+def test_float32_values_are_rounded_as_float8_is_defined():
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    between = torch.randn(20_000) * torch.logspace(-5, 3, 20_000)
+    steps = torch.arange(-256, 257) / 2.0**11  # ties of the smallest values
+    for y in (halves, halves.nextafter(torch.zeros(())), between, steps):
+        y = y[~y.isnan()]
+        expected = y.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        assert torch.equal(rounded_to_e4m3(y), expected)
+    assert rounded_to_e4m3(torch.tensor([float("nan")])).isnan().all()
+    every = torch.arange(256).to(torch.uint8)
+    values = InductorPairs().dequantize_weight(every[:, None], torch.ones(256), torch.float8_e4m3fn)[:, 0]
+    finite = every % 128 != 127
+    assert torch.equal(values[finite], every.view(torch.float8_e4m3fn).float()[finite])
 
 
 @pytest.mark.parametrize(
     ("precision", "form", "message"),
     [
-        ("int8", "aoti", "format: aoti takes bf16 and fp16, not int8"),
-        ("fp8", "aoti", "format: aoti takes bf16 and fp16, not fp8"),
         ("bf16", "tflite", "format: expected one of safetensors, pt2, aoti, onnx, got 'tflite'"),
     ],
 )

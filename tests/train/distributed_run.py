@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastdeit.train import evaluation, fit, run
+from fastdeit.train import epoch_results, evaluation, run
 from fastdeit.train.config import config_from
 from fastdeit.train.distributed import World, joined, started_world
 from fastdeit.train.engine import Trainer
@@ -40,13 +40,13 @@ def do(folder: Path, config: dict, what: str, world: World) -> str:
         digests.append(sum(t.double().sum().item() for t in model.state_dict().values()))
         return report(model, *args)
 
-    Trainer._train_step, run.evaluate, fit.evaluate = step, evaluate, evaluate
+    Trainer._train_step, run.evaluate, epoch_results.evaluate = step, evaluate, evaluate
     try:
         run.train(config_from(config), folder, resume=True, world=world)
     except (NonFiniteLossError, Stopped) as error:
         return str(error)
     finally:
-        Trainer._train_step, run.evaluate, fit.evaluate = train_step, report, report
+        Trainer._train_step, run.evaluate, epoch_results.evaluate = train_step, report, report
     return f"trained {digests}"
 
 

@@ -208,6 +208,7 @@ def test_ranks_divide_the_batch(taught, tmp_path):
 
 OTHER = dict(
     resize="torch",
+    decode_on="device",
     seed=9,
     batch_size=48,
     repeated_aug=3,
@@ -240,6 +241,8 @@ OTHER = dict(
     teacher_model="regnety_002",
     teacher_kwargs={},
     in_chans=3,
+    img_size_schedule=[[0, 8], [1, 16]],
+    aa_schedule=[[0, None], [1, "rand-m9-mstd0.5-inc1"]],
 )
 
 

@@ -34,6 +34,7 @@ def make_state(**changes):
         data={},
         step=4,
         loss_sum=0.5,
+        img_size=224,
         optimizer={},
         best={},
     )

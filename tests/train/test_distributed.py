@@ -56,8 +56,11 @@ def two_processes(config, labels, tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     jobs = {
         "train": (config, "train"),
+        "sizes": (config.replace(img_size_schedule=[[0, 8], [1, 16]]), "train"),
         "live": (labels[0], "train"),
         "cached": (labels[0].replace(teacher_cache=str(labels[1])), "train"),
+        "skip": (labels[0].replace(drop_path_mode="skip"), "train"),
+        "skip again": (labels[0].replace(drop_path_mode="skip"), "train"),
         "stop": (config, "stop"),
         "diverge": (config, "diverge"),
         "gradient": (config, "gradient"),
@@ -83,9 +86,10 @@ def history(folder):
     return load_state(folder / STATE)["history"]
 
 
-def test_two_processes_train_what_one_trains(config, two_processes, tmp_path):
-    run.train(config, tmp_path)
-    two = two_processes["train"]
+@pytest.mark.parametrize("name, schedule", [("train", None), ("sizes", [[0, 8], [1, 16]])])
+def test_two_processes_train_what_one_trains(config, two_processes, tmp_path, name, schedule):
+    run.train(config.replace(img_size_schedule=schedule), tmp_path)
+    two = two_processes[name]
     assert all(outcome.startswith("trained") for outcome in outcomes(two))
     for one, both in zip(history(tmp_path), history(two), strict=True):
         assert both["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
@@ -95,6 +99,14 @@ def test_two_processes_train_what_one_trains(config, two_processes, tmp_path):
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
     assert json.loads((two / "results.json").read_text())["top1"]
     assert len(set(outcomes(two))) == 1  # both have the same teacher, statistics of its BatchNorm included
+
+
+def test_two_processes_that_skip_samples_draw_the_same_again(two_processes):
+    folders = two_processes["skip"], two_processes["skip again"]
+    assert all(outcome.startswith("trained") for folder in folders for outcome in outcomes(folder))
+    one, other = (load_state(folder / STATE)["model"] for folder in folders)
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+    assert history(folders[0])[0]["train_loss"] != history(two_processes["live"])[0]["train_loss"]
 
 
 def test_a_bad_loss_in_one_process_stops_both_with_clean_weights(two_processes):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from fastdeit.commands import cli
-from fastdeit.train import checkpoints, failures, fit, run, sampling, workers
+from fastdeit.train import checkpoints, epoch_results, failures, fit, run, sampling, workers
 from fastdeit.train.checkpoints import BAD_STATE, DAMAGED, PREVIOUS, STATE, load_state
 from fastdeit.train.engine import Trainer
 from fastdeit.train.failures import ERROR, RunFailedError
@@ -181,14 +181,14 @@ def test_an_unreadable_validation_image_costs_no_epoch(whole, config, image_fold
 
 
 def test_a_signal_stops_an_evaluation(whole, config, tmp_path, monkeypatch):
-    evaluate = fit.evaluate
+    evaluate = epoch_results.evaluate
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "evaluate", signalled)
+        patch.setattr(epoch_results, "evaluate", signalled)
         with pytest.raises(Stopped, match="stopped by SIGTERM; The state at step 3 is saved") as stopped:
             run.train(config, tmp_path)
     assert stopped.value.exit_code == 143
@@ -414,7 +414,7 @@ def test_the_same_data_elsewhere_go_on_and_other_data_are_refused(whole, config,
 @pytest.mark.parametrize("noticed", ["by its loader", "in an evaluation"])
 def test_a_worker_that_is_killed_is_named_and_the_state_saved(config, tmp_path, monkeypatch, noticed):
     """When it has made the epoch's last batch, so that its loader asks it for one again after the evaluation alone."""
-    killed, evaluate = [], fit.evaluate
+    killed, evaluate = [], epoch_results.evaluate
 
     def kill(trainer):
         (worker,) = trainer.loader.loader._iterator._workers
@@ -427,7 +427,7 @@ def test_a_worker_that_is_killed_is_named_and_the_state_saved(config, tmp_path, 
             next(workers.batches_of(map(os.kill, [os.getpid()], [signal.SIGCHLD])))
         return evaluate(*args)
 
-    monkeypatch.setattr(fit, "evaluate", told)
+    monkeypatch.setattr(epoch_results, "evaluate", told)
     monkeypatch.setattr(Trainer, "_gradients", at(5, kill))
     with pytest.raises(RunFailedError) as failed:
         run.train(config.replace(workers=1, prefetch=1, epochs=3), tmp_path)

@@ -51,7 +51,8 @@ def describe_block(module: vision_transformer.Block) -> Block:
     perceptron = describe_mlp(mlp) if is_fused(mlp) and isinstance(mlp, timm.layers.Mlp) else None
     first = Branch(Affine(children["norm1"]), attn, attention, children["ls1"], children["drop_path1"], takes_mask=True)
     second = Branch(Affine(children["norm2"]), mlp, perceptron, children["ls2"], children["drop_path2"])
-    return Block(module, vision_transformer.Block, (first, second), getattr(module, "memory", "usual"))
+    memory, mode = getattr(module, "memory", "usual"), getattr(module, "drop_path_mode", "mask")
+    return Block(module, vision_transformer.Block, (first, second), memory, drop_path=mode)
 
 
 def describe_trunk(model: vision_transformer.VisionTransformer) -> Trunk:

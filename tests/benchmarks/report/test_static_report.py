@@ -159,3 +159,28 @@ def test_the_picture_is_drawn(tmp_path):
     assert cli.main(["bench", "pictures", "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "performance.png") as image:
         assert image.width > 1000 and len(image.convert("L").getcolors()) > 20
+
+
+def test_roofline_shows_frozen_models_in_each_precision(capsys):
+    command = ["bench", "roofline", "--tflops", "600", "--tbps", "4.3", "--frozen"]
+    assert cli.main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in rows] == [f"DeiT-{name}" for name in DEIT]
+    assert cli.main([*command, "--json", "--rate", "3"]) == 0
+    faster = json.loads(capsys.readouterr().out)
+    for row, other in zip(rows, faster, strict=True):
+        assert row["fp8 / compile"] == pytest.approx(row["fp8"] / row["compile, bf16"])
+        assert other["fp8"] > row["fp8"] and other["bf16"] == row["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rate", "2"], "--rate: is for --frozen"),
+        (["--frozen", "--rate", "0"], "--rate: expected a positive number, got 0.0"),
+        (["--frozen", "--precision", "amp"], "--precision: expected nothing with --frozen"),
+    ],
+)
+def test_options_of_frozen_models_are_checked(options, said, capsys):
+    assert cli.main(["bench", "roofline", "--tflops", "600", "--tbps", "4.3", *options]) == 2
+    assert said in capsys.readouterr().err
