@@ -343,3 +343,20 @@ def test_a_batch_on_a_gpu_takes_two_launches_an_image_and_waits_for_nothing(conf
     assert of_a_batch == [4, 4]
     events, _ = events_of_an_epoch(folder, 24)
     assert not {"copy_to_device_pageable", *WAITS} & {event.kind for event in events}
+
+
+@pytest.mark.gpu
+@pytest.mark.numeric
+def test_nvjpegs_pixels_are_near_those_of_the_cpu(config):
+    device = torch.device("cuda")
+    try:
+        create_device_decoder(config, device)
+    except ImportError as error:
+        pytest.skip(str(error))
+    config = config.replace(img_size=64)
+    train = load_data(config).train
+    batches = EpochBatches(len(train), config.batch_size, config.seed)
+    there = torch.cat([images.cpu() for images, _ in TrainLoader(train, batches, config, device)])
+    here = torch.cat([images for images, _ in epoch_of(config.replace(decode_on="cpu"))])
+    normalised = (here.float() / 255 - 0.5) / 0.25  # as a GPU's loader gives images
+    assert (there - normalised).abs().mean() < 3 / 255 / 0.25
