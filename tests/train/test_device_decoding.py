@@ -276,7 +276,8 @@ def test_images_that_the_device_cannot_decode_are_refused_with_the_reason(config
     config = config.replace(distillation_type="none", teacher_epochs=0, **changes)
     for refused in (lambda: describe(config), lambda: run.train(config, tmp_path / "run")):
         with pytest.raises(
-            ValueError, match=f"^decode_on: the images cannot be decoded on the device: {reason}.*; set it"
+            ValueError,
+            match=f"^decode_on: the images cannot be decoded on the device: {reason}.*; set decode_on to cpu",
         ):
             refused()
 
