@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fastdeit.benchmarks.baselines.loader_baselines import BATCH, WORKERS, baselines, recipe
+from fastdeit.benchmarks.baselines.loader_baselines import BATCH, WORKERS, baselines, recipe, timm_loader
 from fastdeit.benchmarks.photographs import fitted
 from fastdeit.train.datasets import load_data
 from fastdeit.train.decoders import is_installed
@@ -25,7 +25,8 @@ from fastdeit.train.extras import check_extras
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.sampling import EpochBatches
 
-SIZES = {"500x375": (500, 375), "256 short side": (341, 256)}
+FULL_SIZE = "500x375"
+SIZES = {FULL_SIZE: (500, 375), "256 short side": (341, 256)}
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,12 @@ def write_photographs(root: Path, size: tuple[int, int], copies: int) -> None:
                 shifted.save(folder / f"{number}-{copy}.jpg", quality=90)
 
 
-def candidates(root: Path) -> dict[str, Callable[[int], Iterator[int]]]:
-    """By name, a function that yields the number of images of each batch of an epoch; timm's first."""
+def candidates(root: Path, originals: Path | None = None) -> dict[str, Callable[[int], Iterator[int]]]:
+    """By name, a function that yields the number of images of each batch of an epoch; timm's first.
+
+    Args:
+        originals: the same images at full size, which timm's loader reads as well.
+    """
 
     def ours(**changes) -> Callable[[int], Iterator[int]]:
         config = recipe(root, **changes)
@@ -65,6 +70,8 @@ def candidates(root: Path) -> dict[str, Callable[[int], Iterator[int]]]:
         return epoch
 
     found = baselines(root)
+    if originals is not None:
+        found[f"timm on {FULL_SIZE}"] = timm_loader(originals)
     found["fastdeit, everything on the CPU"] = ours(augment_on="cpu")
     for decoder in ("pillow", "torchvision", "simplejpeg", "nvimgcodec"):
         if is_installed(decoder):
@@ -73,10 +80,12 @@ def candidates(root: Path) -> dict[str, Callable[[int], Iterator[int]]]:
     return found
 
 
-def measure(root: Path, turns: int, warm_up: int = 1, only: Sequence[str] = ("",)) -> list[Figure]:
+def measure(
+    root: Path, turns: int, warm_up: int = 1, only: Sequence[str] = ("",), originals: Path | None = None
+) -> list[Figure]:
     """Takes timm and the candidates whose names have one of `only` through an epoch in each turn, in another order each time."""
-    found = candidates(root)
-    runs = {name: run for name, run in found.items() if name == "timm" or any(part in name for part in only)}
+    found = candidates(root, originals)
+    runs = {name: run for name, run in found.items() if name.startswith("timm") or any(part in name for part in only)}
     names = list(runs)
     rates: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warm_up + turns):
@@ -102,7 +111,11 @@ def _cpu_seconds() -> float:
     own = resource.getrusage(resource.RUSAGE_SELF)
     total = own.ru_utime + own.ru_stime
     for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
+        try:
+            children = (task / "children").read_text().split()
+        except FileNotFoundError:  # a thread that has ended
+            continue
+        for child in children:
             fields = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()
             total += (int(fields[11]) + int(fields[12])) / ticks
     return total
@@ -122,10 +135,14 @@ def run(arguments: argparse.Namespace) -> int:
     check_extras()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder), SIZES[arguments.size], arguments.copies)
+        root, originals = Path(folder) / "images", None
+        write_photographs(root, SIZES[arguments.size], arguments.copies)
+        if arguments.size != FULL_SIZE:
+            originals = Path(folder) / "originals"
+            write_photographs(originals, SIZES[FULL_SIZE], arguments.copies)
         started = time.monotonic()
         print(f"{'':<40}{'images/CPU s':>14}{'of timm':>9}")
-        for figure in measure(Path(folder), arguments.turns, only=arguments.only or ("",)):
+        for figure in measure(root, arguments.turns, only=arguments.only or ("",), originals=originals):
             print(f"{figure.name:<40}{figure.images_per_cpu_second:>14.1f}{figure.ratio:>9.2f}")
         print(f"{arguments.size}, {WORKERS} workers, {arguments.turns} turns, {time.monotonic() - started:.0f} s")
     return 0

@@ -26,13 +26,13 @@ def recipe(root: Path, **changes) -> Config:
 
 def baselines(root: Path) -> dict[str, Epoch]:
     """By name, timm's first; what is not installed is not there."""
-    found = {"timm": _timm(root), "torchvision transforms v2": _torchvision(root)}
+    found = {"timm": timm_loader(root), "torchvision transforms v2": _torchvision(root)}
     if find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None:
         found["DALI on the CPU"] = _dali(root)
     return found
 
 
-def _timm(root: Path) -> Callable[[int], Iterator[int]]:
+def timm_loader(root: Path) -> Epoch:
     """timm's create_loader for the same recipe; its prefetcher is a GPU's."""
     config = recipe(root)
     loader = timm.data.create_loader(

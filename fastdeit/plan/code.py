@@ -76,8 +76,8 @@ class Program:
         inputs: buffers of tensors that each call is given; None for one that is not read.
         outputs: contiguous views that fill their buffers; each call makes them anew. A view may come twice; None gives None.
         device: of everything.
-        passing: a workspace that is given back when its last event has been launched. The function then takes a list with its
-            tensor before the inputs, of which it has no other owner.
+        gives_back: each workspace is given back when its last event has been launched. The function then takes a list of their
+            tensors before the inputs, which have no other owner.
 
     Raises:
         Unsupported: events cannot be written as code.
@@ -90,7 +90,7 @@ class Program:
         inputs: Sequence[Buffer | None],
         outputs: Sequence[View | None],
         device: torch.device,
-        passing: int | None = None,
+        gives_back: bool = False,
     ) -> None:
         self._places, self._device = places, device
         self._stream = torch._C._cuda_getCurrentRawStream(device.index)
@@ -111,18 +111,17 @@ class Program:
         self._number = itertools.count()
         self._pointers: dict[str, str] = {}  # tensors of the call whose address the code has asked for
         self._lines: list[str] = []
-        last = -1 if passing is None else self._last_in(passing, events)
+        unused = self._last_uses(events) if gives_back else {}
         for at, event in enumerate(events):
             if isinstance(event, Launch):
                 self._launch(event)
             else:
                 self._operation(event)
-            if at == last:
-                self._lines.append("passing.clear()")
+            self._lines += [f"workspaces[{workspace}] = None" for workspace in unused.get(at, ())]
         for view in list(self._unmade.values()):
             self._of_the_call(view)
         result = ", ".join("None" if view is None else self._outputs[view.buffer] for view in outputs)
-        arguments = [*([] if passing is None else ["passing"]), *(f"in{i}" for i in range(len(inputs)))]
+        arguments = [*(["workspaces"] if gives_back else []), *(f"in{i}" for i in range(len(inputs)))]
         self._code = self._compiled(arguments, result)
 
     def bind(
@@ -148,14 +147,17 @@ class Program:
 
     # ---- writing
 
-    def _last_in(self, workspace: int, events: Sequence[Launch | Operation]) -> int:
-        touched = [
-            at
-            for at, event in enumerate(events)
-            for view in views_of(event)
-            if view.buffer in self._places and self._places[view.buffer].workspace == workspace
-        ]
-        return max(touched, default=-1)
+    def _last_uses(self, events: Sequence[Launch | Operation]) -> dict[int, list[int]]:
+        """The workspaces that are no longer touched after an event, by its number."""
+        last = {}
+        for at, event in enumerate(events):
+            for view in views_of(event):
+                if (place := self._places.get(view.buffer)) is not None:
+                    last[place.workspace] = at
+        unused: dict[int, list[int]] = {}
+        for workspace, at in last.items():
+            unused.setdefault(at, []).append(workspace)
+        return unused
 
     def _compiled(self, arguments: list[str], result: str) -> CodeType:
         body = "\n".join(f"    {line}" for line in (*self._lines, f"return ({result},)"))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.graph import get_gradient_edge
 
 from fastdeit.blocks.spans import Span
@@ -14,10 +15,11 @@ from fastdeit.plan.code import Place, Program, Unsupported, why_not_output
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.surroundings import nothing_called
 from fastdeit.plan.tape import Buffer, Tape, View
-from fastdeit.plan.workspace import lifetimes, packed, packed_into, stacked, views_of
+from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked, views_of
 
 _Tensors = Sequence[Tensor | None]
 _Layout = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a contiguous tensor
+_MOST_SAVED = 2  # allocations of a span for what forward leaves to backward: one more costs both passes microseconds
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -174,8 +176,8 @@ class _Recorded(torch.autograd.Function):
 class SpanPlan:
     """A span's launches, forward and backward.
 
-    What backward reads lies in a workspace that autograd holds with the tensors saved for it. What neither reads later lies in
-    another, for the length of the pass.
+    What backward reads lies in workspaces that the node holds; backward gives back each once it was read for the last time. What
+    lives within one pass lies in others: in backward in two, of which one goes when less than half is needed.
 
     Args:
         first, second: events of forward and of backward.
@@ -219,46 +221,63 @@ class SpanPlan:
             in_forward.pop(view.buffer, None)
             in_backward.pop(view.buffer, None)
         kept = {buffer: last for buffer, (_, last) in in_backward.items() if buffer in in_forward}
-        offsets, self.kept_bytes = stacked(kept)
-        saved = _places(0, offsets)
+        saved = stacked(kept, _MOST_SAVED)
         inputs = [view if view is None else view.buffer for view in given]
         outputs = [view if view is None else view.buffer for view in results]
         received = [*gradients, *(inputs[i] for i in self.inputs_read), *(outputs[i] for i in self.results_read)]
-        passing, self._forward_bytes = packed(
-            {buffer: life for buffer, life in in_forward.items() if buffer not in kept}
-        )
-        self._forward = _bound(first, saved | _places(1, passing), inputs, results, device)
+        passing = packed({buffer: life for buffer, life in in_forward.items() if buffer not in kept})
+        self.saved_sizes, self._passing_size = [each.size for each in saved], passing.size
+        self._forward = _bound(first, _places(*saved, passing), inputs, results, device)
         # What is read for the last time leaves its place to others, unless another backward pass is to follow.
         later = {buffer: life for buffer, life in in_backward.items() if buffer not in kept}
-        until = {buffer: (0, last) for buffer, last in kept.items()}
-        inside, outside, self._backward_bytes = packed_into(later, until, offsets, self.kept_bytes)
-        places = saved | _places(0, inside) | _places(1, outside)
-        self._backward = _bound(second, places, received, made, device, passing=1)
-        outside, self._repeatable_bytes = packed(later)
-        self._repeatable = _bound(second, saved | _places(1, outside), received, made, device, passing=1)
+        inside, rest = packed_into(later, {buffer: (0, last) for buffer, last in kept.items()}, saved)
+        shared = [Allocation({**each.offsets, **more}, each.size) for each, more in zip(saved, inside, strict=True)]
+        self._backward, self._sizes = self._backward_in(shared, rest, second, received, made)
+        self._repeatable, self._repeatable_sizes = self._backward_in(saved, later, second, received, made)
 
     def __call__(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _Planned.apply(self, *given, *self.learned)
+        return _apply(self, *unwrap_dead_wrappers(given), *self.learned)
 
-    def forward(self, kept: Tensor, given: _Tensors) -> tuple[Tensor | None, ...]:
-        passing = torch.empty(self._forward_bytes, dtype=torch.uint8, device=self.device)
-        return self._forward.at(kept.data_ptr(), passing.data_ptr())(*given)
+    def forward(self, saved: list[Tensor], given: _Tensors) -> tuple[Tensor | None, ...]:
+        passing = self._empty(self._passing_size)
+        return self._forward.at(*map(Tensor.data_ptr, saved), passing.data_ptr())(*given)
 
-    def backward(self, kept: Tensor, received: _Tensors) -> tuple[Tensor | None, ...]:
-        size, bound = self._backward_bytes, self._backward
+    def backward(self, saved: list[Tensor], received: _Tensors) -> tuple[Tensor | None, ...]:
+        """The gradients. Takes the tensors from the list, unless another backward pass is to follow."""
         if _keeps_graph():
-            size, bound = self._repeatable_bytes, self._repeatable
-        passing = [torch.empty(size, dtype=torch.uint8, device=self.device)]
-        return bound.at(kept.data_ptr(), passing[0].data_ptr())(passing, *received)
+            workspaces, sizes, bound = list(saved), self._repeatable_sizes, self._repeatable
+        else:
+            workspaces, sizes, bound = saved, self._sizes, self._backward
+        workspaces += map(self._empty, sizes)
+        return bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
+
+    def allocate(self) -> list[Tensor]:
+        """Memory for what forward leaves to backward."""
+        return list(map(self._empty, self.saved_sizes))
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _backward_in(
+        self, saved: list[Allocation], rest: dict, events: list, received: list, made: Sequence[View | None]
+    ) -> tuple[Bound, list[int]]:
+        """Backward's code with those buffers in allocations of their own, and the sizes of these."""
+        passing = [packed(lives) for lives in early_and_late(rest)]
+        bound = _bound(events, _places(*saved, *passing), received, made, self.device, gives_back=True)
+        return bound, [each.size for each in passing]
 
 
-def _places(workspace: int, offsets: dict[Buffer, int]) -> dict[Buffer, Place]:
-    return {buffer: Place(workspace, offset) for buffer, offset in offsets.items()}
+def _places(*allocations: Allocation) -> dict[Buffer, Place]:
+    return {
+        buffer: Place(number, offset)
+        for number, allocation in enumerate(allocations)
+        for buffer, offset in allocation.offsets.items()
+    }
 
 
-def _bound(events: list, places: dict, inputs: list, outputs: Sequence[View | None], device, passing=None) -> Bound:
+def _bound(events: list, places: dict, inputs: list, outputs: Sequence[View | None], device, **options: bool) -> Bound:
     with torch.inference_mode(False), torch.no_grad():
-        return Bound(Program(events, places, inputs, outputs, device, passing))
+        return Bound(Program(events, places, inputs, outputs, device, **options))
 
 
 class _Planned(torch.autograd.Function):
@@ -267,8 +286,8 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, *tensors):
         given = tensors[: len(tensors) - len(plan.learned)]
-        kept = torch.empty(plan.kept_bytes, dtype=torch.uint8, device=plan.device)
-        results = plan.forward(kept, given)
+        ctx.workspaces = plan.allocate()
+        results = plan.forward(ctx.workspaces, given)
         ctx.plan = plan
         # Kept until backward has read them, where someone gives a parameter other data.
         ctx.storages = list(map(Tensor.untyped_storage, plan.saved))
@@ -276,21 +295,25 @@ class _Planned(torch.autograd.Function):
         constant = [t for t, layout in zip(results, plan.layouts, strict=True) if layout is None and t is not None]
         ctx.mark_non_differentiable(*constant)
         read = [given[i] for i in plan.inputs_read] + [results[i] for i in plan.results_read]
-        ctx.save_for_backward(kept, *read, *plan.saved)
+        ctx.save_for_backward(*read, *plan.saved)
         return results
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, *gradients):
         plan = ctx.plan
-        kept, *read = ctx.saved_tensors
+        read = list(ctx.saved_tensors)
         if list(map(torch.UntypedStorage.data_ptr, ctx.storages)) != plan.addresses:
             raise RuntimeError("the memory of a parameter was given back or moved between forward and backward")
         received = received_gradients(gradients, plan.layouts, plan.device)
-        made = plan.backward(kept, received + read[: len(read) - len(plan.saved)])
+        made = plan.backward(ctx.workspaces, received + read[: len(read) - len(plan.saved)])
         if not _keeps_graph():
             ctx.storages = None
         return None, *made
+
+
+# What `Function.apply` calls once it has looked at each of its arguments; the parameters are those of the recording.
+_apply: Any = super(torch.autograd.Function, _Planned).apply
 
 
 def received_gradients(

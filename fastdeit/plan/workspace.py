@@ -1,5 +1,6 @@
 """Memory of a plan's intermediate results: offsets in one allocation, and tensors at addresses that own nothing."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -40,8 +41,15 @@ def lifetimes(events: Sequence[Launch | Operation]) -> dict[Buffer, tuple[int, i
     return found
 
 
-def packed(lives: dict[Buffer, tuple[int, int]]) -> tuple[dict[Buffer, int], int]:
-    """An offset for each buffer and the bytes of all: two share memory only if one is last touched before the other's first event.
+class Allocation(NamedTuple):
+    """A piece of memory, and where buffers lie in it, in bytes."""
+
+    offsets: dict[Buffer, int]
+    size: int
+
+
+def packed(lives: dict[Buffer, tuple[int, int]]) -> Allocation:
+    """One allocation for all: two buffers share memory only if one is last touched before the other's first event.
 
     Work on a stream is done in order, so that nothing is overwritten that is still to be read.
     """
@@ -49,41 +57,60 @@ def packed(lives: dict[Buffer, tuple[int, int]]) -> tuple[dict[Buffer, int], int
     placed: list[_Placed] = []
     for buffer, life in _largest_first(lives):
         offsets[buffer] = _place(buffer, life, placed)
-    return offsets, max((each.end for each in placed), default=0)
+    return Allocation(offsets, max((each.end for each in placed), default=0))
 
 
-def stacked(last: dict[Buffer, int]) -> tuple[dict[Buffer, int], int]:
-    """As `packed`, of buffers that live at one time until these events: what becomes free first lies together."""
-    offsets: dict[Buffer, int] = {}
-    total = 0
+def stacked(last: dict[Buffer, int], most: int) -> list[Allocation]:
+    """At most so many allocations of similar size for buffers that live at one time until these events, those first that become
+    free first."""
+    share = -(-sum(map(aligned, last)) // most)
+    made: list[Allocation] = []
     for buffer in sorted(last, key=last.__getitem__):
-        offsets[buffer] = total
-        total += aligned(buffer)
-    return offsets, total
+        if not made or (made[-1].size >= share and len(made) < most):
+            made.append(Allocation({}, 0))
+        offsets, size = made[-1]
+        offsets[buffer] = size
+        made[-1] = Allocation(offsets, size + aligned(buffer))
+    return made
 
 
 def packed_into(
-    lives: dict[Buffer, tuple[int, int]], taken: dict[Buffer, tuple[int, int]], offsets: dict[Buffer, int], size: int
-) -> tuple[dict[Buffer, int], dict[Buffer, int], int]:
-    """As `packed`, first into what others of an allocation leave free, as `taken` says of those at `offsets`.
-
-    Args:
-        size: of that allocation, in bytes.
+    lives: dict[Buffer, tuple[int, int]], taken: dict[Buffer, tuple[int, int]], allocations: Sequence[Allocation]
+) -> tuple[list[dict[Buffer, int]], dict[Buffer, tuple[int, int]]]:
+    """Offsets as `packed` gives them in what others of some allocations leave free, as `taken` says of those: in the last first,
+    so that the others become free early.
 
     Returns:
-        Offsets there, offsets in an allocation for the rest, and the bytes of that.
+        Offsets in each allocation, and the buffers for which there is no place.
     """
-    placed = [_Placed(*taken[buffer], at, at + aligned(buffer)) for buffer, at in offsets.items()]
-    inside: dict[Buffer, int] = {}
+    placed = [[_Placed(*taken[b], at, at + aligned(b)) for b, at in each.offsets.items()] for each in allocations]
+    inside: list[dict[Buffer, int]] = [{} for _ in allocations]
     rest: dict[Buffer, tuple[int, int]] = {}
     for buffer, life in _largest_first(lives):
-        offset = _place(buffer, life, placed)
-        if offset + aligned(buffer) <= size:
-            inside[buffer] = offset
+        for offsets, others, allocation in reversed(list(zip(inside, placed, allocations, strict=True))):
+            offset = _place(buffer, life, others)
+            if offset + aligned(buffer) <= allocation.size:
+                offsets[buffer] = offset
+                break
+            others.pop()
         else:
-            placed.pop()
             rest[buffer] = life
-    return inside, *packed(rest)
+    return inside, rest
+
+
+def early_and_late(lives: dict[Buffer, tuple[int, int]]) -> tuple[dict[Buffer, tuple[int, int]], ...]:
+    """Those of the buffers that are no longer touched once all that live take less than half of what they take at most, and the
+    others."""
+    changes: dict[int, int] = {}
+    for buffer, (first, last) in lives.items():
+        changes[first] = changes.get(first, 0) + aligned(buffer)
+        changes[last + 1] = changes.get(last + 1, 0) - aligned(buffer)
+    times = sorted(changes)
+    totals = list(itertools.accumulate(map(changes.__getitem__, times)))
+    half = max(totals, default=0) / 2
+    end = max((after for total, after in zip(totals, times[1:], strict=False) if total >= half), default=0)
+    early = {buffer: life for buffer, life in lives.items() if life[1] < end}
+    return early, {buffer: life for buffer, life in lives.items() if buffer not in early}
 
 
 class _Placed(NamedTuple):

@@ -3,7 +3,9 @@
 import functools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,7 @@ class DataStages:
     """CPU milliseconds an image.
 
     Attributes:
-        ms: by stage. `decode` includes drawing the crop, `augment` planning it and, of what the device augments, the host's share;
+        ms: by stage. `augment` includes drawing the crop and planning and, of what the device augments, the host's share;
             `copy` is the training process's. With `decode_on: device`, `decode` is the host's share of decoding, cropping, resizing
             and copying.
         cores: of this machine that the process may use.
@@ -58,27 +60,26 @@ def measure_stages(loader: TrainLoader, config: Config, images: int = IMAGES) ->
     source = getattr(loader.loader.dataset, "dataset", None)
     if not isinstance(source, BatchedImages | EncodedImages):
         return None
-    spent = dict.fromkeys(STAGES, 0.0)
-    count = 0
     loader.batches.set_epoch(0)
-    keys = [key for batch, _ in zip(loader.batches, range(images // loader.batches.batch_size + 1)) for key in batch]  # noqa: B905
+    size = loader.batches.batch_size
+    keys = [key for batch, _ in zip(loader.batches, range(images // size + 1)) for key in batch]  # noqa: B905
     _, _, slot = source.ring.next_slot()
+    memory, timed = as_arrays(slot), []
+    make = _make_part if isinstance(source, EncodedImages) else _make_image
     for number, key in enumerate(keys[: images + _WARM_UP]):
-        memory, place = as_arrays(slot), number % loader.batches.batch_size
-        if isinstance(source, EncodedImages):
-            made = _timed_file(source, key, memory, place)
-        else:
-            made = _timed_image(source, key, memory, place)
-        if number < _WARM_UP or made is None:
-            continue
-        count += 1
-        for name, seconds in made.items():
-            spent[name] += seconds
+        clock = _Clock()
+        timed.append((clock, make(source, key, memory, number % size, clock)))
+    for _ in range(2):  # as far as plans go, then the rest
+        for _, made in timed:
+            next(made, None)
+    clocks = [clock for clock, _ in timed[_WARM_UP:] if clock.stopped]
+    count = len(clocks)
     if not count:
         return None
+    spent = {name: sum(clock.spent.get(name, 0.0) for clock in clocks) for name in STAGES}
     batch = HostBatch(slot.tensors())
     if loader.decoding is not None:
-        ticket = source[keys[: loader.batches.batch_size]]
+        ticket = source[keys[:size]]
         batch = HostBatch((), decoded=functools.partial(loader.decoded, source.ring.read(ticket), ticket))
     copy = (copied_ahead if loader.device.type == "cuda" else copied)(iter([batch] * 2), loader.device)
     started = time.process_time()
@@ -88,50 +89,83 @@ def measure_stages(loader: TrainLoader, config: Config, images: int = IMAGES) ->
     for tensors in batches:
         loader.finish(*tensors)
     wait_for(loader.device)
-    share = count / (len(batches) * loader.batches.batch_size)
+    share = count / (len(batches) * size)
     spent["copy" if loader.decoding is None else "decode"] += (copied_at - started) * share
     spent["augment"] += (time.process_time() - copied_at) * share
     cores = len(os.sched_getaffinity(0))
     return DataStages({name: 1000 * seconds / count for name, seconds in spent.items()}, cores)
 
 
-def _timed_image(source: BatchedImages, key: Key, slot: tuple, place: int) -> dict[str, float] | None:
-    """Seconds of the stages of an image of `BatchedImages` up to its slot; None of one that cannot be read."""
-    out, plans, flips, classes, _ = slot
+class _Clock:
+    """Seconds that an image has taken, by stage.
+
+    Attributes:
+        stopped: whether the image is done.
+    """
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.stopped = False
+        self.start()
+
+    def start(self) -> None:
+        self.since = time.process_time()
+
+    def lap(self, stage: str) -> None:
+        """What has passed since `start` or the last lap was stage's."""
+        now = time.process_time()
+        self.spent[stage] = self.spent.get(stage, 0.0) + now - self.since
+        self.since = now
+
+
+def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock) -> Iterator[None]:
+    """Makes an image of `BatchedImages`; pauses where others are planned before this one is decoded. Ends early where it cannot be
+    read, which a run would name."""
+    out, plans, flips, classes, _ = memory
     pipeline, images = source.pipeline, source.images
-    seed_sample(source.seed, key.epoch, key.position)
-    times = [time.process_time()]
+    clock.start()
     try:
         file, label = images.read(key.index)
-        times.append(time.process_time())
-        part, interpolation = pipeline.part(images.opened(file))
-    except Exception:  # the run names it
-        return None
-    times.append(time.process_time())
-    image = pipeline.resized(part, interpolation)
-    times.append(time.process_time())
-    image, flips[place] = pipeline.augmented(image, plans[place])
-    times.append(time.process_time())
+        clock.lap("read")
+        image_source = images.opened(file)
+        clock.lap("decode")
+        seed_sample(source.seed, key.epoch, key.position)
+        if pipeline.plans_first:
+            planned = pipeline.planned(image_source, plans[place])
+            clock.lap("augment")
+            yield
+            clock.start()
+            part, mode = pipeline.cropped(planned), planned.mode
+        else:
+            part, mode = pipeline.part(image_source)
+    except Exception:
+        return
+    clock.lap("decode")
+    image = pipeline.resized(part, mode)
+    clock.lap("crop and resize")
+    if not pipeline.plans_first:
+        image, flips[place] = pipeline.augmented(image, plans[place])
+        clock.lap("augment")
     pipeline.write(image, out[place])
     classes[place] = label
-    times.append(time.process_time())
-    return {name: after - before for name, before, after in zip(STAGES, times, times[1:], strict=False)}
+    clock.lap("collate")
+    clock.stopped = True
 
 
-def _timed_file(source: EncodedImages, key: Key, slot: tuple, place: int) -> dict[str, float] | None:
-    """As `_timed_image`, of an image of `EncodedImages`."""
-    arena, plans, *_ = slot
-    seed_sample(source.seed, key.epoch, key.position)
-    times = [time.process_time()]
+def _make_part(source: Any, key: Key, memory: tuple, place: int, clock: _Clock) -> Iterator[None]:
+    """As `_make_image`, of `EncodedImages`, which do not pause."""
+    arena, plans, *_ = memory
+    clock.start()
     try:
         file, _ = source.images.read(key.index)
-        times.append(time.process_time())
+        clock.lap("read")
+        seed_sample(source.seed, key.epoch, key.position)
         content, *_ = source.pipeline.encoded(source.images.opened(file), plans[place])
-    except Exception:  # the run names it
-        return None
-    times.append(time.process_time())
+    except Exception:
+        return
+    clock.lap("augment")
     fitting = content[: arena.size]
     arena.reshape(-1)[: len(fitting)] = np.frombuffer(fitting, np.uint8)
-    times.append(time.process_time())
-    names = ("read", "augment", "collate")
-    return {name: after - before for name, before, after in zip(names, times, times[1:], strict=False)}
+    clock.lap("collate")
+    clock.stopped = True
+    yield

@@ -97,9 +97,7 @@ class EncodedImages(Dataset):
         Raises as a worker that makes images.
         """
         whole = BatchedImages(_ByPillow(self.images), self.pipeline, self.ring, self.seed, self.max_bad)
-        _, plans, flips, classes, _ = as_arrays(batch)
-        (flips[place], classes[place]), messages = whole.made(key, out, plans[place])
-        return messages
+        return whole.made(key, place, as_arrays(batch), out)
 
     def __len__(self) -> int:
         return len(self.images)

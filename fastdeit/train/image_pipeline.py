@@ -7,7 +7,7 @@ whichever way they are made.
 import random
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,24 @@ _RESAMPLING = {
 # pixel, and rows of as many, in 48 KB of shared memory.
 LARGEST_REDUCTION = 32
 _TRANSPOSE = {LEFT_RIGHT: Image.Transpose.FLIP_LEFT_RIGHT, TOP_BOTTOM: Image.Transpose.FLIP_TOP_BOTTOM}
+
+
+class PlannedImage(NamedTuple):
+    """What has been drawn of an image that is not made yet.
+
+    Attributes:
+        source: of the whole image.
+        box: the crop.
+        mode: how it is to be resized.
+        flips: that are left to do.
+        image: the crop, resized, where something had to be done to it that no plan describes.
+    """
+
+    source: ImageSource
+    box: Box
+    mode: InterpolationMode
+    flips: int
+    image: Image.Image | None
 
 
 class ImagePipeline:
@@ -79,9 +97,47 @@ class ImagePipeline:
         Raises:
             TransformFailure: a transform failed. Whatever PIL raises: the image cannot be decoded.
         """
+        if self.plans_first:
+            planned = self.planned(source, rows)
+            self.finish(planned, out)
+            return planned.flips
         image, flips = self.augmented(self.resized(*self.part(source)), rows)
         self.write(image, out)
         return flips
+
+    @property
+    def plans_first(self) -> bool:
+        """Whether all random numbers of an image can be drawn before it is decoded: `planned`, then `finish`."""
+        return self.planner is not None and isinstance(self.crop, RandomResizedCropAndInterpolation)
+
+    def planned(self, source: ImageSource, rows: np.ndarray) -> "PlannedImage":
+        """Draws all that is random about an image, and writes its plan into rows. Raises as `__call__`."""
+        box, mode = self.drawn_crop(source)
+        flips = self._drawn_flips()
+        made = PlannedImage(source, box, mode, flips, None)
+
+        def decoded() -> Image.Image | np.ndarray:
+            try:
+                part = self.cropped(made)
+            except Exception as error:
+                raise _UndecodableError(error) from error
+            return self.resized(part, mode)
+
+        try:
+            image = self._noted(decoded, flips, rows)
+        except _UndecodableError as error:
+            raise error.error from None
+        return made if image is None else made._replace(flips=0, image=image)
+
+    def finish(self, planned: "PlannedImage", out: np.ndarray) -> None:
+        """Writes the image into out, (height, width, channels) uint8. Raises as `__call__`."""
+        image = planned.image
+        self.write(self.resized(self.cropped(planned), planned.mode) if image is None else image, out)
+
+    def cropped(self, planned: "PlannedImage") -> Image.Image | np.ndarray:
+        """The crop, decoded."""
+        source = planned.source
+        return source.array(planned.box) if self.resize == "torch" else source.image(planned.box)
 
     def part(self, source: ImageSource) -> tuple[Image.Image | np.ndarray, InterpolationMode | None]:
         """The random crop, decoded, and how it is to be resized; the whole image where the crop is not one of a size to draw."""
@@ -105,29 +161,13 @@ class ImagePipeline:
             A JPEG file, True, the part of it and how that is to be resized; or, where the device cannot make the image, the image
             itself, (height, width, channels) uint8, False and its extent. Last the flips that are left to do.
         """
-        box, mode = self.drawn_crop(source)
-
-        def made() -> Image.Image | np.ndarray:
-            try:
-                part = source.array(box)
-            except Exception as error:
-                raise _UndecodableError(error) from error
-            return self.resized(part, mode)
-
+        planned = self.planned(source, rows)
+        box, mode, flips, image = planned[1:]
         reduction = max(box.width / self.width, box.height / self.height)
-        image: Image.Image | np.ndarray | None
-        try:
-            if isinstance(source, EncodedJpeg) and reduction <= LARGEST_REDUCTION:
-                flips = self._drawn_flips()
-                image = self._planned(made, flips, rows)
-                if image is None:
-                    return source.data, True, box, mode, flips
-                flips = 0
-            else:
-                image, flips = self.augmented(made(), rows)
-        except _UndecodableError as error:
-            raise error.error from None
-        return np.asarray(image).tobytes(), False, Box(0, 0, self.width, self.height), mode, flips
+        if image is None and isinstance(source, EncodedJpeg) and reduction <= LARGEST_REDUCTION:
+            return source.data, True, box, mode, flips
+        made = self.resized(self.cropped(planned), mode) if image is None else image
+        return np.asarray(made).tobytes(), False, Box(0, 0, self.width, self.height), mode, flips
 
     def resized(
         self, part: Image.Image | np.ndarray, interpolation: InterpolationMode | None
@@ -150,7 +190,7 @@ class ImagePipeline:
                 with _Named(option):
                     image = step(image)
             return image, 0
-        changed = self._planned(lambda: image, flips, rows)
+        changed = self._noted(lambda: image, flips, rows)
         return (image, flips) if changed is None else (changed, 0)
 
     def _drawn_flips(self) -> int:
@@ -161,9 +201,7 @@ class ImagePipeline:
                     flips |= LEFT_RIGHT if isinstance(step, transforms.RandomHorizontalFlip) else TOP_BOTTOM
         return flips
 
-    def _planned(
-        self, made: Callable[[], Image.Image | np.ndarray], flips: int, rows: np.ndarray
-    ) -> Image.Image | None:
+    def _noted(self, made: Callable[[], Image.Image | np.ndarray], flips: int, rows: np.ndarray) -> Image.Image | None:
         """Writes the plan into rows. Where it begins with something that no plan describes, that is done to the image that `made`
         gives, and the result returned, flipped; else None, and the flips are left to do."""
         planner = self.planner

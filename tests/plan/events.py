@@ -65,6 +65,13 @@ def of_parameters(events, model):
     return list(_with_arguments(events, name))
 
 
+def addresses(event):
+    """All that an event is given."""
+    found = []
+    list(_with_arguments([event], found.append))
+    return found
+
+
 def precision(dtype):
     """Autocast to a dtype, none for None. Without its cache all calls cast weights, not the first alone."""
     return torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)

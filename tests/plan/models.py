@@ -10,6 +10,7 @@ import fastdeit
 from fastdeit.blocks.snapshot import KEY
 from fastdeit.plan.planned import Plan
 from fastdeit.plan.training import TrainingPlan
+from fastdeit.plan.workspace import Allocation
 
 MODEL = "deit_tiny_distilled_patch16_224"
 PLAIN = "deit_tiny_patch16_224"
@@ -54,4 +55,4 @@ def apart(lives):
     for buffer in lives:
         offsets[buffer] = total
         total += -(-buffer.nbytes // 512) * 512 + 512
-    return offsets, total
+    return Allocation(offsets, total)

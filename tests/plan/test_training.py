@@ -1,6 +1,7 @@
 """Plans with gradients launch what the ops launch, forward and backward, on the same tensors. On the fake runtime."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from fastdeit.plan import planned as planning
 from fastdeit.plan import span as span_plans
 from fastdeit.plan.planned import described
 from fastdeit.plan.training import TrainingPlan
+from fastdeit.testing import fake_cuda
 from tests.plan.changes import CHANGES
-from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded
+from tests.plan.events import KINDS, KeepsAll, addresses, dataflow, of_parameters, precision, recorded
 from tests.plan.models import MODEL, PLAIN, apart, build, images, only_plan, plan_it, plans
 
 pytestmark = pytest.mark.fake_device
@@ -46,7 +48,7 @@ def unplanned(monkeypatch, call):
 def keep_apart(monkeypatch):
     """No two buffers of a plan share memory."""
     monkeypatch.setattr(span_plans, "packed", apart)
-    monkeypatch.setattr(span_plans, "packed_into", lambda lives, *_: ({}, *apart(lives)))
+    monkeypatch.setattr(span_plans, "packed_into", lambda lives, _, allocations: ([{} for _ in allocations], lives))
 
 
 def keep_made(monkeypatch):
@@ -78,6 +80,9 @@ CASES = {
     "frozen blocks": (MODEL, None, torch.bfloat16, {}),
     "frozen biases": (MODEL, torch.bfloat16, None, {}),
 }
+# Of a step from a plan, times that of the ops, by the batch size. With one image most memory is that of gradients, and a span
+# holds its workspaces a little longer than the ops their tensors.
+MOST_MEMORY = {1: 1.35, 64: 1.05}
 ONE_SPAN = ("distilled", "LayerScale in bf16")  # the others have one for each block
 
 
@@ -184,7 +189,7 @@ def test_a_weight_that_gets_other_data_keeps_its_memory_until_backward_has_read_
     assert before not in [torch.empty_like(weight).data_ptr() for _ in range(8)]
     loss.backward()
     del loss
-    assert before in [made.data_ptr() for made in [torch.empty_like(weight) for _ in range(8)]]
+    assert before in [made.data_ptr() for made in [torch.empty_like(weight) for _ in range(64)]]
 
 
 def test_a_weight_whose_memory_is_given_back_before_backward_is_noticed():
@@ -265,6 +270,57 @@ def test_gradients_accumulate_and_memory_is_given_back():
     assert len(sums) >= len(list(model.parameters()))
     del outputs
     assert torch.cuda.memory_allocated() == before
+
+
+class GivesBack(list):
+    """Workspaces: keeps those that are given back, each with the number of events until then."""
+
+    kept: ClassVar = []
+
+    def __setitem__(self, index, value):
+        self.kept.append((sum(fake_cuda.counts()[kind] for kind in KINDS), self[index]))
+        super().__setitem__(index, value)
+
+
+def test_workspaces_are_not_touched_once_they_are_given_back(monkeypatch):
+    monkeypatch.setattr(spans, "MOST_GRADIENTS", 0)
+    model = build(depth=4).train()
+    x = images(model)
+    plan_it(lambda: step(model, x, torch.bfloat16))
+    count = len(only_plan(model)._spans)
+    allocate = span_plans.SpanPlan.allocate
+    monkeypatch.setattr(span_plans.SpanPlan, "allocate", lambda plan: GivesBack(allocate(plan)))
+    monkeypatch.setattr(GivesBack, "kept", [])
+    before = sum(fake_cuda.counts()[kind] for kind in KINDS)
+    events = recorded(lambda: step(model, x, torch.bfloat16))
+    touched = [addresses(event) for event in events]
+    assert len(GivesBack.kept) >= 3 * count == 12
+    for until, workspace in GivesBack.kept:
+        start, end = workspace.data_ptr(), workspace.data_ptr() + workspace.nbytes
+        uses = [at for at, found in enumerate(touched) if any(start <= address < end for address in found)]
+        assert max(uses) < until - before
+    assert len({until for until, _ in GivesBack.kept}) >= 2 * count
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("dtype, autocast", [(None, torch.bfloat16), (torch.bfloat16, None)])
+def test_a_step_takes_no_more_memory_than_the_ops(dtype, autocast, batch, monkeypatch):
+    model = build(dtype=dtype, depth=6, img_size=96).train()
+    x = torch.zeros(batch, 3, 96, 96, device="cuda", dtype=model.cls_token.dtype)
+
+    def peak():
+        model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, x, autocast)
+        return torch.cuda.max_memory_allocated() - before
+
+    plan_it(lambda: step(model, x, autocast))
+    only_plan(model)
+    planned = peak()
+    monkeypatch.setattr(planning, "why_not_plannable", lambda _: "a test")
+    ops = peak()
+    assert planned <= MOST_MEMORY[batch] * ops
 
 
 def test_without_backward_passes_nothing_is_recorded_for_long():

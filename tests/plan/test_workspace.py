@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdeit.plan.tape import Buffer, Operation, View
-from fastdeit.plan.workspace import lifetimes, packed
+from fastdeit.plan.workspace import early_and_late, lifetimes, packed, packed_into, stacked
 
 
 def view(buffer):
@@ -41,3 +41,46 @@ def test_buffers_that_live_at_one_time_share_no_byte(seed):
 def test_memory_is_used_again():
     lives = {Buffer(1024): (i, i + 1) for i in range(50)}
     assert packed(lives)[1] == 2048
+
+
+def random_lives(count):
+    lives = {}
+    for _ in range(count):
+        first = random.randrange(100)
+        lives[Buffer(random.choice((1, 512, 4000, 1 << 16)))] = first, first + random.randrange(20)
+    return lives
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_buffers_among_others_share_no_byte_with_them_while_they_live(seed):
+    random.seed(seed)
+    taken = {buffer: (0, last) for buffer, (_, last) in random_lives(30).items()}
+    allocations = stacked({buffer: last for buffer, (_, last) in taken.items()}, 3)
+    assert len(allocations) == 3 and sum(len(each.offsets) for each in allocations) == len(taken)
+    lives = random_lives(60)
+    inside, rest = packed_into(lives, taken, allocations)
+    assert sum(map(len, inside)) + len(rest) == len(lives) and 0 < len(rest) < len(lives)
+    for each, more in zip(allocations, inside, strict=True):
+        placed = each.offsets | more
+        assert all(offset >= 0 and offset + buffer.nbytes <= each.size for buffer, offset in placed.items())
+        for one in placed:
+            for other in more:
+                (first, last), (start, end) = (taken | lives)[one], lives[other]
+                if one is not other and first <= end and start <= last:
+                    apart = placed[one] + one.nbytes <= placed[other] or placed[other] + other.nbytes <= placed[one]
+                    assert apart
+
+
+def test_what_becomes_free_first_lies_together():
+    buffers = [Buffer(1024) for _ in range(8)]
+    last = {buffer: number for number, buffer in enumerate(buffers)}
+    assert [list(each.offsets) for each in stacked(last, 2)] == [buffers[:4], buffers[4:]]
+    assert stacked({}, 2) == []
+
+
+def test_early_are_those_that_are_done_with_when_less_than_half_is_needed():
+    large, middle, small, last = Buffer(4096), Buffer(2048), Buffer(1024), Buffer(512)
+    lives = {large: (0, 3), middle: (1, 5), small: (2, 8), last: (20, 22)}
+    assert early_and_late(lives) == ({large: (0, 3)}, {middle: (1, 5), small: (2, 8), last: (20, 22)})
+    assert early_and_late({large: (0, 3), middle: (4, 9)}) == ({large: (0, 3), middle: (4, 9)}, {})
+    assert early_and_late({}) == ({}, {})

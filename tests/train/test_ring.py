@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from fastdeit.benchmarks.photographs import fitted
 from fastdeit.train.datasets import Images, load_data
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.ring import HELD, OverwrittenError, Ring, Ticket
@@ -57,6 +58,27 @@ def test_a_slow_reader_gets_every_batch_as_it_was(config, augment_on):
 def test_one_worker_that_loads_one_batch_ahead(config):
     config = config.replace(workers=1, prefetch=1)
     assert same(epoch_of(config, 2), epoch_of(config.replace(workers=0), 2))
+
+
+@pytest.mark.parametrize("held", [0, 3000])
+def test_batches_do_not_depend_on_how_many_files_wait_to_be_decoded(make_small_config, held, tmp_path, monkeypatch):
+    """JPEG files, one of them damaged inside, and PNG files among them: planned first as far as they are held, then decoded."""
+    for split in ("train", "val"):
+        (tmp_path / split / "photographs").mkdir(parents=True)
+        for number, image in enumerate(fitted(64, 48) * 2):
+            path = tmp_path / split / "photographs" / f"{number}.{'png' if number % 4 == 1 else 'jpg'}"
+            image.save(path)
+    damaged = tmp_path / "train" / "photographs" / "2.jpg"
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[: data.index(b"\xff\xda") + 2] + b"\xff\xd9")  # its header is whole
+    config = make_small_config(data=str(tmp_path), batch_size=4, aa="rand-m9-mstd0.5-inc1", decoder="torchvision")
+    expected = epoch_of(config, 3)  # images are augmented as they come
+    monkeypatch.setattr("fastdeit.train.batched_images.HELD_BYTES", held)
+    config = config.replace(augment_on="device")
+    loader, batches = loader_of(config)
+    batches.set_epoch(3)
+    assert len(expected) == 3 and same(list(loader), expected)
+    assert [message.partition(": ")[0] for message in loader.unreadable] == [str(damaged)]
 
 
 @pytest.mark.parametrize("taken", [1, 2, 5])
