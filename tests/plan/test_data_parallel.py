@@ -68,7 +68,7 @@ def test_buckets_are_reduced_while_other_spans_run(group, options, monkeypatch):
     assert len(buckets) >= 5 and sum(map(len, buckets)) == len(list(model.parameters()))
     # Of the backward pass: how far it was when each reduction began.
     done = [(count - start) / (end - start) for count in begun]
-    assert done == sorted(done) and done[0] < 0.35 and done[-2] < 0.9 and len(set(done)) >= 4
+    assert done == sorted(done) and done[0] < 0.35 and len({share for share in done if share < 0.9}) >= 3
     assert all(parameter.grad is not None for parameter in model.parameters())
     seen.clear()
     ops = unplanned(monkeypatch, lambda: step(wrapped, x))
