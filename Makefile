@@ -1,4 +1,4 @@
-# make train and make test need git, make and Python 3.10 to 3.12, nothing else. Another interpreter: make test PYTHON=python3.12
+# make train and make test need git, make and Python 3.10 to 3.13, nothing else. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
 # More arguments for the command that a target runs, as in: make train ARGS="--epochs 5 --seed 1"

@@ -13,6 +13,7 @@ from fastdeit.kernels.runtime.observer import under_dispatch_mode
 
 BACKENDS = ("auto", "triton", "reference")
 _MINIMUM_CAPABILITY = (8, 0)
+_HAS_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since PyTorch 2.9
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (*_LOW_PRECISION, torch.float32)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
@@ -188,7 +189,9 @@ def _capability_is_too_low(index: int) -> str | None:
 
 @_constant_while_tracing  # Dynamo guards the switch itself
 def _tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if _HAS_PRECISION:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.backends.cuda.matmul.allow_tf32
 
 
 def _why_not_interpreted(x: Tensor) -> str | None:

@@ -124,6 +124,8 @@ def test_the_readme_fits_and_all_links_lead_somewhere():
     generated = {"contributing.md", "changelog.md", "command-reference.md"}  # docs/generated_pages.py
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            if target.startswith("../../actions/workflows/"):  # as GitHub resolves it, from the page of the README
+                target = f".github/workflows/{Path(target.removesuffix('/badge.svg')).name}"
             assert target.startswith("http") or target in generated or (page.parent / target).exists(), (page, target)
 
 

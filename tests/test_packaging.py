@@ -21,7 +21,7 @@ from fastdeit.commands import cli
 
 ROOT = Path(__file__).parent.parent
 NOT_SHIPPED = ("__pycache__", "results")
-PYTHONS = ("3.10", "3.11", "3.12")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # Prints which package a process imports, from where its kernels come, and every file's digest.
 PROBE = f"""

@@ -49,9 +49,9 @@ PRECISIONS = ("amp", "bf16")
 def counts(name: str = "deit_base_distilled_patch16_224", img_size: int = 64) -> dict[str, dict[str, float]]:
     """By precision and form (`fused`, `eager`) what one block in the middle of a model adds, in a training step.
 
-    Launches forward and backward, and bytes kept for backward per token and channel. Two models that differ by a block are
+    Launches forward and backward, and bytes saved for backward per token and channel. Two models that differ by a block are
     compared, so that embedding, heads and the last block, which is fused in its own way, do not count; two batch sizes for what is
-    kept, so that weights and their casts do not.
+    saved, so that weights and their casts do not.
 
     Args:
         name: timm's, of a vision transformer.
@@ -63,13 +63,13 @@ def counts(name: str = "deit_base_distilled_patch16_224", img_size: int = 64) ->
             models = [_model(name, img_size, depth, precision, fused=form == "fused") for depth in (3, 2)]
             with kernels_left_out() as kernels:
                 launches = [_launches(model, img_size, precision, kernels) for model in models]
-                kept = [[_kept_bytes(model, batch, img_size, precision) for batch in (4, 2)] for model in models]
+                kept = [[_saved_bytes(model, batch, img_size, precision) for batch in (4, 2)] for model in models]
             (four, two), (four_less, two_less) = kept
             elements = 2 * models[0].pos_embed.shape[1] * models[0].embed_dim
             found[f"{precision} {form}"] = dict(
                 launches_forward=launches[0][0] - launches[1][0],
                 launches_backward=launches[0][1] - launches[1][1],
-                kept_bytes=round((four - two - four_less + two_less) / elements, 3),
+                saved_bytes=round((four - two - four_less + two_less) / elements, 3),
             )
     return found
 
@@ -126,7 +126,7 @@ def _launches(model: nn.Module, img_size: int, precision: str, kernels: list[str
     return forward, operations.count + len(kernels)
 
 
-def _kept_bytes(model: nn.Module, batch: int, img_size: int, precision: str) -> int:
+def _saved_bytes(model: nn.Module, batch: int, img_size: int, precision: str) -> int:
     """Bytes of the distinct storages that a forward pass keeps for backward."""
     kept: dict[int, Tensor] = {}
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
 from triton.compiler import CompiledKernel
-from triton.knobs import HookChain, runtime
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -25,6 +25,8 @@ from fastdeit.kernels.runtime.refusal import refusal
 # The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
 _TESTED_VERSIONS = ("3.6.", "3.9.")
 _DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
+runtime = knobs.runtime
+HookChain: Any = getattr(knobs, "HookChain", None)  # Triton 3.4 has a function or None in its place
 
 
 def launches_directly() -> bool:

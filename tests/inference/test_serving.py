@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -55,12 +57,14 @@ def address(model):
     script = script.replace("port=8000", f"port={port}").replace('accelerator="auto"', 'accelerator="cpu"')
     (model.folder / "serve.py").write_text(script)
     with (model.folder / "log").open("wb") as log:
-        server = subprocess.Popen([sys.executable, "serve.py"], cwd=model.folder, stdout=log, stderr=log)
+        # The server's workers are processes of their own, which outlive it: all of them are one group.
+        command = [sys.executable, "serve.py"]
+        server = subprocess.Popen(command, cwd=model.folder, stdout=log, stderr=log, start_new_session=True)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", server, model.folder / "log")
         yield f"http://127.0.0.1:{port}/predict"
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGKILL)
         server.wait(30)
 
 

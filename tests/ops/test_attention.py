@@ -23,6 +23,7 @@ from fastdeit.testing import (
     kernel_device,
     kernel_dtypes,
 )
+from fastdeit.testing.ptx.tf32 import tf32
 
 DEVICE = kernel_device()
 # On a GPU float32 goes to PyTorch's own attention; the float32 kernels are for the interpreter and, tested below, for TF32.
@@ -140,13 +141,9 @@ def in_products(qkv, heads):
 @pytest.mark.parametrize("tokens", [17, 197])
 @pytest.mark.parametrize("head_dim", [32, 48, 64])
 def test_as_accurate_as_eager_in_tf32_where_it_is_allowed(head_dim, tokens):
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
+    with tf32(True):
         qkv = randn(2, tokens, 3 * 2 * head_dim, dtype=torch.float32)
         assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, 2, eager=in_products)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.gpu

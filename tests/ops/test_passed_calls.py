@@ -6,6 +6,7 @@ import torch
 from fastdeit import backends, ops, refusals
 from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.testing import interpreter_active
+from fastdeit.testing.ptx.tf32 import tf32
 
 
 def tensors(**kwargs):
@@ -81,12 +82,8 @@ def test_autocast_to_another_dtype_is_checked():
 
 
 def test_tf32_is_checked(passed):
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
+    with tf32(True):
         assert not passed.has(tensors(), 1e-6, 2, "gelu")
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_a_call_inside_a_transform_is_checked(passed):

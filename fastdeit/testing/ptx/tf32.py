@@ -11,11 +11,13 @@ from torch import Tensor
 def tf32(allowed: bool) -> Iterator[None]:
     """Allows TF32 in products for a while, as a user would."""
     matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else matmul.fp32_precision
+    name, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)  # before 2.9
+    before = getattr(matmul, name)
+    setattr(matmul, name, on if allowed else before)
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        setattr(matmul, name, before)
 
 
 class _Product(torch.autograd.Function):

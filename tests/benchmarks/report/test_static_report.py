@@ -38,7 +38,7 @@ def test_eager_launches_are_those_of_the_costs(found):
 
 def test_timm_keeps_36_bytes_under_autocast(found):
     """Two norms' fp32 inputs (8) and results (4), qkv (6), attention's and its output (2), pre-activation and activation (16)."""
-    assert found["amp eager"]["kept_bytes"] == pytest.approx(36, abs=0.2)
+    assert found["amp eager"]["saved_bytes"] == pytest.approx(36, abs=0.2)
 
 
 def test_a_fused_block_keeps_less_and_launches_no_more_forward(found):
@@ -46,7 +46,7 @@ def test_a_fused_block_keeps_less_and_launches_no_more_forward(found):
     for precision, share in (("amp", 0.56), ("bf16", 0.65)):
         fused, eager = found[f"{precision} fused"], found[f"{precision} eager"]
         assert fused["launches_forward"] <= eager["launches_forward"]
-        assert fused["kept_bytes"] <= share * eager["kept_bytes"]
+        assert fused["saved_bytes"] <= share * eager["saved_bytes"]
         assert fused["bytes_forward"] + fused["bytes_backward"] < eager["bytes_forward"] + eager["bytes_backward"]
 
 
@@ -89,10 +89,10 @@ def test_evidence_puts_on_record_and_says_what_is_worse(tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert "attention_forward_descriptor_kernel" in out and "worse" not in out
     assert static_report.recorded() == found
-    more = {form: {**counts, "kept_bytes": 99.0} for form, counts in found.items()}
+    more = {form: {**counts, "saved_bytes": 99.0} for form, counts in found.items()}
     monkeypatch.setattr(static_report, "current", lambda: more)
     assert cli.main(["bench", "evidence", "--no-host"]) == 1
-    assert "worse than on record: amp fused: kept_bytes is 99.0" in capsys.readouterr().out
+    assert "worse than on record: amp fused: saved_bytes is 99.0" in capsys.readouterr().out
 
 
 def test_the_kernels_of_every_file_are_listed():
