@@ -30,9 +30,10 @@ class Corner(NamedTuple):
     constrained: bool
 
 
+# timm before 1.0.16 has no `timm.layers.Attention`.
 CORNERS = {
     "oldest": Corner(
-        "3.10", {"torch": "2.8.0", "triton": "3.4.0", "torchvision": "0.23.0", "timm": "1.0.15"}, constrained=True
+        "3.10", {"torch": "2.8.0", "triton": "3.4.0", "torchvision": "0.23.0", "timm": "1.0.16"}, constrained=True
     ),
     "pinned": Corner("3.11", {}, constrained=True),
     # Triton's interpreter fails on loops with run-time bounds under numpy 2.4.
