@@ -131,8 +131,8 @@ def update_committed(rows: dict[tuple[str, str, str], dict], covered: set[tuple[
         elif entry.name not in covered and (key := catalog.row_key(entry.row, entry.arch)) in known:
             kept.append(entry.as_dict(known[key]))
     RESOURCES_FILE.write_text(as_json(kept), encoding="utf-8")
-    if (docs := RESOURCES_FILE.parents[2] / "docs").is_dir():
-        (docs / PAGE).write_text(committed_page(), encoding="utf-8")
+    if (page := RESOURCES_FILE.parents[2] / "docs" / PAGE).exists():
+        page.write_text(committed_page(), encoding="utf-8")
 
 
 def committed_page() -> str:

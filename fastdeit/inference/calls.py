@@ -16,7 +16,7 @@ from fastdeit.plan.surroundings import circumstances, why_not_plannable
 if TYPE_CHECKING:
     from fastdeit.inference.model import OptimizedModel
 
-MOST_KINDS = 64  # of calls that are remembered, the last used
+MOST_KINDS = 64  # of calls that are remembered at a time; a new one takes the place of the oldest
 _PARTS = (
     layers.Embedding,
     layers.Norm,

@@ -339,7 +339,7 @@ def cache_labels(
 
 
 class _Labeller:
-    """The part of `cache_labels` that is one epoch, on a loader that serves them all."""
+    """The part of `cache_labels` that is one epoch, on a loader that serves those of a phase."""
 
     def __init__(
         self, config: Config, data: Data, teacher: nn.Module, device: torch.device, ranks: int, file: LabelFile
@@ -350,26 +350,25 @@ class _Labeller:
         self.ranks = ranks
         self.file = file
         self.augment = BatchAugmentation(config, len(data.classes), device)
-        self.share = EpochBatches(
-            len(data.train), config.batch_size // ranks, config.seed, 0, ranks, config.repeated_aug
-        )
+        share = config.batch_size // ranks
+        self.share = EpochBatches(len(data.train), share, config.seed, 0, ranks, config.repeated_aug)
         self.updates = len(self.share)
         self.dataset = data.train
         self.current: Config | None = None
         self.loader: TrainLoader | None = None
 
-    def _enter(self, current: Config) -> TrainLoader:
-        """The loader of the images of a phase."""
-        if self.loader is None or current != self.current:
-            if self.loader is not None:
-                self.loader.close()
+    def _loader(self, current: Config) -> TrainLoader | tuple[()]:
+        """The loader of a phase's images; nothing where all labels of the epoch are there."""
+        if self.loader is not None and current != self.current:
+            self.loader.close()
+            self.loader = None
+        if self.loader is None and len(self.share):
             dataset = dataset_at(self.dataset, train_transform, current)
             self.current, self.loader = current, TrainLoader(dataset, self.share, current, self.device)
-        return self.loader
+        return self.loader if self.loader is not None and len(self.share) else ()
 
     def epoch(self, epoch: int) -> Iterator[int]:
         current = config_at(self.config, epoch)
-        loader = self._enter(current)
         row = np.array(self.file.labels[epoch])
         before, stored = epoch * len(row), time.monotonic()
         try:
@@ -377,13 +376,11 @@ class _Labeller:
                 self.share.rank = rank
                 missing = (b for b in range(self.updates) if MISSING in row[_slice(self.share.positions(b))])
                 self.share.set_epoch(epoch, next(missing, self.updates))
-                for batch, (images, classes) in enumerate(loader if len(self.share) else (), self.share.first_batch):
+                for batch, (images, classes) in enumerate(self._loader(current), self.share.first_batch):
                     seed_step(self.config.seed, epoch * self.updates + batch, rank)
                     images, _ = self.augment(images, classes, epoch)
                     images = enlarged(images, self.config.img_size)
-                    with autocast(
-                        self.config, self.device
-                    ):  # in the parts that the run sees, so that not even roundings differ
+                    with autocast(self.config, self.device):  # in the run's parts: not even roundings differ
                         logits = torch.cat([self.teacher(part) for part in images.chunk(current.grad_accum_steps)])
                     if not logits.isfinite().all():
                         raise ValueError(

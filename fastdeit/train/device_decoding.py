@@ -1,7 +1,7 @@
 """JPEG files decoded, cropped and resized on the device, a batch at a time, and augmented there next: `decode_on: device`.
 
 The pixels are not those of a CPU: nvJPEG computes the inverse DCT and upsamples chroma in its own way, and the resampling is in
-float32. Nothing here has been timed on a GPU. Of the host's time, a batch takes one call of the decoder and two launches an image.
+float32. Nothing here has been timed on a GPU. Two launches an image are counted beside the decoder's call.
 """
 
 import io
@@ -69,9 +69,12 @@ class DeviceDecoding:
         modes = [INTERPOLATIONS[parts[place].interpolation] for place in crops]
         images = resized(list(crops.values()), modes, batch.images.shape[1:], self.device)
         if whole:
-            others = torch.from_numpy(np.stack(list(whole.values()))).to(self.device)
-            order = torch.tensor([*crops, *whole], device=self.device).argsort()
-            images = torch.cat([images, others])[order]
+            others = torch.from_numpy(np.stack(list(whole.values())))
+            if self.device.type == "cuda":
+                others = others.pin_memory()
+            pieces = dict(zip(whole, others.to(self.device, non_blocking=True).split(1), strict=True))
+            pieces |= zip(crops, images.split(1), strict=False)
+            images = torch.cat([pieces[place] for place in range(len(parts))])
         rest = (batch.plans, batch.flips, batch.classes)
         return (images, *(t.to(self.device, non_blocking=True, copy=True) for t in rest)), messages
 
@@ -105,11 +108,12 @@ def resized(crops: Sequence[Tensor], modes: Sequence[str], shape: Sequence[int],
         shape: height, width and channels.
     """
     height, width, channels = shape
-    made = torch.empty((len(crops), channels, height, width), device=device)
-    for image, crop, mode in zip(made, crops, modes, strict=True):
+    made = [torch.empty((0, channels, height, width), device=device)]
+    for crop, mode in zip(crops, modes, strict=True):
         planes = crop.permute(2, 0, 1) if channels == 3 else _grey(crop)[None]
-        image.copy_(F.interpolate(planes[None].float(), (height, width), mode=mode, antialias=True)[0])
-    return made.add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        planes = planes[None].to(torch.float32, memory_format=torch.contiguous_format)
+        made.append(F.interpolate(planes, (height, width), mode=mode, antialias=True))
+    return torch.cat(made).add_(0.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _grey(crop: Tensor) -> Tensor:

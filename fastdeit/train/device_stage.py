@@ -77,7 +77,7 @@ def check_decoded_on_device(config: Config, dataset: Any, device: torch.device) 
     if reason is None:
         reason = why_augmented_on_cpu(config, dataset, device)
     if reason is not None:
-        raise ValueError(f"decode_on: the images cannot be decoded on the device: {reason}; set it to cpu")
+        raise ValueError(f"decode_on: the images cannot be decoded on the device: {reason}; set decode_on to cpu")
 
 
 def describe_loader(config: Config, dataset: Any, device: torch.device) -> str:

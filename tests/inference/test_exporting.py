@@ -151,3 +151,15 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
     assert main(["export", "missing.safetensors", "--output", str(tmp_path / "deit")]) == 2
     printed = capsys.readouterr().err
     assert "deit_tinny" in printed and "missing.safetensors" in printed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp16", "fp8", "int8"])
+def test_a_package_compiles_and_takes_other_batches(made, raw_images, tmp_path, precision):
+    fast, path = made(precision), tmp_path / "deit.pt2"
+    export_optimized(fast, path, "aoti")
+    run = torch._inductor.aoti_load_package(str(path))
+    for batch in (raw_images[:1], raw_images):
+        got, expected = run(batch).float(), fast(batch).float()
+        assert got.shape == expected.shape
+        assert (got - expected).norm() <= (0.005 if precision == "fp16" else 0.1) * expected.norm()

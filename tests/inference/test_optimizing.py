@@ -77,7 +77,7 @@ def test_the_last_block_computes_the_prefix_alone(small, raw_images, normalised)
     assert rows == [18, 2]
 
 
-@pytest.mark.parametrize(("gamma", "apart"), [(1e-6, True), (0.2, False)])
+@pytest.mark.parametrize(("gamma", "apart"), [(1e-6, True), (2e-4, True), (0.2, False)])
 def test_a_layer_scale_that_float16_weights_cannot_take_stays_apart(
     small, raw_images, normalised, assert_within_contract, gamma, apart
 ):

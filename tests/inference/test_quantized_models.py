@@ -197,3 +197,45 @@ def test_bad_options(small, calibration, options, error, message):
 def test_options_of_quantization_with_bf16(small, option, value):
     with pytest.raises(ValueError, match=f"{option}: expected nothing for bf16, in which no layer is quantized"):
         optimize_for_inference(small(), "bf16", **{option: value})
+
+
+def _calibrated(fast):
+    """Its scales of activations, and the factors for channels."""
+    return {
+        n: t for n, t in fast.named_buffers() if n.endswith("input_scale") or (".norm" in n and n.endswith("weight"))
+    }
+
+
+@BOTH
+@pytest.mark.parametrize("turned", [False, True])
+def test_scales_reach_the_values_of_every_batch(small, precision, turned):
+    model = small(init_values=0.2)
+    torch.nn.init.normal_(model.patch_embed.proj.weight)
+    batches = [(images, torch.arange(4)) for images in (torch.randn(4, 3, 32, 32), torch.zeros(4, 3, 32, 32))]
+    options = dict(precision=precision, value_range="maximum")
+    alone = [_calibrated(optimize_for_inference(model, calibration=[batch], **options)) for batch in batches]
+    together = optimize_for_inference(model, calibration=batches[::-1] if turned else batches, **options)
+    for name, tensor in _calibrated(together).items():
+        both = torch.stack([found[name] for found in alone])  # a channel's factor divides its largest value
+        assert torch.equal(tensor, both.amax(0) if name.endswith("input_scale") else both.amin(0)), name
+    assert any(not torch.equal(alone[0][name], alone[1][name]) for name in alone[0])
+
+
+def test_a_channels_factor_balances_its_inputs_and_its_weights(small, calibration):
+    """SmoothQuant's equation 4 with alpha = 0.5, to the nearest power of two."""
+    model = small(init_values=0.2)
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight.mul_(torch.logspace(-1, 1, 64))
+    plain, largest = optimize_for_inference(model, "bf16"), {}
+
+    def tap(layer, x):
+        largest[layer] = x.abs().amax((0, 1)).float()
+        return x
+
+    plain.blocks[0].tap = tap
+    plain(calibration[0][0])
+    fast = optimize_for_inference(model, "int8", calibration=calibration)
+    for norm, layer in (("norm1", "qkv"), ("norm2", "fc1")):
+        weights = plain.get_buffer(f"blocks.0.{layer}.weight").float().abs().amax(0)
+        expected = (largest[layer] / weights).sqrt().log2().round().neg().exp2()
+        assert torch.equal(fast.get_buffer(f"blocks.0.{norm}.weight").float(), expected)

@@ -181,15 +181,22 @@ def planned_loss():
     return model, sum(output.sum() for output in model(x))
 
 
+def is_allocated(address):
+    blocks = (block for segment in torch.cuda.memory_snapshot() for block in segment["blocks"])
+    return any(
+        block["state"] == "active_allocated" and 0 <= address - block["address"] < block["size"] for block in blocks
+    )
+
+
 def test_a_weight_that_gets_other_data_keeps_its_memory_until_backward_has_read_it():
     model, loss = planned_loss()
     weight = model.blocks[0].mlp.fc1.weight
     before = weight.data_ptr()
     weight.data = weight.data.clone()
-    assert before not in [torch.empty_like(weight).data_ptr() for _ in range(8)]
+    assert is_allocated(before)
     loss.backward()
     del loss
-    assert before in [made.data_ptr() for made in [torch.empty_like(weight) for _ in range(64)]]
+    assert not is_allocated(before)
 
 
 def test_a_weight_whose_memory_is_given_back_before_backward_is_noticed():
@@ -302,11 +309,10 @@ def test_workspaces_are_not_touched_once_they_are_given_back(monkeypatch):
     assert len({until for until, _ in GivesBack.kept}) >= 2 * count
 
 
-@pytest.mark.parametrize("batch", [1, 64])
-@pytest.mark.parametrize("dtype, autocast", [(None, torch.bfloat16), (torch.bfloat16, None)])
-def test_a_step_takes_no_more_memory_than_the_ops(dtype, autocast, batch, monkeypatch):
-    model = build(dtype=dtype, depth=6, img_size=96).train()
-    x = torch.zeros(batch, 3, 96, 96, device="cuda", dtype=model.cls_token.dtype)
+def relative_peak(depth, size, batch, dtype, autocast, monkeypatch):
+    """The most memory that a step takes from a plan, over what it takes by the ops."""
+    model = build(dtype=dtype, depth=depth, img_size=size).train()
+    x = torch.zeros(batch, 3, size, size, device="cuda", dtype=model.cls_token.dtype)
 
     def peak():
         model.zero_grad(set_to_none=True)
@@ -319,8 +325,21 @@ def test_a_step_takes_no_more_memory_than_the_ops(dtype, autocast, batch, monkey
     only_plan(model)
     planned = peak()
     monkeypatch.setattr(planning, "why_not_plannable", lambda _: "a test")
-    ops = peak()
-    assert planned <= MOST_MEMORY[batch] * ops
+    return planned / peak()
+
+
+@pytest.mark.parametrize("batch", MOST_MEMORY)
+@pytest.mark.parametrize("dtype, autocast", [(None, torch.bfloat16), (torch.bfloat16, None)])
+def test_a_step_takes_no_more_memory_than_the_ops(dtype, autocast, batch, monkeypatch):
+    assert relative_peak(6, 96, batch, dtype, autocast, monkeypatch) <= MOST_MEMORY[batch]
+
+
+@pytest.mark.parametrize(
+    "dtype, autocast, size, batch", [(None, torch.bfloat16, 96, 128), (torch.bfloat16, None, 128, 64)]
+)
+def test_a_span_of_one_block_gives_back_what_its_second_half_does_not_need(dtype, autocast, size, batch, monkeypatch):
+    monkeypatch.setattr(spans, "MOST_GRADIENTS", 0)
+    assert relative_peak(3, size, batch, dtype, autocast, monkeypatch) <= 1.01
 
 
 def test_without_backward_passes_nothing_is_recorded_for_long():

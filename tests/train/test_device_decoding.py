@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from fastdeit.benchmarks.photographs import fitted
+from fastdeit.testing import fake_cuda
+from fastdeit.testing.fake_cuda.events import WAITS
 from fastdeit.train import device_decoding, run
 from fastdeit.train.checkpoints import check_same_run, load_state
 from fastdeit.train.config import load_config
@@ -274,7 +276,8 @@ def test_images_that_the_device_cannot_decode_are_refused_with_the_reason(config
     config = config.replace(distillation_type="none", teacher_epochs=0, **changes)
     for refused in (lambda: describe(config), lambda: run.train(config, tmp_path / "run")):
         with pytest.raises(
-            ValueError, match=f"^decode_on: the images cannot be decoded on the device: {reason}.*; set it"
+            ValueError,
+            match=f"^decode_on: the images cannot be decoded on the device: {reason}.*; set decode_on to cpu",
         ):
             refused()
 
@@ -307,3 +310,54 @@ def test_a_batch_is_decoded_before_its_memory_is_given_back():
     log = []
     batch = HostBatch((), lambda: log.append("given back"), lambda: log.append("decoded") or (torch.zeros(1),))
     assert len(list(copied(iter([batch, batch]), CPU))) == 2 and log == ["decoded", "given back"] * 2
+
+
+class Blank:
+    """A decoder whose images are black."""
+
+    def decode(self, files, parts):
+        return [torch.zeros(part.box.height, part.box.width, 3, dtype=torch.uint8, device="cuda") for part in parts]
+
+
+@pytest.mark.fake_device
+def test_a_batch_on_a_gpu_takes_two_launches_an_image_and_waits_for_nothing(config, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdeit.train.loading.create_device_decoder", lambda *_: Blank())
+    common = shutil.copytree(folder, tmp_path / "common")
+    for name in ("0-4.png", "2-1.jpg"):  # a PNG, and a JPEG of CMYK: images that workers make
+        (common / "train" / "class-0" / name).unlink()
+
+    def events_of_an_epoch(root, size):
+        train = load_data(config.replace(data=str(root))).train
+        loader = TrainLoader(train, EpochBatches(len(train), size, config.seed), config, torch.device("cuda"))
+        with fake_cuda.record() as events:
+            for images, _ in loader:
+                assert images.shape == (size, 3, 32, 32) and images.is_cuda
+        return [event for event in events if "FillFunctor" not in event.name], len(loader)  # the decoder's
+
+    of_a_batch = []
+    for size in (4, 8):
+        events, count = events_of_an_epoch(common, size)
+        launches = [event for event in events if event.kind == "launch"]
+        assert all(event.stream for event in launches)  # the stream of copies, which is not the default one
+        of_a_batch.append(len(launches) / count - 2 * size)
+        assert not {"copy_to_device_pageable", *WAITS} & {event.kind for event in events}
+    assert of_a_batch == [4, 4]
+    events, _ = events_of_an_epoch(folder, 24)
+    assert not {"copy_to_device_pageable", *WAITS} & {event.kind for event in events}
+
+
+@pytest.mark.gpu
+@pytest.mark.numeric
+def test_nvjpegs_pixels_are_near_those_of_the_cpu(config):
+    device = torch.device("cuda")
+    try:
+        create_device_decoder(config, device)
+    except ImportError as error:
+        pytest.skip(str(error))
+    config = config.replace(img_size=64)
+    train = load_data(config).train
+    batches = EpochBatches(len(train), config.batch_size, config.seed)
+    there = torch.cat([images.cpu() for images, _ in TrainLoader(train, batches, config, device)])
+    here = torch.cat([images for images, _ in epoch_of(config.replace(decode_on="cpu"))])
+    normalised = (here.float() / 255 - 0.5) / 0.25  # as a GPU's loader gives images
+    assert (there - normalised).abs().mean() < 3 / 255 / 0.25

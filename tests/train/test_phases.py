@@ -210,8 +210,9 @@ class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.parametrize("failure", [Interrupted, RuntimeError])
-@pytest.mark.parametrize("step", [2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "step, failure", [(2, Interrupted), (3, Interrupted), (3, RuntimeError), (4, RuntimeError), (6, Interrupted)]
+)
 def test_a_run_goes_on_across_a_change(config, whole, tmp_path, monkeypatch, step, failure):
     """At step 3 the first update at 16 pixels is to come; an error in it leaves a state that has the size already."""
     train_step = Trainer._train_step
