@@ -81,9 +81,9 @@ def _multiprocessors(device_index: int) -> int:
 
 def architecture(x: torch.Tensor) -> int:
     """The compute capability of x's device as one number, such as 90; that of `nominal_device` for a CPU tensor."""
-    return _capability(x.device.index) if x.is_cuda else _nominal[0]
+    return _capability(x.get_device()) if x.is_cuda else _nominal[0]
 
 
 def multiprocessors(x: torch.Tensor) -> int:
     """The number of streaming multiprocessors of x's device; those of `nominal_device` for a CPU tensor."""
-    return _multiprocessors(x.device.index) if x.is_cuda else _nominal[1]
+    return _multiprocessors(x.get_device()) if x.is_cuda else _nominal[1]

@@ -51,7 +51,14 @@ _TENSORS = (torch.Tensor, torch.nn.Parameter)
 # Takes launches of CPU tensors, called as `launch` is; None leaves them to Triton, whose interpreter runs them.
 _cpu_launcher: Callable[..., None] | None = None
 
-_thread = threading.local()  # compiled_only: a CompiledOnly; has_context: device indices
+class _Thread(threading.local):
+    """What a thread has to itself. A value of the class is found faster than the lack of one."""
+
+    compiled_only: "CompiledOnly | None" = None
+    has_context: frozenset[int] = frozenset({-1})  # device indices; -1 is the CPU
+
+
+_thread = _Thread()
 
 # kernel's id -> the kernel, positions of the arguments whose type matters, and what was compiled so far
 _kernels: dict[int, "_Kernel"] = {}
@@ -135,7 +142,7 @@ class CompiledOnly:
 
 def _runs() -> bool:
     """Whether this thread's launches are to run."""
-    held = getattr(_thread, "compiled_only", None)
+    held = _thread.compiled_only
     return held is None or not held.open
 
 
@@ -227,12 +234,9 @@ def descriptor(
 def bind_context(device: int) -> None:
     """Makes the device's context current in this thread, once: an autograd thread's first launch may be one with descriptors, which
     are encoded before Triton looks for a context. -1 is the CPU."""
-    bound = getattr(_thread, "has_context", None)
-    if bound is None:
-        bound = _thread.has_context = {-1}  # the CPU
-    if device not in bound:
+    if device not in _thread.has_context:
         torch.cuda.mem_get_info(device)
-        bound.add(device)
+        _thread.has_context |= {device}
 
 
 def cdiv(a: int, b: int) -> int:
