@@ -51,6 +51,7 @@ _TENSORS = (torch.Tensor, torch.nn.Parameter)
 # Takes launches of CPU tensors, called as `launch` is; None leaves them to Triton, whose interpreter runs them.
 _cpu_launcher: Callable[..., None] | None = None
 
+
 class _Thread(threading.local):
     """What a thread has to itself. A value of the class is found faster than the lack of one."""
 
