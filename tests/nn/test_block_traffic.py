@@ -24,7 +24,7 @@ LAUNCHING += ("runtime.column_sums",)
 
 
 def recording(monkeypatch) -> list[tuple[str, int]]:
-    """Fills with (kernel or "product", bytes a token and channel) as they run."""
+    """Fills with (kernel or "GEMM", bytes per token and channel) as they run."""
     steps = []
 
     def record(name, tensors):
@@ -54,8 +54,8 @@ def recording(monkeypatch) -> list[tuple[str, int]]:
         return multiplied
 
     products = [
-        (torch, "mm", "product"),
-        (torch, "addmm", "product"),
+        (torch, "mm", "GEMM"),
+        (torch, "addmm", "GEMM"),
         (matmul, "product_in_float32", "weight gradient"),
     ]
     for owner, name, kind in products:
@@ -66,7 +66,7 @@ def recording(monkeypatch) -> list[tuple[str, int]]:
 def documented(heading: str) -> list[tuple[str, int]]:
     section = DOCS.read_text().split(f"### {heading}\n")[1].split("\n#")[0]
     return [
-        (name, int(size)) for name, size in re.findall(r"^\| `?([a-z_ ]+?)`? \|.*\| (\d+) \|$", section, re.MULTILINE)
+        (name, int(size)) for name, size in re.findall(r"^\| `?([a-zA-Z_ ]+?)`? \|.*\| (\d+) \|$", section, re.MULTILINE)
     ]
 
 
