@@ -66,7 +66,8 @@ def recording(monkeypatch) -> list[tuple[str, int]]:
 def documented(heading: str) -> list[tuple[str, int]]:
     section = DOCS.read_text().split(f"### {heading}\n")[1].split("\n#")[0]
     return [
-        (name, int(size)) for name, size in re.findall(r"^\| `?([a-zA-Z_ ]+?)`? \|.*\| (\d+) \|$", section, re.MULTILINE)
+        (name, int(size))
+        for name, size in re.findall(r"^\| `?([a-zA-Z_ ]+?)`? \|.*\| (\d+) \|$", section, re.MULTILINE)
     ]
 
 
