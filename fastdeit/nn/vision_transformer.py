@@ -1,4 +1,4 @@
-"""Whole models: no residual addition of their own, and no work on tokens that nobody reads."""
+"""Full models: residual additions run in the next LayerNorm kernel, and tokens that no head reads are not computed."""
 
 import functools
 from typing import cast

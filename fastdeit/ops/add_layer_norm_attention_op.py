@@ -55,7 +55,7 @@ def add_layer_norm_attention(
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The attention's half of a pre-norm transformer block, from the addition before it to the output that is still to be added.
+    """The attention half of a pre-norm transformer block, from the pending residual addition to an output that is not yet added.
 
         x_new = x + drop_path_scale * branch
         out = gamma * proj(attention(qkv(layer_norm(x_new))))
@@ -116,7 +116,7 @@ def add_layer_norm_attention_reference(
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `add_layer_norm_attention` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `add_layer_norm_attention` in plain PyTorch. In float64 it is the oracle."""
     if branch is None:
         x_new, normed = x, layer_norm_reference(x, norm_weight, norm_bias, eps)
     else:

@@ -57,7 +57,7 @@ def add_layer_norm_mlp(
     recompute: str | None = None,
     lean: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The MLP's half of a pre-norm transformer block, from the addition before it to the output that is still to be added.
+    """The MLP half of a pre-norm transformer block, from the pending residual addition to an output that is not yet added.
 
         x_new = x + drop_path_scale * branch
         out = gamma * mlp(layer_norm(x_new))
@@ -121,7 +121,7 @@ def add_layer_norm_mlp_reference(
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `add_layer_norm_mlp` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `add_layer_norm_mlp` in plain PyTorch. In float64 it is the oracle."""
     if branch is None:
         x_new, normed = x, layer_norm_reference(x, norm_weight, norm_bias, eps)
     else:

@@ -23,7 +23,7 @@ def add_layer_norm_quantize(
     gamma: Tensor | None = None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_layer_norm`, whose result is 8 bits wide with a scale for each token, the largest magnitude over the format's.
+    """`add_layer_norm` with an 8-bit result and a scale per token: the token's largest magnitude over the format's.
 
         x_new = x + gamma * branch
         q, scale = quantized(layer_norm(x_new, weight, bias, eps))
@@ -68,7 +68,7 @@ def add_layer_norm_quantize_reference(
     gamma: Tensor | None = None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `add_layer_norm_quantize` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `add_layer_norm_quantize` in plain PyTorch. In float64 it is the oracle."""
     if branch is not None:
         stream = torch.promote_types(x.dtype, branch.dtype)
         wide = torch.promote_types(stream, torch.float32)

@@ -90,13 +90,13 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
 
 
 def attention_reference(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
-    """What `attention` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `attention` in plain PyTorch. In float64 it is the oracle."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     return attention_qkv_reference(q, k, v, scale=scale).flatten(2)
 
 
 def attention_qkv_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """What `attention_qkv` means, in plain PyTorch."""
+    """Reference of `attention_qkv` in plain PyTorch."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 

@@ -53,7 +53,7 @@ def augment_reference(
     levels: Tensor | None = None,
     fill: Sequence[int] = (0, 0, 0),
 ) -> Tensor:
-    """What `augment` means, in plain PyTorch."""
+    """Reference of `augment` in plain PyTorch."""
     B, C, H, W = images.shape
     out = torch.empty((B, C, H, W), dtype=torch.uint8 if levels is None else levels.dtype, device=images.device)
     at_once = max(1, _CHUNK // (H * W))

@@ -56,8 +56,8 @@ def distillation_cross_entropy(
         target: (B,) class indices of an integer dtype, or (B, C) floats, which need not sum to one. None with base "none".
         teacher: (B, C) logits of any float dtype or, for hard distillation, (B,) class indices. None with kind "none".
         kind: "none", "hard" or "soft".
-        alpha: the weight of the distillation term, in [0, 1]. A term of weight zero counts as zero, whatever its value. With kind
-            or base "none" the other term counts alone, unweighted.
+        alpha: the weight of the distillation term, in [0, 1]. A term of weight zero counts as zero, even if it is not finite.
+            With kind or base "none" the other term counts alone, unweighted.
         tau: the temperature of soft distillation, > 0.
         label_smoothing: in [0, 1), only with class indices and cross-entropy.
         reduction: "mean" or "sum" over the batch, or "none". The mean of an empty batch is NaN, as PyTorch's.
@@ -124,7 +124,7 @@ def distillation_cross_entropy_reference(
     base: str = "cross_entropy",
     soft_divisor: str = "numel",
 ) -> Tensor:
-    """What `distillation_cross_entropy` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `distillation_cross_entropy` in plain PyTorch. In float64 it is the oracle."""
     logits, dist_logits, target, teacher = (_autocast(t) for t in (logits, dist_logits, target, teacher))
     terms = []
     if base != "none":

@@ -99,7 +99,7 @@ def layer_norm_mlp_reference(
     drop_path_scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """What `layer_norm_mlp` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `layer_norm_mlp` in plain PyTorch. In float64 it is the oracle."""
     normed = layer_norm_reference(x, norm_weight, norm_bias, eps)
     out = mlp_reference(normed, w1, b1, w2, b2, activation=activation)
     if gamma is not None:

@@ -33,7 +33,7 @@ def layer_norm(
         out_dtype: dtype of the result; by default float32 under CUDA autocast, as PyTorch gives, else x's.
 
     Returns:
-        (..., C). Statistics are float32 (float64 for float64 input) whatever the dtypes.
+        (..., C). Statistics are float64 for float64 input, else float32.
 
     Raises:
         TypeError: x, weight or bias is not a floating-point tensor, or out_dtype is not a floating-point dtype.
@@ -101,7 +101,7 @@ def add_layer_norm(
 def layer_norm_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """What `layer_norm` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `layer_norm` in plain PyTorch. In float64 it is the oracle."""
     weight, bias = (p if p is None else p.to(x.dtype) for p in (weight, bias))
     y = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return y if out_dtype is None else y.to(out_dtype)
@@ -118,7 +118,7 @@ def add_layer_norm_reference(
     drop_path_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `add_layer_norm` means, in plain PyTorch."""
+    """Reference of `add_layer_norm` in plain PyTorch."""
     stream = torch.promote_types(x.dtype, branch.dtype)
     if gamma is not None:
         branch = branch * gamma

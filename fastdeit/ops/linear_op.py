@@ -78,7 +78,7 @@ def linear_reference(
     drop_path_scale: Tensor | None = None,
     save_preactivation: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What `linear` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `linear` in plain PyTorch. In float64 it is the oracle."""
     z = F.linear(x, weight, bias)
     out = z if activation is None else ACTIVATIONS[activation](z)
     if gamma is not None:

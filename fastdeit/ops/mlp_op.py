@@ -62,7 +62,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
 def mlp_reference(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu"
 ) -> Tensor:
-    """What `mlp` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `mlp` in plain PyTorch. In float64 it is the oracle."""
     return F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
 
 

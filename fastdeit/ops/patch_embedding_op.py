@@ -70,7 +70,7 @@ def patch_embedding_reference(
     class_token: Tensor | None = None,
     more_tokens: Tensor | None = None,
 ) -> Tensor:
-    """What `patch_embedding` means, in plain PyTorch. Run in float64 it is the oracle."""
+    """Reference of `patch_embedding` in plain PyTorch. In float64 it is the oracle."""
     images = images if images.is_floating_point() else images.to(weight.dtype) - CENTRE
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     if positions is not None and positions.shape[1] == tokens.shape[1]:

@@ -73,7 +73,7 @@ def quantized_linear_reference(
     scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """What `quantized_linear` means, in plain PyTorch on float32; with out_dtype float64 or float64 scales it is the oracle."""
+    """Reference of `quantized_linear` in plain PyTorch on float32; with out_dtype float64 or float64 scales it is the oracle."""
     exact = torch.float64 in (out_dtype, column_scale.dtype)
     wide = torch.float64 if exact else torch.float32
     options: dict[str, Any] = dict(

@@ -42,7 +42,7 @@ def rescale(
 
     Raises:
         TypeError: a dtype is another.
-        ValueError: a shape or device does not fit z, activation is another, or scale is missing or not wanted.
+        ValueError: a shape or device does not fit z, activation is another, or scale is missing or superfluous.
     """
     _check(z, row_scale, column_scale, bias, activation, scale, out_dtype)
     options: dict[str, Any] = dict(
@@ -64,7 +64,7 @@ def rescale_reference(
     scale: Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """What `rescale` means, in plain PyTorch. With float64 tensors it is the oracle."""
+    """Reference of `rescale` in plain PyTorch. With float64 tensors it is the oracle."""
     y = z.to(torch.float64 if torch.float64 in (z.dtype, out_dtype) else torch.float32)
     if row_scale is not None:
         y = y * row_scale[..., None]
