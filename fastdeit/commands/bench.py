@@ -20,20 +20,24 @@ MODES = {
     ),
     "evidence": Mode(
         "fastdeit.benchmarks.report.static_report",
-        "what can be known without a GPU: counts, compiled kernels, host time",
+        "print what is known without a GPU: counts, compiled kernels, host time",
     ),
     "deployment": Mode(
         "fastdeit.benchmarks.deployment",
-        "PyTorch's tutorial on deploying a vision transformer beside frozen models, without a GPU",
+        "compare frozen models with PyTorch's tutorial on deploying a vision transformer, without a GPU",
     ),
-    "loader": Mode("fastdeit.benchmarks.loader", "images per CPU second of the loader beside timm's, without a GPU"),
-    "pictures": Mode("fastdeit.benchmarks.report.pictures", "draws where a step's time goes by roofline arithmetic"),
-    "profile": Mode("fastdeit.benchmarks.profile_step", "what a forward pass and a training step spend their time on"),
+    "loader": Mode(
+        "fastdeit.benchmarks.loader", "time the loader beside timm's, in images per CPU second, without a GPU"
+    ),
+    "pictures": Mode("fastdeit.benchmarks.report.pictures", "draw where a step's time goes by roofline arithmetic"),
+    "profile": Mode(
+        "fastdeit.benchmarks.profile_step", "time the kernels of a forward pass and a training step, on a GPU"
+    ),
     "readme": Mode(
-        "fastdeit.benchmarks.report.readme", "writes the README's performance section from the committed results"
+        "fastdeit.benchmarks.report.readme", "write the README's performance section from the committed results"
     ),
     "roofline": Mode(
-        "fastdeit.benchmarks.report.roofline_table", "what whole models could reach, from two numbers of a GPU"
+        "fastdeit.benchmarks.report.roofline_table", "estimate ceilings of full models from two numbers of a GPU"
     ),
 }
 # Seconds: for everything, for a case, to set up a candidate. A whole model takes torch.compile most of a minute, its max-autotune
@@ -52,7 +56,9 @@ def suites() -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_subparsers(dest="mode", metavar="MODE")
     for name, (total, _, _) in RUNS.items():
-        about = "each suite's most important cases" if name == "quick" else "all cases, the most important first"
+        about = (
+            "time each suite's most important cases" if name == "quick" else "time all cases, the most important first"
+        )
         mode = modes.add_parser(
             name,
             help=f"{about}, in at most {total / 60:.0f} minutes" + (" (default)" if name == "quick" else ""),

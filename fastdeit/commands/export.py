@@ -28,11 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="safetensors",
         help="; ".join(f"{name}: {about}" for name, about in FORMATS.items()) + " (default: safetensors)",
     )
-    parser.add_argument("--precision", choices=tuple(STREAM), default="bf16", help="of the model (default: bf16)")
     parser.add_argument(
-        "--images", choices=IMAGES, default="float", help="float: normalised; uint8: as decoded (default: float)"
+        "--precision", choices=tuple(STREAM), default="bf16", help="precision of the frozen model (default: bf16)"
     )
-    parser.add_argument("--readout", choices=tuple(READOUTS), help="of a distilled model (default: mean)")
+    parser.add_argument(
+        "--images",
+        choices=IMAGES,
+        default="float",
+        help="input of the model: float, normalised, or uint8, as decoded (default: float)",
+    )
+    parser.add_argument(
+        "--readout", choices=tuple(READOUTS), help="which logits a distilled model returns (default: mean)"
+    )
     parser.add_argument(
         "--calibration", type=Path, metavar="FOLDER", help="images for fp8 and int8, at most 512; 256 are enough"
     )

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--update",
         action="store_true",
-        help="the same, execute what has changed on the CPU, and rewrite resources.json",
+        help="as --committed; also execute what has changed on the CPU, and rewrite resources.json",
     )
     parser.add_argument(
         "--execute",
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=SAMPLE,
         metavar="N",
-        help=f"compile besides, for each architecture, N configurations that calls drawn at random reach (default {SAMPLE}; "
+        help=f"also compile, for each architecture, N configurations that random calls reach (default {SAMPLE}; "
         "not with --only, --committed or --update)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of that sample")

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="US",
-        help="assumed driver time per launch, added to both (default: 0)",
+        help="assumed driver time per launch in microseconds, added to fastdeit and timm (default: 0)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--checkpoint", metavar="PATH", help="weights (.safetensors), or a run folder for its last weights"
     )
-    weights.add_argument("--optimized", metavar="FILE", help="a file that save() of an optimized model wrote")
+    weights.add_argument(
+        "--optimized", metavar="FILE", help="a frozen model, as fastdeit export or OptimizedModel.save wrote it"
+    )
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to print per image (default: 5)")
     parser.add_argument("--device", help="device to use (default: the run's, or a GPU if there is one)")
     add_image_limit(parser)

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp", choices=("float16", "bfloat16"), help="dtype of autocast (default on a GPU: bfloat16)"
     )
     precision.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the parameters, without autocast (default elsewhere)"
+        "--dtype", choices=DTYPES, help="dtype of the parameters, without autocast (default on a CPU: float32)"
     )
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="modules that keep timm's implementation"
@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     precision.add_argument(
         "--precision",
         choices=tuple(STREAM),
-        help="report what optimize_for_inference in this precision costs, instead of comparing accelerated layers",
+        help="report the error of optimize_for_inference in this precision, instead of comparing accelerated layers",
     )
     parser.add_argument(
         "--images",
         type=Path,
         metavar="FOLDER",
-        help="of --precision: images to calibrate with and to report on, at most 512 (default: random ones, which say little)",
+        help="with --precision: images to calibrate with and to report on, at most 512 (default: random, not representative)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

@@ -41,7 +41,7 @@ def load_optimized(
     cuda_graphs: str = "auto",
     buckets: Iterable[int] = (),
 ) -> OptimizedModel:
-    """The model that `OptimizedModel.save` wrote.
+    """Loads the model that `OptimizedModel.save` wrote.
 
     Args:
         path: of the file.
@@ -50,10 +50,10 @@ def load_optimized(
         buckets: as `optimize_for_inference` takes them; the file does not contain them.
 
     Raises:
-        TypeError: a bucket is no whole number.
+        TypeError: a bucket is not a whole number.
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, no safetensors file, one without an optimized model, of another version or changed, or the
-            device lacks its precision.
+        ValueError: the file is truncated or changed, is not a safetensors file, has no optimized model or one of another version,
+            or the device does not support its precision.
     """
     from safetensors import SafetensorError, safe_open
 

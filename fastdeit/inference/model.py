@@ -32,7 +32,7 @@ class Preprocessing(NamedTuple):
 
 
 class OptimizedModel(nn.Module):
-    """A vision transformer with frozen weights; its buffers are on one device, in a precision that is fixed.
+    """A vision transformer with frozen weights in buffers, on one device and in a fixed precision.
 
     Args:
         architecture: of the model.
@@ -87,7 +87,7 @@ class OptimizedModel(nn.Module):
                 images="uint8" levels from 0 to 255 as they are decoded.
 
         Returns:
-            (B, classes) as `readout` says, of the model's dtype; a tensor of its own.
+            (B, classes) as `readout` says, of the model's dtype; a new tensor.
 
         Raises:
             TypeError: images is not a tensor or has another dtype.
@@ -179,7 +179,7 @@ class OptimizedModel(nn.Module):
 
         Args:
             loader: batches of images as this model takes them, or pairs with labels.
-            model: that this one was made of; by default the very one, which must still be there.
+            model: the one that this was made of; by default the original object, which must still exist.
 
         Returns:
             A `Report`; `str()` of it is a table.
@@ -199,7 +199,7 @@ class OptimizedModel(nn.Module):
         timm's evaluation does, and normalised unless the model takes uint8.
 
         Raises:
-            ValueError: the model does not know how.
+            ValueError: the model has no preprocessing on record.
         """
         from fastdeit.inference.images import preparation
 

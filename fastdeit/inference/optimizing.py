@@ -30,29 +30,29 @@ def optimize_for_inference(
     cuda_graphs: str = "auto",
     buckets: Iterable[int] = (),
 ) -> OptimizedModel:
-    """A module of its own that computes what model computes in evaluation, with as little work as that takes.
+    """Returns a new module that computes what model computes in evaluation, from frozen weights, with fewer operations.
 
     Weights are converted once. LayerNorm's and LayerScale's parameters, the scale of attention and, for uint8 images, their
-    normalisation are folded into weights; the last block computes the tokens that the heads read.
+    normalisation are folded into weights; the last block computes only the tokens that the heads read.
 
     Args:
         model: a timm VisionTransformer or another model that `accelerate` fuses as a whole, on its device. It is not changed.
-        precision: "bf16" or "fp16": logits are as close to float64 as model's own in that dtype, within a factor of two. "fp8" or
+        precision: "bf16" or "fp16": the logits' error against float64 is at most twice that of model in the same dtype. "fp8" or
             "int8": attention's and the MLPs' projections in 8 bits on a bf16 residual stream, with a scale for each output channel
-            of a weight and for each token behind a LayerNorm. `OptimizedModel.report` says what that costs.
+            of a weight and for each token after a LayerNorm. `OptimizedModel.report` gives the error of quantization.
         calibration: for fp8 and int8, batches of images as the result takes them, or pairs of a batch and labels. They give the
-            scales behind GELU and attention; 256 images of several classes are enough.
-        value_range: what those scales must reach: "maximum", all values (the default of fp8), or "percentile", 99.99 % of them (the
-            default of int8, whose steps are even).
+            scales after GELU and attention; 256 images of several classes are enough.
+        value_range: the calibration's values that those scales represent without clipping: "maximum", all (the default of fp8),
+            or "percentile", 99.99 % (the default of int8, whose steps are even).
         exclude: for fp8 and int8, names of modules that stay in bf16 with all inside them, as in `model.named_modules()`; `*`, `?`
-            and `[...]` match as in file names. The patch embedding and the heads always do.
-        images: what the result takes: "float", normalised images, or "uint8", raw ones.
+            and `[...]` match as in file names. The patch embedding and the heads always stay in bf16.
+        images: input of the result: "float", normalised images, or "uint8", levels from 0 to 255.
         readout: "class" (logits of the class token), "distillation", "mean" (of both, as DeiT predicts) or "softmax_sum" (of both
             heads' probabilities). By default "mean" with a distillation head, else "class".
         mean: of each channel in [0, 1], for uint8 images; by default that of timm's configuration of the model.
         std: the standard deviation of each channel, likewise.
-        cuda_graphs: "auto": on a GPU, calls with a batch size and stream that took the host longer than the device some times are
-            captured in a CUDA graph, within the limit of `fastdeit.set_graphs`. "off": none is.
+        cuda_graphs: "auto": on a GPU, calls of one batch size on one stream are captured in a CUDA graph if the first of them are
+            launch-bound, within the limit of `fastdeit.set_graphs`. "off": no call is captured.
         buckets: batch sizes, such as (1, 8, 64): a batch is padded up to the next of them, if there is one, so that a few graphs
             serve all batch sizes. Each call then takes as long as one with that many images.
 
@@ -60,9 +60,9 @@ def optimize_for_inference(
         An `OptimizedModel`, in evaluation mode on model's device.
 
     Raises:
-        TypeError: model is not a module, or a bucket is no whole number.
-        ValueError: the model is not fused as a whole, with the reason; an argument is none of those allowed, does not fit the model
-            or needs a device that model is not on.
+        TypeError: model is not a module, or a bucket is not a whole number.
+        ValueError: the model is not fused as a whole (the message has the reason); an argument is not one of those allowed, does
+            not fit the model, or needs another device than model's.
     """
     _check_choice("precision", precision, STREAM)
     _check_choice("images", images, IMAGES)

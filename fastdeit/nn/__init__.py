@@ -1,4 +1,4 @@
-"""Drop-in modules: each is a subclass of the class that it stands in for, with the same state and another forward."""
+"""Drop-in modules: each is a subclass of the class that it replaces, with the same state and a fused forward."""
 
 from fastdeit.blocks.fused_module import FUSED_CLASSES
 from fastdeit.nn.attention import Attention

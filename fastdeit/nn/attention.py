@@ -17,8 +17,8 @@ class Attention(FusedModule, timm.layers.Attention, source=timm.layers.Attention
 
     The kernel reads queries, keys and values where the qkv projection wrote them and writes their gradient in the same form.
     `forward` takes (B, N, C) and returns (B, N, dim_out). Masks, causal attention, active attention dropout, query-key
-    normalisation, gates and `fused_attn = False` run timm's code. Projections that are not PyTorch's plain ones, such as LoRA's or
-    quantized ones, are called, and the kernel runs between them.
+    normalisation, gates and `fused_attn = False` run timm's code. Projections other than plain `nn.Linear`, such as LoRA
+    layers or quantized ones, are called, and the kernel runs on their results.
     """
 
     covers_parts = True

@@ -22,9 +22,9 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         x = x + drop_path1(ls1(attn(norm1(x))))
         x = x + drop_path2(ls2(mlp(norm2(x))))
 
-    LayerScale, stochastic depth, the first addition and norm2 are one kernel. `forward` takes and returns (B, N, C). Attention and
-    MLP of any class are called as they are; this package's own are fused without a call between. Under autocast the residual stream
-    keeps its dtype, as in timm. Stochastic depth draws timm's masks from the same random numbers.
+    LayerScale, stochastic depth, the first addition and norm2 are one kernel. `forward` takes and returns (B, N, C). fastdeit's
+    attention and MLP are fused without a call between; those of any other class are called as they are. Under autocast the
+    residual stream keeps its dtype, as in timm. Stochastic depth draws timm's masks from the same random numbers.
 
     Attributes:
         memory: what is saved for backward. "usual": both normalised inputs, qkv, attention's output and the MLP's pre-activation,

@@ -1,4 +1,4 @@
-"""Fused operations. Each has a plain PyTorch twin, `<op>_reference`, beside it in its file."""
+"""Fused operations. Each has a reference in plain PyTorch, `<op>_reference`, in the same file."""
 
 from fastdeit.ops.add_layer_norm_attention_op import add_layer_norm_attention, add_layer_norm_attention_reference
 from fastdeit.ops.add_layer_norm_mlp_op import add_layer_norm_mlp, add_layer_norm_mlp_reference

@@ -29,18 +29,18 @@ _clock = itertools.count()
 
 
 def set_graphs(mode: str = "auto", *, max_graphs: int = MOST_GRAPHS) -> None:
-    """Chooses whether accelerated and optimized models capture their forward pass in CUDA graphs, from now on and in every thread.
+    """Sets whether accelerated and optimized models capture their forward pass in CUDA graphs, from now on and in every thread.
 
-    Graphs are captured of calls without gradients, one for each shape, dtype, autocast setting and stream, after some calls of
-    that kind and where these took the host longer than the device. Outputs are new tensors as before.
+    Calls without gradients are captured, in one graph for each shape, dtype, autocast setting and stream, once the first calls
+    of that kind have proved to be launch-bound. Outputs are new tensors, with and without a graph.
 
     Args:
-        mode: "auto", or "off", which drops those that there are.
-        max_graphs: kept in the process at a time, at least 1. Another takes the place of the one that was not used for longest.
+        mode: "auto", or "off", which also drops all graphs of the process.
+        max_graphs: most graphs in the process at a time, at least 1. A new graph replaces the least recently used one.
 
     Raises:
-        TypeError: max_graphs is no whole number.
-        ValueError: another mode, or max_graphs is below 1.
+        TypeError: max_graphs is not a whole number.
+        ValueError: mode is neither "auto" nor "off", or max_graphs is below 1.
     """
     global _mode, _most
     if mode not in MODES:

@@ -33,12 +33,12 @@ class Config:
         "`digits`, a folder with train/CLASS/ and val/CLASS/, or a set of timm's: hfds/, hfids/, wds/, tfds/ or torch/NAME",
         "digits",
     )
-    data_dir: str | None = _help("where a set of timm's is, or is downloaded to", None)
-    data_download: bool = _help("download a set of timm's that is not there", False)
-    train_split: str = _help("the split to train on, of a set of timm's", "train")
-    val_split: str = _help("the split to evaluate on, of a set of timm's", "validation")
-    input_key: str | None = _help("column of the images in a set of timm's; by default the reader's choice", None)
-    target_key: str | None = _help("column of the classes in a set of timm's; by default the reader's own", None)
+    data_dir: str | None = _help("folder of a data set of timm's, or where it is downloaded to", None)
+    data_download: bool = _help("download a data set of timm's that is not in data_dir", False)
+    train_split: str = _help("the split of a timm data set to train on", "train")
+    val_split: str = _help("the split of a timm data set to evaluate on", "validation")
+    input_key: str | None = _help("column of the images in a timm data set; by default the reader's choice", None)
+    target_key: str | None = _help("column of the classes in a timm data set; by default the reader's choice", None)
     num_classes: int | None = _help(
         "number of classes; needed for a timm set that does not give it, checked for others", None
     )
@@ -77,7 +77,7 @@ class Config:
         "cpu",
     )
     augment_on: str = _help(
-        "where auto-augmentation and flips run: cpu, device, or auto for a GPU if there is one; images do not depend on it",
+        "where flips, auto-augmentation and colour jitter run: cpu, device, or auto (a GPU if there is one); same images",
         "auto",
     )
     workers: int = _help("processes that load data; results do not depend on it", 0)
@@ -152,8 +152,8 @@ class Config:
     teacher_checkpoint: str | None = _help(
         "the teacher's weights, a safetensors file; by default timm's pretrained ones", None
     )
-    teacher_cache: str | None = _help("labels that fastdeit cache-teacher wrote, in place of the teacher", None)
-    teacher_epochs: int = _help("train the teacher first, for so many epochs", 0)
+    teacher_cache: str | None = _help("file of labels from fastdeit cache-teacher, in place of the teacher", None)
+    teacher_epochs: int = _help("train the teacher first, for this many epochs", 0)
     teacher_lr: float = _help("the teacher's learning rate, scaled as lr is", 5e-4)
 
     opt: str = _help("timm's name of the optimizer", "adamw")
@@ -163,9 +163,9 @@ class Config:
     lr_base_size: int = _help("images per update that lr is meant for; 0 takes lr as it is", 512)
     weight_decay: float = _help("weight decay of matrices; none for biases, norms, tokens and positions", 0.05)
     layer_decay: float | None = _help("each layer's learning rate relative to the next one's", None)
-    clip_grad: float | None = _help("largest norm, value or ratio of the gradient, as clip_mode has it", None)
+    clip_grad: float | None = _help("largest norm, value or ratio of the gradient, by clip_mode", None)
     clip_mode: str = _help("clip by norm, value or agc (adaptively, relative to the weights)", "norm")
-    grad_accum_steps: int = _help("equal parts that a process cuts its batch into, for less memory", 1)
+    grad_accum_steps: int = _help("equal parts that a process splits its batch into, to save memory", 1)
     memory: str = _help(
         "what accelerated blocks save for backward: usual, or lean: less, for one more GEMM per block", "usual"
     )
@@ -181,18 +181,18 @@ class Config:
     tensorboard: bool = _help("write event files for TensorBoard into the run folder", False)
     wandb: str | None = _help("project of Weights & Biases to report to", None)
 
-    eval_every: int = _help("evaluate after every so many epochs, and after the last one", 1)
+    eval_every: int = _help("evaluate after every N epochs, and after the last one", 1)
     eval_ema: str = _help(
         "evaluate the moving average after the last epoch, or at each evaluation: last or each", "last"
     )
-    checkpoint_minutes: float = _help("save the state within an epoch after so many minutes; 0 is off", 10.0)
-    checkpoint_steps: int = _help("save the state within an epoch after so many updates; 0 is off", 0)
-    keep_best: int = _help("keep the weights of so many best epochs", 1)
+    checkpoint_minutes: float = _help("save the state within an epoch every N minutes; 0 is off", 10.0)
+    checkpoint_steps: int = _help("save the state within an epoch every N updates; 0 is off", 0)
+    keep_best: int = _help("number of best epochs whose weights are kept", 1)
 
     compile: bool = _help("compile the model with torch.compile", False)
     cuda_graphs: bool = _help("record the training step as a CUDA graph and replay it, where it can be recorded", False)
     precision: str = _help("auto (bf16 on a GPU, else fp32), bf16, fp16 or fp32", "auto")
-    device: str | None = _help("by default a GPU if there is one, else the CPU", None)
+    device: str | None = _help("device to use; by default a GPU if there is one, else the CPU", None)
     threads: int | None = _help("CPU threads; sums, hence the last bits, depend on it", None)
 
     @property
