@@ -97,7 +97,7 @@ def _loop(batch: int, toy: bool):
 
     def call(function, module, captured=False):
         config = _config().replace(
-            batch_size=batch, workers=0, repeated_aug=1, cuda_graphs=captured, model_ema_decay=0.9999
+            img_size=size, batch_size=batch, workers=0, repeated_aug=1, cuda_graphs=captured, model_ema_decay=0.9999
         )
         trainer = Trainer(config, module, None, range(batch), classes)
         trainer.net = function
