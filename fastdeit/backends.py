@@ -25,14 +25,14 @@ _takes_all = False
 
 
 def set_backend(name: str) -> None:
-    """Chooses what the ops run from now on, in every thread.
+    """Sets what the ops run from now on, in every thread.
 
     Args:
         name: "auto" (Triton kernels where they can run, the reference elsewhere), "triton" (kernels; an error where they cannot
             run) or "reference" (plain PyTorch everywhere).
 
     Raises:
-        ValueError: another name.
+        ValueError: name is none of these.
     """
     global _backend
     if name not in BACKENDS:

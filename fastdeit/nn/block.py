@@ -28,7 +28,7 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
 
     Attributes:
         memory: what is saved for backward. "usual": both normalised inputs, qkv, attention's output and the MLP's pre-activation,
-            20 of timm's 36 bytes a token and channel under autocast. "lean": not the pre-activation, which backward computes
+            20 of timm's 36 bytes per token and channel under autocast. "lean": not the pre-activation, which backward computes
             again from the MLP's input, 12 bytes.
         drop_path_mode: how stochastic depth drops samples in training. "mask": timm's mask, which multiplies what was computed for
             all. "skip": each branch runs on a random subset of round(B (1 - p)) samples alone.

@@ -42,7 +42,7 @@ def layer_norm_mlp(
 
     (Ba et al. 2016; Touvron et al. 2021, "Going deeper with image transformers", eq. 4, for gamma; Huang et al. 2016 for the
     factors per sample.) It calls `add_layer_norm_mlp` without a branch. For backward it saves rstd, the pre-activation, and x, or
-    under autocast x normalised instead, in the matmul dtype: 10 bytes a token and channel at an MLP ratio of 4, of PyTorch's 22.
+    under autocast x normalised instead, in the matmul dtype: 10 bytes per token and channel at an MLP ratio of 4, of PyTorch's 22.
 
     Args:
         x: (..., C), a float dtype, any strides.

@@ -237,7 +237,7 @@ def shipped_configs() -> list[str]:
 
 
 def load_config(source: str = "digits", overrides: dict[str, Any] | None = None) -> Config:
-    """The shipped configuration or YAML file `source`, with `overrides` (strings are read as YAML), checked.
+    """Loads and checks the shipped configuration or YAML file `source`, with `overrides` (strings are read as YAML).
 
     A file whose `base` names another configuration, shipped or beside it, states only what differs from that one.
 

@@ -89,8 +89,8 @@ def load_validation(config: Config) -> tuple[Dataset, tuple[str, ...]]:
 
 
 class Images(Dataset):
-    """The images of a folder, of timm's ImageDataset or of a torchvision set, decoded here: timm's own passes over what it cannot
-    read.
+    """The images of a folder, of timm's ImageDataset or of a torchvision set. Decoded here, since timm's ImageDataset skips
+    unreadable files.
 
     Args:
         source: (file, class) or (PIL image, class), map-style.

@@ -48,7 +48,7 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 
 def seed_sample(seed: int, epoch: int, position: int) -> None:
-    """To be called before an image's transforms, in whatever process runs them."""
+    """To be called before an image's transforms, in the process that runs them."""
     derived = derive_seed("sample", seed, epoch, position)
     random.seed(derived)
     np.random.seed(derived % 2**32)
@@ -62,13 +62,13 @@ class Sample(NamedTuple):
 
 
 def keyed(make: Callable[[int], Made], key: Key, seed: int, length: int, max_bad: int = 0) -> tuple[Made, list[str]]:
-    """What make gives for the key's index, all random numbers seeded by the key; and what was wrong with unreadable images.
+    """Calls make for the key's index, with all random numbers seeded by the key; returns its result and unreadable images' errors.
 
-    In place of an image that cannot be read comes the next one that can, with the same key.
+    An unreadable image is replaced by the next readable one, with the same key.
 
     Args:
         length: of the data set.
-        max_bad: most images that are passed over.
+        max_bad: most unreadable images in a row that are replaced.
 
     Raises:
         UnreadableImageError: more than max_bad images in a row.
