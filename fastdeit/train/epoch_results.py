@@ -66,8 +66,7 @@ class EpochResults:
             row.update({f"{prefix}top1_{name}": value for name, value in results.items()})
             if not prefix:
                 top1 = list(results.values())[-1]
-        if (
-            trainer.ema is not None and "ema_" not in models
-        ):  # the columns of a run are the same from its first evaluation on
+        if trainer.ema is not None and "ema_" not in models:
+            # The columns of a run are the same from its first evaluation on.
             row |= {f"ema_{name}": None for name in row if name == "val_loss" or name.startswith("top1_")}
         return row, top1
