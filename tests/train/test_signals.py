@@ -18,6 +18,8 @@ from fastdeit.train.signals import SIGNALS, Stopped, StopRequest
 def _handlers():
     before = {number: signal.getsignal(number) for number in SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for number in SIGNALS:  # in the background of a script, or under nohup, some are ignored
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
