@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from fastdeit.cost import frozen
-from fastdeit.cost.models import DEIT, EXECUTIONS, PRECISIONS, Part, part_seconds, parts, seconds
+from fastdeit.cost.models import DEIT, EXECUTIONS, LAST_BLOCK, PRECISIONS, Part, part_seconds, parts, seconds
 from fastdeit.cost.subsets import block_rates, parts_on_subsets
 
 # What a part of a model belongs to, in the order of the pictures and tables.
@@ -172,7 +172,7 @@ def by_group(
 
 
 def group_of(part: Part) -> str:
-    name = part.name.removeprefix("last block: ")
+    name = part.name.removeprefix(LAST_BLOCK)
     return next(group for group, names in GROUPS.items() if name in names)
 
 

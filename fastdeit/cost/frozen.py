@@ -3,14 +3,13 @@
 from dataclasses import replace
 
 from fastdeit.cost.formulas import Cost
-from fastdeit.cost.models import Part, Shape, parts
+from fastdeit.cost.models import LAST_BLOCK, Part, Shape, parts
 
 PRECISIONS = ("bf16", "fp8", "int8")
 # Rates of 8-bit products over bf16's, estimated by the width of DeiT-Ti, S and B: a short sum leaves less to gain. Wider models are
 # given B's, the last.
 PRODUCT_RATES = {192: 1.05, 384: 1.25, 768: 1.45}
 _QUANTIZED = ("qkv", "proj", "fc1", "fc2")
-_LAST = "last block: "
 
 
 def product_rate(channels: int) -> float:
@@ -45,8 +44,8 @@ def frozen_parts(
 
 
 def _in_8_bits(part: Part, shape: Shape, batch: int, precision: str, epilogues: bool, rate: float) -> list[Part]:
-    name = part.name.removeprefix(_LAST)
-    queries = shape.prefix_tokens if part.name.startswith(_LAST) else shape.tokens
+    name = part.name.removeprefix(LAST_BLOCK)
+    queries = shape.prefix_tokens if part.name.startswith(LAST_BLOCK) else shape.tokens
     rows, all_rows = batch * queries, batch * shape.tokens
     integers = precision == "int8"
     if name == "norms and additions":  # in front of qkv and of fc1
@@ -86,5 +85,5 @@ def _with_bytes(part: Part, more: int) -> Part:
 
 def _kernel(part: Part, name: str, moved: int, launches: int) -> Part:
     """Of its own, as often as a part."""
-    prefix = _LAST if part.name.startswith(_LAST) else ""
+    prefix = LAST_BLOCK if part.name.startswith(LAST_BLOCK) else ""
     return Part(prefix + name, Cost(0, moved, launches), Cost(0, 0, 0), part.count)

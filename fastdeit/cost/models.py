@@ -19,6 +19,7 @@ EXECUTIONS = {
     "attention's gradient in one pass",
 }
 PRECISIONS = ("amp", "bf16")
+LAST_BLOCK = "last block: "  # before the names of its parts, where that computes the prefix tokens alone
 PREFIX_ONLY = ("fastdeit", "epilogues")  # executions that compute the last block's prefix tokens alone
 
 
@@ -262,7 +263,7 @@ def _last_block(shape: Shape, batch: int, execution: str, precision: str, traini
             moved, launches = _JOINS[precision]
             joins = Cost(0, moved * batch * shape.tokens * shape.channels, launches)
             part = replace(part, backward=part.backward + joins)
-        yield replace(part, name=f"last block: {part.name}")
+        yield replace(part, name=LAST_BLOCK + part.name)
 
 
 def _heads(shape: Shape, batch: int, execution: str, training: bool) -> Iterator[Part]:

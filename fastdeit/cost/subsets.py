@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastdeit.cost.formulas import Cost
-from fastdeit.cost.models import Part, Shape, parts
+from fastdeit.cost.models import LAST_BLOCK, Part, Shape, parts
 
 GATHER_AND_ADD = "gather and add"
 _OUTSIDE = ("patch embedding", "heads and loss")
-_LAST = "last block: "
 # By precision: (bytes per kept element, bytes per element of the batch), forward and backward, of one branch.
 #   forward    gathers the stream (read, write); casts the branch ("amp"); copies the stream; adds (two reads, a write), less what
 #              the fused addition would read and write of stream and branch
@@ -49,7 +48,7 @@ def parts_on_subsets(
         last = index == shape.depth - 1
         work = parts(shape, samples, execution, precision, training=True)
         blocks = [p for p in work if p.name not in _OUTSIDE]
-        pruned = [p for p in blocks if p.name.startswith(_LAST)]
+        pruned = [p for p in blocks if p.name.startswith(LAST_BLOCK)]
         found += pruned if last and pruned else [replace(p, count=1) for p in blocks if p not in pruned]
         if samples < batch:
             found.append(_gather_and_add(shape, samples, batch, precision))

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from fastdeit.cost.formulas import Cost
-from fastdeit.cost.models import Part, Shape, parts
+from fastdeit.cost.models import LAST_BLOCK, Part, Shape, parts
 
-_LAST = "last block: "
 # Where a part's cost is listed. A block's norms are fused with its additions, so that they stand with the block.
 _PLACES = {
     "patch embedding": "patch_embed.proj",
@@ -84,8 +83,8 @@ def _by_module(found: list[Part], shape: Shape) -> dict[str, Cost]:
         costs[name] = costs.get(name, Cost(0, 0, 0)) + cost
 
     for part in found:
-        place = _PLACES[part.name.removeprefix(_LAST)]
-        if part.name.startswith(_LAST):
+        place = _PLACES[part.name.removeprefix(LAST_BLOCK)]
+        if part.name.startswith(LAST_BLOCK):
             add(place.format(shape.depth - 1), part.forward)
         elif "{}" in place:
             for index in range(part.count):

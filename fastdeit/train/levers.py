@@ -95,9 +95,8 @@ class Estimate:
     def levers(self) -> list[Lever]:
         """Those that concern the run."""
         c = self.config
-        candidates: list[
-            tuple[str, Any, Any, bool]
-        ] = []  # field, its values without and with the lever, whether it is on
+        # Field, its values without and with the lever, and whether it is on.
+        candidates: list[tuple[str, Any, Any, bool]] = []
         schedule = c.img_size_schedule or self._example_schedule()
         if schedule is not None:
             candidates.append(("img_size_schedule", None, schedule, c.img_size_schedule is not None))
