@@ -8,6 +8,7 @@ from fastdeit.aot import instruction_stream, resource_limits, sass, workloads
 from fastdeit.aot.catalog import Resources
 from fastdeit.aot.devices import DEVICES
 from fastdeit.aot.estimate import Workload, estimate
+from fastdeit.aot.execution import Accesses, Execution
 from fastdeit.aot.instruction_stream import InstructionStream, Section
 from fastdeit.cost.formulas import Cost
 from fastdeit.kernels.runtime.aot_config import AotConfig
@@ -152,6 +153,37 @@ def test_what_is_scarce_is_the_bound(section, bound):
     # 128 threads of 8 bytes each
     found = estimate(stream(**section), {}, 4, 4, Workload(10**6, 0, Cost(0, 10**9, 1)), DEVICES[90])
     assert found.bound == bound and found.share < 0.8
+
+
+def executed(once=None, loop=None):
+    return Execution("case", 0.0, 0.0, 0.0, {}, Accesses(**once or {}), Accesses(**loop or {}))
+
+
+def test_sectors_beyond_the_ideal_take_longer_in_l2():
+    """Sectors that are loaded twice come from L1, and take nothing."""
+    device, work = DEVICES[90], Workload(10**6, 0, Cost(0, 10**9, 1))
+
+    def estimated(**accesses):
+        return estimate(stream(instructions={"global": 8}), {}, 4, 16, work, device, executed(accesses))
+
+    ideal, copied = estimated(copied=100, ideal_copied=100), estimated(copied=400, ideal_copied=100)
+    assert copied.bound == "L2" and copied.share < 0.6 < ideal.share
+    assert estimated(loaded=400, ideal_loaded=100) == ideal
+    assert estimated(stored=400, ideal_stored=100) == copied
+
+
+@pytest.mark.parametrize("part", ["once", "loop"])
+def test_wavefronts_beyond_the_ideal_take_longer_where_they_are(part):
+    device, work = DEVICES[90], Workload(10**5, 10, Cost(0, 10**6, 1))
+    found = InstructionStream(**{part: Section({"shared": 80}, shared_bytes=3200)})
+    conflicts = dict(wavefronts=300, ideal_wavefronts=100)
+    other = {"once": "loop", "loop": "once"}[part]
+    free, here, there = (
+        estimate(found, {}, 4, 16, work, device, execution)
+        for execution in (executed(), executed(**{part: conflicts}), executed(**{other: conflicts}))
+    )
+    assert free.bound == "shared memory" and free == there
+    assert 2.5 < here.microseconds / free.microseconds < 3.1
 
 
 def test_serialised_products_take_longer():

@@ -106,6 +106,11 @@ def test_only_the_kept_samples_are_computed(kernels_stood_in, monkeypatch):
     assert batches == [6, 6, 8, 8]
 
 
+def test_a_drop_path_that_does_not_scale():
+    subset = draw_subset(DropPath(RATE, scale_by_keep=False), torch.randn(BATCH, 5, 32))
+    assert subset is not None and len(subset.indices) == 6 and subset.scale == 1.0
+
+
 def test_arithmetic_shrinks_by_the_rate():
     """By PyTorch's counter."""
     fused, timms = pair()
