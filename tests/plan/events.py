@@ -75,3 +75,8 @@ def addresses(event):
 def precision(dtype):
     """Autocast to a dtype, none for None. Without its cache all calls cast weights, not the first alone."""
     return torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
+
+
+def requested_bytes(when="current"):
+    """Memory asked for. The allocator's own count has up to 1 MiB a tensor more, by what earlier tests left in its cache."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]

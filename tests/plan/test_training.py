@@ -16,7 +16,7 @@ from fastdeit.plan.planned import described
 from fastdeit.plan.training import TrainingPlan
 from fastdeit.testing import fake_cuda
 from tests.plan.changes import CHANGES
-from tests.plan.events import KINDS, KeepsAll, addresses, dataflow, of_parameters, precision, recorded
+from tests.plan.events import KINDS, KeepsAll, addresses, dataflow, of_parameters, precision, recorded, requested_bytes
 from tests.plan.models import MODEL, PLAIN, apart, build, images, only_plan, plan_it, plans
 
 pytestmark = pytest.mark.fake_device
@@ -317,9 +317,9 @@ def relative_peak(depth, size, batch, dtype, autocast, monkeypatch):
     def peak():
         model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = requested_bytes()
         step(model, x, autocast)
-        return torch.cuda.max_memory_allocated() - before
+        return requested_bytes("peak") - before
 
     plan_it(lambda: step(model, x, autocast))
     only_plan(model)
