@@ -43,8 +43,8 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
     """
     passed = _packed_passed.has((qkv,), num_heads, scale)
     if not passed:
-        _check_packed(qkv, num_heads, scale)
-    (low,) = _as_autocast(qkv)
+        check_packed(qkv, num_heads, scale)
+    (low,) = as_autocast(qkv)
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     if not passed:
@@ -53,7 +53,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
         _packed_passed.add((qkv,), num_heads, scale)
     if attention_config.SDPA_PREFERRED and why_handed_over(low, head_dim, tokens, batch * num_heads) is not None:
         return attention_reference(qkv, num_heads, scale=scale)
-    _count_flops(low)
+    count_flops(low)
     (out,) = attention_unchecked(low, num_heads, head_dim**-0.5 if scale is None else float(scale))
     return out
 
@@ -77,14 +77,14 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     """
     passed = _separate_passed.has((q, k, v), scale)
     if not passed:
-        _check_separate(q, k, v, scale)
-    low = _as_autocast(q, k, v)
+        check_separate(q, k, v, scale)
+    low = as_autocast(q, k, v)
     if not passed:
         if k.shape[1] == 0 or why_reference(low[0], q.shape[-1], scale) is not None:
             return attention_qkv_reference(q, k, v, scale=scale)
         _separate_passed.add((q, k, v), scale)
     low = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in low)
-    _count_flops(*low)
+    count_flops(*low)
     (out,) = attention_qkv_unchecked(*low, q.shape[-1] ** -0.5 if scale is None else float(scale))
     return out
 
@@ -138,7 +138,7 @@ def why_handed_over(x: Tensor, head_dim: int, tokens: int, batch_heads: int) -> 
     return None
 
 
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast makes of the inputs of scaled_dot_product_attention."""
     device = tensors[0].device.type
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
@@ -150,7 +150,7 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ---- argument checks
 
 
-def _check_packed(qkv, num_heads, scale) -> None:
+def check_packed(qkv, num_heads, scale) -> None:
     check_float("qkv", qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv: expected rank 3, (B, N, 3 * H * D), got shape {tuple(qkv.shape)}")
@@ -166,7 +166,7 @@ def _check_packed(qkv, num_heads, scale) -> None:
     _check_scale(scale)
 
 
-def _check_separate(q, k, v, scale) -> None:
+def check_separate(q, k, v, scale) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_beside(name, tensor, q, "q")
         if tensor.dim() != 4:
@@ -297,20 +297,20 @@ attention_qkv_unchecked = Op(
 # ---- PyTorch's FLOP counter. Importing it imports Triton, so it learns of the formulas where it is already in use.
 
 
-def _count_flops(*tensors: Tensor) -> None:
+def count_flops(*tensors: Tensor) -> None:
     """Gives an active FlopCounterMode the formulas below: it has copied the registry when it was made."""
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None or torch.compiler.is_compiling() or not backends.registered_path(*tensors):
         return
-    for operator, formula in _FLOPS.items():
+    for operator, formula in FLOPS.items():
         if operator not in counter.flop_registry:
             counter.register_flop_formula(operator)(formula)
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, counter._FlopCounterMode):
-            mode.counter.flop_registry |= {operator: counter.flop_registry[operator] for operator in _FLOPS}
+            mode.counter.flop_registry |= {operator: counter.flop_registry[operator] for operator in FLOPS}
 
 
-def _packed_flops(products: int):
+def packed_flops(products: int):
     """Multiply-adds counted twice, as PyTorch counts its own attention; shapes stand for tensors."""
 
     def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
@@ -320,7 +320,7 @@ def _packed_flops(products: int):
     return flops
 
 
-def _separate_flops(products: int):
+def separate_flops(products: int):
     def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
         (batch, queries, heads, head_dim), (_, keys, *_) = shapes_and_arguments[products == 5 :][:2]
         return 2 * products * batch * heads * queries * keys * head_dim
@@ -328,9 +328,9 @@ def _separate_flops(products: int):
     return flops
 
 
-_FLOPS = {
-    torch.ops.fastdeit.attention_forward: _packed_flops(2),
-    torch.ops.fastdeit.attention_backward: _packed_flops(5),
-    torch.ops.fastdeit.attention_qkv_forward: _separate_flops(2),
-    torch.ops.fastdeit.attention_qkv_backward: _separate_flops(5),
+FLOPS = {
+    torch.ops.fastdeit.attention_forward: packed_flops(2),
+    torch.ops.fastdeit.attention_backward: packed_flops(5),
+    torch.ops.fastdeit.attention_qkv_forward: separate_flops(2),
+    torch.ops.fastdeit.attention_qkv_backward: separate_flops(5),
 }
