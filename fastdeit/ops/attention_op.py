@@ -139,7 +139,7 @@ def why_handed_over(x: Tensor, head_dim: int, tokens: int, batch_heads: int) -> 
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast makes of the inputs of scaled_dot_product_attention."""
+    """The inputs, cast as autocast casts those of scaled_dot_product_attention."""
     device = tensors[0].device.type
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return tensors
@@ -298,7 +298,7 @@ attention_qkv_unchecked = Op(
 
 
 def _count_flops(*tensors: Tensor) -> None:
-    """Gives an active FlopCounterMode the formulas below: it has copied the registry when it was made."""
+    """Adds the formulas below to an active FlopCounterMode, which copied the registry when it was made."""
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None or torch.compiler.is_compiling() or not backends.registered_path(*tensors):
         return
