@@ -146,7 +146,7 @@ def _why_not_on_gpu(x: Tensor, products: bool) -> str | None:
 
 
 def _constant_while_tracing(function):
-    """`torch.compiler.assume_constant_result` without its import of Dynamo, and in its wake Triton, at every start."""
+    """As `torch.compiler.assume_constant_result`, which would import Dynamo and Triton at every start."""
     function._dynamo_marked_constant = True
     return function
 

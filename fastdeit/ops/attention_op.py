@@ -135,7 +135,7 @@ def why_handed_over(x: Tensor, head_dim: int, tokens: int, batch_heads: int) -> 
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast makes of the inputs of scaled_dot_product_attention."""
+    """The inputs, cast as autocast casts those of scaled_dot_product_attention."""
     device = tensors[0].device.type
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return tensors

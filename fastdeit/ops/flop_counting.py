@@ -1,6 +1,6 @@
 """FLOP formulas of registered ops, for PyTorch's FlopCounterMode.
 
-Importing its module imports Triton, so the formulas are given to it where it is already in use.
+Importing its module imports Triton, so the formulas are added only where it is already in use.
 """
 
 import sys
@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
-def give_to_counters(formulas: Mapping[Any, Callable[..., int]]) -> None:
-    """Gives every active FlopCounterMode the formulas, by op: it has copied PyTorch's registry when it was made."""
+def add_to_counters(formulas: Mapping[Any, Callable[..., int]]) -> None:
+    """Adds the formulas, by op, to every active FlopCounterMode, which copied PyTorch's registry when it was made."""
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None or torch.compiler.is_compiling():
         return

@@ -1,4 +1,4 @@
-"""Arguments are checked once: a call that resembles one which has passed an op's checks, and ran its kernels, skips them."""
+"""Skips an op's checks of arguments for calls of the same kind as one that has passed them and run its kernels."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -59,7 +59,7 @@ class PassedCalls:
             self._passed.add(facts)
 
     def _facts(self, tensors: Sequence[Tensor | None], options: tuple) -> tuple | None:
-        """None for a call that is checked every time."""
+        """The facts that the checks depend on, None for a call that is checked every time."""
         settings = backends.settings(tensors[0], self._products)
         if settings is None:
             return None

@@ -1,9 +1,9 @@
 """Launching a compiled kernel for a few microseconds of host time.
 
 `kernel[grid](...)` binds and specialises every argument anew, 12 us and more a call. Here the `CompiledKernel` that a first call
-made is kept under the few facts that it depends on, and later calls go straight to its launcher. The kernels make that sound:
-their run-time integers are declared `do_not_specialize`, so that code depends on nothing of an integer but whether it fits 32
-bits; those that do not are left to Triton.
+made is kept under the few facts that it depends on, and later calls go straight to its launcher. That is correct because
+the kernels declare their run-time integers `do_not_specialize`, so that code depends only on whether an integer fits 32 bits;
+Triton launches those that do not.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ _cpu_launcher: Callable[..., None] | None = None
 
 
 class _Thread(threading.local):
-    """What a thread has to itself. A value of the class is found faster than the lack of one."""
+    """State of a thread. Defaults are class attributes, which are found faster than a missing attribute."""
 
     compiled_only: "CompiledOnly | None" = None
     has_context: frozenset[int] = frozenset({-1})  # device indices; -1 is the CPU
