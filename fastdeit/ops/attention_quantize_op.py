@@ -13,10 +13,10 @@ from fastdeit.ops.attention_op import (
     attention_reference,
     check_packed,
     check_separate,
-    count_flops,
     packed_flops,
     separate_flops,
 )
+from fastdeit.ops.flop_counting import add_to_counters
 from fastdeit.ops.quantized_formats import check_format, check_scale, why_no_format
 from fastdeit.ops.rescale_op import rescale, rescale_reference
 from fastdeit.refusals import or_reference
@@ -49,8 +49,11 @@ def attention_quantize(
     head_dim = width // (3 * num_heads)
     if _leaves_to_attention(low, head_dim, tokens, batch * num_heads, scale, dtype):
         return rescale(attention(qkv, num_heads, scale=scale), scale=out_scale, out_dtype=dtype)
-    count_flops(low)
-    run = _registered if backends.registered_path(low, out_scale) else _launched
+    if backends.registered_path(low, out_scale):
+        add_to_counters(_FLOPS)
+        run = _registered
+    else:
+        run = _launched
     return run(low, num_heads, out_scale, head_dim**-0.5 if scale is None else float(scale), dtype)
 
 
@@ -81,8 +84,11 @@ def attention_qkv_quantize(
     batch, queries, heads, head_dim = q.shape
     if k.shape[1] == 0 or _leaves_to_attention(low[0], head_dim, queries, batch * heads, scale, dtype):
         return rescale(attention_qkv(q, k, v, scale=scale), scale=out_scale, out_dtype=dtype)
-    count_flops(*low)
-    run = _registered_separate if backends.registered_path(*low, out_scale) else _launched_separate
+    if backends.registered_path(*low, out_scale):
+        add_to_counters(_FLOPS)
+        run = _registered_separate
+    else:
+        run = _launched_separate
     return run(*low, out_scale, head_dim**-0.5 if scale is None else float(scale), dtype)
 
 
@@ -161,5 +167,7 @@ def _(q, k, v, out_scale, scale, dtype):
     return q.new_empty(q.shape, dtype=dtype)
 
 
-attention_op.FLOPS[torch.ops.fastdeit.attention_quantize] = packed_flops(2)
-attention_op.FLOPS[torch.ops.fastdeit.attention_qkv_quantize] = separate_flops(2)
+_FLOPS = {
+    torch.ops.fastdeit.attention_quantize: packed_flops(2),
+    torch.ops.fastdeit.attention_qkv_quantize: separate_flops(2),
+}
