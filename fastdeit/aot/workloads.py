@@ -82,10 +82,10 @@ def _attention(model: str, shape: Shape, arch: int) -> Iterator[Launch]:
     case = attention.case(arch, head_dim, "bf16", last, describable=True)
     form = "_descriptor" if case.config.descriptors else ""
 
-    def work(tiles: attention.Tiles, streamed: float, owned: float, cost: Cost, products: int) -> Workload:
-        """streamed: 2-byte tensors that a program reads all rows of; owned: those that it reads or writes its own rows of."""
+    def work(tiles: attention.Tiles, streamed: int, owned: int, cost: Cost, products: int) -> Workload:
+        """streamed: tensors that a program reads all rows of; owned: those that it reads or writes its own rows of."""
         programs = cdiv(tokens, tiles.owned) * heads
-        l2_bytes = round(programs * 2 * head_dim * (streamed * tokens + owned * tiles.owned))
+        l2_bytes = programs * 2 * head_dim * (streamed * tokens + owned * tiles.owned)
         columns = (tokens - 1) // tiles.streamed * tiles.streamed + attention.tail(tokens, tiles.streamed)
         flops = programs * products * 2 * tiles.owned * columns * head_dim
         return Workload(programs, (tokens - 1) // tiles.streamed, cost, l2_bytes, flops)
@@ -94,11 +94,6 @@ def _attention(model: str, shape: Shape, arch: int) -> Iterator[Launch]:
     forward = formulas.attention_forward(BATCH, tokens, shape.heads, head_dim)
     dq, dkv = Cost(6 * width * tokens, 12 * width + 2 * rows, 1), Cost(8 * width * tokens, 12 * width + 2 * rows, 1)
     yield Launch(f"attention_forward{form}_kernel", case.label, model, work(config.forward, 2, 2, forward, 2))
-    bytes_out = formulas.attention_forward(BATCH, tokens, shape.heads, head_dim, out_bytes=1, keep_lse=False)
-    for eight_bit, out in attention.eight_bit_cases(arch):
-        if eight_bit.label == case.label:
-            label = attention.eight_bit_label(case, out)
-            yield Launch(f"attention_forward{form}_kernel", label, model, work(config.forward, 2, 1.5, bytes_out, 2))
     yield Launch(f"attention_dq_backward{form}_kernel", case.label, model, work(config.dq, 2, 4, dq, 3), 0.6)
     yield Launch(f"attention_dkv_backward{form}_kernel", case.label, model, work(config.dkv, 2, 4, dkv, 4), 0.6)
 
