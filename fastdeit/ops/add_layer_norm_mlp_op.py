@@ -239,7 +239,7 @@ def _backward(grads, saved, options, grad_dtypes):
 
 
 def _pre_activation(head: BranchHead, norm: Norm, w1: Tensor, b1: Tensor | None, matmul_dtype: torch.dtype) -> Tensor:
-    """z (M, H), computed again."""
+    """The pre-activation z (M, H), recomputed for backward."""
     from fastdeit.kernels.gemm.folded_weights import fold_forward
     from fastdeit.kernels.gemm.linear import linear_forward
 

@@ -1,13 +1,13 @@
-"""Head and tail of a residual branch of a pre-norm block: what comes before and after the layers of its own.
+"""Head and tail of a residual branch of a pre-norm block: the operations before and after its layers.
 
     x_new = x + drop_path_scale * previous branch,   z = layer_norm(x_new) W^T + b,   h = layers(z),   out = gamma * (h P^T + p)
 
-Where W is an fp32 master that the product sees rounded anyway, LayerNorm's weight w and bias v are folded into it:
+Where W is an fp32 master that is rounded for the product in any case, LayerNorm's weight w and bias v are folded into it:
 
     layer_norm(x) W^T + b = x_hat (W w)^T + (b + W v),   x_hat = (x - mean) * rstd
 
 so that x_hat, in the matmul dtype, is the product's input, the weight gradient's operand and all that LayerNorm's
-backward needs. With G = dz^T x_hat the parameters' gradients take no sums over rows of their own:
+backward needs. With G = dz^T x_hat the parameters' gradients need no further sums over rows:
 
     dW = G * w + db (outer) v,   dw = column sums of W * G,   dv = W^T db
 
@@ -92,7 +92,7 @@ def head_forward(
 ) -> tuple[Tensor | None, Tensor, BranchHead]:
     """x_new (..., C), None without a branch; the rows (M, C) that weight is to multiply, in that dtype; and what to save.
 
-    Without `saves` that is only what `fold_layers` asks of it.
+    Without `saves` they are computed only where `fold_layers` needs them.
     """
     from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 

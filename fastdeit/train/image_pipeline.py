@@ -248,7 +248,7 @@ def flipped(image: Image.Image, flips: int) -> Image.Image:
 
 
 class _Extent(Image.Image):
-    """An image of which nothing but the size is known: what a crop is drawn from."""
+    """An image of which only the size is known, which suffices to draw a crop."""
 
     def __init__(self, width: int, height: int) -> None:  # PIL's takes longer than drawing the crop, for nothing
         self.extent = width, height

@@ -1,7 +1,7 @@
 """Sums over rows in a fixed order, in two steps: programs add strips of rows, then one kernel adds the strips' partial sums.
 
-The first step lives in the kernels that have the values in registers anyway, or in one of its own for matrices that come from a
-product. No atomics, so equal calls give equal bits.
+The first step is part of the kernels that have the values in registers, or a separate kernel for matrices that a GEMM has
+written. No atomics, so equal calls give equal bits.
 """
 
 from collections.abc import Iterator

@@ -119,7 +119,7 @@ def _add_layer_norm(channels: int) -> Errors:
 
 
 def _low(branch: Tensor) -> torch.dtype:
-    """What the norm is written in: the products' dtype, or the oracle's."""
+    """The dtype of the norm's output: that of the products, or the oracle's."""
     return torch.float64 if branch.dtype == torch.float64 else BF16
 
 
