@@ -141,12 +141,15 @@ def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock)
     except Exception:
         return
     clock.lap("decode")
-    image = pipeline.resized(part, mode)
-    clock.lap("crop and resize")
-    if not pipeline.plans_first:
+    if pipeline.plans_first:
+        pipeline.resize_into(part, mode, out[place])
+        clock.lap("crop and resize")
+    else:
+        image = pipeline.resized(part, mode)
+        clock.lap("crop and resize")
         image, flips[place] = pipeline.augmented(image, plans[place])
         clock.lap("augment")
-    pipeline.write(image, out[place])
+        pipeline.write(image, out[place])
     classes[place] = label
     clock.lap("collate")
     clock.stopped = True
