@@ -10,11 +10,11 @@ from fastdeit.train.image_sources import EncodedJpeg
 from fastdeit.train.ring import Ring, Ticket, as_arrays
 from fastdeit.train.sampling import Key, keyed
 
-HELD_BYTES = 2**24  # of files that wait to be decoded
+HELD_BYTES = 2**24  # of files that wait to be decoded, and of images that wait to be resized
 
 
 class _Waiting(NamedTuple):
-    """An image that is planned and not decoded."""
+    """An image that is planned, and still to be decoded and resized."""
 
     key: Key
     place: int  # in the batch
@@ -24,8 +24,8 @@ class _Waiting(NamedTuple):
 class BatchedImages(Dataset):
     """Batches of a map-style data set by their lists of keys; an image depends on its `Key` and the seed alone.
 
-    Where plans can be drawn first, they are drawn for many images in a row, and these are decoded next. Taking turns costs a fifth
-    more time: decoding an image evicts Python's code from the processor's caches.
+    Where plans can be drawn first, they are drawn for many images in a row; these are decoded next, and resized last. Taking turns
+    costs more time, since each evicts the others' code from the processor's caches.
 
     Unreadable images are replaced as `keyed` has it.
 
@@ -56,7 +56,7 @@ class BatchedImages(Dataset):
                 continue
             one, messages = self._planned(key, place, memory)
             unreadable += messages
-            if isinstance(one.planned.source, EncodedJpeg):
+            if _is_left_to_decode(one.planned):
                 waiting.append(one)
                 held += len(one.planned.source.data)
             if held > HELD_BYTES:
@@ -83,14 +83,14 @@ class BatchedImages(Dataset):
         return messages
 
     def _planned(self, key: Key, place: int, memory: tuple[np.ndarray, ...]) -> tuple["_Waiting", list[str]]:
-        """Draws what is random about an image. What is not a common JPEG is made at once, so that nothing is held decoded."""
+        """Draws what is random about an image. What is not a common JPEG, or is decoded already, is made at once."""
         images, plans, flips, classes, _ = memory
 
         def make(index: int) -> tuple[PlannedImage, int]:
             with self.images.naming_errors(index):
                 source, label = self.images.source_of(index)
                 planned = self.pipeline.planned(source, plans[place])
-                if not isinstance(source, EncodedJpeg):
+                if not _is_left_to_decode(planned):
                     self.pipeline.finish(planned, images[place])
                 return planned, label
 
@@ -101,12 +101,32 @@ class BatchedImages(Dataset):
     def _decoded(self, waiting: list["_Waiting"], memory: tuple[np.ndarray, ...]) -> list[str]:
         """Decodes and resizes planned images; what is unreadable."""
         unreadable: list[str] = []
-        for key, place, planned in waiting:
+        crops: list[tuple[_Waiting, Any]] = []
+        held = 0
+        for one in waiting:
             try:
-                self.pipeline.finish(planned, memory[0][place])
+                crops.append((one, self.pipeline.cropped(one.planned)))
             except Exception:  # from the beginning, which names what fails, or takes another image
+                unreadable += self.made(one.key, one.place, memory)
+            held += 3 * one.planned.source.width * one.planned.source.height  # a crop may be a view of the whole image
+            if held > HELD_BYTES:
+                unreadable += self._resized(crops, memory)
+                crops, held = [], 0
+        return unreadable + self._resized(crops, memory)
+
+    def _resized(self, crops: list[tuple["_Waiting", Any]], memory: tuple[np.ndarray, ...]) -> list[str]:
+        """Resizes decoded crops; what is unreadable."""
+        unreadable: list[str] = []
+        for (key, place, planned), crop in crops:
+            try:
+                self.pipeline.resize_into(crop, planned.mode, memory[0][place])
+            except Exception:
                 unreadable += self.made(key, place, memory)
         return unreadable
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def _is_left_to_decode(planned: PlannedImage) -> bool:
+    return planned.image is None and isinstance(planned.source, EncodedJpeg)

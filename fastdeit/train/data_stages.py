@@ -21,6 +21,7 @@ from fastdeit.train.sampling import Key, seed_sample
 STAGES = ("read", "decode", "crop and resize", "augment", "collate", "copy")
 IMAGES = 256  # that are timed
 _WARM_UP = 8
+_AT_ONCE = 16  # that are planned, then decoded, then resized
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def measure_stages(loader: TrainLoader, config: Config, images: int = IMAGES) ->
     for number, key in enumerate(keys[: images + _WARM_UP]):
         clock = _Clock()
         timed.append((clock, make(source, key, memory, number % size, clock)))
-    for _ in range(2):  # as far as plans go, then the rest
-        for _, made in timed:
-            next(made, None)
+    for first in range(0, len(timed), _AT_ONCE):
+        for _ in range(3):  # plans, decoding, the rest
+            for _, made in timed[first : first + _AT_ONCE]:
+                next(made, None)
     clocks = [clock for clock, _ in timed[_WARM_UP:] if clock.stopped]
     count = len(clocks)
     if not count:
@@ -119,8 +121,8 @@ class _Clock:
 
 
 def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock) -> Iterator[None]:
-    """Makes an image of `BatchedImages`; pauses where others are planned before this one is decoded. Ends early where it cannot be
-    read, which a run would name."""
+    """Makes an image of `BatchedImages`; pauses where others are planned before this one is decoded, and decoded before it is
+    resized. Ends early where it cannot be read, which a run would name."""
     out, plans, flips, classes, _ = memory
     pipeline, images = source.pipeline, source.images
     clock.start()
@@ -142,6 +144,8 @@ def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock)
         return
     clock.lap("decode")
     if pipeline.plans_first:
+        yield
+        clock.start()
         pipeline.resize_into(part, mode, out[place])
         clock.lap("crop and resize")
     else:
