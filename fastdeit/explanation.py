@@ -108,7 +108,7 @@ class Report:
         )
 
     def _hint(self) -> str:
-        """One sentence where nothing but LayerNorms was matched: the reader may have expected blocks."""
+        """One sentence for a model of which only LayerNorms were matched."""
         if not any(row.matched for row in self.rows) or any(
             row.matched and row.kind not in _NORMS for row in self.rows
         ):
@@ -183,7 +183,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
 
 
 def _prices(costs: Mapping[str, tuple[Cost, Cost]], names: list[str]) -> tuple[str, ...]:
-    """Launches and megabytes, as it runs and as in timm, of modules together; empty texts where they have no costs."""
+    """Launches and megabytes of modules together, as they run and as in timm; empty texts where no cost is known."""
     found = [costs[name] for name in names if name in costs]
     if not found:
         return ("",) * 4

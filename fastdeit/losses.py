@@ -1,4 +1,4 @@
-"""Losses for training DeiT: DistillationLoss as facebookresearch/deit calls it, and DistillationCrossEntropy on logits in hand."""
+"""Losses for training DeiT: DistillationLoss as facebookresearch/deit calls it, and DistillationCrossEntropy on given logits."""
 
 from typing import Any
 
@@ -190,7 +190,7 @@ class DistillationLoss(nn.Module):
 
 
 def _pair(outputs: Any, alone_gives_both: bool = False) -> tuple[Tensor, Tensor | None]:
-    """outputs' two tensors; of a single one, it and None, or it twice."""
+    """The two tensors of outputs; for a single tensor the pair of it and None, or it twice."""
     if isinstance(outputs, Tensor):
         return outputs, outputs if alone_gives_both else None
     expected = "expected a (B, C) tensor or a pair of them, of the class token and of the distillation token"
@@ -205,7 +205,7 @@ def _pair(outputs: Any, alone_gives_both: bool = False) -> tuple[Tensor, Tensor 
 
 
 def _fusible_base(criterion: nn.Module, outputs: Tensor, labels: Tensor) -> dict[str, Any] | None:
-    """The op's options that mean what criterion(outputs, labels) computes, or None where it must be called as it is."""
+    """The op's options that mean what criterion(outputs, labels) computes, or None where criterion itself must be called."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if (
         not isinstance(criterion, nn.Module)

@@ -1,4 +1,4 @@
-"""Kernels that this machine refuses, and the ops that run PyTorch in their place from then on.
+"""Kernels that the compiler or the driver refuses, and the ops that fall back to their references from then on.
 
 Under the backend "auto" the first refusal of the compiler or the driver hands the ops of that subject (a folder of kernels) over to
 their references, for this process alone; each rank of a distributed run decides for itself. Under "triton" it is an error.
@@ -76,7 +76,7 @@ def first_call() -> bool:
 
 
 def _compile_backward(op: str, result: Any, inputs: tuple) -> None:
-    """Compiles the kernels of backward from a result to the inputs, unless that was done for such inputs or cannot be done here."""
+    """Compiles backward's kernels from a result to the inputs, unless that was done for such inputs or cannot be done here."""
     results = result if isinstance(result, tuple) else (result,)
     if not results[0].is_cuda:
         return
@@ -108,8 +108,8 @@ def _compile_backward(op: str, result: Any, inputs: tuple) -> None:
 
 
 def _inside_something() -> bool:
-    """Where running backward of a result at once is not what the surroundings expect: a capture, another backward, hooks on what is
-    saved (checkpointing), a dispatch mode."""
+    """Whether the context forbids running backward of a result at once: a capture, another backward, hooks on saved tensors
+    (checkpointing), a dispatch mode."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._current_graph_task_id() != -1
@@ -134,7 +134,7 @@ def _own_nodes(outputs: list[Tensor], beyond: set[int]) -> list[Any]:
 
 
 def _hand_over(error: RuntimeError) -> None:
-    """Notes a refusal and says so once; raises the error where it is none, or where the ops must not change."""
+    """Records a refusal and warns once; raises the error where it is no refusal, or where the ops must not fall back."""
     from fastdeit import backends
     from fastdeit.kernels.runtime.refusal import KernelRefused  # which imports Triton
 

@@ -219,7 +219,7 @@ def _swap(choices: Iterable[tuple[nn.Module, dict[type, type]]]) -> None:
 
 
 def _mark_excluded(named: dict[str, nn.Module], excluded: set[str]) -> None:
-    """Leaves nothing on a module that neither is excluded nor holds one that is."""
+    """Marks excluded modules and those that contain one; removes the mark from all others."""
     from fastdeit.blocks.checklist import EXCLUDED, HOLDS_EXCLUDED
 
     around = {name[:end] for name in excluded for end, letter in enumerate(name) if letter == "."}
@@ -239,7 +239,7 @@ def _mark_excluded(named: dict[str, nn.Module], excluded: set[str]) -> None:
 
 
 def _set_choice(modules: Iterable[nn.Module], name: str, value: str) -> None:
-    """Sets an attribute of the blocks that have the choice. Leaves nothing on a block that keeps its class's value."""
+    """Sets an attribute of the blocks that support it; removes it where the value is the class's."""
     from fastdeit.blocks.fused_module import is_fused
 
     changed = False

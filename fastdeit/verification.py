@@ -1,6 +1,6 @@
 """Whether accelerated modules keep the numerics contract with the weights and on the device that a user has.
 
-Every module is given what timm's model gives it, and compared by itself: an error is seen in the layer that makes it.
+Every module gets the input that it has in the library's model and is compared alone, so that an error is seen in its layer.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Every kernel configuration that can run on a GPU, and what the compiler makes of it, without a GPU.
 
 A kernel file lists its configurations in `aot_configs(arch)`. Each is compiled ahead of time for an architecture; registers,
-spills, shared memory and the instruction stream are read from the compiled binary with the tools that Triton brings along.
+spills, shared memory and the instruction stream are read from the compiled binary with the tools that are part of Triton.
 """
 
 import functools
@@ -176,7 +176,7 @@ def resources(compiled: CompiledKernel, limits: Limits) -> Resources:
 
 
 def _ptxas_log(ptx: str) -> str:
-    """What ptxas says about wgmma in a kernel; Triton's own call of it keeps nothing where the binary was cached."""
+    """ptxas's messages about wgmma in a kernel. Triton does not keep them where the binary came from its cache."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(ptx)
@@ -203,7 +203,7 @@ class _Dependencies(DependenciesFinder):
 
 
 def _without_comments(source: str) -> str:
-    """The code as it is written: `ast.unparse` would not give the same on every version of Python."""
+    """The source text without comments. `ast.unparse` would give different text on different versions of Python."""
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

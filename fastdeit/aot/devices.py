@@ -1,4 +1,4 @@
-"""What the GPUs of the estimates can do: one per architecture. docs/instruction-stream.md has the sources."""
+"""Rates and limits of the GPUs that estimates are made for, one per architecture. docs/instruction-stream.md has the sources."""
 
 from dataclasses import dataclass
 

@@ -130,7 +130,7 @@ def _clocks(stream, matrix_instructions, num_warps, work, device, execution) -> 
 
 
 def _one_block_ns(stream: InstructionStream, num_warps: int, trips: float, device: Device) -> float:
-    """How long a block takes that has a multiprocessor to itself: its waits one after the other."""
+    """Time of a block that runs alone on a multiprocessor: the sum of its waits."""
     repeated = 0 if stream.asynchronous else trips
     waits = stream.once.round_trips + stream.asynchronous + repeated * stream.loop.round_trips
     clocks = 0.0

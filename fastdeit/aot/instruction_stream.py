@@ -1,4 +1,4 @@
-"""What a compiled kernel's instructions say: how wide it reads and writes memory, what it issues, how much it keeps in flight."""
+"""Statistics of a compiled kernel's instructions: widths of memory accesses, instructions by class, bytes in flight."""
 
 import re
 from collections import Counter
@@ -111,7 +111,7 @@ def _section(code: Sequence[Instruction], num_warps: int, waits: int) -> Section
 
 
 def _matrix_flops(opcode: str, num_warps: int) -> int:
-    """Of one block: wgmma is executed by groups of four warps, mma.sync by each warp."""
+    """Floating-point operations of the matrix instructions of one block: four warps execute one wgmma, each warp an mma.sync."""
     if found := re.match(r"[A-Z]*GMMA\.(\d+)x(\d+)x(\d+)", opcode):
         return 2 * int(found[1]) * int(found[2]) * int(found[3]) * max(num_warps // 4, 1)
     if found := re.match(r"[A-Z]*MMA\.16(8)(\d+)", opcode):
@@ -177,7 +177,7 @@ def round_trips(code: Sequence[Instruction]) -> list[int]:
 
 
 def _outstanding(code: Sequence[Instruction]) -> list[tuple[int, bool]]:
-    """For each instruction the bytes under way behind it, and whether it waits for a load since the last wait."""
+    """For each instruction the bytes in flight after it, and whether it waits for a load issued since the last wait."""
     pending: set[int] = set()  # registers
     under_way, found = 0, []
     for instruction in code:

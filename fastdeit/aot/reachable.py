@@ -1,7 +1,7 @@
 """Configurations that a call can reach and the catalog does not list: odd widths and lengths, dtypes mixed, frozen inputs.
 
-The ops are called with arguments drawn at random, on the CPU and for a given architecture. Every launch is written down instead of
-made. What was written down is what a GPU would have to compile.
+The ops are called with random arguments, on the CPU and for a given architecture. Each launch is recorded instead of made: the
+record lists what a GPU of this architecture would compile.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
-"""When a call may run fused whose modules are in order: rules on its tensors and on what surrounds it, asked at every call.
+"""Whether a call of modules that `checklist` accepts may run fused: rules on its tensors and its context, checked at every call.
 
-As in `checklist`, a rule returns None or the reason, and stands once.
+As in `checklist`, a rule returns None or the reason, and each rule is written once.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """The only fused forward: a fold over residual branches, each an op that also makes the addition that the one before left.
 
-Whoever calls these functions has asked `checklist`; nothing is checked here.
+Callers have checked the block with `checklist`; nothing is checked here.
 """
 
 from collections.abc import Mapping
@@ -174,8 +174,8 @@ def _run_joint(
 ) -> PendingResidual | None:
     """The pending addition, LayerNorm, the body and LayerScale in one autograd node.
 
-    None where they are not one: where attention may be handed over to PyTorch's, and where gamma would be multiplied into fp16
-    weights, which then leave the range of fp16 if it is small.
+    None where they cannot share a node: where PyTorch's attention may run, and where gamma would be multiplied into fp16 weights,
+    which a small gamma takes below the range of fp16.
     """
     x, added, _, scale = pending
     norm, body = branch.norm, branch.body
@@ -220,7 +220,7 @@ def _settled(pending: PendingResidual) -> Tensor:
 
 
 def _scaled(pending: PendingResidual) -> Tensor:
-    """What is to be added to the stream; there must be something."""
+    """The pending branch times its factors, ready to be added to the stream. There must be a pending branch."""
     _, branch, gamma, scale = pending
     assert branch is not None
     branch = branch if gamma is None else branch * gamma
@@ -299,7 +299,7 @@ def run_mlp_called(body: spec.Mlp, x: Tensor) -> Tensor:
 
 
 def _run_attention_prefix(body: spec.Attention, x: Tensor, keep: int) -> Tensor:
-    """What `run_attention` gives for the first `keep` of x's tokens: their queries alone, keys and values of all.
+    """As `run_attention`, for the queries of the first `keep` tokens of x, with keys and values of all tokens.
 
     (B, N, C) -> (B, keep, C_out). Dropout after proj must be inactive.
     """

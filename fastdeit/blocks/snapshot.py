@@ -1,7 +1,7 @@
-"""Whether anything about some modules has changed since they were looked at: the fast answer in front of the checklist.
+"""Detects any change of modules since the checklist ran on them, so that it need not run at every call.
 
-There is no list here of what matters to which module. Every attribute, child, parameter, class, hook and forward is compared, so
-that a rule of the checklist cannot read something that this misses.
+Every attribute, child, parameter, class, hook and forward is compared, not a selection for each module: a rule of the checklist
+cannot depend on anything that is not compared.
 """
 
 from collections.abc import Callable

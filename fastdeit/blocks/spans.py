@@ -1,4 +1,4 @@
-"""A model's blocks in spans: what runs from the images to the prefix tokens, cut between blocks for autograd.
+"""The run from images to prefix tokens, cut between blocks into spans, each one autograd node.
 
 Between two spans flows a `PendingResidual`.
 """

@@ -3,7 +3,7 @@
     x = x + drop_path(gamma * body(norm(x)))        for each branch in turn (Dosovitskiy et al. 2021, eqs. 2-3)
 
 A record holds modules and names of parameters, never tensors: weights are read at each call, so that `functional_call`, `.to()` and
-sharding work as ever. `checklist` judges a record, `run` computes what it says.
+sharding work as ever. `checklist` accepts or refuses a record, `run` computes it.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
     x[chosen] += B / kept * branch(x[chosen]),    kept = round(B (1 - p))
 
 (Huang et al. 2016, with subsets of fixed size as in Oquab et al. 2023, "DINOv2", appendix.) A sample is in the subset with
-probability kept / B, so that the expectation is the one of a mask per sample with that probability.
+probability kept / B, so the expectation equals that of a mask per sample with the same probability.
 """
 
 from typing import NamedTuple

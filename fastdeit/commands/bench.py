@@ -1,4 +1,4 @@
-"""`fastdeit bench`: times the suites of benchmarks/suites, and makes something of results."""
+"""`fastdeit bench`: times the suites of benchmarks/suites, and makes tables and charts of results."""
 
 import argparse
 import importlib

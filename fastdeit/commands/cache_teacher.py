@@ -1,4 +1,4 @@
-"""`fastdeit cache-teacher`: runs the teacher once, so that later runs need its labels alone."""
+"""`fastdeit cache-teacher`: runs the teacher once, so that later runs read its labels instead."""
 
 import argparse
 import signal

@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--amp", choices=("float16", "bfloat16"), help="explain what runs under autocast to this dtype")
     parser.add_argument("--train", action="store_true", help="explain training mode rather than evaluation")
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="modules that keep timm's implementation"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="modules that keep their library's implementation",
     )
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="add launches and memory traffic of a forward pass of N images"

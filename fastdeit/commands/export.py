@@ -1,4 +1,4 @@
-"""`fastdeit export MODEL|CHECKPOINT --output FILE`: a frozen model as a file that serves."""
+"""`fastdeit export MODEL|CHECKPOINT --output FILE`: writes a frozen model to a file for serving."""
 
 import argparse
 from pathlib import Path
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """On the CPU, and how images are prepared for it and what its classes are called, if it is a checkpoint."""
+    """The model on the CPU, and for a checkpoint the preparation of its images and the names of its classes."""
     import torch
 
     from fastdeit.commands.explain import check_model_name

@@ -1,4 +1,4 @@
-"""Batches of image files as an optimized model takes them."""
+"""Batches of image files, prepared for an optimized model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
 def _executed(
     entries: list[report.Entry], keys: list[str], results: list[Resources | str]
 ) -> tuple[list[Resources | str], list[str]]:
-    """The results with what executing their code counted, where they lack it and the code can be executed; what failed.
+    """The results, with counts of an execution added where they had none and the code can be executed; and the failures.
 
-    With a Triton that the PTX machine is not tested with, nothing is executed.
+    Nothing is executed with a version of Triton that the PTX machine is not tested with.
     """
     from fastdeit.testing.ptx import compiler, harness, rows
 
@@ -129,7 +129,7 @@ def _executed(
 
 
 def _sampled_faults(archs: Iterable[int], count: int, seed: int) -> Iterator[str]:
-    """Compiles a sample of what calls can reach beyond the listed configurations; what no GPU could run, as sentences."""
+    """Compiles a sample of what calls can reach and the catalog does not list; yields a sentence for each that no GPU can run."""
     for arch in archs:
         rows = reachable.sample(arch, count, seed)
         for done, row in enumerate(rows, 1):

@@ -1,4 +1,4 @@
-"""`fastdeit launch-cost`: what launches cost the host, per call and per model beside timm's, on the fake CUDA runtime."""
+"""`fastdeit launch-cost`: host time of launches, per call and per model, with timm's for comparison, on the fake CUDA runtime."""
 
 import argparse
 import json

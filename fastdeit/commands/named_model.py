@@ -1,4 +1,4 @@
-"""What a command's argument MODEL names: a model of timm, or a function of the user's or of a library that makes one."""
+"""The argument MODEL of commands: a model of timm, or a function, of the user or of a library, that returns a model."""
 
 import importlib
 import os

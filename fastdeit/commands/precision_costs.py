@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, model: nn.Module) -> int:
 
 
 def _random(architecture) -> list[tuple[Tensor, Tensor]]:
-    """With labels of their own, since a model may see one class in all of them."""
+    """Batches of random images, each with another label: calibration needs several, and a model may give all images one class."""
     torch.manual_seed(0)
     images = torch.randn(RANDOM_IMAGES, architecture.in_chans, *architecture.img_size)
     labels = torch.arange(RANDOM_IMAGES)
@@ -51,7 +51,7 @@ def _random(architecture) -> list[tuple[Tensor, Tensor]]:
 
 
 def _of_folder(folder: Path, model: OptimizedModel) -> list[tuple[Tensor, Tensor]]:
-    """Batches of images with their classes; every other one is for calibration."""
+    """Batches of images with their classes; every second batch is for calibration."""
     batches = labelled_images(folder, model, BATCH)
     if len(batches) < 2:
         images, labels = batches[0]

@@ -1,4 +1,4 @@
-"""`fastdeit predict`: what a checkpoint sees in images."""
+"""`fastdeit predict`: a checkpoint's most probable classes for images."""
 
 import argparse
 import json

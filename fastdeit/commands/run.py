@@ -1,4 +1,4 @@
-"""`fastdeit run SCRIPT ARGS...`: runs a script unedited, with every model accelerated that timm or another known library makes."""
+"""`fastdeit run SCRIPT ARGS...`: runs a script unedited; models that timm or another known library makes are accelerated."""
 
 import argparse
 import contextlib
@@ -119,7 +119,7 @@ def _check_there(script: str, is_module: bool) -> None:
 
 @contextlib.contextmanager
 def _started_as_python_does(script: str, arguments: list[str], is_module: bool) -> Iterator[None]:
-    """sys.argv as the script expects it, and the folder first on sys.path where it finds what lies beside it."""
+    """Inside, sys.argv holds the script and its arguments, and a script's folder is first on sys.path."""
     argv = sys.argv
     sys.argv = [script, *arguments]
     try:
@@ -140,7 +140,7 @@ def _first_on_path(folder: str) -> Iterator[None]:
 
 
 def _of_script(frames):
-    """A traceback without the frames of this file and of runpy, which the script's author does not know."""
+    """A traceback without the frames of this file and of runpy, as plain `python` prints it."""
     ours = {__file__, runpy.__file__, "<frozen runpy>"}
     while frames is not None and frames.tb_frame.f_code.co_filename in ours:
         frames = frames.tb_next

@@ -113,7 +113,7 @@ def _train(config: Config, folder: Path, resume: bool) -> int:
 
 
 def _train_together(config: Config, folder: Path, resume: bool, world: "World") -> int:
-    """Trains in the processes of world, and prints in one of them what came of it."""
+    """Trains in the processes of world; one of them prints the result."""
     from fastdeit.train.failures import RunFailedError, known_cause
     from fastdeit.train.monitor import NonFiniteLossError
     from fastdeit.train.reporting import results_table

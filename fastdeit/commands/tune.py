@@ -123,10 +123,10 @@ def _finished(file: Path, environment: dict[str, Any]) -> dict[str, dict]:
 
 
 def _measure(case, deadline: float, toy: bool, journal: Journal) -> list[dict[str, Any]]:
-    """Checks every candidate, which also compiles it, then times those that are right, with the baselines among them.
+    """Checks every candidate, which also compiles it, then times the accepted ones together with the baselines.
 
     Raises:
-        DeviceLostError: one of them took the device down.
+        DeviceLostError: a candidate made the device unusable.
     """
     refused, right = {}, {}
     if time.monotonic() >= deadline:
@@ -157,7 +157,7 @@ def _measure(case, deadline: float, toy: bool, journal: Journal) -> list[dict[st
 
 
 def _timed(case, right: dict[str, Any], turns: int, journal: Journal) -> list[timing.Row]:
-    """The rows of the candidates that are right, and of the baselines: at full size one may fail that little data did not."""
+    """The rows of the accepted candidates and of the baselines. At full size a candidate may fail that passed on little data."""
     last = ["its inputs"]  # whose launches were accepted; what is wrong with them shows when the device is waited for
 
     def noted(label, run):

@@ -1,4 +1,4 @@
-"""`fastdeit verify MODEL`: on this device, with these weights, is every layer as accurate as timm's, and what does it bring?"""
+"""`fastdeit verify MODEL`: compares every accelerated layer with its library's, and on a GPU times both."""
 
 import argparse
 import json
@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="dtype of the parameters, without autocast (default on a CPU: float32)"
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="modules that keep timm's implementation"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="modules that keep their library's implementation",
     )
     precision.add_argument(
         "--precision",
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _owner(name: str) -> str:
-    """Whose implementation it is compared with."""
+    """The name of the library whose implementation the model is compared with."""
     return "stock" if named_model.is_path(name) else "timm"
 
 

@@ -1,4 +1,4 @@
-"""What a model of `optimize_for_inference` costs, part by part, by precision, as it ships and with everything fused."""
+"""Cost of a model of `optimize_for_inference`, part by part and by precision, as implemented and with everything fused."""
 
 from dataclasses import replace
 
@@ -84,6 +84,6 @@ def _with_bytes(part: Part, more: int) -> Part:
 
 
 def _kernel(part: Part, name: str, moved: int, launches: int) -> Part:
-    """Of its own, as often as a part."""
+    """A kernel beside a part's, launched as often as the part occurs in the model."""
     prefix = LAST_BLOCK if part.name.startswith(LAST_BLOCK) else ""
     return Part(prefix + name, Cost(0, moved, launches), Cost(0, 0, 0), part.count)

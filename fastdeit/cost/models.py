@@ -180,7 +180,7 @@ def _embedding(shape: Shape, batch: int, execution: str, precision: str) -> Part
 def _block(
     shape: Shape, batch: int, execution: str, precision: str, training: bool, queries: int | None = None
 ) -> Iterator[Part]:
-    """One block. Everything after the first norm, keys and values is of `queries` tokens, None for all."""
+    """One block. What follows the first norm, keys and values is computed for `queries` tokens, None for all."""
     queries = shape.tokens if queries is None else queries
     elements = batch * shape.tokens * shape.channels
     few = batch * queries * shape.channels
@@ -257,7 +257,7 @@ _JOINS = {"amp": (4 + 8 + 8, 6), "bf16": (2 + 8 + 8, 6)}
 
 
 def _last_block(shape: Shape, batch: int, execution: str, precision: str, training: bool) -> Iterator[Part]:
-    """The first norm and keys and values of all tokens, the rest of the prefix tokens alone."""
+    """The last block: first norm, keys and values for all tokens, the rest for the prefix tokens alone."""
     for part in _block(shape, batch, execution, precision, training, queries=shape.prefix_tokens):
         if execution == "fastdeit" and part.name == "norms and additions":
             moved, launches = _JOINS[precision]

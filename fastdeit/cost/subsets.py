@@ -1,7 +1,7 @@
-"""What a training step costs whose residual branches run on subsets of the samples (`drop_path="skip"`), as it ships.
+"""What a training step costs whose residual branches run on subsets of the samples (`drop_path="skip"`), as implemented.
 
-A branch's arithmetic and traffic are those of the samples that it keeps. On top come the passes that gather them and add the
-result: they are PyTorch's operations, not fused with the LayerNorm. Bytes are per element of one (batch, tokens, channels)
+A branch's arithmetic and traffic are those of the samples that it keeps. To this come the passes that gather them and add the
+result, PyTorch operations that are not fused with the LayerNorm. Bytes are per element of one (batch, tokens, channels)
 activation.
 """
 

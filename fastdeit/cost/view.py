@@ -76,7 +76,7 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def _by_module(found: list[Part], shape: Shape) -> dict[str, Cost]:
-    """The forward cost of every part, where it belongs."""
+    """The forward cost of every part, under the module that it belongs to."""
     costs: dict[str, Cost] = {}
 
     def add(name: str, cost: Cost) -> None:

@@ -1,1 +1,1 @@
-"""Frozen models for deployment: weights converted and folded once, and what a call need not compute left out."""
+"""Frozen models for deployment: weights are converted and folded once, and calls compute only what the logits depend on."""

@@ -1,7 +1,7 @@
-"""Scales of 8-bit activations from images: what is behind GELU and attention has one for all tokens, known beforehand.
+"""Scales of 8-bit activations, from images: one scale for all tokens after GELU and after attention, fixed before inference.
 
 For int8 the outliers of some channels are moved into the weights that follow (Xiao et al. 2023, "SmoothQuant", eq. 4), by powers
-of two, so that nothing is rounded on the way.
+of two, which round nothing.
 """
 
 import functools
@@ -79,7 +79,7 @@ def batches(images: Any, argument: str) -> Iterator[tuple[Tensor, Tensor | None]
 
 
 def _check_classes(model: OptimizedModel, images: Iterable[Any]) -> None:
-    """Runs the model on all of them."""
+    """Runs the model on all images. Raises ValueError where images or logits are not finite, or all of one class."""
     count, classes = 0, set()
     for batch, labels in batches(images, "calibration"):
         if batch.is_floating_point() and not bool(batch.isfinite().all()):
@@ -102,14 +102,14 @@ def _check_classes(model: OptimizedModel, images: Iterable[Any]) -> None:
 
 
 def _factors(channels: Tensor, weight: Tensor) -> Tensor:
-    """For channels whose largest magnitudes are given, and the weight (O, C) that reads them."""
+    """The power of two for each channel (C,), from its largest magnitude (C,) and the weight (O, C) that reads it."""
     largest = channels.clamp(min=SMALLEST) ** _MIGRATION
     smoothed = largest / weight.float().abs().amax(0).clamp(min=SMALLEST) ** (1 - _MIGRATION)
     return torch.exp2(-smoothed.log2().round().clamp(-20, 20))
 
 
 class _Statistics:
-    """Of the input of one layer: each channel's largest magnitude, and how often each bfloat16 magnitude occurred."""
+    """Statistics of a layer's input: each channel's largest magnitude, and how often each bfloat16 magnitude occurred."""
 
     def __init__(self) -> None:
         self.channels = torch.zeros(())

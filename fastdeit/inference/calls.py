@@ -60,7 +60,7 @@ class Calls:
         return Calls, (self.cuda_graphs, self.buckets)
 
     def __call__(self, model: "OptimizedModel", images: Tensor) -> Tensor:
-        """The model's logits of images that passed its check, without autocast."""
+        """The logits of images that the model's check has accepted, without autocast."""
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return model.run(images)
         count = len(images)
@@ -120,7 +120,7 @@ class Batch(NamedTuple):
 
 
 class _Seen:
-    """A model as it was when graphs of it were captured."""
+    """A model's state at the time its graphs were captured."""
 
     def __init__(self, model: "OptimizedModel") -> None:
         self._model = model

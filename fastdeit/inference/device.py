@@ -1,4 +1,4 @@
-"""Which device has the arithmetic of a precision."""
+"""Whether a device has the arithmetic of a precision."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What is folded into weights, in float64.
+"""Parameters and constants folded into weights, in float64.
 
 LayerNorm       W (gamma x + beta) + b  =  (W gamma) x + (W beta + b)
 LayerScale      gamma (W x + b)         =  (gamma W) x + gamma b
@@ -89,7 +89,7 @@ def for_levels(layer: Layer, mean: Sequence[float], std: Sequence[float]) -> Lay
 
 
 def _holds(dtype: torch.dtype | None, layer: Layer) -> bool:
-    """Whether each row of a weight, and the bias, loses no more in this dtype than a rounding of normal numbers does."""
+    """Whether the dtype holds each row of a weight, and the bias, to the relative precision of its normal numbers."""
     if dtype is None:
         return True
     for rows in (layer.weight, layer.bias[None]):

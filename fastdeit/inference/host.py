@@ -138,7 +138,7 @@ class Host:
 
 
 def _why_not(model: Any) -> str | None:
-    """Why some part of a model in evaluation mode would be called as it is."""
+    """Why a part of the model, in evaluation mode, would fall back and cannot be folded."""
     if not isinstance(model, FusedTrunk):
         return (
             "only blocks or layers of it are"
@@ -174,13 +174,13 @@ def _why_not(model: Any) -> str | None:
 
 
 def _parts(block: Any) -> tuple[spec.Branch, spec.Attention, spec.Branch, spec.Mlp]:
-    """Of a block to which `_why_not` does not object."""
+    """The parts of a block for which `_why_not` gives no reason."""
     first, second = block.branches
     return first, first.body, second, second.body
 
 
 def _layers(attention: spec.Attention, mlp: spec.Mlp) -> tuple[spec.Affine, ...]:
-    """qkv, or the first of three apart, proj, fc1 and fc2."""
+    """The layers qkv (of separate projections the first), proj, fc1 and fc2."""
     qkv = attention.qkv if isinstance(attention.qkv, spec.Affine) else attention.qkv[0]
     return qkv, attention.proj, mlp.fc1, mlp.fc2
 
@@ -196,7 +196,7 @@ def _parameters(layer: spec.Affine) -> tuple[Tensor | None, Tensor | None]:
 
 def _read(layer: spec.Affine) -> Layer:
     weight, bias = _parameters(layer)
-    assert weight is not None  # `_why_not` has asked
+    assert weight is not None  # `_why_not` has checked it
     return Layer(double(weight), weight.new_zeros(len(weight)).double() if bias is None else double(bias))
 
 

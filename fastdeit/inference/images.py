@@ -1,4 +1,4 @@
-"""Image files as an optimized model takes them."""
+"""Prepares image files for an optimized model."""
 
 from collections.abc import Callable
 from typing import Any

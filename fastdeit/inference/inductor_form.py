@@ -43,7 +43,7 @@ def rounded_to_e4m3(y: Tensor) -> Tensor:
 
 
 def _e4m3_values() -> Tensor:
-    """Of all 256 bytes, in float32."""
+    """The e4m3 values of all 256 bytes, in float32."""
     byte = torch.arange(256)
     exponent, mantissa = byte >> 3 & 15, (byte & 7).float()
     normal = torch.ldexp(1 + mantissa / 8, exponent - 7)

@@ -141,7 +141,7 @@ class OptimizedModel(nn.Module):
         return self._read(tokens)
 
     def _read(self, tokens: Tensor) -> Tensor:
-        """What the heads say of the normalised prefix tokens (B, prefix, C)."""
+        """The heads' output for normalised prefix tokens (B, prefix, C)."""
         readout = self.options.readout
         if readout == "mean":
             return self.heads["mean"](tokens[:, :2].flatten(1))

@@ -62,7 +62,7 @@ class PairsForm(nn.Module):
         return torch.func.functional_call(_Run(self.computing), self._weights("model."), (images,))
 
     def _weights(self, prefix: str = "") -> dict[str, Tensor]:
-        """Of `computing`, by its names: each as the graph makes it of what is stored."""
+        """The tensors of `computing` by name, each computed in the graph from the stored one."""
         found = {}
         for name, tensor in self.stored.named_buffers():
             layer, _, kind = name.rpartition(".")
@@ -75,7 +75,7 @@ class PairsForm(nn.Module):
         return found
 
     def _through_8_bits(self, block: Block, layer: str, x: Tensor) -> Tensor:
-        """A layer's input through 8 bits and back."""
+        """A layer's input, quantized and dequantized."""
         linear = getattr(block, layer)
         if not isinstance(linear, QuantizedLinear):
             return x

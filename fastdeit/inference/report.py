@@ -1,4 +1,4 @@
-"""What a precision costs: agreement with the model in float32, the error of logits, and which layers make it."""
+"""Accuracy of a precision: agreement with the model in float32, the error of logits, and the error of each layer."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -79,7 +79,7 @@ def report(optimized: OptimizedModel, model: nn.Module, loader: Iterable[Any]) -
 
 
 class _Sums:
-    """Of squares of errors and of what is expected."""
+    """Sums of squares of errors and of expected values."""
 
     def __init__(self) -> None:
         self.errors = self.expected = 0.0
@@ -93,7 +93,7 @@ class _Sums:
 
 
 def _observed(optimized: OptimizedModel, exact: OptimizedModel) -> dict[str, _Sums]:
-    """By module name, sums that fill when `exact` runs."""
+    """Sums by module name, to which each run of `exact` adds."""
     found: dict[str, _Sums] = {}
     pairs = zip(optimized.blocks, exact.blocks, optimized.architecture.blocks, strict=True)
     for ours, theirs, block in pairs:
@@ -111,7 +111,7 @@ def _compare(ours: Block, theirs: Block, sums: Mapping[str, _Sums], layer: str, 
 
 
 def _output(block: Block, layer: str, x: Tensor) -> Tensor:
-    """Of a quantized layer for an input in float32."""
+    """A quantized layer's output for an input in float32."""
     linear: Any = getattr(block, layer)
     if linear.input_scale is not None:
         return linear(linear.received(x))

@@ -49,5 +49,5 @@ class LayerScaleBlockClassAttn(HostBlock, cait.LayerScaleBlockClassAttn, source=
 
 
 def _class_token(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """None where there is none: `explain` asks for a call with nothing but tokens."""
+    """The class token, None where the call has none: `explain` assumes a call with tokens alone."""
     return args[0] if args else kwargs.get("x_cls")

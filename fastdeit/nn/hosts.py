@@ -1,4 +1,4 @@
-"""Which modules of which libraries have a fused class. A library is looked at only once a program has imported it."""
+"""Which modules of which libraries have a fused class. A library is looked up only after a program has imported it."""
 
 import importlib
 import sys

@@ -1,6 +1,6 @@
 """Layers of Hugging Face transformers, as attributes of this module by transformers' names: `fastdeit.nn.huggingface.ViTLayer`.
 
-Each class is made when it is first asked for, and imports the file of transformers that it is about.
+Each class is made at its first access, which imports its file of transformers.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from fastdeit.blocks.adapters.huggingface_layers import LAYERS
 from fastdeit.blocks.run import PendingResidual
 from fastdeit.nn.host_block import HostBlock
 
-# Arguments of the model that it hands on to its layers, which have no use for them; BEiT's have two for their bias alone.
+# Arguments that a model passes on to its layers, which ignore them; BEiT's layers use two for their bias alone.
 _FOR_THE_MODEL = ("num_items_in_batch", "output_hidden_states", "return_dict", "interpolate_pos_encoding", "resolution")
 _OWN_ATTENTION = {"sdpa": sdpa_attention_forward, "eager": None}
 
@@ -24,7 +24,7 @@ class _Layer(HostBlock):
     """A standard pre-norm layer. `forward` takes and returns (B, N, C).
 
     Masks and other arguments, the collection of attentions, attention implementations other than "sdpa" and "eager", and active
-    attention dropout run transformers' code. Gradient checkpointing is transformers' own, around the fused forward.
+    attention dropout run transformers' code. Gradient checkpointing is transformers', around the fused forward.
     """
 
     tokens_name = "hidden_states"

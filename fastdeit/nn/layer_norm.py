@@ -1,4 +1,4 @@
-"""LayerNorm for timm's class and for PyTorch's own, which differ in state."""
+"""LayerNorm for timm's class and for PyTorch's, which differ in state."""
 
 import timm.layers
 import torch
@@ -12,7 +12,7 @@ from fastdeit.blocks.spec import Affine
 
 
 class _FusedLayerNorm(FusedModule):
-    """What both have in common. A norm is judged at every call: it has no children, and that costs less than a comparison."""
+    """The common part. The checklist runs at every call: without children it costs less than a snapshot's comparison."""
 
     def why_not_fused(self, x: Tensor) -> str | None:
         """Why `forward(x)` would run the source class's code, None if it would run the kernel."""
@@ -45,7 +45,7 @@ class TorchLayerNorm(_FusedLayerNorm, nn.LayerNorm, source=nn.LayerNorm):
         return self._traced(x) if isinstance(x, torch.fx.Proxy) else super().forward(x)
 
     def _traced(self, x):
-        """Asks the tracer again about PyTorch's class: torch.fx keeps those whole, by their module's name."""
+        """Asks the tracer again, with PyTorch's class: torch.fx does not trace into classes that `torch.nn` defines."""
         self.__class__ = nn.LayerNorm
         try:
             return x.tracer.call_module(self, self.forward, (x,), {})

@@ -92,7 +92,7 @@ class FusedTrunk(FusedModule):
         return verdict.model or embedding or verdict.norm or verdict.block or why_parts_called(description, verdict)
 
     def _prefix_tokens(self, answer: _Answer, x: Tensor) -> Tensor | None:
-        """What the heads read of images x (B, 3, H, W), at least; None where timm's code runs around everything."""
+        """The tokens that the heads read, at least, for images x (B, 3, H, W); None where timm's code runs the whole trunk."""
         description, (verdict, embedding) = answer
         if (why_not_plain_call(x) or verdict.model or why_global_hook()) is not None:
             return None
@@ -102,7 +102,7 @@ class FusedTrunk(FusedModule):
         return self._blocks_in_turn(tokens) if reason is not None else run_trunk(description, verdict, tokens)
 
     def _spans(self, answer: _Answer, x: Tensor) -> list[Span] | None:
-        """What do together what `_prefix_tokens` does of x, where that runs the trunk on tokens that one op makes."""
+        """Spans that together compute `_prefix_tokens` of x, where one op makes the tokens."""
         (description, (verdict, embedding)), model = answer, cast(nn.Module, self)
         if (embedding or why_not_embedding_call(model, x)) is not None:
             return None

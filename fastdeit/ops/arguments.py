@@ -1,4 +1,4 @@
-"""The checks that the ops' arguments have in common. They raise before any work begins."""
+"""Checks of arguments that several ops share. They raise before any work begins."""
 
 import warnings
 from typing import Any

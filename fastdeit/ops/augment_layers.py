@@ -1,4 +1,4 @@
-"""The operations of an augmentation plan in plain PyTorch, with Pillow's arithmetic: what it truncates, clips and rounds."""
+"""The operations of an augmentation plan in plain PyTorch, which truncate, clip and round where Pillow does."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The arguments of `distillation_cross_entropy`: its options, and what is wrong with what was given."""
+"""The arguments of `distillation_cross_entropy`: its options, and the checks of its inputs."""
 
 import math
 from typing import NamedTuple

@@ -20,7 +20,7 @@ from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
 from fastdeit.refusals import or_reference
 
-_passed = PassedCalls()
+_passed = PassedCalls(products=False)
 
 
 @or_reference
@@ -153,7 +153,7 @@ def why_reference(*tensors: Tensor | None) -> str | None:
 
 
 def _out_dtype(logits, dist_logits, target, teacher, options: Options) -> torch.dtype:
-    """What PyTorch's own ops promote to: all that enters the loss by value, hence a teacher for soft distillation only."""
+    """The dtype that PyTorch promotes to, of the inputs whose values enter the loss: the teacher's in soft distillation only."""
     valued = [logits, dist_logits, target, teacher if options.kind == "soft" else None]
     dtypes = [x.dtype for x in valued if x is not None and x.is_floating_point()]
     if torch.is_autocast_enabled(next(x for x in valued if x is not None).device.type):
@@ -179,9 +179,9 @@ def _dist_rows(dist_logits, teacher, kind, tau, soft_divisor):
 
 
 def _zero_rows(logits, labels):
-    """Zeros with a gradient of zero for logits, where no gradient at all would upset distributed training.
+    """Zeros whose gradient for the logits is zero: DDP fails on parameters without a gradient.
 
-    In the dtype that the term has at any other weight.
+    Their dtype is that of the term at any other weight.
     """
     zeros = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum(dim=1)
     valued = logits if labels is None or not labels.is_floating_point() else labels
@@ -225,7 +225,7 @@ def _index(label, logits):
 
 
 def _autocast(t):
-    """Autocast computes losses in float32."""
+    """The logits in float32 under autocast, which computes losses in it."""
     if t is None or not t.is_floating_point() or t.dtype == torch.float64:
         return t
     return t.float() if torch.is_autocast_enabled(t.device.type) else t

@@ -1,4 +1,4 @@
-"""A linear layer and what follows it in a transformer block, by the fastest backend that is known."""
+"""A linear layer and what follows it in a transformer block, by the fastest backend on record."""
 
 from typing import NamedTuple
 

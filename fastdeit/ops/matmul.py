@@ -1,4 +1,4 @@
-"""What the ops that multiply matrices share: dtypes of products, and gradients of weights."""
+"""Shared by the ops with GEMMs: dtypes of products, and gradients of weights."""
 
 import torch
 from torch import Tensor

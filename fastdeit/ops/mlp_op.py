@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block: matrix products with what surrounds them, by the fastest known backend."""
+"""The two-layer perceptron of a transformer block: GEMMs with what surrounds them, by the fastest backend on record."""
 
 from typing import NamedTuple
 

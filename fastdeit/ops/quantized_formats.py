@@ -1,4 +1,4 @@
-"""What the ops on 8-bit tensors have in common: the formats, their rounding in PyTorch, and checks."""
+"""Shared by the ops on 8-bit tensors: the formats, their rounding in PyTorch, and checks."""
 
 from typing import Any
 

@@ -95,7 +95,7 @@ _ones_of: dict[tuple[int, torch.device], Tensor] = {}  # kept for good, since a 
 
 
 def _ones(rows: int, device: torch.device) -> Tensor:
-    """A scale of 1 for each row, which `_scaled_mm` asks for where the columns have one each."""
+    """A scale of 1 for each row, which `_scaled_mm` requires where each column has a scale."""
     if torch.compiler.is_compiling():
         return torch.ones((rows, 1), device=device)
     most = 1 << (rows - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What stands between two products of 8-bit operands. There is no gradient."""
+"""Scales, bias, activation and cast between two products of 8-bit operands. There is no gradient."""
 
 from typing import Any
 

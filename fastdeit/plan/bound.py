@@ -1,4 +1,4 @@
-"""A program at the addresses of its workspaces, which the allocator chooses anew at each call and mostly as before."""
+"""A program bound to the addresses of its workspaces. The allocator chooses them anew at each call, mostly the same ones."""
 
 import threading
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""Recorded events as straight-line code: `launcher(*constants, pointer, *constants)` and products into tensors made before.
+"""Recorded events as straight-line code: `launcher(*constants, pointer, *constants)`, and GEMMs into existing tensors.
 
 The code is compiled once. It is bound to an address of the workspace by the values of its constants.
 """
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 class _TensorMap(NamedTuple):
-    """A descriptor whose tensor lies at a place, or with `offset` as its address in no workspace."""
+    """A tensor descriptor of memory at an offset of a workspace, or at the address `offset` outside all workspaces."""
 
     place: Place
     descriptor: Descriptor
@@ -57,7 +57,7 @@ class _TensorAt(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """One of the above, by its number among those of its workspace: made once for an address of that."""
+    """One of the two above, by its number in its workspace: made once for each address of the workspace."""
 
     workspace: int
     number: int
@@ -224,7 +224,7 @@ class Program:
         return f"{name}.as_strided({self._constant(view.shape)}, {self._constant(view.strides)}, {place})"
 
     def _of_the_call(self, view: View) -> str | None:
-        """The variable whose memory a view is in, None where that is known beforehand."""
+        """The variable whose memory a view is in, None where the view's address is known before the call."""
         buffer = view.buffer
         if (whole := self._unmade.pop(buffer, None)) is not None:
             shape, strides = self._constant(whole.shape), self._constant(whole.strides)

@@ -1,4 +1,4 @@
-"""CUDA graphs without being asked: where the host is slower than the device, a plan's launches are captured and replayed as one."""
+"""Automatic CUDA graphs: where the host is slower than the device, a plan's launches are captured and replayed as one."""
 
 import contextlib
 import ctypes
@@ -155,7 +155,7 @@ class AutomaticGraph:
 
 
 def _make_room(most: int) -> None:
-    """Drops all graphs but `most`, those first that were not used for longest."""
+    """Drops the least recently used graphs until `most` are left."""
     captured = sorted(filter(AutomaticGraph.captured, list(_everyone)), key=lambda each: each.last_used)
     for each in captured[: max(0, len(captured) - most)]:
         each.drop()

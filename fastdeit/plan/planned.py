@@ -149,7 +149,7 @@ class Plans:
             self.put(key, plan)
 
     def _seen_again(self, key: tuple) -> str:
-        """What takes the place of an attempt that no backward pass has followed."""
+        """The entry after a recording that no backward pass has followed: record again, or the reason to stop trying."""
         self._attempts[key] = self._attempts.get(key, 0) + 1
         entry = SEEN if self._attempts[key] < MOST_ATTEMPTS else "no backward pass follows"
         self.put(key, entry)
@@ -224,7 +224,7 @@ def planned(
 
 
 def _recorded(plans: Plans, key: tuple, run: _Run, spans: Callable | None, x: Tensor) -> Tensor | None:
-    """What either makes of x while it is recorded, None for neither."""
+    """Runs x while recording it, span by span where it trains, and returns the output; None where there are no spans."""
     if not is_training(key) or spans is None:
         return plans.record(key, run, x)
     made = spans(x)

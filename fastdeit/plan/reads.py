@@ -1,4 +1,4 @@
-"""What a recording read beside its inputs, and whether that is still where and what it was."""
+"""What a recording read besides its inputs, and whether it is unchanged, address included."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -47,12 +47,12 @@ class Reads:
 
 
 def _facts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
-    """What a change of `data` may change beside the address."""
+    """The facts that assigning to `data` may change besides the address."""
     return tuple(list(map(fact, tensors)) for fact in _FACTS)
 
 
 def _guard(tensors: list[Tensor]) -> Any:
-    """Compares the same in a sixth of the time: Dynamo's check of dtype, device, shape and strides, among others."""
+    """Dynamo's guard of dtype, device, shape and strides, which compares the same facts in a sixth of the time."""
     sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
     strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
     return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)

@@ -1,4 +1,4 @@
-"""A span of a model's run as one autograd node: first as it is recorded, then from the recording."""
+"""A span of a model's run as one autograd node: one that records it, then one that runs the plan."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -102,7 +102,7 @@ class Recording:
         return [t if t is None else self._tape.view(t) for t in tensors]
 
     def _end(self, received: list[Buffer], made: Sequence[Tensor | None]) -> None:
-        """Makes the plan, once: of the buffers of gradients that backward received, and what it made of them."""
+        """Makes the plan, once, from the gradients' buffers that backward received and the gradients that it returned."""
         tape, self._finished = self._tape, True
         each_received, each_made = iter(received), iter(made)
         gradients = [layout if layout is None else next(each_received) for layout in self._layouts]
@@ -132,7 +132,7 @@ def _why_not_outputs(views: Sequence[View | None], tensors: _Tensors) -> str | N
 
 
 class _WithoutHistory(torch.autograd.Function):
-    """(tensor without a gradient, one to be differentiated by) -> the former as if made of the latter.
+    """(tensor without a gradient, tensor to differentiate by) -> the first one as if computed from the second.
 
     Its node holds no memory, as a leaf would.
     """
@@ -147,7 +147,7 @@ class _WithoutHistory(torch.autograd.Function):
 
 
 def _without_history(tensor: Tensor) -> Tensor:
-    """The same memory, at which differentiation ends if it needs a gradient."""
+    """A tensor on the same memory without its history; a leaf if it needs a gradient."""
     if not tensor.requires_grad:
         return tensor.detach()
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What a recorded run depends on beside its modules: where a call of the model stands, as a key, and what forbids a plan there."""
+"""The context of a call that a plan depends on besides its modules, as a key; and the contexts in which no plan may run."""
 
 import sys
 import sysconfig
@@ -129,7 +129,7 @@ def nothing_called(tape: Tape) -> Iterator[None]:
         if (reason := known[code]) is not None:
             tape.refuse(reason)
 
-    sys.settrace(look)  # without a result it is told of calls alone
+    sys.settrace(look)  # a tracer that returns None gets call events only
     try:
         yield
     finally:

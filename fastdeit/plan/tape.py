@@ -1,7 +1,7 @@
-"""What a run of ops does on the device, recorded as it happens: launches, matrix products, and the memory that each touches.
+"""Records what a run of ops does on the device: launches, GEMMs, and the memory that each touches.
 
-The recording sees every operation of PyTorch's below autograd and autocast, and every launch of a kernel. What it does not know how
-to repeat makes it useless (`Tape.refused`) and changes nothing of the run.
+The recording sees every PyTorch operation below autograd and autocast, and every launch of a kernel. An operation that it cannot
+repeat makes the recording unusable (`Tape.refused`) and leaves the run unchanged.
 """
 
 import functools
@@ -82,7 +82,7 @@ class Operation(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """Of an operation: its name, whether others make it up, and whether it writes to an argument."""
+    """Facts about an operation: its name, whether it is composed of other operations, and whether it writes to an argument."""
 
     name: str
     composite: bool
@@ -228,7 +228,7 @@ class Tape(LaunchObserver):
         self.events.append(Operation("copy_", (read,), self.view(result)))
 
     def _slice_backward(self, args: tuple, result: Tensor) -> None:
-        """Zeros, and the gradient of the slice where that was."""
+        """Zeros with the slice's gradient in its place."""
         gradient, _, *where = args
         read = self.view(gradient)
         self._make(result)

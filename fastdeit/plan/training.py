@@ -47,7 +47,7 @@ class Attempt:
         self._plans: list[SpanPlan | None] = [None] * len(spans)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """The last span's output, None if the spans' code is not to run."""
+        """The last span's output, None where the spans may not run."""
         tensors: tuple[Tensor | None, ...] = (x,)
         try:
             for i, span in enumerate(self._spans):

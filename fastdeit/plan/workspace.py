@@ -1,4 +1,4 @@
-"""Memory of a plan's intermediate results: offsets in one allocation, and tensors at addresses that own nothing."""
+"""Memory of a plan's intermediate results: offsets in one allocation, and tensors that do not own the memory at their address."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -114,7 +114,7 @@ def early_and_late(lives: dict[Buffer, tuple[int, int]]) -> tuple[dict[Buffer, t
 
 
 class _Placed(NamedTuple):
-    """A buffer that has its place: first and last event, first byte and the one after the last."""
+    """A placed buffer: first and last event, first byte and the one after the last."""
 
     first: int
     last: int

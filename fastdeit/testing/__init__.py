@@ -1,4 +1,4 @@
-"""How this project decides that a kernel is right, and how it runs kernels without a GPU."""
+"""The numerics contract, and tools that run kernels without a GPU."""
 
 from fastdeit.testing.accuracy import (
     ALLOWANCE,

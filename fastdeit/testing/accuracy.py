@@ -1,4 +1,4 @@
-"""How this project decides that a kernel is right: against float64, no worse than twice PyTorch's own error.
+"""The numerics contract: an op's error against float64 is at most twice PyTorch's.
 
 Used by the tests, the benchmarks (which refuse to time a wrong kernel) and by anyone who wants to check an op on their own GPU.
 """
@@ -253,7 +253,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _like_strides(new: Tensor, like: Tensor) -> Tensor:
-    """new's values in like's strides, gaps included, so that a strided argument stays one in every dtype."""
+    """The values of new in the strides of like, gaps included, so that a strided argument is strided in every dtype."""
     if new.stride() == like.stride():
         return new
     size = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
@@ -262,7 +262,7 @@ def _like_strides(new: Tensor, like: Tensor) -> Tensor:
 
 
 def _upstream(output: Tensor, index: int) -> Tensor:
-    """The same random gradient for an output whatever its dtype, representable in every one of them."""
+    """A random gradient for an output, the same in every dtype: each holds its values exactly."""
     generator = torch.Generator().manual_seed(1000 + index)
     return torch.randn(output.shape, generator=generator).bfloat16().to(output.device)
 

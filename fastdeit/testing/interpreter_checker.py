@@ -1,12 +1,12 @@
-"""A checker for kernels under Triton's interpreter: what a GPU would not forgive, and one program after the other hides.
+"""A checker for kernels under Triton's interpreter: finds faulty memory accesses that running programs in turn hides.
 
 While it is active, each launch is held to these rules:
 
 - Every active lane of a load or store addresses an element of an argument: one that its shape and strides reach. What lies in its
   storage before, behind or between them is out of bounds.
 - Programs run in random order. No address is written by two programs, written twice by one store, or written by one program and
-  read by another. No program reads what it has stored, since its threads do not wait for each other there.
-- Claims to the compiler hold: `multiple_of`, `max_contiguous`, `max_constancy`, `assume`, and the functions given as `multiples`.
+  read by another. No program reads what it has stored, since no barrier orders its threads' global accesses.
+- Hints to the compiler are true: `multiple_of`, `max_contiguous`, `max_constancy`, `assume`, and functions given as `multiples`.
 """
 
 import contextlib

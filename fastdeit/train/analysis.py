@@ -1,4 +1,4 @@
-"""What distillation did to a student: where its heads and its teacher disagree, and how alike its two tokens are."""
+"""Effects of distillation on a student: disagreement between its heads and its teacher, and cosine similarity of its two tokens."""
 
 from collections.abc import Iterable
 from itertools import combinations

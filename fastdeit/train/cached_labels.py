@@ -1,7 +1,7 @@
 """Hard teacher labels, computed once and kept in a file: the teacher sees each augmented image of a run, later runs only its label.
 
 Augmentation is keyed, so that a run's images are known before it starts. The file holds an int16 class per (epoch, position); its
-header names all that they depend on, and training refuses a file whose header is not its own.
+header names all that they depend on, and training refuses a file whose header differs from its own.
 
     8 bytes   magic
     8 bytes   length of the header, little endian

@@ -1,4 +1,4 @@
-"""The names of classes beside weights: without them a number means nothing."""
+"""The names of classes, stored with weights: class numbers mean nothing without them."""
 
 import json
 from collections.abc import Mapping, Sequence

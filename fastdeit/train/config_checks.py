@@ -1,4 +1,4 @@
-"""What a configuration may hold."""
+"""Checks of a configuration's values."""
 
 import dataclasses
 import math

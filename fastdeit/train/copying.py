@@ -1,4 +1,4 @@
-"""Batches on their way to the device, at most one of them behind in the memory that they come in."""
+"""Copies batches to the device. When the next one is requested, at most one may still be read from the loader's memory."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

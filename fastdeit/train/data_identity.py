@@ -1,4 +1,4 @@
-"""What a run was trained on, as far as a resumed run must find it again: not where it lies."""
+"""The identity of a run's data, which a resumed run must find unchanged. It does not depend on where the data lies."""
 
 import hashlib
 import os
@@ -65,7 +65,7 @@ def _by_class(folder: FolderImages) -> dict[str, list[str]]:
 
 
 def _sizes(paths: Sequence[str]) -> dict[str, int]:
-    """Sizes in bytes; -1 of a dangling link. Several questions at a time, since a network disk takes its time over each."""
+    """Sizes in bytes; -1 of a dangling link. Several threads share the work, since each request to a network disk takes long."""
     parts = [paths[start : start + STAT_PART] for start in range(0, len(paths), STAT_PART)]
     with ThreadPoolExecutor(STAT_THREADS) as threads:
         found = threads.map(lambda part: [_size(path) for path in part], parts)

@@ -1,4 +1,4 @@
-"""Where the loader's time goes: CPU milliseconds of an image in each stage of its making."""
+"""The loader's CPU time by stage, in milliseconds per image."""
 
 import functools
 import os

@@ -1,6 +1,6 @@
 """Which library decodes JPEG files. All are libjpeg-turbo with accurate DCT and smooth upsampling, so that pixels are the same.
 
-They get files of the common kind only (see jpeg_header.py): everything else, and what they refuse, is Pillow's.
+They get files of the common kind only (see jpeg_header.py): Pillow decodes all others, and files that they refuse.
 """
 
 import contextlib

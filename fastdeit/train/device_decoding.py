@@ -79,7 +79,7 @@ class DeviceDecoding:
         return (images, *(t.to(self.device, non_blocking=True, copy=True) for t in rest)), messages
 
     def _decoded(self, contents: Sequence[np.ndarray], parts: Sequence[Part]) -> dict[int, Tensor | None]:
-        """By place, the crops of files; None of those that the decoder refuses."""
+        """The crops of files by index in the batch; None for files that the decoder refuses."""
         places = [place for place, part in enumerate(parts) if part.encoded]
         if not places:
             return {}
@@ -91,7 +91,7 @@ class DeviceDecoding:
         }
 
     def _whole(self, contents: Sequence[np.ndarray], parts: Sequence[Part]) -> dict[int, np.ndarray]:
-        """By place, the images that workers made."""
+        """The images that workers made, by index in the batch."""
         channels = self.source.pipeline.channels
         return {
             place: contents[place].reshape(part.box.height, part.box.width, channels)
@@ -153,7 +153,7 @@ def _sample() -> tuple[list[np.ndarray], list[Part]]:
 
 
 class _NvImageCodec:
-    """NVIDIA's: nvJPEG, of the part alone."""
+    """NVIDIA's nvImageCodec: nvJPEG decodes the crop alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -170,7 +170,7 @@ class _NvImageCodec:
 
 
 class _Torchvision:
-    """torchvision's: nvJPEG, of whole images."""
+    """torchvision's decoder: nvJPEG decodes whole images."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""What of a training image's making is left to the device: flips, augmentation and normalisation, in passes over the batch."""
+"""The part of image preprocessing that runs on the device: flips, augmentation and normalisation, in passes over the batch."""
 
 from typing import Any
 

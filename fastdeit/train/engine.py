@@ -122,8 +122,8 @@ class Trainer:
         return self.monitor.last_finite
 
     def _carry(self) -> None:
-        """Takes down what a step changes before its update, so that one which fails can be taken back: for each of the last two
-        steps, since a verdict may come one step late."""
+        """Saves what a step changes before its update, so that a failed step can be undone: for each of the last two steps, since
+        the check of a step may finish one step later."""
         self.carried = [*self.model.buffers(), self.monitor.total]
         self.kept = [[tensor.clone() for tensor in self.carried] for _ in range(2)]
 
@@ -219,7 +219,7 @@ class Trainer:
         self.step, self.phase = self.step + 1, "between steps"
 
     def _whole_step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """All that happens on the device between augmentation and the next step, but for an average whose decay changes."""
+        """All work on the device from augmentation to the next step, except a moving average whose decay changes."""
         values = self._gradients(images, targets)
         self._update()
         return values
@@ -279,7 +279,7 @@ class Trainer:
             self.ema.update(self.model, step=step)
 
     def _parallel(self, model: nn.Module) -> nn.Module:
-        """What a step calls: the model, compiled and shared among the processes as the configuration and the world have it."""
+        """The module that a step calls: the model, compiled and wrapped in DDP as the configuration and the world require."""
         net = torch.compile(model) if self.config.compile else model
         if self.world.size == 1:
             return net

@@ -1,6 +1,6 @@
 """PyTorch's DataLoader, except that an error of the data set arrives from a worker as it was raised.
 
-PyTorch puts the worker's traceback into the error's message, and makes another error of those that it cannot make anew.
+PyTorch puts the worker's traceback into the error's message, and raises another error for those that it cannot reconstruct.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class ErrorPassingLoader(DataLoader):
 
 
 class _Raised:
-    """In place of a sample or a batch: what was raised where it should have been made."""
+    """An error in place of the sample or batch that was to be made."""
 
     def __init__(self, error: Exception) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What a run needs before it is started: memory and GPU-hours, by arithmetic from the shapes of model and batch."""
+"""Estimated memory and GPU-hours of a run, computed from the shapes of model and batch before it starts."""
 
 import torch
 from torch import nn

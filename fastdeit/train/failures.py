@@ -1,4 +1,4 @@
-"""What ended a run, in one message: the cause, what is saved, how to go on."""
+"""The message about a run that ended early: the cause, what is saved, how to continue."""
 
 import contextlib
 import traceback

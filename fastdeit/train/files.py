@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a name of this process's own, then renamed; errors say what became of what."""
+"""Atomic writes of files: under a temporary name of this process, then renamed. Errors say which file holds what."""
 
 import contextlib
 import errno
@@ -80,7 +80,7 @@ def remove_temporaries(folder: Path, name: str = "*") -> None:
 
 
 class _Noting:
-    """A file that remembers the error of a write: what calls it may raise another one in its place."""
+    """A file that records the error of a write, since its caller may raise another error instead."""
 
     def __init__(self) -> None:
         self.file: Any = None

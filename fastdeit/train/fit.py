@@ -1,4 +1,4 @@
-"""The training of one model into its folder: epochs, what is saved when, and what is said where it ends early."""
+"""Trains one model into its folder: epochs, when to save, and the messages where training ends early."""
 
 import math
 import signal
@@ -125,7 +125,7 @@ class Fit:
             self._run(teacher_top1, trackers)
 
     def _begin(self) -> None:
-        """Brings the folder into the state that was taken up, which what follows from a state may not have reached."""
+        """Brings the folder's files into line with the resumed state: a stop may have come before they were written."""
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -193,7 +193,7 @@ class Fit:
             raise self._failed(error) from error
 
     def _not_finite(self, error: NonFiniteLossError) -> NonFiniteLossError:
-        """The error with what there is to say besides. Whatever is not finite never takes the place of a good state."""
+        """The error about values that are not finite, with advice. Such values never overwrite a good state."""
         if not self.world.main:
             return error
         text, before = str(error), "before it"
@@ -222,7 +222,7 @@ class Fit:
         return RunFailedError(f"{text}{note}. {self._saved_after(error)}")
 
     def _saved_after(self, error: Exception) -> str:
-        """Saves the state after an error if it can be had and is not saved yet; what there is to go on from, in words."""
+        """Saves the state after an error, if there is an unsaved one; returns a sentence on what a run can resume from."""
         if isinstance(error, WriteError | LockedError):
             return self.stands()
         if failures.device_failed(self.trainer.device):
@@ -293,7 +293,7 @@ class Fit:
         return Result(last, ema, self.best["epoch"], self.best["top1"], teacher_top1)
 
     def _load_state(self) -> None:
-        """Takes up the state in the folder, if there is one, the same in all processes."""
+        """Loads the state in the folder, if there is one, the same in all processes."""
         if not self.world.agreed(checkpoints.has_state(self.folder)):
             return
         found = self.world.on_main(lambda: checkpoints.newest_state(self.folder))
@@ -356,7 +356,7 @@ class Fit:
             self.lock.check()
 
     def _export(self) -> None:
-        """What follows from the training state: weights by themselves, and the summary."""
+        """Writes what derives from the training state: weights alone, and the summary."""
         self._save_weights("last.safetensors", self.trainer.model)
         if self.trainer.ema is not None:
             self._save_weights("ema.safetensors", self.trainer.ema.module)

@@ -155,8 +155,8 @@ _failed: list[torch.cuda.CUDAGraph] = []  # which the allocator goes on asking a
 def _end_allocation(graph: torch.cuda.CUDAGraph, device: int, pool: Any) -> None:
     """Tells PyTorch's allocator that a recording is over, where PyTorch forgot: up to 2.12 an error that ends one comes first.
 
-    Believing in a recording, it would free no batch that was copied ahead, refuse to empty its cache, and so refuse every other
-    recording in the process.
+    In that state it frees no batch that was copied ahead and does not empty its cache, so that every later recording in the
+    process fails.
     """
     try:
         torch._C._cuda_endAllocateToPool(device, pool)

@@ -64,7 +64,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _opened_at_any_size(file: str | Path | BinaryIO) -> Image.Image:
-    """Image.open, which reads the header, without the limit at which PIL suspects an attack."""
+    """As Image.open, which reads the header, without PIL's limit against decompression bombs."""
     with _LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

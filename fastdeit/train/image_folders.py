@@ -1,4 +1,4 @@
-"""A folder of images read in one way, whoever asks: its classes, their order, and the images of each.
+"""The one reading of a folder of images: its classes, their order, and the images of each.
 
 A class is a folder directly below the split; its images may lie at any depth. Hidden entries and `__MACOSX`, which tools leave
 behind, are left out. Classes and images come in timm's natural order (`2` before `10`, `apple` before `Zebra`), so that a class has

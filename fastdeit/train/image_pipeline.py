@@ -276,8 +276,8 @@ def flipped(image: Image.Image, flips: int) -> Image.Image:
 
 @functools.cache
 def _of_extents(get_params: Any) -> Callable[..., tuple[int, int, int, int]]:
-    """timm's function that draws a crop, for (width, height) in the image's place. torchvision's way to ask an image for its size
-    takes longer than the rest of it."""
+    """timm's function that draws a crop, taking (width, height) in place of an image. torchvision's query of an image's size takes
+    longer than the rest of it."""
     asking = {**get_params.__globals__, "F": SimpleNamespace(get_image_size=tuple)}
     return FunctionType(get_params.__code__, asking, closure=get_params.__closure__)
 

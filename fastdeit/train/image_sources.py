@@ -1,4 +1,4 @@
-"""An image before it is decoded: its size is known, and of its pixels as much is decoded as somebody asks for."""
+"""An encoded image: its size is known, and only the requested part of its pixels is decoded."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""The header of a JPEG file: its size, and whether its content is of the common kind that every decoder reads alike."""
+"""The header of a JPEG file: its size, and whether it is of the common kind that every decoder decodes alike."""
 
 import struct
 from typing import NamedTuple

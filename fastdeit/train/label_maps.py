@@ -1,4 +1,4 @@
-"""Evaluation by other labels than the folders': ReaL, ImageNet-V2, any file that says which classes an image may be called."""
+"""Evaluation by other labels than the folders': ReaL, ImageNet-V2, any file that lists the correct classes of an image."""
 
 import json
 import re

@@ -127,7 +127,7 @@ class TrainLoader:
             )
 
     def _finished(self, tensors: tuple[Tensor, ...], batch: int) -> Batch:
-        """What the device makes of the epoch's batch of that number. Raises TransformError that names its images' positions."""
+        """The epoch's batch of that number, processed on the device. Raises TransformError that names its images' positions."""
         try:
             return self.finish(*tensors)
         except torch.OutOfMemoryError:

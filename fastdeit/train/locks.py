@@ -1,7 +1,7 @@
-"""One run in a folder at a time: a file that says who is at work, with a heartbeat for those who cannot ask the process.
+"""One run in a folder at a time: a lock file that names its holder, with a heartbeat for processes on other hosts.
 
-A process on this host is asked for by its number and the time of its start. Elsewhere the file's time of change, which the holder
-renews every BEAT seconds, is compared with that of a file written now: the file server's clock alone counts. Taking a lock that a
+On this host a holder is looked up by process number and start time. Elsewhere the file's time of change, which the holder renews
+every BEAT seconds, is compared with that of a file written now: the file server's clock alone counts. Taking a lock that a
 killed process left, and losing one while asleep for longer than EXPIRED, leave one holder: `check` finds out before anything is
 written.
 """
@@ -36,7 +36,7 @@ class Lock:
         what: is locked, for errors.
 
     Raises:
-        LockedError: a process that lives, or may live, holds it.
+        LockedError: a process that runs, or may run, holds it.
         WriteError: the file cannot be written.
     """
 

@@ -1,4 +1,4 @@
-"""How fast the images come and how fast they are used: `fastdeit train --measure-data`."""
+"""Rates of the loader and of training, in images per second: `fastdeit train --measure-data`."""
 
 import time
 from collections.abc import Iterator
@@ -95,7 +95,7 @@ def _loader_rate(trainer: Trainer, seconds: float) -> tuple[float, Batch]:
 
 
 class _Repeated:
-    """In the loader's place: one batch again and again."""
+    """A loader that yields one batch again and again."""
 
     def __init__(self, batch: Batch, times: int) -> None:
         self.batch = batch

@@ -1,4 +1,4 @@
-"""How fast a run is while it runs: images a second, the share of the GPU's peak, the share of time spent waiting for data."""
+"""Speed of a run in progress: images per second, share of the GPU's peak, share of time spent waiting for data."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

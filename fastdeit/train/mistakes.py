@@ -1,4 +1,4 @@
-"""Which classes a model takes for which, and the mistakes of which it is surest."""
+"""The confusion matrix of a model, and its most confident mistakes."""
 
 import heapq
 import io

@@ -1,4 +1,4 @@
-"""Student and teacher, made by timm, and what each head of a model says."""
+"""Student and teacher, made by timm, and the predictions of each head of a model."""
 
 import difflib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Losses as they come: their sum, whether all and their gradients are finite, and whether any process was asked to stop.
+"""Monitors losses: their sum, whether all and their gradients are finite, and whether any process was asked to stop.
 
 No step waits for the GPU.
 """

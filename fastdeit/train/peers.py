@@ -1,8 +1,8 @@
-"""What the processes of a run know of each other besides what they compute: who has failed, why, and who is gone.
+"""Failures among the processes of a run: which process failed and why, and which one has ended.
 
-A process that fails says so in the launcher's store. A process that is gone says nothing: the main process watches all others, and
-they watch it, by their numbers on the same host and by a count that every process goes on with. The collectives of a GPU would wait
-for it; so does this process, unless it is ended: the watch does that where the main thread does not see to it.
+A process that fails writes the reason to the launcher's store. To find one that ended without a word, the main process watches all
+others and they watch it: by process numbers on the same host, and by a counter that every process increments. Collectives on a GPU
+would wait forever for a process that has ended: the watch ends this process where its main thread does not.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Runs whose image size or augmentation changes at given epochs: what holds in each, and the change from one to the next."""
+"""Runs whose image size or augmentation changes at given epochs: the settings of each phase, and the change between phases."""
 
 import copy
 from collections.abc import Callable, Mapping

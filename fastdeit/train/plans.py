@@ -1,4 +1,4 @@
-"""What an image's augmentation would do to it, noted instead of done: the plan that `fastdeit.ops.augment` carries out.
+"""Records an image's augmentation instead of applying it: the plan that `fastdeit.ops.augment` applies.
 
 timm's and torchvision's transforms run on a `Recorder` in the image's place, so that they draw the random numbers that they would
 draw for an image, and their arithmetic, a rotation's matrix say, is theirs. What a plan has no operation for (a blur, resampling

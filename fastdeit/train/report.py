@@ -1,4 +1,4 @@
-"""What a finished run says of itself: results.json for programs, report.md for people."""
+"""Reports of a finished run: results.json for programs, report.md for people."""
 
 import json
 import platform

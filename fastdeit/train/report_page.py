@@ -1,4 +1,4 @@
-"""report.html: what report.md says, with pictures, in one file that needs nothing else."""
+"""report.html: the content of report.md, with pictures, in one self-contained file."""
 
 import io
 from collections.abc import Mapping, Sequence

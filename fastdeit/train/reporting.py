@@ -1,4 +1,4 @@
-"""What a run leaves for people: summary.csv, curves and the table of readouts."""
+"""Results of a run for people: summary.csv, curves and the table of readouts."""
 
 import csv
 import io

@@ -1,6 +1,6 @@
 """Shared memory for batches, used again and again: mapping new memory for each costs a worker more than filling it.
 
-Each worker has slots of its own and fills them in turn. It needs no permission: a DataLoader gives a worker its next batch number
+Each worker fills its slots in turn, without a lock: a DataLoader gives a worker its next batch number
 only when one of its batches has arrived, `prefetch` of them at first, so that of a worker's batches at most `prefetch` are on their
 way. With HELD slots more, and one, a slot is filled again only when HELD later batches of the worker have arrived, by which time
 its reader is to have copied it. A ticket in each slot says which batch it holds: a reader that was too slow sees that.
@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 
 from fastdeit.kernels.augment.operations import ROW
 
-HELD = 1  # batches that a reader may not have copied yet when it asks for the next
+HELD = 1  # batches that a reader may not have copied yet when it requests the next
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Data that depends on nothing but keys, so that a run resumes exactly and any number of workers gives the same images.
+"""Random data derived from keys alone, so that a run resumes exactly and any number of workers gives the same images.
 
 (seed, epoch) orders an epoch, (seed, epoch, position) seeds what happens to one image, and (seed, step, rank) what happens inside a
 step: erasing, mixup, dropout, drop path.

@@ -1,4 +1,4 @@
-"""What the schedules of a configuration may hold: entries by first epoch, in order, that end with the plain field's value."""
+"""Checks of a configuration's schedules: entries by first epoch, in order, the last of them with the plain field's value."""
 
 import itertools
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """A data set made smaller once, so that decoding it costs less in every epoch: `fastdeit shrink-data`.
 
-Training pixels change by it (a crop of a shrunk image is not a shrunk crop), so nobody gets it unasked, and validation images are
-copied as they are unless that is asked for too.
+Training pixels change by it (a crop of a shrunk image is not a shrunk crop), so it is opt-in, and validation images are
+copied unchanged unless an option says otherwise.
 """
 
 import io

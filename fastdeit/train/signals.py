@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: it goes on to the end of the step, saves, and exits with 128 + the signal's number.
 
-A scheduler signals every process of a job, and the process group, where there is one, once more. So a signal that comes again is
-not taken for impatience, and the processes that load data do not heed it: their parent ends them.
+A scheduler signals every process of a job, and then the process group, where there is one. Repeated signals therefore
+count as one (a later Ctrl-C excepted), and the processes that load data ignore signals: their parent ends them.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The processes of a DataLoader: they leave signals to the run, one that dies is named, and none outlives the run."""
+"""The processes of a DataLoader: they ignore signals to the run, an error names one that dies, and none outlives the run."""
 
 import atexit
 import contextlib
@@ -51,7 +51,7 @@ def batches_of(iterator: Iterator[Any]) -> Iterator[Any]:
 @contextlib.contextmanager
 def _naming_the_dead() -> Iterator[None]:
     """Makes of PyTorch's error of a dead worker a WorkerDiedError. The worker may be another loader's: PyTorch raises for any when
-    it hears of an end, so that an evaluation may notice one that loaded training images."""
+    it is notified of an end, so that an evaluation may notice one that loaded training images."""
     try:
         yield
     except RuntimeError as error:
@@ -100,8 +100,8 @@ def _waiting() -> Iterator[None]:
 
 
 def _defer_child_errors() -> None:
-    """PyTorch's handler of SIGCHLD raises for a dead worker wherever the main thread is, in the middle of an update as well: let it
-    do so only where a batch is waited for. The next wait finds the worker dead in any case."""
+    """Lets PyTorch's handler of SIGCHLD raise for a dead worker only while the main thread waits for a batch. By default it raises
+    anywhere, also in the middle of an update. The next wait finds the worker dead in any case."""
     if threading.current_thread() is not threading.main_thread():
         return
     theirs = signal.getsignal(signal.SIGCHLD)

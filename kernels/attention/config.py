@@ -1,4 +1,4 @@
-"""Which form of the attention kernels runs where, with which tiles: plain tables, chosen from without a GPU.
+"""Tables of the attention kernels' form and tiles by architecture and shape; a lookup needs no GPU.
 
 The tables rest on what the compiler makes of them: no spills, then the most resident blocks. Nothing in them was timed.
 """
@@ -131,7 +131,7 @@ def one_program_tiles(keys: int) -> Tiles:
 def _tiles(
     head_dim: int, itemsize: int, arch: int, descriptors: bool, narrow: bool, tall: bool
 ) -> tuple[Tiles, Tiles, Tiles]:
-    """Forward, dQ, and dK and dV."""
+    """The tiles of forward, of dQ, and of dK and dV."""
     piece1 = HEAD_DIM_SPLITS[head_dim][1]
     if itemsize == 4:
         return (Tiles(64, 32 if has_descriptors(arch) else 16, num_stages=pointer_stages(arch, 2)),) * 3

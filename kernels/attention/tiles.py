@@ -1,6 +1,6 @@
 """What the attention kernels share: tiles of a head, their products, and one step of the online softmax.
 
-A head dimension that is no power of two is cut in two pieces, D0 + D1 >= D, such as 80 = 64 + 16: a tile is a pair of tensors. With
+A head dimension that is no power of two is split in two, D0 + D1 >= D, such as 80 = 64 + 16: a tile is a pair of tensors. With
 D1 = 0 the second one is an alias that nothing uses. Inputs are seen as (B, N, heads, D); in a packed qkv, K's heads follow Q's and
 V's follow K's.
 

@@ -1,10 +1,10 @@
-"""Which backend multiplies which matrices, and with which tiles: a plain table, chosen from without a GPU.
+"""Tables of GEMM backends and tiles by architecture and shape; a lookup needs no GPU.
 
-- cublas: the library's product, then a pointwise kernel.
+- cublas: cuBLAS's product, then a pointwise kernel.
 - triton: one kernel over pointers, epilogue included.
 - tma: the same over tensor descriptors, persistent; sm_90 and later.
 
-A library's product is hard to beat, so that a kernel of ours runs only where it was measured to be faster. The tiles rest on what
+cuBLAS's product is hard to beat, so a Triton kernel runs only where it was measured to be faster. The tiles rest on what
 the compiler makes of them: no spills, matrix instructions at full rate, two blocks on a multiprocessor where that is possible, so
 that one's epilogue runs under the other's product.
 """
@@ -84,7 +84,7 @@ def select_gemm(
     """The backend and tile for a product (M, K) x (K, N) of the given dtype with one of EPILOGUES behind it.
 
     Args:
-        tuned_activation: it has the activation that EPILOGUES names, the only one that the table speaks for.
+        tuned_activation: it has the activation that EPILOGUES names, the only one that the table applies to.
     """
     if _forced is not None:
         return _forced_for(epilogue, arch)

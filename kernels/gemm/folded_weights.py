@@ -1,4 +1,4 @@
-"""Per-channel factors and shifts folded into a layer's weight, W' = s_row * W * s_column, and what that makes of gradients.
+"""Per-channel factors and shifts folded into a layer's weight, W' = s_row * W * s_column, and their gradients.
 
 A LayerNorm before a linear layer, or a LayerScale after it, costs no pass over the tokens if its parameters go into the layer's
 weight as that is cast for the product. These kernels pass over the weight once, where PyTorch's operations take up to five times.

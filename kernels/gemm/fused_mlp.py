@@ -8,7 +8,7 @@ with x as it is, or as the residual addition and LayerNorm in front of it make i
 
 192 channels are 128 and 64, each a tile of its own: as one they would be padded to 256. A row of fp32 results then fits into
 registers beside a block of hidden columns; 384 channels do not. Against two products and what surrounds them it saves 8 bytes of
-traffic a token and hidden column, but multiplies at a rate that nobody has measured: it runs only where a table names it.
+traffic a token and hidden column, but the rate of its products has not been measured: it runs only where a table names it.
 
 Adding the result to the stream is left to the LayerNorm after it: here an fp32 stream would spill registers up to sm_90.
 """

@@ -1,6 +1,6 @@
 """A linear layer with what surrounds its matrix product, forward and backward, by the backend that the table names for its shape.
 
-Where that is the library's product, or where a kernel of ours cannot read the operands, pointwise kernels do the rest.
+Where that is cuBLAS, or where the Triton kernels cannot read the operands, pointwise kernels do the rest.
 """
 
 import torch
@@ -90,7 +90,7 @@ def activation_gradient(
 
 
 def _select(operands: tuple[torch.Tensor, ...], N: int, K: int, epilogue: str, activation: str | None) -> Gemm:
-    """The table's choice for a product (M, K) x (K, N), or the library's where that cannot do it."""
+    """The table's choice for a product (M, K) x (K, N), or cuBLAS where that backend cannot compute it."""
     first = operands[0]
     tuned = activation == EPILOGUES[epilogue]
     gemm = select_gemm(first.shape[0], N, K, first.dtype, epilogue, architecture(first), tuned_activation=tuned)

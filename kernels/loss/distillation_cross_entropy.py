@@ -54,7 +54,7 @@ def _is_soft(target: torch.Tensor | None) -> bool:
 
 
 def _weights(kind: str, base: str, alpha: float) -> tuple[float, float]:
-    """Of the base and the distillation term. Without the other a term counts alone."""
+    """The weights of the base and the distillation term; 1 for a term that is alone."""
     if kind == "none":
         return 1.0, 0.0
     return (0.0, 1.0) if base == "none" else (1.0 - alpha, alpha)

@@ -1,4 +1,4 @@
-"""The pointwise half of an MLP, between two matrix products of the library.
+"""The pointwise half of an MLP, between two GEMMs of cuBLAS.
 
 Forward writes activation(z). Backward reads the pre-activation z and the gradient of the activation, and in one pass writes the
 gradient of z, activation(z) again (the second weight gradient's operand, which forward need not keep) and the column sums that are
@@ -130,7 +130,7 @@ def activation_backward(
         config.num_warps,
     )
     if dbias is not None:
-        sum_later(later, partial, dbias)
+        sum_later(later, (partial, dbias))
     return dz, h, dbias
 
 

@@ -1,4 +1,4 @@
-"""What stands between two products of 8-bit operands: the first one's scales and bias, the activation, the cast for the second.
+"""The kernels between two GEMMs of 8-bit operands: scales and bias of the first, activation, cast for the second.
 
     y = activation(z * row_scale * column_scale + bias)
     q = y / scale

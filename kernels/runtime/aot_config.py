@@ -1,4 +1,4 @@
-"""What a kernel file says of each configuration that a launcher can choose, for whoever compiles it without launching it."""
+"""A kernel configuration that a launcher can choose, described so that it can be compiled without a launch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ class AotConfig:
         label: names the configuration among those of its kernel on one architecture.
         matrix: it must contain the architecture's full-rate matrix instructions, or those of this name.
         fp_fusion: as the launcher has it.
-        max_registers, min_blocks_per_sm: limits of its own, beyond those that hold for all.
+        max_registers, min_blocks_per_sm: limits of this configuration, beyond those that hold for all.
         unaligned: pointers that are not 16-byte aligned.
     """
 

@@ -1,4 +1,4 @@
-"""What the kernels need to know about a GPU: its architecture number and its hardware limits. The only place that knows them."""
+"""A GPU's architecture number and hardware limits, as far as the kernels depend on them. They are defined only here."""
 
 import contextlib
 from collections.abc import Iterator

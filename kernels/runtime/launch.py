@@ -1,9 +1,9 @@
 """Launching a compiled kernel for a few microseconds of host time.
 
 `kernel[grid](...)` binds and specialises every argument anew, 12 us and more a call. Here the `CompiledKernel` that a first call
-made is kept under the few facts that it depends on, and later calls go straight to its launcher. The kernels make that sound:
-their run-time integers are declared `do_not_specialize`, so that code depends on nothing of an integer but whether it fits 32
-bits; those that do not are left to Triton.
+made is kept under the few facts that it depends on, and later calls go straight to its launcher. That is correct because
+the kernels declare their run-time integers `do_not_specialize`, so that code depends only on whether an integer fits 32 bits;
+Triton launches those that do not.
 """
 
 import contextlib
@@ -45,6 +45,8 @@ def nothing_between() -> bool:
     )
 
 
+# Without the look at whether CUDA is initialised, which a tensor on it answers. A build without CUDA has no such tensor.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _INT32 = 2**31
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -53,7 +55,7 @@ _cpu_launcher: Callable[..., None] | None = None
 
 
 class _Thread(threading.local):
-    """What a thread has to itself. A value of the class is found faster than the lack of one."""
+    """State of a thread. Defaults are class attributes, which are found faster than a missing attribute."""
 
     compiled_only: "CompiledOnly | None" = None
     has_context: frozenset[int] = frozenset({-1})  # device indices; -1 is the CPU
@@ -113,7 +115,7 @@ def launch(
         KernelRefused: the kernel cannot be compiled, loaded or launched on the device.
     """
     home = _device_index(args)
-    if home >= 0 and home != torch.cuda.current_device():
+    if home >= 0 and home != _current_device():
         with torch.cuda.device(home):
             _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
     elif home < 0 and _cpu_launcher is not None:
@@ -189,7 +191,7 @@ def _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusi
         if kept is not None:  # None where a hook of Triton's took the compilation over
             known.compiled[key] = _direct_call(kept)
         return
-    if not _runs():
+    if _thread.compiled_only is not None and not _runs():
         return
     stream = driver.active.get_current_stream(device)
     enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None

@@ -1,4 +1,4 @@
-"""What may look on while kernels are launched, without that any op runs otherwise than it does unobserved."""
+"""Observers of launches. An op runs the same kernels with and without an observer."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""The launcher in C behind a direct call, for launches that are made again and again with the same arguments.
+"""Triton's launcher in C, called directly for launches that are repeated with the same arguments.
 
-It takes integers for pointers, and tensor maps that the driver has encoded before. None of it is public: it is Triton 3.6's.
+It takes pointers as integers, and tensor maps that the driver has encoded. None of it is public: it is as in Triton 3.6.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Kernels that a machine refuses: the compiler or the driver will not have them, before anything has run."""
+"""Kernels that the compiler or the driver refuses, before anything has run."""
 
 import subprocess
 from typing import Any

@@ -69,7 +69,7 @@ def compiler() -> str | None:
 
 
 def _include_folders() -> list[Path]:
-    """Of the wheels: NVIDIA's come first, Triton's older headers complete them."""
+    """Folders of headers in the wheels: NVIDIA's first, then Triton's older ones for what is missing."""
     nvidia, triton = importlib.util.find_spec("nvidia"), importlib.util.find_spec("triton")
     folders = [
         Path(path) / f"cu{CUDA_MAJOR}/include" for path in ((nvidia and nvidia.submodule_search_locations) or ())

@@ -58,7 +58,7 @@ class _Failed(Exception):
 
 
 class _OnFakeDevice(pytest.Item):
-    """Takes the place of a collected test and reports what it did in the child."""
+    """Replaces a collected test and reports its results in the child."""
 
     def __init__(self, *, child, **options):
         super().__init__(**options)

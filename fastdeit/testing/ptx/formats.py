@@ -218,7 +218,7 @@ class Approximations:
         return canonical(np.where(exact_at | ~np.isfinite(exact), exact, moved).astype(np.float32))
 
     def _fraction(self, *operands: ndarray) -> ndarray:
-        """In [-1, 1), of the seed and the bits of the operands."""
+        """A number in [-1, 1), determined by the seed and the bits of the operands."""
         mixed = np.uint64(self.seed * 0x9E3779B97F4A7C15 % 2**64)
         for operand in operands:
             mixed = (mixed ^ np.ascontiguousarray(operand).view(np.uint32)) * np.uint64(0xBF58476D1CE4E5B9)

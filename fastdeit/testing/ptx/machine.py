@@ -299,7 +299,7 @@ class Machine(Threads):
     # ---- instructions
 
     def _build(self, instruction: Instruction) -> tuple[Step, int]:
-        """What executes an instruction, and the number of threads that do so together (0: any)."""
+        """The function that executes an instruction, and the number of threads that execute it together (0: any)."""
         opcode = instruction.opcode
         if opcode in ("bra", "bra.uni", "brx.idx", "ret", "exit"):
             if opcode in ("brx.idx", "ret", "exit") and instruction.guard:

@@ -1,4 +1,4 @@
-"""Calls that launch the kernels of 8-bit inference: what stands between two products of quantized operands."""
+"""Calls that launch the kernels of 8-bit inference between two GEMMs of quantized operands."""
 
 import functools
 from collections.abc import Callable, Iterator

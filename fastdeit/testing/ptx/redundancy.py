@@ -1,7 +1,7 @@
 """Proves that a planted fault changed nothing that matters: that the instruction it fell on was redundant in a launch.
 
-Each proof looks at a run from outside the rules that the mutant was judged by: at which words of shared memory each thread touched
-between two barriers, at which wait each asynchronous operation completed, at the values that an instruction gave, or at the text.
+Each proof uses other facts of a run than the checks that the mutant passed: which words of shared memory each thread touched
+between two barriers, at which wait each asynchronous operation completed, the values that an instruction gave, or the text.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Touch(NamedTuple):
 
 
 class _Recorded(SharedMemory):
-    """Shared memory that tells a `Record` of every access. Where a tensor copy lands is ordered by its mbarrier, not here."""
+    """Shared memory that reports every access to a `Record`. Where a tensor copy lands is ordered by its mbarrier, not here."""
 
     record: "Record"
 
@@ -84,7 +84,7 @@ class _Recorded(SharedMemory):
 
 
 class _Groups(CommitGroups):
-    """Commit groups that tell a `Record` at which line each operation completes."""
+    """Commit groups that report to a `Record` at which line each operation completes."""
 
     def __init__(self, agents: int, record: "Record") -> None:
         super().__init__(agents)

@@ -299,7 +299,7 @@ class SharedMemory:
         """The read is over: `issuers` (k, threads) know it, others of the block only behind a barrier."""
         np.add.at(self.borrowed, words, -1)
         self.read_stamp[words] = self.stamps[issuers[:, :1]]
-        if issuers.shape[1] > 1:  # each warp knows its own part of a wgmma to be over
+        if issuers.shape[1] > 1:  # a warp's wait covers its own part of a wgmma
             self.read_by_warps[words] = self.floors[issuers[:, :1]]
 
 

@@ -1,4 +1,4 @@
-"""Attention by products in TF32 on a CPU: what an fp32 kernel is compared with where TF32 is allowed."""
+"""Attention with TF32 products on a CPU, the baseline of fp32 kernels where TF32 is allowed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 class _Product(torch.autograd.Function):
-    """a @ b with operands cut to TF32, in forward and backward: what the matrix units make of float32 registers."""
+    """a @ b with operands truncated to TF32 in forward and backward, as matrix instructions truncate float32 registers."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class _Product(torch.autograd.Function):
 
 
 def _cut(x: Tensor) -> Tensor:
-    """Cut to 10 bits of fraction."""
+    """Truncates to 10 bits of fraction."""
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
