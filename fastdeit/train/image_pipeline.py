@@ -191,7 +191,7 @@ class ImagePipeline:
                 return self.crop(part)
             if self.resize == "torch":
                 out = np.empty((self.height, self.width, self.channels), np.uint8)
-                _resize_by_torch(part, interpolation, out)
+                self.resize_into(part, interpolation, out)
                 return out
             return part.resize((self.width, self.height), _RESAMPLING[interpolation])
 
