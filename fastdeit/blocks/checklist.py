@@ -216,7 +216,7 @@ class BlockVerdict(NamedTuple):
     last_gamma: tuple[Gamma, ...]
 
     def of_branch(self, index: int) -> "BlockVerdict":
-        """That of a block with this branch alone."""
+        """The verdict of a block with this branch alone."""
         each = slice(index, index + 1)
         return self._replace(parts=self.parts[each], called=self.called[each], out_dropouts=self.out_dropouts[each])
 
