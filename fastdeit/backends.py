@@ -109,8 +109,8 @@ def why_reference(x: Tensor, *, products: bool = False, kernels: tuple[str, ...]
     return reason if reason is None else refuse(reason)
 
 
-def settings(x: Tensor) -> tuple | None:
-    """What `why_reference` and the ops' checks read beside their arguments, for tensors on x's device, and the grad mode.
+def settings(x: Tensor, products: bool = True) -> tuple | None:
+    """What `why_reference` and the ops' checks read beside their arguments, for tensors like x, and the grad mode.
 
     None where a call must not rest on an earlier one: inside a torch.func transform, and once a kernel was refused.
     """
@@ -118,7 +118,7 @@ def settings(x: Tensor) -> tuple | None:
         return None
     kind = "cuda" if x.is_cuda else x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    tf32 = autocast is None and x.dtype is torch.float32 and _tf32_allowed()
+    tf32 = products and autocast is None and x.dtype is torch.float32 and _tf32_allowed()
     return _backend, _supposes_gpu, _takes_all, autocast, tf32, torch.is_grad_enabled(), refusals.generation
 
 

@@ -224,7 +224,7 @@ def _save(inputs, outputs, made, needs):
 
 def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.attention.backward import attention_backward
-    from fastdeit.kernels.runtime.column_sums import add_partial_sums, column_sums
+    from fastdeit.kernels.runtime.column_sums import add_all, column_sums
 
     (dout, dx_new), (eps, num_heads, _) = grads, options
     head, norm = BranchHead(*saved[:4]), Norm(saved.norm_weight, saved.norm_bias, eps)
@@ -242,16 +242,16 @@ def _backward(grads, saved, options, grad_dtypes):
             del dattended
             summed.append((dqkv, head_sums(head, dtypes)))
         g_sum, *dqkv_sum = column_sums(*summed, later=later)
-        add_partial_sums(*later)
         rows = attended.view(-1, attended.shape[-1])
-        input_grads = tail_parameter_gradients(g, g_sum, rows, proj_weight, saved.proj_bias, gamma, dtypes)
+        input_grads = tail_parameter_gradients(g, g_sum, rows, proj_weight, saved.proj_bias, gamma, dtypes, later)
         del g, summed
         if into_head:
             shape = (*dout.shape[:-1], qkv_weight.shape[1])
             weights = (qkv_weight, either(saved.used_qkv_weight, qkv_weight))
             input_grads |= head_backward(
-                dqkv, *dqkv_sum, dx_new, head, saved.drop_path_scale, norm, *weights, shape, dtypes
+                dqkv, *dqkv_sum, dx_new, head, saved.drop_path_scale, norm, *weights, shape, dtypes, later
             )
+        add_all(later)
     return in_order(input_grads, dtypes)
 
 

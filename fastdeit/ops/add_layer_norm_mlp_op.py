@@ -208,7 +208,7 @@ def _save(inputs, outputs, made, needs):
 def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.gemm.linear import activation_gradient
     from fastdeit.kernels.mlp.activation import activation_forward
-    from fastdeit.kernels.runtime.column_sums import add_partial_sums, column_sums
+    from fastdeit.kernels.runtime.column_sums import add_all, column_sums
 
     (dout, dx_new), (eps, activation, matmul_dtype, _) = grads, options
     *head, z, used_w1, used_w2, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale = saved
@@ -227,12 +227,14 @@ def _backward(grads, saved, options, grad_dtypes):
             dz, h, dz_sum = activation_gradient(g, either(used_w2, w2), z, activation, **needs)
         elif needs_h:
             h = activation_forward(z, activation)
-        add_partial_sums(*later)
-        input_grads = tail_parameter_gradients(g, g_sum, h, w2, b2, gamma, dtypes)
+        input_grads = tail_parameter_gradients(g, g_sum, h, w2, b2, gamma, dtypes, later)
         del g, h
         if into_head:
             shape, weights = (*dout.shape[:-1], w1.shape[1]), (w1, either(used_w1, w1))
-            input_grads |= head_backward(dz, dz_sum, dx_new, head, drop_path_scale, norm, *weights, shape, dtypes)
+            input_grads |= head_backward(
+                dz, dz_sum, dx_new, head, drop_path_scale, norm, *weights, shape, dtypes, later
+            )
+        add_all(later)
     return in_order(input_grads, dtypes)
 
 

@@ -1,13 +1,11 @@
 """Multi-head attention of vision transformers: short sequences, no mask, no dropout."""
 
 import math
-import sys
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastdeit import backends
 from fastdeit.kernels.attention import config as attention_config
@@ -53,7 +51,6 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
         _packed_passed.add((qkv,), num_heads, scale)
     if attention_config.SDPA_PREFERRED and why_handed_over(low, head_dim, tokens, batch * num_heads) is not None:
         return attention_reference(qkv, num_heads, scale=scale)
-    _count_flops(low)
     (out,) = attention_unchecked(low, num_heads, head_dim**-0.5 if scale is None else float(scale))
     return out
 
@@ -84,7 +81,6 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
             return attention_qkv_reference(q, k, v, scale=scale)
         _separate_passed.add((q, k, v), scale)
     low = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in low)
-    _count_flops(*low)
     (out,) = attention_qkv_unchecked(*low, q.shape[-1] ** -0.5 if scale is None else float(scale))
     return out
 
@@ -227,6 +223,16 @@ def _fake(qkv, num_heads, scale):
     return (qkv.new_empty((batch, tokens, width // 3)),), (lse,)
 
 
+def _packed_flops(products: int):
+    """Multiply-adds counted twice, as PyTorch counts its own attention; shapes stand for tensors."""
+
+    def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
+        batch, tokens, width = shapes_and_arguments[products == 5]  # backward's first argument is dout
+        return 2 * products * batch * tokens * tokens * (width // 3)
+
+    return flops
+
+
 attention_unchecked = Op(
     "attention",
     outputs=("out",),
@@ -236,6 +242,7 @@ attention_unchecked = Op(
     save=_save,
     backward=_backward,
     fake=_fake,
+    flops=(_packed_flops(2), _packed_flops(5)),
 )
 
 
@@ -281,6 +288,14 @@ def _separate_fake_backward(saved, grad_dtypes):
     return tuple(None if dtype is None else torch.empty_like(t) for t, dtype in inputs)
 
 
+def _separate_flops(products: int):
+    def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
+        (batch, queries, heads, head_dim), (_, keys, *_) = shapes_and_arguments[products == 5 :][:2]
+        return 2 * products * batch * heads * queries * keys * head_dim
+
+    return flops
+
+
 attention_qkv_unchecked = Op(
     "attention_qkv",
     outputs=("out",),
@@ -291,46 +306,5 @@ attention_qkv_unchecked = Op(
     backward=_separate_backward,
     fake=_separate_fake,
     fake_backward=_separate_fake_backward,
+    flops=(_separate_flops(2), _separate_flops(5)),
 )
-
-
-# ---- PyTorch's FLOP counter. Importing it imports Triton, so it learns of the formulas where it is already in use.
-
-
-def _count_flops(*tensors: Tensor) -> None:
-    """Adds the formulas below to an active FlopCounterMode, which copied the registry when it was made."""
-    counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is None or torch.compiler.is_compiling() or not backends.registered_path(*tensors):
-        return
-    for operator, formula in _FLOPS.items():
-        if operator not in counter.flop_registry:
-            counter.register_flop_formula(operator)(formula)
-    for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, counter._FlopCounterMode):
-            mode.counter.flop_registry |= {operator: counter.flop_registry[operator] for operator in _FLOPS}
-
-
-def _packed_flops(products: int):
-    """Multiply-adds counted twice, as PyTorch counts its own attention; shapes stand for tensors."""
-
-    def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
-        batch, tokens, width = shapes_and_arguments[products == 5]  # backward's first argument is dout
-        return 2 * products * batch * tokens * tokens * (width // 3)
-
-    return flops
-
-
-def _separate_flops(products: int):
-    def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
-        (batch, queries, heads, head_dim), (_, keys, *_) = shapes_and_arguments[products == 5 :][:2]
-        return 2 * products * batch * heads * queries * keys * head_dim
-
-    return flops
-
-
-_FLOPS = {
-    torch.ops.fastdeit.attention_forward: _packed_flops(2),
-    torch.ops.fastdeit.attention_backward: _packed_flops(5),
-    torch.ops.fastdeit.attention_qkv_forward: _separate_flops(2),
-    torch.ops.fastdeit.attention_qkv_backward: _separate_flops(5),
-}

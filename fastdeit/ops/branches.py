@@ -14,7 +14,7 @@ backward needs. With G = dz^T x_hat the parameters' gradients need no further su
 LayerScale's gamma is folded into P and p likewise. Its gradient comes from g^T h, so the branch's output need not be saved.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch import Tensor
 from fastdeit.ops.arguments import check_vector
 from fastdeit.ops.layer_norm_op import check_branch, check_normalised
 from fastdeit.ops.matmul import as_dtype, contiguous, parameter_gradients, weight_gradient
+
+if TYPE_CHECKING:
+    from fastdeit.kernels.runtime.column_sums import Table
 
 Dtypes = dict[str, torch.dtype | None]  # of the gradients that are needed, by name; None for one that is not
 
@@ -166,6 +169,7 @@ def head_backward(
     used_weight: Tensor,
     shape: tuple[int, ...],
     dtypes: Dtypes,
+    later: "list[Table]",
 ) -> dict[str, Tensor | None]:
     """Gradients by the names of `dtypes`: x, branch, norm_weight, norm_bias, weight, bias.
 
@@ -175,15 +179,19 @@ def head_backward(
         dx_new: of x's shape, what else the residual stream's gradient is, or None.
         used_weight: (O, C) in the matmul dtype, what forward multiplied by.
         shape: x's.
+        later: tables of `add_partial_sums`, dz_sum's and others. Sums over rows are there once they and those that join them
+            are added.
     """
     from fastdeit.kernels.gemm.folded_weights import fold_columns_backward
     from fastdeit.kernels.norm.layer_norm import layer_norm_backward
     from fastdeit.kernels.norm.residual_branch import folded_layer_norm_backward
+    from fastdeit.kernels.runtime.column_sums import add_all
 
     needs_any = lambda *names: any(dtypes[name] is not None for name in names)  # noqa: E731
     matmul_dtype = dz.dtype
     grads: dict[str, Tensor | None] = {"bias": dz_sum}
     if head.x_hat is not None:
+        add_all(later)
         product = weight_gradient(dz, head.x_hat, torch.float32) if needs_any("norm_weight", "weight") else None
         needs = dict(
             needs_weight=needs_any("weight"), needs_scale=needs_any("norm_weight"), needs_shift=needs_any("norm_bias")
@@ -213,6 +221,7 @@ def head_backward(
             dbranch_dtype=dtypes["branch"],
             dweight_dtype=dtypes["norm_weight"],
             dbias_dtype=dtypes["norm_bias"],
+            later=later,
         )
     return grads
 
@@ -225,6 +234,7 @@ def tail_parameter_gradients(
     bias: Tensor | None,
     gamma: Tensor | None,
     dtypes: Dtypes,
+    later: "list[Table]",
 ) -> dict[str, Tensor | None]:
     """Gradients by the names of `dtypes`: tail_weight, tail_bias, gamma.
 
@@ -232,7 +242,12 @@ def tail_parameter_gradients(
         g: (M, O), contiguous.
         g_sum: its column sums (O,), as `tail_sums` says.
         h: (M, H), where those of the weight or gamma are.
+        later: tables of `add_partial_sums`, g_sum's and others. LayerScale's gradients are made of sums that have been added.
     """
+    from fastdeit.kernels.runtime.column_sums import add_all
+
+    if gamma is not None:
+        add_all(later)
     names = ("tail_weight", "tail_bias", "gamma")
     gradients = parameter_gradients(g, g_sum, h, weight, bias, gamma, *(dtypes[name] for name in names))
     return dict(zip(names, gradients, strict=True))

@@ -20,7 +20,7 @@ from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
 from fastdeit.refusals import or_reference
 
-_passed = PassedCalls()
+_passed = PassedCalls(products=False)
 
 
 @or_reference

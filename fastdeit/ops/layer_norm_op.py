@@ -16,7 +16,7 @@ from fastdeit.refusals import or_reference
 MAX_CHANNELS = 8192  # the longest row that the kernels hold in registers
 
 
-_norm_passed, _add_passed = PassedCalls(), PassedCalls()
+_norm_passed, _add_passed = PassedCalls(products=False), PassedCalls(products=False)
 
 
 @or_reference

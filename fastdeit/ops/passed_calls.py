@@ -21,10 +21,14 @@ class PassedCalls:
     device, layout and whether it requires a gradient, the options with their types, and `backends.settings`.
 
     The kernels of backward were compiled for them too (`refusals.or_reference`).
+
+    Args:
+        products: the op multiplies matrices, as in `backends.why_reference`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, products: bool = True) -> None:
         self._passed: set[tuple] = set()
+        self._products = products
 
     def has(self, tensors: Sequence[Tensor | None], *options: Any) -> bool:
         """Whether a call like this one has passed. It may have arguments of any type.
@@ -36,7 +40,7 @@ class PassedCalls:
         if torch.compiler.is_compiling():  # checks are traced, and cost the compiled code nothing
             return False
         try:
-            return _facts(tensors, options) in self._passed
+            return self._facts(tensors, options) in self._passed
         except (
             AttributeError,
             RuntimeError,
@@ -48,17 +52,16 @@ class PassedCalls:
         """Notes a call that has passed; arguments as in `has`."""
         if torch.compiler.is_compiling():
             return
-        facts = _facts(tensors, options)
+        facts = self._facts(tensors, options)
         if refusals.first_call() and facts is not None:
             if len(self._passed) >= _LIMIT:
                 self._passed.clear()
             self._passed.add(facts)
 
-
-def _facts(tensors: Sequence[Tensor | None], options: tuple) -> tuple | None:
-    """The facts that the checks depend on, None for a call that is checked every time."""
-    settings = backends.settings(tensors[0])
-    if settings is None:
-        return None
-    kinds = tuple(map(type, tensors)), tuple(map(type, options))
-    return settings, options, kinds, *map(_read, filter(_given, tensors))
+    def _facts(self, tensors: Sequence[Tensor | None], options: tuple) -> tuple | None:
+        """The facts that the checks depend on, None for a call that is checked every time."""
+        settings = backends.settings(tensors[0], self._products)
+        if settings is None:
+            return None
+        kinds = tuple(map(type, tensors)), tuple(map(type, options))
+        return settings, options, kinds, *map(_read, filter(_given, tensors))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.ops.first_derivative import first_derivative_only
+from fastdeit.ops.flop_counting import add_to_counters
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -51,6 +52,7 @@ class Op:
             and both gradients have one dtype they are one tensor, and backward is asked for the first alone.
         passed_on: the tensor that is added to the first output, whose gradient it gets. Backward is not asked for it.
         constant: outputs that have no gradient.
+        flops: formulas of forward and backward for PyTorch's FLOP counter, of which shapes stand for tensors.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Op:
         added: Sequence[str] | None = None,
         passed_on: str | None = None,
         constant: Sequence[str] = (),
+        flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
     ):
         self._outputs, self._made, self._saved = len(outputs), len(made), saved
         self._forward, self._save, self._backward = forward, save, backward
@@ -83,11 +86,15 @@ class Op:
         self._register(name, arguments, tensors, outputs)
         self._registered_forward = getattr(torch.ops.fastdeit, f"{name}_forward").default
         self._registered_backward = getattr(torch.ops.fastdeit, f"{name}_backward").default
+        both = self._registered_forward.overloadpacket, self._registered_backward.overloadpacket
+        self._flops = None if flops is None else dict(zip(both, flops, strict=True))
 
     def __call__(self, *inputs: Any) -> tuple[Tensor | None, ...]:
         tensors = inputs[: self._tensors]
         saves = backends.wants_gradient(*tensors)
         if backends.registered_path(*tensors):
+            if self._flops is not None:
+                add_to_counters(self._flops)
             return tuple(map(_or_none, self._registered_forward(*inputs, saves)[: self._outputs]))
         return self._apply(*inputs) if saves else self._forward(*inputs, saves=False)[0]
 

@@ -1,5 +1,6 @@
 """How the launchers show tensors to the attention kernels: as (B, N, heads, D) by strides, or as descriptors."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ def head_strides(x: torch.Tensor) -> tuple[int, int, int]:
     return x.stride()[:3]
 
 
+@lru_cache
 def vector_units(itemsize: int, head_dim: int, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """The largest power of two, 16 bytes at most, that divides D and every stride; and the strides in units of it."""
     bits = 16 // itemsize | head_dim

@@ -168,7 +168,7 @@ def gemm_backward(
         constexprs += (vector(N, K, *strides),)
     launch(kernel, grid, args, constexprs, tile.num_warps, tile.num_stages)
     if dbias is not None:
-        sum_later(later, partial, dbias)
+        sum_later(later, (partial, dbias))
     return dz, h, dbias
 
 

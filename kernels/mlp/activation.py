@@ -130,7 +130,7 @@ def activation_backward(
         config.num_warps,
     )
     if dbias is not None:
-        sum_later(later, partial, dbias)
+        sum_later(later, (partial, dbias))
     return dz, h, dbias
 
 

@@ -17,7 +17,7 @@ import torch
 from fastdeit.kernels.norm.layer_norm_kernels import layer_norm_backward_kernel, layer_norm_forward_kernel
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import architecture, multiprocessors
-from fastdeit.kernels.runtime.column_sums import add_partial_sums
+from fastdeit.kernels.runtime.column_sums import Table, sum_later
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
 
 MAX_CHANNELS = 8192
@@ -79,7 +79,10 @@ def _vector(channels: int, *tensors: torch.Tensor | None) -> int:
 
 
 def _dense(*tensors: torch.Tensor | None) -> bool:
-    return all(x is None or x.is_contiguous() for x in tensors)
+    for x in tensors:  # noqa: SIM110, a generator costs a call for each tensor
+        if x is not None and not x.is_contiguous():
+            return False
+    return True
 
 
 def layer_norm_forward(
@@ -157,11 +160,13 @@ def layer_norm_backward(
     dweight_dtype: torch.dtype | None = None,
     dbias_dtype: torch.dtype | None = None,
     dgamma_dtype: torch.dtype | None = None,
+    later: list[Table] | None = None,
     config: Config | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, branch, weight, bias and gamma, each in the dtype asked for and None where none is.
 
-    x is what was normalised (x_new where there was a branch); branch is needed for gamma's gradient only.
+    x is what was normalised (x_new where there was a branch); branch is needed for gamma's gradient only. With `later` those of
+    the parameters are there once `add_partial_sums` has run on it.
     """
     shape, channels = x.shape, x.shape[-1]
     rows = x.numel() // channels
@@ -213,8 +218,7 @@ def layer_norm_backward(
         ),
         config.num_warps,
     )
-    if wanted:
-        add_partial_sums(*zip(tables, wanted, strict=True))
+    sum_later(later, *zip(tables, wanted, strict=True))
     return dx, dbranch, *sums
 
 

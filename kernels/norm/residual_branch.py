@@ -199,7 +199,7 @@ def scale_add_backward(
         tile.num_warps,
     )
     if total is not None:
-        sum_later(later, partial, total)
+        sum_later(later, (partial, total))
     return g, total
 
 

@@ -45,7 +45,7 @@ def sum_rows(x, ROWS: tl.constexpr):
     return tl.reshape(x, [N])
 
 
-_MOST_TABLES = 3  # of one launch of the second step
+_MOST_TABLES = 4  # of one launch of the second step
 
 
 @triton.jit
@@ -63,20 +63,24 @@ def _add_strips(
     tl.store(out_ptr + col, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), col < C)
 
 
-@triton.jit(do_not_specialize=["strips0", "strips1", "strips2", "C0", "C1", "C2"])
+@triton.jit(do_not_specialize=["strips0", "strips1", "strips2", "strips3", "C0", "C1", "C2", "C3"])
 def partial_sums_backward_kernel(
     partial0_ptr,  # (strips0, C0) fp32
     partial1_ptr,  # the other tables, None for those that are not there
     partial2_ptr,
+    partial3_ptr,
     out0_ptr,  # (C0,) of any dtype
     out1_ptr,
     out2_ptr,
+    out3_ptr,
     strips0,
     strips1,
     strips2,
+    strips3,
     C0,
     C1,
     C2,
+    C3,
     BLOCK_STRIPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides every C: lets loads be 16 bytes wide
@@ -90,6 +94,9 @@ def partial_sums_backward_kernel(
     if partial2_ptr is not None:
         if tl.program_id(1) == 2:
             _add_strips(partial2_ptr, out2_ptr, strips2, C2, BLOCK_STRIPS, BLOCK_C, VECTOR)
+    if partial3_ptr is not None:
+        if tl.program_id(1) == 3:
+            _add_strips(partial3_ptr, out3_ptr, strips3, C3, BLOCK_STRIPS, BLOCK_C, VECTOR)
 
 
 def row_strips(rows: int, step: int, column_blocks: int, x: torch.Tensor) -> tuple[int, int]:
@@ -145,7 +152,7 @@ Table = tuple[torch.Tensor, torch.Tensor]  # partial sums (strips, C), contiguou
 
 
 def add_partial_sums(*tables: Table) -> None:
-    """Writes each table's total, three tables a launch."""
+    """Writes each table's total, four tables a launch."""
     for first in range(0, len(tables), _MOST_TABLES):
         chosen = tables[first : first + _MOST_TABLES]
         absent = _MOST_TABLES - len(chosen)
@@ -202,21 +209,28 @@ def column_sums(*matrices: tuple[torch.Tensor, torch.dtype | None], later: list[
     return totals
 
 
-def sum_later(later: list[Table] | None, partial: torch.Tensor, total: torch.Tensor) -> None:
+def sum_later(later: list[Table] | None, *tables: Table) -> None:
     """Leaves the second step to a later launch that has more to add, or takes it now where there is no list for it."""
     if later is None:
-        add_partial_sums((partial, total))
+        add_partial_sums(*tables)
     else:
-        later.append((partial, total))
+        later += tables
+
+
+def add_all(later: list[Table]) -> None:
+    """Writes the totals of the tables in the list, which is then empty."""
+    add_partial_sums(*later)
+    later.clear()
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """One table and the most of them; matrices in bf16, one and two."""
+    """Tables of autocast, one and a LayerNorm's three, and the four of a branch of a bf16 model; matrices in bf16, one and two."""
     tile = dict(zip(("BLOCK_STRIPS", "BLOCK_C"), _TILE, strict=True), VECTOR=4)
     sizes = dict.fromkeys((f"{name}{i}" for name in ("strips", "C") for i in range(_MOST_TABLES)), "i32")
-    for tables in (1, _MOST_TABLES):
-        types = dict.fromkeys((f"{name}{i}_ptr" for name in ("partial", "out") for i in range(tables)), "*fp32") | sizes
-        label = f"fp32, {tables} table{'s' if tables > 1 else ''}"
+    for tables, dtype in ((1, "fp32"), (3, "fp32"), (_MOST_TABLES, "bf16")):
+        types = dict.fromkeys((f"partial{i}_ptr" for i in range(tables)), "*fp32") | sizes
+        types |= dict.fromkeys((f"out{i}_ptr" for i in range(tables)), f"*{dtype}")
+        label = f"{dtype}, {tables} table{'s' if tables > 1 else ''}"
         yield AotConfig(partial_sums_backward_kernel, types, tile, _NUM_WARPS, 1, label, matrix=False)
     rows, columns, num_warps = STRIP_TILE
     strip = dict(BLOCK_M=rows, BLOCK_N=columns, VECTOR=16)

@@ -45,6 +45,8 @@ def nothing_between() -> bool:
     )
 
 
+# Without the look at whether CUDA is initialised, which a tensor on it answers. A build without CUDA has no such tensor.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _INT32 = 2**31
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -113,7 +115,7 @@ def launch(
         KernelRefused: the kernel cannot be compiled, loaded or launched on the device.
     """
     home = _device_index(args)
-    if home >= 0 and home != torch.cuda.current_device():
+    if home >= 0 and home != _current_device():
         with torch.cuda.device(home):
             _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
     elif home < 0 and _cpu_launcher is not None:
@@ -189,7 +191,7 @@ def _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusi
         if kept is not None:  # None where a hook of Triton's took the compilation over
             known.compiled[key] = _direct_call(kept)
         return
-    if not _runs():
+    if _thread.compiled_only is not None and not _runs():
         return
     stream = driver.active.get_current_stream(device)
     enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None

@@ -86,6 +86,14 @@ def test_tf32_is_checked(passed):
         assert not passed.has(tensors(), 1e-6, 2, "gelu")
 
 
+def test_without_products_tf32_is_not_read():
+    calls = PassedCalls(products=False)
+    calls.add(tensors())
+    with tf32(True):
+        assert calls.has(tensors())
+        assert not calls.has(tensors(dtype=torch.bfloat16))
+
+
 def test_a_call_inside_a_transform_is_checked(passed):
     seen = []
 

@@ -94,6 +94,7 @@ def _layer_norms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     yield "add_layer_norm_mlp without LayerScale, autocast", folded(256, scaled=False)
     yield "add_layer_norm_mlp, pre-activation recomputed, autocast", folded(32, lean=True)
     yield "add_layer_norm_mlp, first layer bf16, autocast", folded(256, first=BF16)
+    yield "add_layer_norm_mlp bf16", _add_layer_norm_mlp_bf16
     yield "layer_norm_mlp autocast", _layer_norm_mlp
     yield "linear, residual branch, bf16", functools.partial(_residual_linear, BF16)
     yield "linear, residual branch, autocast", functools.partial(_residual_linear, FP32)
@@ -158,6 +159,16 @@ def _add_layer_norm_mlp(
         under_autocast(functools.partial(call, op)) for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
     )
     return assert_as_accurate_as_eager(*pair, x, branch, *weights, gamma, _scales(4), frozen=(9,))
+
+
+def _add_layer_norm_mlp_bf16() -> Errors:
+    """The same of a bf16 model, in which nothing is folded."""
+    x, branch, *weights = randn(4, 3, 192), randn(4, 3, 192), *_norm_weights(BF16, 192), *_mlp_weights(BF16, 192, 256)
+    pair = (
+        lambda x, branch, g, b, *layers, op=op: op(x, branch, g, b, 1e-6, *layers)
+        for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
+    )
+    return assert_as_accurate_as_eager(*pair, x, branch, *weights)
 
 
 def _layer_norm_mlp() -> Errors:

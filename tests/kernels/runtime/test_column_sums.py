@@ -1,4 +1,4 @@
-"""Sums over rows: of one or two matrices, and of tables of partial sums, three a launch."""
+"""Sums over rows: of one or two matrices, and of tables of partial sums, four a launch."""
 
 import pytest
 import torch
@@ -49,10 +49,12 @@ def test_tables_of_any_shape_share_launches(monkeypatch):
     launches = []
     launch = column_sums.launch
     monkeypatch.setattr(column_sums, "launch", lambda *args: (launches.append(args[1]), launch(*args)))
-    tables = [torch.randn(strips, width, device=DEVICE) for strips, width in [(1, 40), (300, 5), (7, 64), (2, 16)]]
+    tables = [
+        torch.randn(strips, width, device=DEVICE) for strips, width in [(1, 40), (300, 5), (7, 64), (2, 16), (3, 9)]
+    ]
     totals = [torch.full(t.shape[1:], float("nan"), device=DEVICE, dtype=torch.float32) for t in tables]
     add_partial_sums(*zip(tables, totals, strict=True))
-    assert launches == [(4, 3), (1, 1)]
+    assert launches == [(4, 4), (1, 1)]
     for total, table in zip(totals, tables, strict=True):
         assert_sums(total, table)
     add_partial_sums()
