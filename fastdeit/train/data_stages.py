@@ -160,7 +160,7 @@ def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock)
 
 
 def _make_part(source: Any, key: Key, memory: tuple, place: int, clock: _Clock) -> Iterator[None]:
-    """As `_make_image`, of `EncodedImages`, which do not pause."""
+    """As `_make_image`, for `EncodedImages`, which do not pause."""
     arena, plans, *_ = memory
     clock.start()
     try:
