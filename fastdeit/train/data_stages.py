@@ -21,7 +21,7 @@ from fastdeit.train.sampling import Key, seed_sample
 STAGES = ("read", "decode", "crop and resize", "augment", "collate", "copy")
 IMAGES = 256  # that are timed
 _WARM_UP = 8
-_AT_ONCE = 16  # that are planned, then decoded, then resized
+_AT_ONCE = 16  # that are read, then planned, then decoded, then resized
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def measure_stages(loader: TrainLoader, config: Config, images: int = IMAGES) ->
         clock = _Clock()
         timed.append((clock, make(source, key, memory, number % size, clock)))
     for first in range(0, len(timed), _AT_ONCE):
-        for _ in range(3):  # plans, decoding, the rest
+        for _ in range(4):  # reading, plans, decoding, resizing
             for _, made in timed[first : first + _AT_ONCE]:
                 next(made, None)
     clocks = [clock for clock, _ in timed[_WARM_UP:] if clock.stopped]
@@ -121,8 +121,8 @@ class _Clock:
 
 
 def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock) -> Iterator[None]:
-    """Makes an image of `BatchedImages`; pauses where others are planned before this one is decoded, and decoded before it is
-    resized. Ends early where it cannot be read, which a run would name."""
+    """Makes an image of `BatchedImages`; pauses where a run takes the same step with other images. Ends early where it cannot be
+    read, which a run would name."""
     out, plans, flips, classes, _ = memory
     pipeline, images = source.pipeline, source.images
     clock.start()
@@ -131,6 +131,8 @@ def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock)
         clock.lap("read")
         image_source = images.opened(file)
         clock.lap("decode")
+        yield
+        clock.start()
         seed_sample(source.seed, key.epoch, key.position)
         if pipeline.plans_first:
             planned = pipeline.planned(image_source, plans[place])
