@@ -44,7 +44,7 @@ def sample(arch: int, count: int, seed: int = 0) -> list[AotConfig]:
 
 
 def reached(draw: random.Random, arch: int) -> list[AotConfig]:
-    """What one call drawn at random launches, forward and backward."""
+    """The configurations that one random call launches, forward and backward."""
     with recorded_launches(arch) as rows:
         call, inputs = _CALLS[draw.randrange(len(_CALLS))](draw)
         autocast = draw.random() < 0.5 and any(t.dtype == torch.float32 for t in inputs)

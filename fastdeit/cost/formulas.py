@@ -40,7 +40,7 @@ def attention_forward(
 
 
 def attention_backward(batch: int, tokens: int, heads: int, head_dim: int, *, element_bytes: int = 2) -> Cost:
-    """Its gradient: five products at the least; reads qkv, output, its gradient and lse, writes the packed gradient.
+    """Attention's gradient: at least five products; reads qkv, output, its gradient and lse, writes the packed gradient.
 
     Launches are those of the two-kernel form: row sums with dQ, then dK and dV.
     """

@@ -13,7 +13,7 @@ _QUANTIZED = ("qkv", "proj", "fc1", "fc2")
 
 
 def product_rate(channels: int) -> float:
-    """Of 8-bit products over bf16's, for a model of this width: that of the nearest width from below, or of the narrowest."""
+    """The rate of 8-bit products over bf16's at this width: that of the nearest smaller width on record, or of the smallest."""
     return PRODUCT_RATES[max((width for width in PRODUCT_RATES if width <= channels), default=min(PRODUCT_RATES))]
 
 

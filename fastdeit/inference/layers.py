@@ -15,7 +15,7 @@ Weights = Mapping[str, Tensor | None]  # of a module, by the names of its buffer
 
 
 def under(weights: Weights, prefix: str) -> dict[str, Tensor | None]:
-    """Those whose names begin with prefix and a dot, by what follows that."""
+    """The entries whose names begin with prefix and a dot, by the rest of their names."""
     start = f"{prefix}."
     return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
 
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def format(self) -> torch.dtype:
-        """Of weight and x."""
+        """The format of weight and x."""
         return self.weight.dtype
 
     def forward(self, x: Tensor | Tokens, rows: slice = slice(None)) -> Tensor:

@@ -193,7 +193,7 @@ def _check_scale(scale) -> None:
 
 
 class Saved(NamedTuple):
-    """For backward: input, output and log-sum-exp."""
+    """Saved for backward: input, output and log-sum-exp."""
 
     qkv: Tensor  # (B, N, 3 * H * D)
     out: Tensor  # (B, N, H * D)
@@ -250,7 +250,7 @@ attention_unchecked = Op(
 
 
 class SeparateSaved(NamedTuple):
-    """For backward: inputs, output and log-sum-exp."""
+    """Saved for backward: inputs, output and log-sum-exp."""
 
     q: Tensor  # (B, N, H, D)
     k: Tensor  # (B, M, H, D)

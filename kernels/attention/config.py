@@ -76,7 +76,7 @@ def handed_over(arch: int, head_dim: int, tokens: int, batch_heads: int, gradien
 
 
 def around(head_dim: int, tokens: int, batch_heads: int, gradients: bool) -> Shapes:
-    """What a measurement speaks for: lengths with as many blocks of 16 tokens, and grids up to twice or half as large."""
+    """The range that a measurement applies to: lengths with as many blocks of 16 tokens, and grids of half to twice the size."""
     first = (tokens - 1) // 16 * 16 + 1
     return Shapes(head_dim, range(first, first + 16), range(-(-batch_heads // 2), 2 * batch_heads), gradients)
 
