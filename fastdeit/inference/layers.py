@@ -220,13 +220,11 @@ class Block(nn.Module):
 
     def _attended(self, y: Tensor | Tokens, keep: int | None) -> Tensor:
         """What comes out of attention, as proj takes it."""
-        given: tuple[Any, ...]
-        if keep is None:
-            given = self.qkv(y), self.num_heads
-            attention, attention_quantize = ops.attention, ops.attention_quantize
-        else:
-            given = self._prefix_qkv(y, keep)
-            attention, attention_quantize = ops.attention_qkv, ops.attention_qkv_quantize
+        given: tuple[Any, ...] = (self.qkv(y), self.num_heads) if keep is None else self._prefix_qkv(y, keep)
+        attention: Callable[..., Tensor] = ops.attention if keep is None else ops.attention_qkv
+        attention_quantize: Callable[..., Tensor] = (
+            ops.attention_quantize if keep is None else ops.attention_qkv_quantize
+        )
         if isinstance(self.proj, QuantizedLinear) and self.tap is None:
             return attention_quantize(*given, self.proj.input_scale, scale=1.0, dtype=self.proj.format).flatten(2)
         return self.proj.received(self._tapped("proj", attention(*given, scale=1.0).flatten(2)))

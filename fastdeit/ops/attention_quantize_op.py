@@ -49,12 +49,11 @@ def attention_quantize(
     head_dim = width // (3 * num_heads)
     if _leaves_to_attention(low, head_dim, tokens, batch * num_heads, scale, dtype):
         return rescale(attention(qkv, num_heads, scale=scale), scale=out_scale, out_dtype=dtype)
-    if backends.registered_path(low, out_scale):
-        add_to_counters(_FLOPS)
-        run = _registered
-    else:
-        run = _launched
-    return run(low, num_heads, out_scale, head_dim**-0.5 if scale is None else float(scale), dtype)
+    given = low, num_heads, out_scale, head_dim**-0.5 if scale is None else float(scale), dtype
+    if not backends.registered_path(low, out_scale):
+        return _launched(*given)
+    add_to_counters(_FLOPS)
+    return _registered(*given)
 
 
 @or_reference
@@ -84,12 +83,11 @@ def attention_qkv_quantize(
     batch, queries, heads, head_dim = q.shape
     if k.shape[1] == 0 or _leaves_to_attention(low[0], head_dim, queries, batch * heads, scale, dtype):
         return rescale(attention_qkv(q, k, v, scale=scale), scale=out_scale, out_dtype=dtype)
-    if backends.registered_path(*low, out_scale):
-        add_to_counters(_FLOPS)
-        run = _registered_separate
-    else:
-        run = _launched_separate
-    return run(*low, out_scale, head_dim**-0.5 if scale is None else float(scale), dtype)
+    given = *low, out_scale, head_dim**-0.5 if scale is None else float(scale), dtype
+    if not backends.registered_path(*low, out_scale):
+        return _launched_separate(*given)
+    add_to_counters(_FLOPS)
+    return _registered_separate(*given)
 
 
 def attention_quantize_reference(

@@ -378,7 +378,7 @@ def _sum_two_matrices() -> Errors:
     with poisoned_memory():
         found = column_sums.column_sums(*((x, FP32) for x in matrices), later=later)
         column_sums.add_partial_sums(*later)
-    errors = {}
+    errors: dict[str, Any] = {}
     for i, (x, total) in enumerate(zip(matrices, found, strict=True)):
         largest = x.double().cumsum(0).abs().max().item()
         errors[f"sum {i}"] = assert_close_to_oracle(f"sum {i}", total, x.double().sum(0), x.float().sum(0), largest)
