@@ -191,6 +191,22 @@ def aot_cases(arch: int) -> Iterator[Case]:
         yield case(arch, 64, "bf16", 16, describable=True, tokens=144)
 
 
+def eight_bit_cases(arch: int) -> Iterator[tuple[Case, str]]:
+    """Forward kernels with an 8-bit output, each with the output's format in Triton's spelling: DeiT's heads in the forms that
+    frozen models launch, in float8 where there is a conversion to it; on sm_90 a head in two pieces too."""
+    if arch < 100:
+        yield case(arch, 64, "bf16", 16, describable=False), "i8" if arch < 89 else "fp8e4nv"
+    if has_descriptors(arch):
+        yield case(arch, 64, "bf16", 16, describable=True), "fp8e4nv"
+    if arch == 90:
+        yield case(arch, 80, "bf16", 16, describable=True), "fp8e4nv"
+
+
+def eight_bit_label(case: Case, out: str) -> str:
+    """Of a case with an 8-bit output."""
+    return f"{case.label} to {out}"
+
+
 def case(
     arch: int,
     head_dim: int,
