@@ -67,7 +67,6 @@ class Mbarriers:
             barrier.owner[blocks] = lanes[part]
             barrier.born[blocks] = machine.shared.floors[lanes[part]]
             barrier.waited[blocks] = -1
-        machine.shared.recent[words] = 15
         machine.shared.written[words] = 0  # nobody reads or writes it as memory
         machine.shared.borrowed[words] += 1
         machine.shared.synchronise(lanes, words, changes=True)

@@ -4,7 +4,7 @@ Every access is held to these rules, each a `Fault` when broken:
 
 - it lies inside the block's allocation and is aligned to its width;
 - what is read was written, and no asynchronous copy still fills it;
-- two accesses to a word, one of them a write, are ordered: by a barrier of the block, or within a warp by `bar.warp.sync` or by
+- two accesses to a byte, one of them a write, are ordered: by a barrier of the block, or within a warp by `bar.warp.sync` or by
   being one thread's;
 - nothing is written that an asynchronous copy still fills, or that wgmma or a tensor copy may still read;
 - the asynchronous proxy reads what generic stores wrote only behind `fence.proxy.async`;
@@ -14,7 +14,7 @@ A word is 4 bytes. Stamps order accesses: bits 40 and up count the block's barri
 bits name the thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy import ndarray
@@ -59,9 +59,9 @@ class SharedMemory:
         self.filling = np.zeros(total, np.int16)  # asynchronous copies under way into the word
         self.borrowed = np.zeros(total, np.int16)  # asynchronous reads under way of the word
         self.write_stamp = np.full(total, _NEVER)
-        self.recent = np.zeros(
-            total, np.uint8
-        )  # bytes written since the block's last barrier, where write_stamp is of then
+        self.byte_stamps: ndarray | None = (
+            None  # (total, 4), the same for each byte, once a store has filled a part of a word
+        )
         self.added = np.full(total, _NEVER)  # the floor at which atom.add last changed the word
         self.read_stamp = np.full(total, _NEVER)
         self.read_by_lanes = np.full(total, _NEVER)  # the floor at which several threads of the warp had read the word
@@ -134,9 +134,9 @@ class SharedMemory:
         if (held != mask).any():
             self._why_unwritten(words[(held != mask)])
         stamps, floors = self.stamps[lanes, None], self.floors[lanes, None]
-        last = np.where(self.recent[words] & mask, self.write_stamp[words], _NEVER)
-        if (last >= floors).any():
-            self._require_order(last, stamps, floors, "read after write")
+        for last in self._written_by(words, mask):
+            if (last >= floors).any():
+                self._require_order(last, stamps, floors, "read after write")
         if self.acquired.any() or self.copied.any():
             if (self.copied[words] > self.acquired[lanes, None]).any():
                 self.fault("shared race", "reads what a tensor copy wrote without having waited on its mbarrier")
@@ -159,12 +159,10 @@ class SharedMemory:
         self.require_free(lanes, words, mask, unchanged)
         self.clock += 1
         if isinstance(mask, int):
-            self.written[words] = self.recent[words] = mask
+            self.written[words] = mask
         else:  # several threads may fill one word
-            self.recent[words[self.write_stamp[words] < self.floors[lanes, None]]] = 0
-            np.bitwise_or.at(self.recent, words, mask)
             np.bitwise_or.at(self.written, words, mask)
-        self.write_stamp[words] = self.stamps[lanes, None]
+        self._stamp(words, self.stamps[lanes, None], mask)
         self.write_clock[words] = self.clock
         self.copied[words] = 0
 
@@ -175,7 +173,7 @@ class SharedMemory:
             self._why_unwritten(words[self.written[words] != 15])
         stamps, floors = self.stamps[lanes], self.floors[lanes]
         others_add = self.added[words] >= floors  # then the order of this one and theirs does not matter
-        last = np.where((self.recent[words] != 0) & ~others_add, self.write_stamp[words], _NEVER)
+        last = np.where(others_add, _NEVER, self.write_stamp[words])
         if (last >= floors).any():
             self._require_order(last, stamps, floors, "atomic after write")
         last = np.where(others_add, _NEVER, self.read_stamp[words])
@@ -189,8 +187,8 @@ class SharedMemory:
         np.add.at(self.words, words, values)
         self.clock += 1
         self.added[words] = floors
-        self.recent[words] = 15
-        self.write_stamp[words], self.write_clock[words], self.copied[words] = stamps, self.clock, 0
+        self._stamp(words, stamps)
+        self.write_clock[words], self.copied[words] = self.clock, 0
         return found
 
     def require_free(
@@ -206,9 +204,9 @@ class SharedMemory:
         if self.borrowed[words].any():
             self.fault("shared race", "writes shared memory that wgmma or a tensor store may still read")
         stamps, floors = self.stamps[lanes, None], self.floors[lanes, None]
-        last = np.where(self.recent[words] & mask, self.write_stamp[words], _NEVER)
-        if (last >= floors).any():
-            self._require_order(np.where(unchanged(), _NEVER, last), stamps, floors, "write after write")
+        for last in self._written_by(words, mask):
+            if (last >= floors).any():
+                self._require_order(np.where(unchanged(), _NEVER, last), stamps, floors, "write after write")
         last = self.read_stamp[words]
         if (last >= floors).any():
             self._require_order(last, stamps, floors, "write after read")
@@ -218,6 +216,26 @@ class SharedMemory:
             bad |= recent & same_step & (self.read_by_lanes[words] >= floors)
             if bad.any():
                 self.fault("shared race", "write after read of other threads without barrier")
+
+    def _written_by(self, words: ndarray, mask: ndarray | int) -> Iterator[ndarray]:
+        """Stamps of the last writes to the bytes in `mask`: one for all of a word until threads have filled one together."""
+        if self.byte_stamps is None:
+            yield self.write_stamp[words]
+            return
+        for byte in range(4):
+            yield np.where(mask >> byte & 1, self.byte_stamps[words, byte], _NEVER)
+
+    def _stamp(self, words: ndarray, stamps: ndarray | np.int64, mask: ndarray | int = 15) -> None:
+        """Notes a write to the bytes in `mask`."""
+        if self.byte_stamps is None and not isinstance(mask, int):
+            self.byte_stamps = np.repeat(self.write_stamp[:, None], 4, 1)
+        self.write_stamp[words] = stamps
+        if self.byte_stamps is None:
+            return
+        stamps = np.broadcast_to(stamps, words.shape)
+        for byte in range(4):
+            here = np.broadcast_to(np.asarray(mask >> byte & 1, bool), words.shape)
+            self.byte_stamps[words[here], byte] = stamps[here]
 
     def _require_order(self, last: ndarray, stamps: ndarray, floors: ndarray, what: str) -> None:
         differ = last ^ stamps
@@ -236,7 +254,7 @@ class SharedMemory:
     def synchronise(self, lanes: ndarray, words: ndarray, changes: bool) -> None:
         """An operation on the mbarrier in these words, which it `changes` where it makes or ends it. None needs a proxy fence."""
         if changes:
-            self.write_stamp[words] = self.stamps[lanes, None]
+            self._stamp(words, self.stamps[lanes, None])
 
     # ---- asynchronous accesses: begun at issue, ended when they take effect
 
@@ -250,14 +268,14 @@ class SharedMemory:
         """It takes effect. `copy` numbers a tensor copy, whose writes belong to no thread; else they are the lanes' own."""
         self.words[words] = values
         self.filling[words] -= 1
-        self.written[words] = self.recent[words] = 15
+        self.written[words] = 15
         self.copied[words] = copy
         self.clock += 1
         if copy:
-            self.write_stamp[words] = _NEVER
+            self._stamp(words, _NEVER)
             self.write_clock[words] = self.read_clock[words] = _NEVER
         else:
-            self.write_stamp[words] = self.stamps[lanes, None]
+            self._stamp(words, self.stamps[lanes, None])
             self.write_clock[words] = self.clock
 
     def begin_borrow(self, words: ndarray, issuers: ndarray) -> str | None:

@@ -45,7 +45,15 @@ def test_vectors_of_64_bits_and_16_bits(execute):
     assert [int(f[0]) for f in found] == [1 << 33, 7, 0x40003]
 
 
+HALVES = (  # of each word, the first by a thread of one warp, the second by one of another
+    "and.b32 %r30, %tid, 31;\nshr.u32 %r31, %tid, 5;\nshl.b32 %r30, %r30, 2;\nshl.b32 %r31, %r31, 1;\n"
+    "add.s32 %r30, %r30, %r31;\nst.shared.b16 [%r30], %rs1;"
+)
 BROKEN = {
+    "the half of a word of another warp": (
+        f"{HALVES}\nbar.warp.sync -1;\nxor.b32 %r31, %r30, 2;\nld.shared.b16 %rs2, [%r31];",
+        "shared race",
+    ),
     "misaligned": ("shl.b32 %r30, %tid, 2;\nst.shared.v2.b32 [%r30], {%r1, %r1};", "misaligned shared access"),
     "out of bounds": ("shl.b32 %r30, %tid, 4;\nst.shared.b32 [%r30], %r1;", "shared access out of bounds"),
     "negative address": ("mov.b32 %r30, 0;\nst.shared.b32 [%r30+-4], %r1;", "shared access out of bounds"),
@@ -133,11 +141,8 @@ KEPT = {
         "%r31];\nst", "%r31];\nbar.sync 0;\nst"
     ),
     "write after write": BROKEN["write after write"][0].replace("xor", "bar.sync 0;\nxor"),
-    "halves of a word by two warps": (
-        "and.b32 %r30, %tid, 31;\nshr.u32 %r31, %tid, 5;\nshl.b32 %r30, %r30, 2;\nshl.b32 %r31, %r31, 1;\n"
-        "add.s32 %r30, %r30, %r31;\nst.shared.b16 [%r30], %rs1;\nbar.sync 0;\nand.b32 %r31, %r30, 124;\n"
-        "ld.shared.b32 %r2, [%r31];"
-    ),
+    "halves of a word by two warps": f"{HALVES}\nbar.sync 0;\nand.b32 %r31, %r30, 124;\nld.shared.b32 %r2, [%r31];",
+    "own halves of a word by two warps": f"{HALVES}\nbar.warp.sync -1;\nld.shared.b16 %rs2, [%r30];",
     "atomics on one word": BROKEN["atomic after a write"][0].replace("mov", "bar.sync 0;\nmov")
     + "\nbar.sync 0;\nld.shared.b32 %r2, [%r31];",
     "bytes in pairs": (
