@@ -39,7 +39,8 @@ class DeviceStage:
         images = images.permute(0, 3, 1, 2)
         if self.planned or self.levels is not None:
             return augment(images, plans, flips=flips, levels=self.levels, fill=self.fill), classes
-        return images.contiguous(), classes
+        # With one channel two strides are as good. Convolutions choose their algorithm by them, so that they are always these.
+        return images.contiguous().flatten(1).view(images.shape), classes
 
 
 def normalised_levels(config: Config, device: torch.device) -> Tensor:
