@@ -146,11 +146,11 @@ def fold_both_forward_kernel(
 @triton.jit
 def _sum_partials(partial_ptr, strips, row, N, BLOCK_STRIPS: tl.constexpr, BLOCK_M: tl.constexpr):
     """The sums (BLOCK_M,) of some columns of a table of partial sums (strips, N), in a fixed order."""
-    total = tl.zeros([BLOCK_STRIPS, BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_STRIPS], tl.float32)
     for start in tl.range(0, strips, BLOCK_STRIPS):
-        strip = start + tl.arange(0, BLOCK_STRIPS)[:, None]
-        total += tl.load(partial_ptr + strip * N + row[None, :], (strip < strips) & (row[None, :] < N), other=0.0)
-    return sum_rows(total, BLOCK_STRIPS)
+        strip = start + tl.arange(0, BLOCK_STRIPS)[None, :]
+        total += tl.load(partial_ptr + strip * N + row[:, None], (strip < strips) & (row[:, None] < N), other=0.0)
+    return tl.sum(total, axis=1)
 
 
 @triton.jit(do_not_specialize=["N", "C", "rows_per_strip", "dbias_strips"])

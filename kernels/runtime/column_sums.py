@@ -232,7 +232,7 @@ def add_all(later: list[Table]) -> None:
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """Tables of autocast, one and a LayerNorm's three, and the four of a branch of a bf16 model; matrices in bf16, one and two."""
+    """Tables of autocast, one and a LayerNorm's three, and the four of a branch of a bf16 model; two matrices in bf16."""
     tile = dict(zip(("BLOCK_STRIPS", "BLOCK_C"), _TILE, strict=True), VECTOR=4)
     sizes = dict.fromkeys((f"{name}{i}" for name in ("strips", "C") for i in range(_MOST_TABLES)), "i32")
     for tables, dtype in ((1, "fp32"), (3, "fp32"), (_MOST_TABLES, "bf16")):
@@ -242,10 +242,6 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         yield AotConfig(partial_sums_backward_kernel, types, tile, _NUM_WARPS, 1, label, matrix=False)
     rows, columns, num_warps = STRIP_TILE
     strip = dict(BLOCK_M=rows, BLOCK_N=columns, VECTOR=16)
-    sizes = dict.fromkeys(("M", "N0", "N1", "rows_per_strip"), "i32")
-    for count in (1, 2):
-        types = (
-            {f"x{i}_ptr": "*bf16" for i in range(count)} | {f"partial{i}_ptr": "*fp32" for i in range(count)} | sizes
-        )
-        label = "one matrix" if count == 1 else "two matrices"
-        yield AotConfig(column_sums_backward_kernel, types, strip, num_warps, 1, label, matrix=False)
+    types = dict.fromkeys(("x0_ptr", "x1_ptr"), "*bf16") | dict.fromkeys(("partial0_ptr", "partial1_ptr"), "*fp32")
+    types |= dict.fromkeys(("M", "N0", "N1", "rows_per_strip"), "i32")
+    yield AotConfig(column_sums_backward_kernel, types, strip, num_warps, 1, "two matrices", matrix=False)
