@@ -81,7 +81,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
 
 
 def quantization(x, branch, weight, bias) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """To the 8-bit formats that the architecture has, behind LayerNorm and behind a product."""
+    """To the 8-bit formats that the architecture has, behind LayerNorm, attention and a product."""
     step = torch.tensor([0.05], device=x.device)
     for format in (torch.int8, torch.float8_e4m3fn)[: 1 if architecture(x) < 89 else 2]:
 
@@ -91,6 +91,10 @@ def quantization(x, branch, weight, bias) -> Iterator[tuple[str, Callable[[], to
 
         options = dict(column_scale=weight.float(), bias=bias, activation="gelu", scale=step, out_dtype=format)
         name = str(format).removeprefix("torch.")
+        yield (
+            f"attention_quantize, {name}",
+            lambda format=format: ops.attention_quantize(torch.cat([x] * 3, 2), 1, step, dtype=format).float(),
+        )
         yield f"add_layer_norm_quantize, {name}", normalised
         yield f"rescale, {name}", lambda options=options: ops.rescale(x, **options).float()
 

@@ -58,7 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def supposed_gpu() -> Iterator[None]:
-    """In it `why_reference` answers for tensors on a CPU as if on a supported GPU: for explanations, where no op runs, and for
+    """Inside, `why_reference` treats tensors on a CPU as on a supported GPU: for explanations, where no op runs, and for
     `kernels.launch.cpu_launches`, which executes the kernels."""
     global _supposes_gpu
     previous, _supposes_gpu = _supposes_gpu, True
@@ -70,7 +70,7 @@ def supposed_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kernels_for_all_tensors() -> Iterator[None]:
-    """In it neither device nor dtype sends an op to its reference: for what records launches and makes none."""
+    """Inside, neither device nor dtype makes an op fall back: for tools that record launches and make none."""
     global _takes_all
     previous, _takes_all = _takes_all, True
     try:
@@ -234,5 +234,5 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As users write it: "float32"."""
+    """The dtype's name as users write it, such as "float32"."""
     return str(dtype).removeprefix("torch.")

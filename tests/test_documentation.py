@@ -137,6 +137,7 @@ def test_every_page_is_in_the_navigation_of_the_site():
 def test_the_docs_say_which_ops_have_a_kernel():
     """A file for one direction alone, or for the weights of an op's GEMMs, counts for its op; some ops share a file."""
     shared = {"add_layer_norm": "layer_norm", "linear": "gemm", "layer_norm_mlp": "residual_branch"}
+    shared["attention_quantize"] = "attention"
     shared |= dict.fromkeys(("add_layer_norm_attention", "add_layer_norm_mlp"), "residual_branch")
     rows = re.findall(r"^\| `(\w+)` \|[^|]+\| ([^|]+) \|", (ROOT / "docs/ops.md").read_text(), re.MULTILINE)
     said = {shared.get(op, op) for op, kernel in rows if not kernel.startswith("none")}

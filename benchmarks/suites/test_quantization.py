@@ -1,5 +1,5 @@
-"""The ops on 8-bit tensors, as a frozen model calls them: LayerNorm with a scale for each token, the casts behind attention and
-GELU, and a linear layer with what follows it."""
+"""The ops on 8-bit tensors, as a frozen model calls them: LayerNorm with a scale for each token, attention and GELU with the casts
+of their outputs, and a linear layer with what follows it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fastdeit.cost.models import DEIT
 from fastdeit.testing import assert_close_to_oracle, kernel_device
 
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-WORKS = ["layer_norm", "fc1", "activation", "cast", "proj"]
+WORKS = ["layer_norm", "fc1", "activation", "attention", "proj"]
 CASES = by_importance(["B", "S", "Ti"], [256, 64, 1024, 1], list(FORMATS), WORKS)
 QUICK, TURNS = 4, 4
 COMPARED_ROWS = 64
@@ -38,9 +38,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    rows: int
+    batch: int
+    tokens: int
     channels: int
     dtype: torch.dtype  # of 8 bits
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
 
     @property
     def hidden(self) -> int:
@@ -73,15 +78,32 @@ def layer_norm(sizes: Sizes) -> Work:
     )
 
 
-def rescaling(sizes: Sizes, activation: str | None) -> Work:
-    columns = sizes.hidden if activation else sizes.channels
-    options = dict(activation=activation, scale=step(), out_dtype=sizes.dtype)
+def attention(sizes: Sizes) -> Work:
+    """Of heads of 64 channels; rows are those of whole samples."""
+    heads = max(1, sizes.channels // 64)
+    given = heads, step()
+    cost = costs.attention_forward(
+        sizes.batch, sizes.tokens, heads, sizes.channels // heads, out_bytes=1, keep_lse=False
+    )
+    return Work(
+        lambda qkv: (ops.attention_quantize(qkv, *given, dtype=sizes.dtype),),
+        lambda qkv: (ops.attention_quantize_reference(qkv, *given, dtype=sizes.dtype),),
+        lambda qkv: (ops.attention_quantize_reference(qkv.double(), *given, dtype=sizes.dtype),),
+        lambda rows: (randn(-(-rows // sizes.tokens), sizes.tokens, 3 * sizes.channels),),
+        cost,
+        matrix=True,
+    )
+
+
+def activation(sizes: Sizes) -> Work:
+    columns = sizes.hidden
+    options = dict(activation="gelu", scale=step(), out_dtype=sizes.dtype)
     return Work(
         lambda z: (ops.rescale(z, **options),),
         lambda z: (ops.rescale_reference(z, **options),),
         lambda z: (ops.rescale_reference(z.double(), **options),),
         lambda rows: (randn(rows, columns),),
-        costs.rescale(sizes.rows, columns, activation=activation is not None),
+        costs.rescale(sizes.rows, columns),
     )
 
 
@@ -115,14 +137,14 @@ def make(name: str, sizes: Sizes) -> Work:
         return layer_norm(sizes)
     if name in ("fc1", "proj"):
         return linear(sizes, name)
-    return rescaling(sizes, "gelu" if name == "activation" else None)
+    return attention(sizes) if name == "attention" else activation(sizes)
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_quantization(compare, toy, case):
     model, batch, precision, name = case
     batch, tokens, channels = (2, 5, 16) if toy else (batch, DEIT[model].tokens, DEIT[model].channels)
-    work = make(name, Sizes(batch * tokens, channels, FORMATS[precision]))
+    work = make(name, Sizes(batch, tokens, channels, FORMATS[precision]))
 
     def values(results):
         """Of the first result, in the steps of its format where that has 8 bits."""

@@ -22,7 +22,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import DependenciesFinder, JITCallable, JITFunction
+from triton.runtime.jit import DependenciesFinder, JITFunction
 
 from fastdeit.aot import instruction_stream, sass
 from fastdeit.aot.execution import Execution
@@ -84,7 +84,7 @@ def aot_configs(arch: int, kernel_files: tuple[str, ...] = KERNEL_FILES) -> Iter
 
 
 @functools.cache
-def source_key(function: JITCallable) -> str:
+def source_key(function: Any) -> str:
     """A hash of a JIT function's code and of all JIT functions and constexpr globals it uses.
 
     Triton's own `cache_key` also counts the line a function starts on and its comments; those change nothing here.
@@ -188,13 +188,14 @@ def _ptxas_log(ptx: str) -> str:
 class _Dependencies(DependenciesFinder):
     """Walks a JIT function as Triton does for its cache key, and hashes what `source_key` counts."""
 
-    def __init__(self, function: JITCallable) -> None:
+    def __init__(self, function: Any) -> None:
         scope = function.get_capture_scope()
         super().__init__(name=function.__name__, globals=function.__globals__, nonlocals=scope, src="")
         self.hasher.update(_without_comments(function.src).encode())
 
-    def _update_hash(self, func: JITCallable) -> None:
-        self.hasher.update(f"{source_key(func)} {getattr(func, 'noinline', False)}".encode())
+    def _update_hash(self, func: Any) -> None:
+        if hasattr(func, "get_capture_scope"):  # Triton 3.4 passes every name that a function refers to
+            self.hasher.update(f"{source_key(func)} {getattr(func, 'noinline', False)}".encode())
 
     def record_reference(self, val, var_dict=None, name=None):
         super().record_reference(val, var_dict, name)

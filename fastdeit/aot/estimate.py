@@ -49,7 +49,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """Of the floor, between 0 and 1."""
+        """The share of the floor, between 0 and 1."""
         return self.floor / self.microseconds
 
 

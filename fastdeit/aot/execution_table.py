@@ -31,7 +31,7 @@ def page(rows: Sequence[tuple[str, str, str, Resources]], triton_version: str) -
         executed = [_cells(*row) for row in of_arch if row[2].execution is not None]
         lines += [f"## {arch}", "", f"{len(executed)} of {len(of_arch)} configurations are executed.", ""]
         if len(executed) < len(of_arch):
-            lines[-2] += " The others use tcgen05, or are launched only by calls that do."
+            lines[-2] += " The others use tcgen05."
         lines += [f"| {' | '.join(row)} |" for row in (_COLUMNS, ["---"] * len(_COLUMNS), *executed)]
         lines.append("")
     return "\n".join(lines)

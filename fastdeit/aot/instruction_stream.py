@@ -120,7 +120,7 @@ def _matrix_flops(opcode: str, num_warps: int) -> int:
 
 
 def scattered_bytes(code: Sequence[Instruction]) -> int:
-    """What a thread's stores touch where several narrow ones make up one 16-byte unit: a unit for each of them.
+    """Bytes of a thread's stores, where each of several narrow stores into one 16-byte unit counts as a whole unit.
 
     Neighbouring threads then write 16 bytes apart, so that each store of a warp touches as much memory as a 16-byte one.
     """

@@ -22,7 +22,8 @@ from fastdeit.kernels.runtime.architecture import LIMITS, nominal_device
 from fastdeit.kernels.runtime.launch import cpu_launches
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8"}
 _MOST_CALLS = 2000  # more would only find what was found
 
 
@@ -43,7 +44,7 @@ def sample(arch: int, count: int, seed: int = 0) -> list[AotConfig]:
 
 
 def reached(draw: random.Random, arch: int) -> list[AotConfig]:
-    """What one call drawn at random launches, forward and backward."""
+    """The configurations that one random call launches, forward and backward."""
     with recorded_launches(arch) as rows:
         call, inputs = _CALLS[draw.randrange(len(_CALLS))](draw)
         autocast = draw.random() < 0.5 and any(t.dtype == torch.float32 for t in inputs)
@@ -143,6 +144,13 @@ def _attention(draw: random.Random) -> _Call:
     return lambda x: ops.attention(x, heads), [qkv]
 
 
+def _attention_quantize(draw: random.Random) -> _Call:
+    """To int8, which every architecture has."""
+    head_dim, heads, batch = draw.choice(sorted(HEAD_DIM_SPLITS)), draw.choice([1, 2]), draw.choice([1, 140])
+    qkv = _tensor(draw, batch, _tokens(draw), 3 * heads * head_dim, dtype=_dtype(draw))
+    return lambda x: ops.attention_quantize(x, heads, torch.ones(1), dtype=torch.int8), [qkv]
+
+
 def _norm(draw: random.Random) -> _Call:
     channels, stream, low = _width(draw), _dtype(draw), _dtype(draw)
     x, branch = (_tensor(draw, 2, 5, channels, dtype=t) for t in (stream, low))
@@ -211,4 +219,4 @@ def _distillation(draw: random.Random) -> _Call:
     return loss, [_tensor(draw, 4, classes, dtype=dtype) for _ in range(heads)]
 
 
-_CALLS = (_attention, _attention, _norm, _mlp, _block, _embedding, _distillation)
+_CALLS = (_attention, _attention, _attention_quantize, _norm, _mlp, _block, _embedding, _distillation)

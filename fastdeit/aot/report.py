@@ -69,7 +69,7 @@ def entries(archs: Iterable[int] = ARCHITECTURES, files: Iterable[str] = KERNEL_
 
 
 def compile_entries(chosen: list[Entry]) -> list[Resources | str]:
-    """What the compiler makes of each configuration, or the first line of why it does not compile."""
+    """Each configuration's compiled figures, or the first line of the compiler's error."""
     if len(chosen) < _POOL_FROM:
         return [_progress(_compile(e.file, e.index, e.arch), e, i, len(chosen)) for i, e in enumerate(chosen, 1)]
     # Started anew rather than forked: PyTorch has threads.

@@ -1,8 +1,8 @@
-"""Whether a fused run may replace calls of a host's modules. Each rule is written here once and returns the reason against it.
+"""When a fused run may take the place of a host's modules. Each rule stands here once, and its answer is the reason.
 
 A fused forward calls functional ops where the host calls child modules. It may do so only if nothing that a user put between would
 be skipped: a hook, a replaced forward, a LoRA layer, a quantized weight. Rules return None, or the reason as a short phrase. What
-they read of modules is compared before every call (`snapshot`); rules on the call itself, in `call_rules`, are checked every time.
+they read of modules is compared before every call (`snapshot`); rules on the call itself, in `call_rules`, are asked every time.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import timm.layers
 import timm.layers.activations as timm_activations
 import torch
-from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -35,14 +34,13 @@ _ACTIVATIONS = {
 }
 # Classes that hold the weight of a plain projection. Attention's of PyTorch holds the packed one of q, k and v itself.
 _PROJECTIONS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention)
-# Two classes in timm 1.0.16, one in later versions.
-_LAYER_SCALES: set[type[nn.Module]] = {timm.layers.LayerScale, vision_transformer.LayerScale}
+_LAYER_SCALES: set[type[nn.Module]] = {timm.layers.LayerScale}
 # Code of hooks that do nothing unless their library collects outputs. Its drop-ins ask at each call whether it does.
 PASSIVE_HOOKS: set[CodeType] = set()
 
 for _kind in (nn.LayerNorm, nn.Linear, nn.Dropout, nn.GELU, *_ACTIVATIONS):
     register_methods(_kind, "forward")
-for _kind in (timm.layers.LayerNorm, timm.layers.DropPath, *_LAYER_SCALES):
+for _kind in (timm.layers.LayerNorm, timm.layers.LayerScale, timm.layers.DropPath):
     register_methods(_kind, "forward")
 register_methods(NonDynamicallyQuantizableLinear, "forward", host=True)
 register_methods(nn.MultiheadAttention, "forward", host=True)
@@ -179,7 +177,7 @@ def why_not_mlp(body: spec.Mlp) -> str | None:
 
 
 def _why_not_around_projections(body: spec.Mlp) -> str | None:
-    """Why an MLP runs the host's code even where its projections may be called as modules."""
+    """Why an MLP is the host's code even if its projections are called."""
     if body.activation is None:
         return f"the activation is {body.act}"
     modules = (body.fc1.module, body.act, *body.between, body.fc2.module)
@@ -216,7 +214,7 @@ class BlockVerdict(NamedTuple):
     last_gamma: tuple[Gamma, ...]
 
     def of_branch(self, index: int) -> "BlockVerdict":
-        """That of a block with this branch alone."""
+        """The verdict of a block with this branch alone."""
         each = slice(index, index + 1)
         return self._replace(parts=self.parts[each], called=self.called[each], out_dropouts=self.out_dropouts[each])
 

@@ -71,7 +71,7 @@ def _why_not_tokens(model: nn.Module, patches: int) -> str | None:
 
 
 def added_tokens(model: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Positions, class token and what follows that: a distilled model has no use for registers."""
+    """Positions, class token and the prefix tokens after it: registers, or a distilled model's distillation token."""
     more = "dist_token" if "dist_token" in model._parameters else "reg_token"
     return _tensor(model, "pos_embed"), _tensor(model, "cls_token"), _tensor(model, more)
 
@@ -90,7 +90,7 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def blank_image(model: nn.Module) -> Tensor | None:
-    """One image as the model takes it, None if nothing says how large that is."""
+    """One blank image of the model's size, None if the size is unknown."""
     proj = getattr(model.patch_embed, "proj", None)
     size, weight = getattr(model.patch_embed, "img_size", None), getattr(proj, "weight", None)
     if size is None or type(proj) is not _Conv2d:

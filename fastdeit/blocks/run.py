@@ -41,7 +41,7 @@ def run_trunk(trunk: spec.Trunk, verdict: TrunkVerdict, tokens: Tensor) -> Tenso
 
 
 def attention_fused(trunk: spec.Trunk, verdict: TrunkVerdict, tokens: Tensor) -> list[bool]:
-    """Of each block, whether its attention runs fused on these tokens."""
+    """For each block, whether its attention runs fused on these tokens."""
     found: list[bool] = []
     answers: dict[tuple[int, int], bool] = {}  # by head dimension and heads
     for block, judged in zip(blocks_of(trunk), verdict.blocks, strict=True):

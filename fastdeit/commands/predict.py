@@ -55,7 +55,7 @@ def predict(
     device: str | None = None,
     max_megapixels: float | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """By path the `top` likeliest classes, with the probability that the model's own prediction gives them.
+    """The `top` most probable classes by path, with the probability that the model's prediction gives them.
 
     Args:
         checkpoint: weights that a run has written.

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def accelerated_create_model() -> Iterator[None]:
-    """For its length every model that `timm.create_model` makes is accelerated, whichever module of timm it is imported from.
+    """Inside, every model that `timm.create_model` makes is accelerated, from whichever module of timm it is imported.
 
     A model created with `scriptable=True`, or inside `timm.layers.set_scriptable(True)`, is left timm's, since
     torch.jit.script needs that. What has imported the function from timm before keeps the original.

@@ -43,7 +43,7 @@ class _Imports(importlib.abc.MetaPathFinder):
 
 @contextlib.contextmanager
 def made_models(accelerated: Callable[[nn.Module], None]) -> Iterator[None]:
-    """For its length `accelerated` is called with every model that a constructor or method above makes. None is imported for it."""
+    """Inside, `accelerated` is called with every model that a constructor or method above makes. No library is imported."""
     replaced: list[tuple[type, str, Any]] = []
 
     def replace(module: ModuleType) -> None:

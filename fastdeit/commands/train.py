@@ -121,7 +121,7 @@ def _train_together(config: Config, folder: Path, resume: bool, world: "World") 
     from fastdeit.train.signals import Stopped
 
     def ended(message: object, code: int, known_to_all: bool = False) -> int:
-        """Says it once: in the main process, or in another one that cannot reach it."""
+        """Prints the message once: in the main process, or in another one if that cannot be reached."""
         reached = known_to_all or world.peers is None or (world.peers.tell(str(message)) and world.peers.main_knows)
         if world.main or not reached:
             rank = "" if world.main else f"rank {world.rank}: "

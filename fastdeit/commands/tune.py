@@ -108,7 +108,7 @@ def _tune(op: str, file: Path, environment: dict[str, Any], deadline: float, toy
 
 
 def _finished(file: Path, environment: dict[str, Any]) -> dict[str, dict]:
-    """What an earlier run measured in the same environment. A line that it was stopped in is cut off."""
+    """The measurements of an earlier run in the same environment. An incomplete last line is removed."""
     if not file.exists():
         return {}
     text = file.read_text(encoding="utf-8")

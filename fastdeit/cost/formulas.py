@@ -23,16 +23,24 @@ class Cost:
 
 
 def attention_forward(
-    batch: int, tokens: int, heads: int, head_dim: int, *, element_bytes: int = 2, keep_lse: bool = True
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    *,
+    element_bytes: int = 2,
+    out_bytes: int | None = None,
+    keep_lse: bool = True,
 ) -> Cost:
-    """softmax(Q K^T) V from packed (batch, tokens, 3 * heads * head_dim): two products; reads qkv, writes the output and lse."""
+    """softmax(Q K^T) V from packed (batch, tokens, 3 * heads * head_dim): two products; reads qkv, writes the output (out_bytes an
+    element, by default as many as the inputs') and lse."""
     width = batch * tokens * heads * head_dim
     lse = 4 * batch * heads * tokens if keep_lse else 0
-    return Cost(4 * width * tokens, 4 * width * element_bytes + lse, 1)
+    return Cost(4 * width * tokens, width * (3 * element_bytes + (out_bytes or element_bytes)) + lse, 1)
 
 
 def attention_backward(batch: int, tokens: int, heads: int, head_dim: int, *, element_bytes: int = 2) -> Cost:
-    """Its gradient: five products at the least; reads qkv, output, its gradient and lse, writes the packed gradient.
+    """Attention's gradient: at least five products; reads qkv, output, its gradient and lse, writes the packed gradient.
 
     Launches are those of the two-kernel form: row sums with dQ, then dK and dV.
     """

@@ -13,7 +13,7 @@ _QUANTIZED = ("qkv", "proj", "fc1", "fc2")
 
 
 def product_rate(channels: int) -> float:
-    """Of 8-bit products over bf16's, for a model of this width: that of the nearest width from below, or of the narrowest."""
+    """The rate of 8-bit products over bf16's at this width: that of the nearest smaller width on record, or of the smallest."""
     return PRODUCT_RATES[max((width for width in PRODUCT_RATES if width <= channels), default=min(PRODUCT_RATES))]
 
 
@@ -22,13 +22,12 @@ def frozen_parts(
 ) -> list[Part]:
     """The work of one forward pass. The residual stream has 2 bytes in every precision.
 
-    Products in 8 bits read one byte a value and count the FLOPs that bf16 products take as long for. As it ships, in fp8 the
-    LayerNorms and GELU write one byte, and a kernel behind attention casts. In int8 products also write int32, and a kernel behind
-    each applies scales and bias.
+    Products in 8 bits read one byte a value and count the FLOPs that bf16 products take as long for. As it ships, LayerNorms,
+    attention and GELU write one byte. In int8 products also write int32, and a kernel behind each applies scales and bias.
 
     Args:
         precision: one of PRECISIONS.
-        epilogues: attention, GELU and the scales are cast or applied where they are computed, in no kernel of their own.
+        epilogues: GELU is cast and scales are applied where they are computed, in no kernel of their own.
         rate: of 8-bit products over bf16's, by default that of `product_rate`.
 
     Raises:
@@ -53,9 +52,7 @@ def _in_8_bits(part: Part, shape: Shape, batch: int, precision: str, epilogues: 
     if name == "activation":  # reads 4 bytes where products are int32, and writes 1 in place of 2
         return [_with_bytes(part, (2 if integers else 0) * rows * shape.mlp - rows * shape.mlp)]
     if name == "attention":
-        if epilogues:
-            return [_with_bytes(part, -rows * shape.channels)]
-        return [part, _kernel(part, "cast behind attention", 3 * rows * shape.channels, 1)]
+        return [_with_bytes(part, -rows * shape.channels)]
     if name not in _QUANTIZED:
         return [part]
     written = {

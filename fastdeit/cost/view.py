@@ -19,7 +19,7 @@ _PLACES = {
 
 
 def forward_costs(model: nn.Module, rows: Sequence, batch_size: int) -> dict[str, tuple[Cost, Cost]]:
-    """By module name the cost as it would run, and as timm runs it in eager mode.
+    """Costs by module name: as the module would run, and as timm runs it in eager mode.
 
     Args:
         model: timm's VisionTransformer or one derived from it, with blocks of the usual kind.

@@ -76,7 +76,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "Architecture":
-        """Of what `as_dict` gave, after JSON too. Raises KeyError or TypeError for another dictionary."""
+        """The architecture from `as_dict`'s result, also after JSON. Raises KeyError or TypeError for another dictionary."""
         blocks = tuple(Block(**_tuples(block)) for block in given["blocks"])
         return cls(**_tuples({**given, "blocks": blocks}))
 

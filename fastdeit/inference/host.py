@@ -33,7 +33,7 @@ _NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, timm.layers.PatchDropout, typ
 
 
 class Normalisation(NamedTuple):
-    """Of images in [0, 1]: (x - mean) / std for each channel."""
+    """Normalisation of images in [0, 1]: (x - mean) / std for each channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -15,7 +15,7 @@ Weights = Mapping[str, Tensor | None]  # of a module, by the names of its buffer
 
 
 def under(weights: Weights, prefix: str) -> dict[str, Tensor | None]:
-    """Those whose names begin with prefix and a dot, by what follows that."""
+    """The entries whose names begin with prefix and a dot, by the rest of their names."""
     start = f"{prefix}."
     return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
 
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def format(self) -> torch.dtype:
-        """Of weight and x."""
+        """The format of weight and x."""
         return self.weight.dtype
 
     def forward(self, x: Tensor | Tokens, rows: slice = slice(None)) -> Tensor:
@@ -209,23 +209,31 @@ class Block(nn.Module):
         """The residual stream and what is still to be added to it, of the first `keep` tokens if that is given."""
         x, y = self.norm1(x, branch, gamma, self.qkv.format)
         y = self._tapped("qkv", y)
-        if keep is None:
-            mixed = ops.attention(self.qkv(y), self.num_heads, scale=1.0)
-        else:
-            x, mixed = x[:, :keep], self._prefix_attention(y, keep)
-        mixed = self._tapped("proj", mixed)
-        x, y = self.norm2(x, self.proj(self.proj.received(mixed)), self.gamma1, self.fc1.format)
+        if keep is not None:
+            x = x[:, :keep]
+        x, y = self.norm2(x, self.proj(self._attended(y, keep)), self.gamma1, self.fc1.format)
         y = self._tapped("fc1", y)
         return x, self._mlp(y)
 
     def _tapped(self, layer: str, x: Any) -> Any:
         return x if self.tap is None else self.tap(layer, x)
 
-    def _prefix_attention(self, y: Tensor | Tokens, keep: int) -> Tensor:
+    def _attended(self, y: Tensor | Tokens, keep: int | None) -> Tensor:
+        """What comes out of attention, as proj takes it."""
+        given: tuple[Any, ...] = (self.qkv(y), self.num_heads) if keep is None else self._prefix_qkv(y, keep)
+        attention: Callable[..., Tensor] = ops.attention if keep is None else ops.attention_qkv
+        attention_quantize: Callable[..., Tensor] = (
+            ops.attention_quantize if keep is None else ops.attention_qkv_quantize
+        )
+        if isinstance(self.proj, QuantizedLinear) and self.tap is None:
+            return attention_quantize(*given, self.proj.input_scale, scale=1.0, dtype=self.proj.format).flatten(2)
+        return self.proj.received(self._tapped("proj", attention(*given, scale=1.0).flatten(2)))
+
+    def _prefix_qkv(self, y: Tensor | Tokens, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         heads, width = (self.num_heads, self.head_dim), self.num_heads * self.head_dim
         q = self.qkv(first_tokens(y, keep), slice(0, width)).unflatten(-1, heads)
         k, v = self.qkv(y, slice(width, None)).unflatten(-1, (2, *heads)).unbind(2)
-        return ops.attention_qkv(q, k, v, scale=1.0).flatten(2)
+        return q, k, v
 
     def _mlp(self, y: Any) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2

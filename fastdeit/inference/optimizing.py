@@ -105,7 +105,7 @@ def _made(
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """As timm's configuration of the model has it, where that is complete, else nothing."""
+    """Preprocessing by timm's configuration of the model, where that is complete, else nothing."""
     config = getattr(model, "pretrained_cfg", None) or {}
     known: dict[str, Any] = {
         name: config.get(name) for name in ("crop_pct", "interpolation", "crop_mode", "mean", "std")
@@ -137,7 +137,7 @@ def excluded_modules(model: nn.Module, exclude: Iterable[str]) -> set[str]:
 
 
 def quantized_layers(model: OptimizedModel, excluded: set[str]) -> tuple[str, ...]:
-    """As of `Options`: layers whose sizes are multiples of 16, as 8-bit products need, and that are not excluded.
+    """The layers that `Options` quantizes: sizes are multiples of 16, as 8-bit products need, and they are not excluded.
 
     Raises:
         ValueError: there are none.
@@ -158,7 +158,7 @@ def quantized_layers(model: OptimizedModel, excluded: set[str]) -> tuple[str, ..
 def normalisation(
     model: nn.Module, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Normalisation:
-    """Of the model's images: what is given, else what timm's configuration says.
+    """The normalisation of the model's images: the given one, else that of timm's configuration.
 
     Raises:
         ValueError: neither says it, or it does not fit the channels.

@@ -17,7 +17,7 @@ from fastdeit.ops.quantized_formats import quantize_rows_reference
 
 
 class LayerError(NamedTuple):
-    """Of one quantized layer, for the input that it has in float32."""
+    """The error of one quantized layer, for its input in the float32 model."""
 
     name: str  # the module's, as `exclude` takes it
     error: float  # RMS of the error over RMS of the output
@@ -27,7 +27,7 @@ class Report(NamedTuple):
     """What `OptimizedModel.report` found; `str()` of it is a table.
 
     Attributes:
-        images: how many were looked at.
+        images: their number.
         agreement: share of images whose largest logit is the model's in float32.
         logit_error: RMS of the error over RMS of the logits.
         layers: by error, the largest first; empty where no layer is quantized.

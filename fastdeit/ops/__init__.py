@@ -7,6 +7,12 @@ from fastdeit.ops.add_layer_norm_quantize_op import (
     add_layer_norm_quantize_reference,
 )
 from fastdeit.ops.attention_op import attention, attention_qkv, attention_qkv_reference, attention_reference
+from fastdeit.ops.attention_quantize_op import (
+    attention_qkv_quantize,
+    attention_qkv_quantize_reference,
+    attention_quantize,
+    attention_quantize_reference,
+)
 from fastdeit.ops.augment_op import augment, augment_reference
 from fastdeit.ops.distillation_cross_entropy_op import (
     distillation_cross_entropy,
@@ -31,7 +37,11 @@ __all__ = [
     "add_layer_norm_reference",
     "attention",
     "attention_qkv",
+    "attention_qkv_quantize",
+    "attention_qkv_quantize_reference",
     "attention_qkv_reference",
+    "attention_quantize",
+    "attention_quantize_reference",
     "attention_reference",
     "augment",
     "augment_reference",

@@ -161,7 +161,7 @@ def _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads) -> None:
 
 
 class Saved(NamedTuple):
-    """For backward: a `BranchHead`, the attention's input, output and log-sum-exp, and the parameters that gradients read."""
+    """Saved for backward: a `BranchHead`, the attention's input, output and log-sum-exp, and the parameters that gradients read."""
 
     x: Tensor | None
     mean: Tensor | None

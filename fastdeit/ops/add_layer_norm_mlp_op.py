@@ -144,7 +144,7 @@ def why_reference(x: Tensor, branch: Tensor | None = None) -> str | None:
 
 
 class Saved(NamedTuple):
-    """For backward: a `BranchHead`, the pre-activation, and the parameters."""
+    """Saved for backward: a `BranchHead`, the pre-activation, and the parameters."""
 
     x: Tensor | None
     mean: Tensor | None

@@ -41,8 +41,8 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Ten
     """
     passed = _packed_passed.has((qkv,), num_heads, scale)
     if not passed:
-        _check_packed(qkv, num_heads, scale)
-    (low,) = _as_autocast(qkv)
+        check_packed(qkv, num_heads, scale)
+    (low,) = as_autocast(qkv)
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     if not passed:
@@ -74,8 +74,8 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     """
     passed = _separate_passed.has((q, k, v), scale)
     if not passed:
-        _check_separate(q, k, v, scale)
-    low = _as_autocast(q, k, v)
+        check_separate(q, k, v, scale)
+    low = as_autocast(q, k, v)
     if not passed:
         if k.shape[1] == 0 or why_reference(low[0], q.shape[-1], scale) is not None:
             return attention_qkv_reference(q, k, v, scale=scale)
@@ -134,7 +134,7 @@ def why_handed_over(x: Tensor, head_dim: int, tokens: int, batch_heads: int) -> 
     return None
 
 
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The inputs, cast as autocast casts those of scaled_dot_product_attention."""
     device = tensors[0].device.type
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
@@ -146,7 +146,7 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ---- argument checks
 
 
-def _check_packed(qkv, num_heads, scale) -> None:
+def check_packed(qkv, num_heads, scale) -> None:
     check_float("qkv", qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv: expected rank 3, (B, N, 3 * H * D), got shape {tuple(qkv.shape)}")
@@ -162,7 +162,7 @@ def _check_packed(qkv, num_heads, scale) -> None:
     _check_scale(scale)
 
 
-def _check_separate(q, k, v, scale) -> None:
+def check_separate(q, k, v, scale) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_beside(name, tensor, q, "q")
         if tensor.dim() != 4:
@@ -193,7 +193,7 @@ def _check_scale(scale) -> None:
 
 
 class Saved(NamedTuple):
-    """For backward: input, output and log-sum-exp."""
+    """Saved for backward: input, output and log-sum-exp."""
 
     qkv: Tensor  # (B, N, 3 * H * D)
     out: Tensor  # (B, N, H * D)
@@ -223,7 +223,7 @@ def _fake(qkv, num_heads, scale):
     return (qkv.new_empty((batch, tokens, width // 3)),), (lse,)
 
 
-def _packed_flops(products: int):
+def packed_flops(products: int):
     """Multiply-adds counted twice, as PyTorch counts its own attention; shapes stand for tensors."""
 
     def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
@@ -242,7 +242,7 @@ attention_unchecked = Op(
     save=_save,
     backward=_backward,
     fake=_fake,
-    flops=(_packed_flops(2), _packed_flops(5)),
+    flops=(packed_flops(2), packed_flops(5)),
 )
 
 
@@ -250,7 +250,7 @@ attention_unchecked = Op(
 
 
 class SeparateSaved(NamedTuple):
-    """For backward: inputs, output and log-sum-exp."""
+    """Saved for backward: inputs, output and log-sum-exp."""
 
     q: Tensor  # (B, N, H, D)
     k: Tensor  # (B, M, H, D)
@@ -288,7 +288,7 @@ def _separate_fake_backward(saved, grad_dtypes):
     return tuple(None if dtype is None else torch.empty_like(t) for t, dtype in inputs)
 
 
-def _separate_flops(products: int):
+def separate_flops(products: int):
     def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
         (batch, queries, heads, head_dim), (_, keys, *_) = shapes_and_arguments[products == 5 :][:2]
         return 2 * products * batch * heads * queries * keys * head_dim
@@ -306,5 +306,5 @@ attention_qkv_unchecked = Op(
     backward=_separate_backward,
     fake=_separate_fake,
     fake_backward=_separate_fake_backward,
-    flops=(_separate_flops(2), _separate_flops(5)),
+    flops=(separate_flops(2), separate_flops(5)),
 )

@@ -235,7 +235,7 @@ def _autocast(t):
 
 
 class Saved(NamedTuple):
-    """For backward. Of a hard teacher it needs the label alone."""
+    """Saved for backward, which needs only the label of a hard teacher."""
 
     logits: Tensor | None  # (B, C)
     dist_logits: Tensor | None  # (B, C)

@@ -153,7 +153,7 @@ def default_out_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def check_normalised(x, weight, bias, eps, prefix: str = "") -> None:
-    """What LayerNorm asks of x and of its parameters, whose arguments' names begin with prefix."""
+    """Checks x and LayerNorm's parameters, whose arguments' names begin with prefix."""
     check_float("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., C), got a tensor without dimensions")
@@ -182,7 +182,7 @@ def _check_out_dtype(out_dtype) -> None:
 
 
 class Saved(NamedTuple):
-    """For backward: what was normalised, its statistics, and the weight."""
+    """Saved for backward: the normalised tensor, its statistics, and the weight."""
 
     normalised: Tensor  # (..., C)
     mean: Tensor  # (M,) fp32
@@ -235,7 +235,7 @@ layer_norm_unchecked = Op(
 
 
 class AddSaved(NamedTuple):
-    """For backward: `Saved`, what scales the branch, and the branch where gamma's gradient is needed."""
+    """Saved for backward: `Saved`, the factors of the branch, and the branch where gamma's gradient is needed."""
 
     normalised: Tensor  # (..., C), x_new
     mean: Tensor  # (M,) fp32

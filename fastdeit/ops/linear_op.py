@@ -116,7 +116,7 @@ def _check(x, weight, bias, activation, residual, gamma, drop_path_scale) -> Non
 
 
 class Saved(NamedTuple):
-    """For backward: x where a gradient reads it and the pre-activation, in the matmul dtype, and the parameters."""
+    """Saved for backward: x where a gradient reads it and the pre-activation, in the matmul dtype, and the parameters."""
 
     x: Tensor | None  # (..., C)
     z: Tensor | None  # (M, O), with an activation

@@ -95,7 +95,7 @@ def check_mlp(x, w1, b1, w2, b2, activation) -> None:
 
 
 class Saved(NamedTuple):
-    """For backward: x where w1's gradient reads it and the pre-activation, in the matmul dtype, and the weights."""
+    """Saved for backward: x where w1's gradient reads it and the pre-activation, in the matmul dtype, and the weights."""
 
     x: Tensor | None  # (..., C)
     z: Tensor  # (M, H)

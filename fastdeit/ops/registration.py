@@ -31,7 +31,7 @@ _SCHEMA_TYPES = {
 class Op:
     """A differentiable op behind its argument checks: call it with `forward`'s arguments, by position, to get its outputs.
 
-    The caller answers for the arguments: they are valid, and the op's `why_reference` is None for them.
+    The caller has checked the arguments: they are valid, and the op's `why_reference` is None for them.
 
     Args:
         name: of the op in `torch.ops.fastdeit`, before `_forward` and `_backward`.

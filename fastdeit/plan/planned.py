@@ -88,7 +88,7 @@ _Run = Callable[[Tensor], Tensor | None]
 
 
 class Plans:
-    """Those of one module, for one answer of `looked_at`.
+    """The plans of one module, valid for one answer of `looked_at`.
 
     Attributes:
         entries: by key a plan, the attempt to make one whose backward pass is still to come, or in words what stands in the place

@@ -32,7 +32,7 @@ class Reads:
         self._kernels = list({id(kernel): kernel for kernel in launches}.values())
 
     def still_hold(self) -> bool:
-        """Whether every parameter is where and what it was, which no one is told of when its `data` is replaced."""
+        """Whether every parameter has its address and facts as before: nothing announces a replaced `data`."""
         if any(kernel.pre_run_hooks for kernel in self._kernels):
             return False
         if list(map(Tensor.data_ptr, self.parameters)) != self._addresses:

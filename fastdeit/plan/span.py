@@ -71,7 +71,7 @@ class Recording:
         return tuple(t if t is None else t.detach() for t in outputs)
 
     def constant(self, outputs: _Tensors) -> list[Tensor]:
-        """Those of the outputs that have no gradient."""
+        """The outputs that have no gradient."""
         return [t for t, layout in zip(outputs, self._layouts, strict=True) if layout is None and t is not None]
 
     def backward(self, gradients: _Tensors) -> list[Tensor | None]:

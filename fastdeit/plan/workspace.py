@@ -149,7 +149,7 @@ def _lowest_gap(size: int, taken: Iterable[tuple[int, int]]) -> int:
 
 
 def bytes_at(address: int, size: int, device: torch.device) -> Tensor:
-    """(size,) uint8 at an address. It owns no memory: whoever uses it, or a view of it, holds what does.
+    """(size,) uint8 at an address. It owns no memory: users of it, or of a view, hold the tensor that does.
 
     Not made in inference mode, it may be written to in either mode.
     """

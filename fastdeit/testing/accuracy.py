@@ -205,7 +205,7 @@ def compare_with_oracle(
 
 
 def _errors(got: Tensor, oracle: Tensor, eager: Tensor) -> list[Tensor]:
-    """Of the fused result, of PyTorch's, and of rounding the oracle, element by element where the dtype can hold it."""
+    """Errors of the fused result, of PyTorch's, and of rounding the oracle, element by element where the dtype can hold it."""
     rounded = oracle.to(got.dtype)
     finite = torch.isfinite(eager) & torch.isfinite(rounded)
     return [torch.where(finite, tensor.double() - oracle, 0.0) for tensor in (got, eager, rounded)]

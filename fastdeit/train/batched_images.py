@@ -1,31 +1,44 @@
 """Whole batches made in a worker, straight into a slot of the ring."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from fastdeit.train.image_pipeline import ImagePipeline, PlannedImage
-from fastdeit.train.image_sources import EncodedJpeg
+from fastdeit.train.image_sources import ImageSource
 from fastdeit.train.ring import Ring, Ticket, as_arrays
-from fastdeit.train.sampling import Key, keyed
+from fastdeit.train.sampling import Key, keyed, seed_sample
 
-HELD_BYTES = 2**24  # of files that wait to be decoded
+HELD_BYTES = 2**25  # of images that wait, as large as they are decoded
 
 
-class _Waiting(NamedTuple):
-    """An image that is planned and not decoded."""
+class _Waiting:
+    """An image between two steps of its making.
 
-    key: Key
-    place: int  # in the batch
+    Attributes:
+        key, place: the image's, and where it lies in the batch.
+        source, label: once it is read.
+        planned: once its random numbers are drawn.
+        crop: once it is decoded.
+    """
+
+    __slots__ = ("crop", "key", "label", "place", "planned", "source")
+    source: ImageSource
+    label: int
     planned: PlannedImage
+    crop: Any
+
+    def __init__(self, key: Key, place: int) -> None:
+        self.key, self.place = key, place
 
 
 class BatchedImages(Dataset):
     """Batches of a map-style data set by their lists of keys; an image depends on its `Key` and the seed alone.
 
-    Where plans can be drawn first, they are drawn for many images in a row, and these are decoded next. Taking turns costs a fifth
-    more time: decoding an image evicts Python's code from the processor's caches.
+    Where plans can be drawn before an image is decoded, many images are read in a row, then planned, then decoded, then resized.
+    Taking turns costs more time, since each of these evicts the others' code from the processor's caches.
 
     Unreadable images are replaced as `keyed` has it.
 
@@ -48,21 +61,21 @@ class BatchedImages(Dataset):
         slot, number, batch = self.ring.next_slot()
         memory = as_arrays(batch)
         unreadable: list[str] = []
-        waiting: list[_Waiting] = []
+        if not self.pipeline.plans_first:
+            for place, key in enumerate(keys):
+                unreadable += self.made(key, place, memory)
+            return Ticket(slot, number, unreadable)
+        group: list[_Waiting] = []
         held = 0
         for place, key in enumerate(keys):
-            if not self.pipeline.plans_first:
-                unreadable += self.made(key, place, memory)
-                continue
-            one, messages = self._planned(key, place, memory)
-            unreadable += messages
-            if isinstance(one.planned.source, EncodedJpeg):
-                waiting.append(one)
-                held += len(one.planned.source.data)
-            if held > HELD_BYTES:
-                unreadable += self._decoded(waiting, memory)
-                waiting, held = [], 0
-        unreadable += self._decoded(waiting, memory)
+            one = _Waiting(key, place)
+            if self._done(self._read, one, memory, unreadable):
+                group.append(one)
+                held += 3 * one.source.width * one.source.height  # a crop may be a view of the whole image
+            if held > HELD_BYTES or place == len(keys) - 1:
+                for step in (self._plan, self._decode, self._resize):
+                    group = [one for one in group if self._done(step, one, memory, unreadable)]
+                group, held = [], 0
         return Ticket(slot, number, unreadable)
 
     def made(self, key: Key, place: int, memory: tuple[np.ndarray, ...], out: np.ndarray | None = None) -> list[str]:
@@ -82,31 +95,40 @@ class BatchedImages(Dataset):
         (flips[place], classes[place]), messages = keyed(make, key, self.seed, len(self.images), self.max_bad)
         return messages
 
-    def _planned(self, key: Key, place: int, memory: tuple[np.ndarray, ...]) -> tuple["_Waiting", list[str]]:
-        """Draws what is random about an image. What is not a common JPEG is made at once, so that nothing is held decoded."""
-        images, plans, flips, classes, _ = memory
+    def _done(
+        self,
+        step: Callable[[_Waiting, tuple[np.ndarray, ...]], None],
+        one: _Waiting,
+        memory: tuple[np.ndarray, ...],
+        unreadable: list[str],
+    ) -> bool:
+        """Whether the step succeeds. An image for which it fails is made anew, which names what fails, or takes another image."""
+        try:
+            step(one, memory)
+        except Exception:
+            unreadable += self.made(one.key, one.place, memory)
+            return False
+        return True
 
-        def make(index: int) -> tuple[PlannedImage, int]:
-            with self.images.naming_errors(index):
-                source, label = self.images.source_of(index)
-                planned = self.pipeline.planned(source, plans[place])
-                if not isinstance(source, EncodedJpeg):
-                    self.pipeline.finish(planned, images[place])
-                return planned, label
+    def _read(self, one: _Waiting, memory: tuple[np.ndarray, ...]) -> None:
+        one.source, one.label = self.images.source_of(one.key.index)
 
-        (planned, label), messages = keyed(make, key, self.seed, len(self.images), self.max_bad)
-        flips[place], classes[place] = planned.flips, label
-        return _Waiting(key, place, planned), messages
+    def _plan(self, one: _Waiting, memory: tuple[np.ndarray, ...]) -> None:
+        _, plans, flips, classes, _ = memory
+        seed_sample(self.seed, one.key.epoch, one.key.position)
+        one.planned = self.pipeline.planned(one.source, plans[one.place])
+        flips[one.place], classes[one.place] = one.planned.flips, one.label
 
-    def _decoded(self, waiting: list["_Waiting"], memory: tuple[np.ndarray, ...]) -> list[str]:
-        """Decodes and resizes planned images; what is unreadable."""
-        unreadable: list[str] = []
-        for key, place, planned in waiting:
-            try:
-                self.pipeline.finish(planned, memory[0][place])
-            except Exception:  # from the beginning, which names what fails, or takes another image
-                unreadable += self.made(key, place, memory)
-        return unreadable
+    def _decode(self, one: _Waiting, memory: tuple[np.ndarray, ...]) -> None:
+        if one.planned.image is None:
+            one.crop = self.pipeline.cropped(one.planned)
+
+    def _resize(self, one: _Waiting, memory: tuple[np.ndarray, ...]) -> None:
+        out = memory[0][one.place]
+        if one.planned.image is None:
+            self.pipeline.resize_into(one.crop, one.planned.mode, out)
+        else:
+            self.pipeline.write(one.planned.image, out)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -40,10 +40,10 @@ def copied(batches: Iterator[HostBatch], device: torch.device) -> Iterator[tuple
 
 
 def copied_ahead(batches: Iterator[HostBatch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """One batch ahead: while a batch is computed with, the next one's copy runs on another stream.
+    """Copies one batch ahead: while a step uses a batch, the next one's copy runs on another stream.
 
-    The copy before the latest is waited for when another batch is asked for, and the latest when nobody asks any more: its memory
-    is the loader's again.
+    When another batch is requested, the copy before the latest is waited for, and at the end the latest: the loader may then
+    reuse its memory.
     """
     stream = torch.cuda.Stream(device)
     waiting: tuple[Tensor, ...] | None = None

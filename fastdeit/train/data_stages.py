@@ -21,6 +21,7 @@ from fastdeit.train.sampling import Key, seed_sample
 STAGES = ("read", "decode", "crop and resize", "augment", "collate", "copy")
 IMAGES = 256  # that are timed
 _WARM_UP = 8
+_AT_ONCE = 16  # that are read, then planned, then decoded, then resized
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def measure_stages(loader: TrainLoader, config: Config, images: int = IMAGES) ->
     for number, key in enumerate(keys[: images + _WARM_UP]):
         clock = _Clock()
         timed.append((clock, make(source, key, memory, number % size, clock)))
-    for _ in range(2):  # as far as plans go, then the rest
-        for _, made in timed:
-            next(made, None)
+    for first in range(0, len(timed), _AT_ONCE):
+        for _ in range(4):  # reading, plans, decoding, resizing
+            for _, made in timed[first : first + _AT_ONCE]:
+                next(made, None)
     clocks = [clock for clock, _ in timed[_WARM_UP:] if clock.stopped]
     count = len(clocks)
     if not count:
@@ -119,7 +121,7 @@ class _Clock:
 
 
 def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock) -> Iterator[None]:
-    """Makes an image of `BatchedImages`; pauses where others are planned before this one is decoded. Ends early where it cannot be
+    """Makes an image of `BatchedImages`; pauses where a run takes the same step with other images. Ends early where it cannot be
     read, which a run would name."""
     out, plans, flips, classes, _ = memory
     pipeline, images = source.pipeline, source.images
@@ -129,6 +131,8 @@ def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock)
         clock.lap("read")
         image_source = images.opened(file)
         clock.lap("decode")
+        yield
+        clock.start()
         seed_sample(source.seed, key.epoch, key.position)
         if pipeline.plans_first:
             planned = pipeline.planned(image_source, plans[place])
@@ -141,19 +145,24 @@ def _make_image(source: Any, key: Key, memory: tuple, place: int, clock: _Clock)
     except Exception:
         return
     clock.lap("decode")
-    image = pipeline.resized(part, mode)
-    clock.lap("crop and resize")
-    if not pipeline.plans_first:
+    if pipeline.plans_first:
+        yield
+        clock.start()
+        pipeline.resize_into(part, mode, out[place])
+        clock.lap("crop and resize")
+    else:
+        image = pipeline.resized(part, mode)
+        clock.lap("crop and resize")
         image, flips[place] = pipeline.augmented(image, plans[place])
         clock.lap("augment")
-    pipeline.write(image, out[place])
+        pipeline.write(image, out[place])
     classes[place] = label
     clock.lap("collate")
     clock.stopped = True
 
 
 def _make_part(source: Any, key: Key, memory: tuple, place: int, clock: _Clock) -> Iterator[None]:
-    """As `_make_image`, of `EncodedImages`, which do not pause."""
+    """As `_make_image`, for `EncodedImages`, which do not pause."""
     arena, plans, *_ = memory
     clock.start()
     try:

@@ -28,7 +28,7 @@ class DeviceDecoder(Protocol):
     """Decodes common JPEG files to RGB on a device."""
 
     def decode(self, files: Sequence[np.ndarray], parts: Sequence[Part]) -> list[Tensor | None]:
-        """Of each file its part's box, (height, width, 3) uint8 on the device; None, or another shape, where the library fails."""
+        """The crop of each file, (height, width, 3) uint8 on the device; None, or another shape, where the library fails."""
 
 
 class DeviceDecoding:

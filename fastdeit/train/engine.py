@@ -318,7 +318,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state of the image size that the model has: see `enter`."""
+        """Loads a state of the model's image size: see `enter`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:

@@ -76,7 +76,7 @@ def _step(shape: Shape, config: Config, execution: str) -> list[Part]:
 
 
 def teacher_gpu_hours(config: Config, num_classes: int, updates: int) -> float:
-    """Its forward passes at the full rate of matrix products, which a convnet does not reach."""
+    """GPU-hours of the teacher's forward passes at the full rate of GEMMs, which a convnet does not reach."""
     with torch.device("meta"):
         teacher = create_timm_model(
             "teacher_model", config.teacher_model, num_classes, config.in_chans, config.teacher_kwargs

@@ -45,8 +45,8 @@ def patience(error: BaseException) -> float:
 
 
 def known_cause(world: World, error: Exception) -> str:
-    """Why a process of world cannot go on, in one line: what another one says that failed before, else this error, of which the
-    others then know."""
+    """Why a process of world cannot go on, in one line: the cause that another process reported before, else this error, which is
+    then reported to the others."""
     known = world.peers.cause_within(patience(error)) if world.peers is not None else None
     text = known or cause(error)
     if world.peers is not None and known is None:

@@ -103,7 +103,7 @@ def is_image(name: str) -> bool:
 
 
 def no_image(folder: Path) -> str:
-    """What to say where `images_below` finds nothing."""
+    """The message where `images_below` finds nothing."""
     return f"{folder} has no image ({', '.join(get_img_extensions())})"
 
 

@@ -4,16 +4,16 @@ All random numbers are those of the transforms that `train_transform` made, draw
 whichever way they are made.
 """
 
+import functools
 import random
 from collections.abc import Callable
-from types import TracebackType
+from types import FunctionType, SimpleNamespace, TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
@@ -27,6 +27,10 @@ _RESAMPLING = {
     InterpolationMode.NEAREST: Image.Resampling.NEAREST,
     InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
     InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
+}
+_RESIZE = {
+    InterpolationMode.BILINEAR: torch.ops.aten._upsample_bilinear2d_aa.out,
+    InterpolationMode.BICUBIC: torch.ops.aten._upsample_bicubic2d_aa.out,
 }
 # A crop that is larger in relation to the result is resized on the CPU: PyTorch's kernel for CUDA keeps the weights of a result's
 # pixel, and rows of as many, in 48 KB of shared memory.
@@ -108,7 +112,12 @@ class ImagePipeline:
     @property
     def plans_first(self) -> bool:
         """Whether all random numbers of an image can be drawn before it is decoded: `planned`, then `finish`."""
-        return self.planner is not None and isinstance(self.crop, RandomResizedCropAndInterpolation)
+        return self.planner is not None and self.draws_crop
+
+    @property
+    def draws_crop(self) -> bool:
+        """Whether the crop is one of random size."""
+        return isinstance(self.crop, RandomResizedCropAndInterpolation)
 
     def planned(self, source: ImageSource, rows: np.ndarray) -> "PlannedImage":
         """Draws all that is random about an image, and writes its plan into rows. Raises as `__call__`."""
@@ -131,8 +140,10 @@ class ImagePipeline:
 
     def finish(self, planned: "PlannedImage", out: np.ndarray) -> None:
         """Writes the image into out, (height, width, channels) uint8. Raises as `__call__`."""
-        image = planned.image
-        self.write(self.resized(self.cropped(planned), planned.mode) if image is None else image, out)
+        if planned.image is None:
+            self.resize_into(self.cropped(planned), planned.mode, out)
+        else:
+            self.write(planned.image, out)
 
     def cropped(self, planned: "PlannedImage") -> Image.Image | np.ndarray:
         """The crop, decoded."""
@@ -141,7 +152,7 @@ class ImagePipeline:
 
     def part(self, source: ImageSource) -> tuple[Image.Image | np.ndarray, InterpolationMode | None]:
         """The random crop, decoded, and how it is to be resized; the whole image where the crop is not one of a size to draw."""
-        if not isinstance(self.crop, RandomResizedCropAndInterpolation):
+        if not self.draws_crop:
             return source.image(), None
         box, mode = self.drawn_crop(source)
         return (source.array if self.resize == "torch" else source.image)(box), mode
@@ -150,7 +161,9 @@ class ImagePipeline:
         """The random crop of an image of source's size, and how it is to be resized."""
         crop: Any = self.crop
         with _Named(self.crop_option):
-            top, left, height, width = crop.get_params(_Extent(source.width, source.height), crop.scale, crop.ratio)
+            top, left, height, width = _of_extents(crop.get_params)(
+                (source.width, source.height), crop.scale, crop.ratio
+            )
             mode = crop.interpolation
             return Box(left, top, width, height), random.choice(mode) if isinstance(mode, tuple | list) else mode
 
@@ -177,8 +190,18 @@ class ImagePipeline:
             if interpolation is None:
                 return self.crop(part)
             if self.resize == "torch":
-                return resized_by_torch(part, (self.height, self.width), interpolation.value)
+                out = np.empty((self.height, self.width, self.channels), np.uint8)
+                self.resize_into(part, interpolation, out)
+                return out
             return part.resize((self.width, self.height), _RESAMPLING[interpolation])
+
+    def resize_into(self, part: Image.Image | np.ndarray, interpolation: InterpolationMode, out: np.ndarray) -> None:
+        """Writes what `resized` gives of a random crop into out, (height, width, channels) uint8."""
+        if self.resize == "torch":
+            with _Named(self.crop_option):
+                _resize_by_torch(part, interpolation, out)
+        else:
+            self.write(self.resized(part, interpolation), out)
 
     def augmented(self, image: Image.Image | np.ndarray, rows: np.ndarray) -> tuple[Image.Image | np.ndarray, int]:
         """The image after what is not planned, and the flips that are left to do; writes the plan into rows."""
@@ -197,7 +220,7 @@ class ImagePipeline:
         flips = 0
         for option, step in self.flips:
             with _Named(option):
-                if torch.rand(1) < step.p:
+                if torch.rand(1).item() < np.float32(step.p):  # as torchvision's tensor compares
                     flips |= LEFT_RIGHT if isinstance(step, transforms.RandomHorizontalFlip) else TOP_BOTTOM
         return flips
 
@@ -226,13 +249,17 @@ def split_flips(transform: NamedTransforms) -> tuple[list, list]:
     return [s for s in steps if isinstance(s[1], flips)], [s for s in steps if not isinstance(s[1], flips)]
 
 
-def resized_by_torch(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
-    """(H, W, C) uint8 in another size, by PyTorch's antialiased kernel: within a few levels of Pillow's, in a third of its time."""
+def _resize_by_torch(pixels: np.ndarray, mode: InterpolationMode, out: np.ndarray) -> None:
+    """Resizes pixels (H, W, C) uint8 to out, by PyTorch's antialiased kernel: within a few levels of Pillow's, in a third of its
+    time. `torch.nn.functional.interpolate` calls it for memory of its own, which would have to be copied."""
     if not (pixels.flags.c_contiguous and pixels.flags.writeable):  # PyTorch warns of memory that it must not write to
         pixels = pixels.copy()
-    tensor = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    found = F.interpolate(tensor, size, mode=mode, antialias=True)
-    return found[0].permute(1, 2, 0).numpy()
+    _RESIZE[mode](_channels_first(pixels), out.shape[:2], False, out=_channels_first(out))
+
+
+def _channels_first(pixels: np.ndarray) -> torch.Tensor:
+    """(1, C, H, W) in the memory of (H, W, C)."""
+    return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
 
 
 def as_image(pixels: Image.Image | np.ndarray) -> Image.Image:
@@ -247,15 +274,12 @@ def flipped(image: Image.Image, flips: int) -> Image.Image:
     return image
 
 
-class _Extent(Image.Image):
-    """An image of which only the size is known, which suffices to draw a crop."""
-
-    def __init__(self, width: int, height: int) -> None:  # PIL's takes longer than drawing the crop, for nothing
-        self.extent = width, height
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.extent
+@functools.cache
+def _of_extents(get_params: Any) -> Callable[..., tuple[int, int, int, int]]:
+    """timm's function that draws a crop, taking (width, height) in place of an image. torchvision's query of an image's size takes
+    longer than the rest of it."""
+    asking = {**get_params.__globals__, "F": SimpleNamespace(get_image_size=tuple)}
+    return FunctionType(get_params.__code__, asking, closure=get_params.__closure__)
 
 
 class _UndecodableError(Exception):

@@ -51,7 +51,7 @@ class LabelMap:
         self._accepted = {name: self._indices(name, accepted, index) for name, accepted in entries.items()}
 
     def accepted(self, path: Path) -> tuple[int, ...]:
-        """The classes that are right for the image at path. Raises ValueError if the map says nothing of it."""
+        """The correct classes of the image at path. Raises ValueError if the map has no entry for it."""
         number = _VALIDATION_NUMBER.search(path.name)
         names = (path.name, path.stem, number.group() if number else "", path.parent.name)
         for name in names:
@@ -86,7 +86,7 @@ class LabelledImages(Dataset):
     """The images below a folder, in natural order, each with a row of booleans: which classes are right.
 
     Raises:
-        ValueError: there are no images, or the map says nothing of one of them.
+        ValueError: there are no images, or the map has no entry for one of them.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ class Estimate:
             self.teacher = teacher_gpu_hours(config, num_classes, updates)
 
     def hours(self, config: Config) -> Hours:
-        """Of a variant of the run."""
+        """GPU-hours of a variant of the run."""
         student = gpu_hours(config, self.model, self.updates)
         assert student is not None
         teacher = self.teacher if config.distillation_type != "none" and config.teacher_cache is None else 0.0
@@ -93,7 +93,7 @@ class Estimate:
         return self.images / EVALUATED * seconds(work, FLOPS_PER_SECOND, BYTES_PER_SECOND) / 3600
 
     def levers(self) -> list[Lever]:
-        """Those that concern the run."""
+        """The levers that apply to the run."""
         c = self.config
         # Field, its values without and with the lever, and whether it is on.
         candidates: list[tuple[str, Any, Any, bool]] = []

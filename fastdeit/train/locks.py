@@ -133,7 +133,7 @@ def claimed(folder: Path, name: str = LOCK, what: str | None = None) -> Iterator
 
 
 def identity() -> dict[str, Any]:
-    """What tells this process from all others: host, boot, namespace of process numbers, number and start."""
+    """The identity of this process: host, boot, namespace of process numbers, number and start."""
     pid = os.getpid()
     state = _state_of(pid)
     return {**_place(), "pid": pid, "started": int(state[19]) if state else None}  # in ticks since boot
@@ -172,14 +172,14 @@ def process_lives(pid: int, started: int | None) -> bool:
 
 
 def described(holder: dict[str, Any]) -> str:
-    """For errors."""
+    """The holder in words, for errors."""
     if not holder:
         return "a process that its lock does not name"
     return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
 
 
 def read_holder(path: Path) -> dict[str, Any]:
-    """What a lock's file says; nothing if there is none, or if it is no lock."""
+    """The content of a lock's file; nothing if there is none, or if it is no lock."""
     try:
         holder = json.loads(path.read_text())
     except (OSError, ValueError):

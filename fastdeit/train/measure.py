@@ -25,7 +25,7 @@ WARM_UP = (
 
 @dataclass(frozen=True)
 class DataRates:
-    """Images a second, each part by itself."""
+    """Rates of each part alone, in images per second."""
 
     loader: float  # from files to the device
     step: float  # training on a batch that is there already, with the teacher

@@ -127,12 +127,12 @@ class LossMonitor:
         self.stop = self.stop or bool(stop)
 
     def forget(self, step: int) -> None:
-        """Drops what was noted of a step that is taken back."""
+        """Drops the record of a step that is undone."""
         if self.noted is not None and self.noted.step >= step:
             self.noted = None
 
     def mean(self, steps: int) -> float:
-        """Of all processes' losses since the last reset, over so many steps."""
+        """The mean of all processes' losses since the last reset, over so many steps."""
         return float(self.total) / steps
 
     def reset(self, total: float = 0.0) -> None:

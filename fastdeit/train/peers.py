@@ -56,7 +56,7 @@ class Peers:
         self.thread.start()
 
     def tell(self, cause: str) -> bool:
-        """Says why this process fails, unless another one has failed before. Returns whether the others can know."""
+        """Reports why this process fails, unless another one has failed before. Returns whether the report reached the others."""
         self.seen_to = True
         try:
             with self.lock:
@@ -76,7 +76,7 @@ class Peers:
 
     @property
     def main_knows(self) -> bool:
-        """Whether the main process is there and has been told why the run cannot go on, so that it says so."""
+        """Whether the main process runs and has the report of why the run cannot go on, so that it prints it."""
         return self.cause is not None and self.cause != MAIN_GONE
 
     def end(self) -> None:

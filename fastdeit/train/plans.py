@@ -149,9 +149,8 @@ def _recording(step: Any) -> Callable[[Recorder], Recorder]:
     for operation in _policy_operations(step):
         if not isinstance(operation.aug_fn, _Recorded):
             operation.aug_fn = _Recorded(operation.name, operation.aug_fn)
-    if isinstance(step, auto_augment.RandAugment):
-        # numpy chooses from a list by making an array of it each time; the choice is the same
-        step.ops = np.array([*step.ops, None], dtype=object)[:-1]
+    if isinstance(step, auto_augment.RandAugment) and step.choice_weights is None:
+        return functools.partial(_chosen, list(step.ops), step.num_layers)
     return step
 
 
@@ -173,6 +172,13 @@ class _Recorded:
             arguments = (min(1.0, max(0.0, 1.0 - arguments[0])),)
         image.note((_BY_NAME[self.name], 0.0, *arguments), change)
         return image
+
+
+def _chosen(operations: list[auto_augment.AugmentOp], layers: int, recorder: Recorder) -> Recorder:
+    """timm's RandAugment without weights. The numbers are those by which numpy's choice, in more time, takes from a list."""
+    for number in np.random.randint(0, len(operations), layers).tolist():
+        recorder = operations[number](recorder)
+    return recorder
 
 
 def _call(function, arguments, options, image):

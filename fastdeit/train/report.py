@@ -76,7 +76,7 @@ def write_results(
 
 
 def repetitions(folder: Path, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By folder name, the results of finished runs beside this one that differ from it in the seed alone; itself too."""
+    """Results by folder name: this run's, and those of finished runs beside it that differ in the seed alone."""
     found = {folder.name: dict(results)}
     for file in sorted(folder.resolve().parent.glob(f"*/{RESULTS}")):
         if file.parent != folder.resolve():

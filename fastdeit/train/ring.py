@@ -111,7 +111,7 @@ class Ring:
         return slot, int(self._numbers[slot]), self._at(slot)
 
     def read(self, ticket: Ticket) -> Batch:
-        """The batch, in the ring's memory. Whoever has copied it calls `check`."""
+        """The batch, in the ring's memory. Call `check` after copying it."""
         return self._at(ticket.slot)
 
     def check(self, ticket: Ticket) -> None:

@@ -141,7 +141,7 @@ class EpochBatches(Sampler[list[Key]]):
             yield [Key(self.epoch, p, order[p // self.repeats]) for p in self.positions(batch)]
 
     def positions(self, batch: int) -> range:
-        """Of an epoch's batch on this rank: where its samples are in the epoch, over all ranks."""
+        """The positions in the epoch, over all ranks, of the samples of an epoch's batch on this rank."""
         stride = self.batch_size * self.world_size
         return range(batch * stride + self.rank, (batch + 1) * stride, self.world_size)
 
@@ -150,7 +150,7 @@ class EpochBatches(Sampler[list[Key]]):
 
 
 class StreamShare(IterableDataset):
-    """Of a stream that is read whole, every world_size-th image from rank on: each image once over all ranks."""
+    """A rank's share of a stream that is read whole: every world_size-th image from rank on, so that each image is read once."""
 
     def __init__(self, stream: Any, rank: int, world_size: int) -> None:
         self.stream = stream

@@ -116,7 +116,7 @@ def _seconds(step: Callable[[int], object], batch_size: int, device: torch.devic
 
 
 def training_throughput(config: Config, batch_size: int | None = None, runs: int = RUNS) -> Throughput:
-    """Images a second of the whole training step (augmentation on the device, teacher, student, update, moving average).
+    """Images per second of the whole training step (augmentation on the device, teacher, student, update, moving average).
 
     No data is needed: the images are synthetic, and there is no loader. The teacher has its initial weights, which cost the same.
 

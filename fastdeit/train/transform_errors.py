@@ -16,7 +16,7 @@ class TransformError(RuntimeError):
 
 
 class TransformFailure(Exception):
-    """One of `NamedTransforms` raised; what it raised is the cause. Knows the option, and not yet the image."""
+    """An error of one of `NamedTransforms`, with the original error as its cause. It names the option, not yet the image."""
 
     def __init__(self, option: str) -> None:
         super().__init__(option)

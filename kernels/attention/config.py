@@ -76,7 +76,7 @@ def handed_over(arch: int, head_dim: int, tokens: int, batch_heads: int, gradien
 
 
 def around(head_dim: int, tokens: int, batch_heads: int, gradients: bool) -> Shapes:
-    """What a measurement speaks for: lengths with as many blocks of 16 tokens, and grids up to twice or half as large."""
+    """The range that a measurement applies to: lengths with as many blocks of 16 tokens, and grids of half to twice the size."""
     first = (tokens - 1) // 16 * 16 + 1
     return Shapes(head_dim, range(first, first + 16), range(-(-batch_heads // 2), 2 * batch_heads), gradients)
 
@@ -189,6 +189,22 @@ def aot_cases(arch: int) -> Iterator[Case]:
         yield from (case(arch, 64, "bf16", last, describable=True) for last in (32, 64))
         yield case(arch, 64, "fp16", 16, describable=True)
         yield case(arch, 64, "bf16", 16, describable=True, tokens=144)
+
+
+def eight_bit_cases(arch: int) -> Iterator[tuple[Case, str]]:
+    """Forward kernels with an 8-bit output, each with the output's format in Triton's spelling: DeiT's heads in the forms that
+    frozen models launch, in float8 where there is a conversion to it; on sm_90 a head in two pieces too."""
+    if arch < 100:
+        yield case(arch, 64, "bf16", 16, describable=False), "i8" if arch < 89 else "fp8e4nv"
+    if has_descriptors(arch):
+        yield case(arch, 64, "bf16", 16, describable=True), "fp8e4nv"
+    if arch == 90:
+        yield case(arch, 80, "bf16", 16, describable=True), "fp8e4nv"
+
+
+def eight_bit_label(case: Case, out: str) -> str:
+    """Of a case with an 8-bit output."""
+    return f"{case.label} to {out}"
 
 
 def case(

@@ -11,13 +11,23 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeit.kernels.attention.config import HEAD_DIM_SPLITS, Case, Config, aot_cases, select_config, tail
+from fastdeit.kernels.attention.config import (
+    HEAD_DIM_SPLITS,
+    Case,
+    Config,
+    aot_cases,
+    eight_bit_cases,
+    eight_bit_label,
+    select_config,
+    tail,
+)
 from fastdeit.kernels.attention.tiles import (
     LOG2E,
     LOWEST,
     head_base,
     load_tile,
     load_tile_desc,
+    normalised,
     program_tile,
     softmax_step,
     store_tile,
@@ -62,7 +72,8 @@ def attention_forward_kernel(
     k_ptr,  # (B, N_KV, heads, D), strided
     v_ptr,  # (B, N_KV, heads, D), strided
     out_ptr,  # (B, N_Q, H, D)
-    lse_ptr,  # (B, H, N_Q) fp32: log2 of the sum of 2**(scale * log2(e) * logit)
+    lse_ptr,  # (B, H, N_Q) fp32: log2 of the sum of 2**(scale * log2(e) * logit); or None
+    out_scale_ptr,  # (1,) fp32, what one step of an 8-bit out is worth, or None
     scale,
     N_Q,
     N_KV,
@@ -108,12 +119,12 @@ def attention_forward_kernel(
         highest, total, acc0, acc1 = softmax_step(
             q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N_KV, D1, BLOCK_KV, False
         )
-    inverse = (1.0 / total)[:, None]
-    acc0, acc1 = acc0 * inverse, acc1 * inverse
+    acc0, acc1 = normalised(acc0, acc1, total, out_scale_ptr, out_ptr.dtype.element_ty, D1)
     out = out_ptr + (batch.to(tl.int64) * N_Q * H + head) * D
     store_tile(out, start, H * (D // VECTOR), N_Q, acc0, acc1, BLOCK_Q, D, D0, D1, VECTOR)
-    row = start + tl.arange(0, BLOCK_Q)
-    tl.store(lse_ptr + lse_start + row, highest + tl.log2(total), row < N_Q)
+    if lse_ptr is not None:
+        row = start + tl.arange(0, BLOCK_Q)
+        tl.store(lse_ptr + lse_start + row, highest + tl.log2(total), row < N_Q)
 
 
 @triton.jit(do_not_specialize=["N", "H"])
@@ -126,7 +137,8 @@ def attention_forward_descriptor_kernel(
     tail1_desc,
     out0_desc,  # of (B, H, N, D), BLOCK_Q rows
     out1_desc,
-    lse_ptr,  # (B, H, N) fp32, as above
+    lse_ptr,  # (B, H, N) fp32 or None, as above
+    out_scale_ptr,  # as above
     scale,
     N,
     H,
@@ -154,49 +166,63 @@ def attention_forward_descriptor_kernel(
         highest, total, acc0, acc1 = softmax_step(
             q0, q1, k0, k1, v0, v1, highest, total, acc0, acc1, scale, N, D1, BLOCK_KV, False
         )
-    inverse = (1.0 / total)[:, None]
-    acc0, acc1 = acc0 * inverse, acc1 * inverse
+    acc0, acc1 = normalised(acc0, acc1, total, out_scale_ptr, out0_desc.dtype, D1)
     store_tile_desc(out0_desc, out1_desc, batch, head, start, acc0, acc1, BLOCK_Q, D0, D1)
-    row = start + tl.arange(0, BLOCK_Q)
-    tl.store(lse_ptr + lse_start + row, highest + tl.log2(total), row < N)
+    if lse_ptr is not None:
+        row = start + tl.arange(0, BLOCK_Q)
+        tl.store(lse_ptr + lse_start + row, highest + tl.log2(total), row < N)
 
 
 def attention_forward(
     qkv: torch.Tensor, num_heads: int, scale: float, config: Config | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """qkv (B, N, 3 * H * D) -> out (B, N, H * D) in qkv's dtype, and lse (B, H, N) fp32, base 2."""
-    qkv = strided(qkv)
     batch, tokens, width = qkv.shape
-    head_dim = width // (3 * num_heads)
     out = qkv.new_empty((batch, tokens, width // 3))
     lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    config = config or config_for(qkv, batch, num_heads, tokens, tokens, head_dim, describable(qkv))
-    if config.descriptors:
-        _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, config.forward)
-    else:
-        strides = packed_strides(qkv, head_dim) * 3
-        heads = (num_heads, num_heads, 2 * num_heads)
-        _launch_pointers(qkv, qkv, qkv, out, lse, heads, strides, tokens, tokens, head_dim, scale, config.forward)
+    _launch(qkv, out, lse, None, num_heads, scale, config)
     return out, lse
+
+
+def attention_quantize(
+    qkv: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    out_scale: torch.Tensor,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """qkv (B, N, 3 * H * D), out_scale (1,) fp32 -> out (B, N, H * D) in dtype, an 8-bit format."""
+    batch, tokens, width = qkv.shape
+    out = qkv.new_empty((batch, tokens, width // 3), dtype=dtype)
+    _launch(qkv, out, None, out_scale, num_heads, scale, config)
+    return out
 
 
 def attention_qkv_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, config: Config | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q (B, N, H, D), k and v (B, M, H, D), M > 0 -> out (B, N, H, D) contiguous, and lse (B, H, N) fp32, base 2."""
-    q, k, v = strided(q), strided(k), strided(v)
-    batch, queries, num_heads, head_dim = q.shape
-    keys = k.shape[1]
+    batch, queries, num_heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    config = config or config_for(q, batch, num_heads, queries, keys, head_dim, False)
-    strides = (*head_strides(q), *head_strides(k), *head_strides(v))
-    _launch_pointers(q, k, v, out, lse, (num_heads, 0, 0), strides, queries, keys, head_dim, scale, config.forward)
+    _launch_separate(q, k, v, out, lse, None, scale, config)
     return out, lse
+
+
+def attention_qkv_quantize(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    out_scale: torch.Tensor,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """q (B, N, H, D), k and v (B, M, H, D), M > 0, out_scale (1,) fp32 -> out (B, N, H, D) contiguous in dtype, an 8-bit format."""
+    out = q.new_empty(q.shape, dtype=dtype)
+    _launch_separate(q, k, v, out, None, out_scale, scale, config)
+    return out
 
 
 def config_for(
@@ -208,20 +234,53 @@ def config_for(
     )
 
 
-def _launch_pointers(q, k, v, out, lse, heads, strides, queries, keys, head_dim, scale, tiles):
+def _launch(qkv, out, lse, out_scale, num_heads, scale, config):
+    """Of packed inputs. lse may be None; out_scale is None but for an 8-bit out."""
+    if out.numel() == 0:
+        return
+    qkv = strided(qkv)
+    batch, tokens, width = out.shape
+    head_dim = width // num_heads
+    if config is None:
+        fits = describable(qkv) and head_dim * out.element_size() % 16 == 0
+        config = config_for(qkv, batch, num_heads, tokens, tokens, head_dim, fits)
+    if config.descriptors:
+        _launch_descriptors(qkv, out, lse, out_scale, num_heads, head_dim, scale, config.forward)
+    else:
+        strides = packed_strides(qkv, head_dim) * 3
+        heads = (num_heads, num_heads, 2 * num_heads)
+        _launch_pointers(
+            qkv, qkv, qkv, out, lse, out_scale, heads, strides, tokens, tokens, head_dim, scale, config.forward
+        )
+
+
+def _launch_separate(q, k, v, out, lse, out_scale, scale, config):
+    """As `_launch`."""
+    if out.numel() == 0:
+        return
+    q, k, v = strided(q), strided(k), strided(v)
+    batch, queries, num_heads, head_dim = q.shape
+    keys = k.shape[1]
+    config = config or config_for(q, batch, num_heads, queries, keys, head_dim, False)
+    strides = (*head_strides(q), *head_strides(k), *head_strides(v))
+    heads = (num_heads, 0, 0)
+    _launch_pointers(q, k, v, out, lse, out_scale, heads, strides, queries, keys, head_dim, scale, config.forward)
+
+
+def _launch_pointers(q, k, v, out, lse, out_scale, heads, strides, queries, keys, head_dim, scale, tiles):
     """heads: H, and the heads of k and v that belong to q's first."""
     vector, strides = vector_units(q.element_size(), head_dim, strides)
     launch(
         attention_forward_kernel,
         (cdiv(queries, tiles.owned) * out.shape[0] * heads[0],),
-        (q, k, v, out, lse, scale, queries, keys, *heads, *strides),
+        (q, k, v, out, lse, out_scale, scale, queries, keys, *heads, *strides),
         (head_dim, *HEAD_DIM_SPLITS[head_dim], tiles.owned, tiles.streamed, tail(keys, tiles.streamed), vector),
         tiles.num_warps,
         tiles.num_stages,
     )
 
 
-def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
+def _launch_descriptors(qkv, out, lse, out_scale, num_heads, head_dim, scale, tiles):
     batch, tokens, _ = qkv.shape
     split, last = HEAD_DIM_SPLITS[head_dim], tail(tokens, tiles.streamed)
     qkv = by_head(qkv, head_dim)
@@ -236,6 +295,7 @@ def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
             *descriptors(qkv, split, last),
             *descriptors(by_head(out, head_dim), split, tiles.owned),
             lse,
+            out_scale,
             scale,
             tokens,
             num_heads,
@@ -247,27 +307,33 @@ def _launch_descriptors(qkv, out, lse, num_heads, head_dim, scale, tiles):
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """The cases of `aot_cases`. sm_90 at D = 64 is held to what keeps twelve warps and more on a multiprocessor."""
-    for each in aot_cases(arch):
+    """The cases of `aot_cases` and of `eight_bit_cases`. sm_90 at D = 64 is held to what keeps twelve warps and more on a
+    multiprocessor."""
+    for each, out in (*((case, None) for case in aot_cases(arch)), *eight_bit_cases(arch)):
         limits = {}
         if (arch, each.head_dim) == (90, 64) and each.config.descriptors:
             limits = dict(max_registers=128, min_blocks_per_sm=cdiv(12, each.config.forward.num_warps))
-        yield replace(_aot_config(each), **limits)
+        yield replace(_aot_config(each, out), **limits)
 
 
-def _aot_config(case: Case) -> AotConfig:
+def _aot_config(case: Case, out: str | None) -> AotConfig:
+    """out: the 8-bit format of the output, if it has one."""
     tiles, split = case.config.forward, HEAD_DIM_SPLITS[case.head_dim]
     tile = dict(
         D0=split[0], D1=split[1], BLOCK_Q=tiles.owned, BLOCK_KV=tiles.streamed, TAIL=min(case.tail, tiles.streamed)
     )
-    types = dict(lse_ptr="*fp32", scale="fp32")
+    types = dict(scale="fp32")
+    types["lse_ptr" if out is None else "out_scale_ptr"] = "*fp32"
     if case.config.descriptors:
         kernel = attention_forward_descriptor_kernel
         rows = dict(q=tiles.owned, kv=tiles.streamed, tail=tile["TAIL"], out=tiles.owned)
-        types |= descriptor_types(rows, case.dtype, split) | dict(N="i32", H="i32")
+        out_rows = dict(out=rows.pop("out"))
+        types |= descriptor_types(rows, case.dtype, split) | descriptor_types(out_rows, out or case.dtype, split)
+        types |= dict(N="i32", H="i32")
     else:
         kernel = attention_forward_kernel
-        types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{case.dtype}")
+        types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{case.dtype}") | dict(out_ptr=f"*{out or case.dtype}")
         types |= dict.fromkeys(FORWARD_INTEGERS, "i32")
         tile = dict(D=case.head_dim, **tile, VECTOR=4 if case.dtype == "fp32" else 8)
-    return AotConfig(kernel, types, tile, tiles.num_warps, tiles.num_stages, case.label, case.matrix)
+    label = case.label if out is None else eight_bit_label(case, out)
+    return AotConfig(kernel, types, tile, tiles.num_warps, tiles.num_stages, label, case.matrix)

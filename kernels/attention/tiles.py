@@ -11,6 +11,8 @@ zero times makes ptxas wait for each product before it issues the next (C7515).
 import triton
 import triton.language as tl
 
+from fastdeit.kernels.quantization.formats import quantized
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exponentials are base 2: that is the instruction there is
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of float32
 
@@ -178,6 +180,20 @@ def softmax_step(
             acc1 = acc1 * shrink[:, None]
     acc0, acc1 = product_to_d(p.to(v0.dtype), v0, v1, acc0, acc1, D1)
     return new_highest, total, acc0, acc1
+
+
+@triton.jit
+def normalised(acc0, acc1, total, out_scale_ptr, DTYPE: tl.constexpr, D1: tl.constexpr):
+    """The accumulators over the sums of their weights: fp32, or with a scale of the output DTYPE, an 8-bit format."""
+    inverse = 1.0 / total
+    if out_scale_ptr is not None:
+        inverse *= tl.div_rn(1.0, tl.load(out_scale_ptr))
+    acc0, acc1 = acc0 * inverse[:, None], acc1 * inverse[:, None]
+    if out_scale_ptr is not None:
+        acc0 = quantized(acc0, DTYPE)
+        if D1 > 0:
+            acc1 = quantized(acc1, DTYPE)
+    return acc0, acc1
 
 
 @triton.jit

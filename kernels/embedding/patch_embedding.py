@@ -30,7 +30,7 @@ class Config:
 
 
 def backward_elements(element_size: int) -> int:
-    """Of the table, that a backward program owns, for gradients of that many bytes an element: a thread reads 16 bytes of an image.
+    """Elements of the table that a backward program owns, for gradients of that many bytes: a thread reads 16 bytes of an image.
 
     Two copies of 16 bytes, 32 bytes apart, would each move whole sectors of 32 bytes from the L2 cache.
     """

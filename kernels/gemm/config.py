@@ -126,7 +126,7 @@ def use_gemm(backend: str, tile: Tile | None = None) -> Iterator[None]:
 
 
 def gemm_in_force() -> Gemm | None:
-    """What `use_gemm` put in the place of the table's choices; None outside of it."""
+    """The choice that `use_gemm` sets instead of the table's; None outside of it."""
     return _forced
 
 

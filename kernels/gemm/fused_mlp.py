@@ -112,7 +112,7 @@ def use_fused_mlp(config: Config | None) -> Iterator[None]:
 
 
 def fused_mlp_in_force() -> tuple[Config | None, ...]:
-    """What `use_fused_mlp` put in the place of the table's choices; empty outside of it."""
+    """The choices that `use_fused_mlp` sets instead of the table's; empty outside of it."""
     return _forced
 
 

@@ -30,7 +30,7 @@ TILE = Config(rows=4, columns=256, num_warps=4)  # of the elementwise kernels: 8
 
 
 def backward_tile(element_size: int) -> Config:
-    """Of a step, for upstream gradients of that many bytes an element: 16 bytes a thread.
+    """The tile of a step, for upstream gradients of that many bytes an element: 16 bytes a thread.
 
     Two copies of 16 bytes, 32 bytes apart, would each move whole sectors of 32 bytes from the L2 cache.
     """

@@ -37,7 +37,6 @@ def layer_norm_quantize_kernel(
     CHANNELS: tl.constexpr,  # C rounded up to a power of two
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
-    FLOAT8: tl.constexpr,
 ):
     """A program owns one row."""
     row = tl.program_id(0)
@@ -62,7 +61,7 @@ def layer_norm_quantize_kernel(
     # A row with a NaN or an infinity has no mean: all of it is NaN, and so is its largest magnitude.
     largest = tl.maximum(tl.max(tl.abs(y), axis=0), SMALLEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(scale_ptr + row, tl.div_rn(largest, LARGEST))
-    tl.store(q_ptr + at, quantized(y * tl.div_rn(LARGEST, largest), LARGEST, FLOAT8), inside)
+    tl.store(q_ptr + at, quantized(y * tl.div_rn(LARGEST, largest), q_ptr.dtype.element_ty), inside)
 
 
 def layer_norm_quantize(
@@ -80,7 +79,7 @@ def layer_norm_quantize(
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     x_new = None if branch is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
     if rows:
-        constexprs = (channels, next_power_of_2(channels), LARGEST[dtype], SMALLEST, dtype.is_floating_point)
+        constexprs = (channels, next_power_of_2(channels), LARGEST[dtype], SMALLEST)
         config = select_config(channels, architecture(x))
         args = (x, branch, gamma, weight, bias, x_new, q, scale, eps)
         launch(layer_norm_quantize_kernel, (rows,), args, constexprs, config.num_warps)
@@ -97,9 +96,7 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
             types |= dict(q_ptr=f"*{name}", scale_ptr="*fp32", eps="fp32")
             if not dtype.is_floating_point:
                 types["weight_ptr"] = "*bf16"
-            constexprs: dict[str, Any] = dict(
-                C=channels, CHANNELS=next_power_of_2(channels), FLOAT8=dtype.is_floating_point
-            )
+            constexprs: dict[str, Any] = dict(C=channels, CHANNELS=next_power_of_2(channels))
             constexprs |= dict(LARGEST=LARGEST[dtype], SMALLEST=SMALLEST)
             warps, label = select_config(channels, arch).num_warps, f"C={channels} {name}"
             yield AotConfig(layer_norm_quantize_kernel, types, constexprs, warps, 1, label, matrix=False)

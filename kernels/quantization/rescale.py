@@ -4,7 +4,7 @@
     q = y / scale
 
 Each part but the last cast may be absent: on float8 products, which cuBLAS scales, only activation and cast are left; behind
-attention the cast alone; before a residual addition of int8 products scales and bias alone.
+attention that is not this package's the cast alone; before a residual addition of int8 products scales and bias alone.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ import triton.language as tl
 
 from fastdeit.kernels.gemm.tiles import assume_multiple_of
 from fastdeit.kernels.mlp.activation_functions import activate
-from fastdeit.kernels.quantization.bounds import LARGEST
 from fastdeit.kernels.quantization.formats import quantized
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.launch import cdiv, launch
@@ -34,8 +33,6 @@ def rescale_kernel(
     M,
     N,
     ACTIVATION: tl.constexpr,  # or None
-    LARGEST: tl.constexpr,  # of the format, or None
-    FLOAT8: tl.constexpr,
     VECTOR: tl.constexpr,  # a power of two that divides N: lets loads be 16 bytes wide
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,8 +52,8 @@ def rescale_kernel(
         y += tl.load(bias_ptr + col, col < N, other=0.0).to(tl.float32)
     if ACTIVATION is not None:
         y = activate(y, ACTIVATION)
-    if LARGEST is not None:
-        y = quantized(y * tl.div_rn(1.0, tl.load(scale_ptr)), LARGEST, FLOAT8)
+    if scale_ptr is not None:
+        y = quantized(y * tl.div_rn(1.0, tl.load(scale_ptr)), out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -74,35 +71,25 @@ def rescale(
     out = z.new_empty(z.shape, dtype=out_dtype)
     if out.numel():
         M = z.numel() // N
-        constexprs = (
-            activation,
-            LARGEST.get(out_dtype),
-            out_dtype == torch.float8_e4m3fn,
-            min(N & -N, 16),
-            BLOCK_M,
-            BLOCK_N,
-        )
+        constexprs = (activation, min(N & -N, 16), BLOCK_M, BLOCK_N)
         args = (z, row_scale, column_scale, bias, scale, out, M, N)
         launch(rescale_kernel, (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N)), args, constexprs, NUM_WARPS)
     return out
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """Behind attention and GELU in both formats, and the epilogues of int8 products."""
+    """Behind GELU in float8, and the epilogues of int8 products."""
     forms: list[tuple[str, str, str, bool, str | None]] = [
-        ("cast int8", "bf16", "i8", False, None),
         ("int8 product", "i32", "bf16", True, None),
         ("int8 product gelu int8", "i32", "i8", True, "gelu"),
     ]
     if arch >= 89:
-        forms += [("cast float8", "bf16", "fp8e4nv", False, None), ("gelu float8", "bf16", "fp8e4nv", False, "gelu")]
+        forms.append(("gelu float8", "bf16", "fp8e4nv", False, "gelu"))
     for label, z, out, scaled, activation in forms:
         types = dict(z_ptr=f"*{z}", out_ptr=f"*{out}", M="i32", N="i32")
         if scaled:
             types |= dict(row_scale_ptr="*fp32", column_scale_ptr="*fp32", bias_ptr="*bf16")
         if out != "bf16":
             types["scale_ptr"] = "*fp32"
-        dtype = {"i8": torch.int8, "fp8e4nv": torch.float8_e4m3fn}.get(out)
-        constexprs = dict(ACTIVATION=activation, LARGEST=None if dtype is None else LARGEST[dtype])
-        constexprs |= dict(FLOAT8=out == "fp8e4nv", VECTOR=16, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+        constexprs = dict(ACTIVATION=activation, VECTOR=16, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         yield AotConfig(rescale_kernel, types, constexprs, NUM_WARPS, 1, label, matrix=False)

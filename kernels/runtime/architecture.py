@@ -14,7 +14,7 @@ _nominal = 90, 132
 
 @contextlib.contextmanager
 def nominal_device(arch: int, multiprocessors: int | None = None) -> Iterator[None]:
-    """In it kernels for CPU tensors are chosen as on this architecture, such as 80, by default with as many multiprocessors."""
+    """Inside, kernels for CPU tensors are chosen as on this architecture, such as 80, by default with as many multiprocessors."""
     global _nominal
     previous, _nominal = _nominal, (arch, multiprocessors or _nominal[1])
     try:

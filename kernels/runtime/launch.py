@@ -81,7 +81,7 @@ class _Compiled(NamedTuple):
 
 
 class DirectLaunch(NamedTuple):
-    """A launch that was made by the direct call, as a `LaunchObserver` is told of it."""
+    """A launch made by the direct call, as a `LaunchObserver` receives it."""
 
     kernel: JITFunction
     compiled: _Compiled
@@ -151,7 +151,7 @@ def _runs() -> bool:
 
 @contextlib.contextmanager
 def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
-    """In it `launcher` is called in the place of `launch` for tensors on the CPU, with all of its arguments by position."""
+    """Inside, `launcher` is called instead of `launch` for tensors on the CPU, with all arguments by position."""
     global _cpu_launcher
     previous, _cpu_launcher = _cpu_launcher, launcher
     try:

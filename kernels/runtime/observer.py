@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LaunchObserver(TorchDispatchMode):
-    """A dispatch mode that is told of kernel launches too. Ops go straight to their launchers under it, as under no mode.
+    """A dispatch mode that also receives kernel launches. Ops call their launchers directly under it, as without a mode.
 
     It is the innermost mode where it is in force, also in the threads of a backward pass that it surrounds.
     """

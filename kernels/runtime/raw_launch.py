@@ -47,7 +47,7 @@ def raw_launcher(launch: DirectLaunch) -> RawLauncher | None:
 
 
 def tensor_map_arguments(address: int, shape: Sequence[int], strides: Sequence[int], like: Any) -> list:
-    """What the launcher takes for a descriptor of a tensor at an address, padded with zeros.
+    """The launcher's arguments for a descriptor of a tensor at an address, padded with zeros.
 
     Args:
         shape, strides: in elements, as the descriptor's.

@@ -7,7 +7,6 @@ import pytest
 import timm
 import timm.layers
 import torch
-from timm.models import vision_transformer
 from torch import nn
 
 from fastdeit import backends
@@ -144,9 +143,7 @@ def test_attention_maps_asked_for_are_seen():
     assert not all_fused(module, tokens())
 
 
-@pytest.mark.parametrize(
-    "cls", [timm.layers.Mlp, nn.GELU, nn.Dropout, vision_transformer.LayerScale, timm.layers.DropPath]
-)
+@pytest.mark.parametrize("cls", [timm.layers.Mlp, nn.GELU, nn.Dropout, timm.layers.LayerScale, timm.layers.DropPath])
 def test_a_replaced_forward_of_a_class_is_seen(monkeypatch, cls):
     module = block(init_values=0.1, drop_path=0.5)
     monkeypatch.setattr(cls, "forward", lambda self, x: x)

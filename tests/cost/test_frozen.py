@@ -27,7 +27,7 @@ def test_an_fp8_block_by_hand():
         "fc1": elements + 8 * 32,
         "activation": 12 * 32,
         "fc2": 12 * 32 + 8 * 32,
-        "attention": 0,
+        "attention": elements,
         "patch embedding": 0,
         "heads and loss": 0,
         "last block: norms and additions": elements + 4 * 8,
@@ -38,8 +38,6 @@ def test_an_fp8_block_by_hand():
         assert plain[name].forward.bytes - found[name].forward.bytes == fewer, name
     assert found["fc1"].forward.flops == plain["fc1"].forward.flops / 2
     assert found["attention"].forward.flops == plain["attention"].forward.flops
-    assert found["cast behind attention"].forward.bytes == 3 * elements
-    assert found["cast behind attention"].count == TINY.depth - 1
 
 
 def test_an_int8_block_by_hand():
@@ -53,10 +51,9 @@ def test_an_int8_block_by_hand():
 
 def test_epilogues_of_both_formats_move_the_same():
     fp8, int8 = named("fp8", epilogues=True), named("int8", epilogues=True)
-    assert fp8 == int8 and not any("cast" in name or "scales" in name for name in fp8)
+    assert fp8 == int8 and not any("scales" in name for name in fp8)
     plain = named("bf16", epilogues=True)
     assert plain["fc1"].forward.bytes - fp8["fc1"].forward.bytes == 12 * 8 + 8 * 32 + 12 * 32
-    assert plain["attention"].forward.bytes - fp8["attention"].forward.bytes == 12 * 8
 
 
 @pytest.mark.fake_device
@@ -74,7 +71,7 @@ def test_launches_are_those_of_the_models():
         counted[precision] = counts["triton_launch"] + counts["gemm"]  # without copies of the prefix tokens
         expected[precision] = total(frozen_parts(shape, 32, precision)).launches
     differences = [{p: found[p] - found["bf16"] for p in PRECISIONS} for found in (counted, expected)]
-    assert differences[0] == differences[1] == {"bf16": 0, "fp8": 3, "int8": 3 + 3 * 3 + 1}
+    assert differences[0] == differences[1] == {"bf16": 0, "fp8": 0, "int8": 3 * 3 + 1}
 
 
 def test_fp8_around_cublas_reaches_what_is_expected_of_an_h200():
@@ -90,7 +87,7 @@ def test_fp8_around_cublas_reaches_what_is_expected_of_an_h200():
         return compiled / ours
 
     assert [ratio(model, "bf16") for model in ("B", "S", "Ti")] == pytest.approx([1.07, 1.06, 1.05], abs=0.006)
-    assert [ratio(model, "fp8") for model in ("B", "S", "Ti")] == pytest.approx([1.43, 1.25, 1.13], abs=0.006)
+    assert [ratio(model, "fp8") for model in ("B", "S", "Ti")] == pytest.approx([1.48, 1.31, 1.19], abs=0.006)
     assert all(ratio(m, "fp8", epilogues=True) > ratio(m, "fp8") > ratio(m, "bf16") for m in ("B", "S", "Ti"))
 
 

@@ -2,10 +2,13 @@
 
 import io
 import pickle
+import random
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn import functional as F
 
 from fastdeit import ops
 from fastdeit.benchmarks.photographs import fitted
@@ -13,7 +16,7 @@ from fastdeit.train.config import load_config
 from fastdeit.train.decoders import create_decoder, is_installed
 from fastdeit.train.device_stage import why_augmented_on_cpu
 from fastdeit.train.image_pipeline import ImagePipeline, split_flips
-from fastdeit.train.image_sources import image_source
+from fastdeit.train.image_sources import DecodedImage, image_source
 from fastdeit.train.plans import Planner, why_not_planned
 from fastdeit.train.sampling import seed_sample
 from fastdeit.train.transforms import train_transform
@@ -131,6 +134,40 @@ def test_torchs_resize_is_near_pillows(interpolation, files):
     near, left_of_near = ours(config.replace(resize="torch"), files, range(24), planned=True)
     difference = (exact.int() - near.int()).abs().float()
     assert 0 < difference.mean() < 0.1 and difference.max() <= 8 and left == left_of_near
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_torchs_resize_is_interpolate_in_the_batchs_memory(interpolation, mode):
+    """Enlarged, reduced, of one row, of one column, and a view of a larger image."""
+    config = config_of(aa=None, interpolation=interpolation, resize="torch")
+    pipeline = ImagePipeline(train_transform(config), (SIZE, SIZE), mode, "torch", True)
+    generator = np.random.default_rng(0)
+    for height, width in ((7, 9), (96, 131), (1, 60), (60, 1), (SIZE, SIZE)):
+        whole = generator.integers(0, 256, (height + 2, width + 3, pipeline.channels), np.uint8)
+        for crop in (np.ascontiguousarray(whole[1:-1, 1:-2]), whole[1:-1, 1:-2]):
+            batch = np.zeros((2, SIZE, SIZE, pipeline.channels), np.uint8)
+            pipeline.resize_into(crop, pipeline.crop.interpolation, batch[1])
+            tensor = torch.from_numpy(crop.copy())[None].permute(0, 3, 1, 2)
+            expected = F.interpolate(tensor, (SIZE, SIZE), mode=interpolation, antialias=True)
+            assert torch.equal(torch.from_numpy(batch[1]).permute(2, 0, 1), expected[0]) and not batch[0].any()
+
+
+@pytest.mark.parametrize(
+    "size", [(341, 256), (900, 40), (30, 700), (1, 1)]
+)  # of some no crop of the recipe's shapes is found
+def test_crops_are_timms(size):
+    config = config_of(aa=None, scale=[0.6, 1.0])
+    transform = train_transform(config)
+    pipeline = ImagePipeline(transform, (SIZE, SIZE), "RGB", "torch", True)
+    crop, image = transform.steps[0][1], Image.new("RGB", size)
+    for key in range(20):
+        seed_sample(3, 1, key)
+        (left, top, width, height), _ = pipeline.drawn_crop(DecodedImage(image))
+        after = random.random()
+        seed_sample(3, 1, key)
+        assert crop.get_params(image, crop.scale, crop.ratio) == (top, left, height, width)
+        assert random.random() == after
 
 
 def test_torchs_resize_of_grey_images(files):

@@ -10,6 +10,7 @@ import torch
 
 from fastdeit.benchmarks.photographs import fitted
 from fastdeit.train.datasets import Images, load_data
+from fastdeit.train.image_pipeline import ImagePipeline
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.ring import HELD, OverwrittenError, Ring, Ticket
 from fastdeit.train.sampling import EpochBatches
@@ -60,8 +61,8 @@ def test_one_worker_that_loads_one_batch_ahead(config):
     assert same(epoch_of(config, 2), epoch_of(config.replace(workers=0), 2))
 
 
-@pytest.mark.parametrize("held", [0, 3000])
-def test_batches_do_not_depend_on_how_many_files_wait_to_be_decoded(make_small_config, held, tmp_path, monkeypatch):
+@pytest.mark.parametrize("held", [0, 3 * 64 * 48])  # all in turn; two images at a time
+def test_batches_do_not_depend_on_how_many_images_wait(make_small_config, held, tmp_path, monkeypatch):
     """JPEG files, one of them damaged inside, and PNG files among them: planned first as far as they are held, then decoded."""
     for split in ("train", "val"):
         (tmp_path / split / "photographs").mkdir(parents=True)
@@ -79,6 +80,22 @@ def test_batches_do_not_depend_on_how_many_files_wait_to_be_decoded(make_small_c
     batches.set_epoch(3)
     assert len(expected) == 3 and same(list(loader), expected)
     assert [message.partition(": ")[0] for message in loader.unreadable] == [str(damaged)]
+
+
+@pytest.mark.parametrize("held, order", [(2**25, "dddd rrrr"), (3 * 64 * 48, "dd rr dd rr"), (0, "d r d r d r d r")])
+def test_images_are_decoded_in_a_row_and_then_resized(make_small_config, held, order, tmp_path, monkeypatch):
+    """As many as HELD_BYTES of them."""
+    for split in ("train", "val"):
+        (tmp_path / split / "photographs").mkdir(parents=True)
+        for number, image in enumerate(fitted(64, 48)[:2] * 2):
+            image.save(tmp_path / split / "photographs" / f"{number}.jpg")
+    config = make_small_config(data=str(tmp_path), batch_size=4, decoder="torchvision", augment_on="device")
+    monkeypatch.setattr("fastdeit.train.batched_images.HELD_BYTES", held)
+    done = []
+    cropped, resize_into = ImagePipeline.cropped, ImagePipeline.resize_into
+    monkeypatch.setattr(ImagePipeline, "cropped", lambda *given: done.append("d") or cropped(*given))
+    monkeypatch.setattr(ImagePipeline, "resize_into", lambda *given: done.append("r") or resize_into(*given))
+    assert len(epoch_of(config, 0)) == 1 and "".join(done) == order.replace(" ", "")
 
 
 @pytest.mark.parametrize("taken", [1, 2, 5])

@@ -47,7 +47,7 @@ def register(file: ModuleType, *methods: str) -> None:
 
 
 def source_digest(function: Callable) -> str | None:
-    """Of its tokens, comments and blank lines aside; None where there is no source to read."""
+    """A digest of the source's tokens without comments and blank lines; None where there is no source to read."""
     try:
         lines = io.StringIO(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError):

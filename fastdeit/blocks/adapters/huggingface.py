@@ -98,7 +98,7 @@ def layer_class(name: str) -> type[nn.Module]:
 
 
 def layout_of(module: Any) -> Layout:
-    """Of a layer's drop-in."""
+    """The layout of a layer's drop-in."""
     return _parts[module.source].layout
 
 

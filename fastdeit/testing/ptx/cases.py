@@ -19,8 +19,9 @@ from fastdeit.kernels.attention import forward as attention
 from fastdeit.kernels.gemm.config import EPILOGUES, candidates, use_gemm
 from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
 from fastdeit.kernels.gemm.fused_mlp import use_fused_mlp
+from fastdeit.kernels.runtime import column_sums
 from fastdeit.kernels.runtime.architecture import has_descriptors
-from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager
+from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, assert_close_to_oracle, poisoned_memory
 from fastdeit.testing.ptx.augmentation_cases import augmentation
 from fastdeit.testing.ptx.quantization_cases import eight_bit
 from fastdeit.testing.ptx.tf32 import in_tf32_products, tf32
@@ -54,7 +55,8 @@ _LEFT_OUT = (
 
 def cases(arch: int) -> Iterator[Case]:
     """Every case for an architecture; to be run under `harness.executing(arch)`, with a seed set."""
-    for group in (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding, augmentation, eight_bit):
+    groups = (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding, augmentation, eight_bit)
+    for group in (*groups, _column_sums):
         for name, function in group(arch):
             yield Case(name, function)
 
@@ -361,6 +363,26 @@ def _fused_add_layer_norm_mlp(config, dtype: torch.dtype) -> Errors:
         return assert_as_accurate_as_eager(
             *pair, x, branch, *norm, *_mlp_weights(dtype, 192, 320), gamma, frozen=range(9)
         )
+
+
+# ---- sums of columns by themselves
+
+
+def _column_sums(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
+    if arch >= 100:  # where the attention branch that launches them has products of tcgen05
+        yield "column sums of two matrices", _sum_two_matrices
+
+
+def _sum_two_matrices() -> Errors:
+    matrices, later = (randn(2 * TOKENS, 64), randn(2 * TOKENS, 192)), list[column_sums.Table]()
+    with poisoned_memory():
+        found = column_sums.column_sums(*((x, FP32) for x in matrices), later=later)
+        column_sums.add_partial_sums(*later)
+    errors: dict[str, Any] = {}
+    for i, (x, total) in enumerate(zip(matrices, found, strict=True)):
+        largest = x.double().cumsum(0).abs().max().item()
+        errors[f"sum {i}"] = assert_close_to_oracle(f"sum {i}", total, x.double().sum(0), x.float().sum(0), largest)
+    return errors
 
 
 # ---- patch embedding

@@ -38,7 +38,7 @@ def instruction_class(opcode: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Of one or more launches.
+    """Counts of one or more launches.
 
     Attributes:
         instructions: class -> warps that executed one of it, in PTX before the assembler.

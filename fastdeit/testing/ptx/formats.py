@@ -61,7 +61,7 @@ def pair_to_e4m3(high: ndarray, low: ndarray) -> ndarray:
 
 
 def f32_to_f16_towards_zero(value: ndarray) -> ndarray:
-    """As bits; NaN becomes 0x7fff."""
+    """The float16 bits; NaN becomes 0x7fff."""
     half = f32_to_f16(value).view(np.float16)
     over = np.abs(half.astype(np.float32)) > np.abs(value)
     return np.where(over, np.nextafter(half, np.float16(0)), half).view(np.uint16)

@@ -132,7 +132,7 @@ class Mbarriers:
         return complete
 
     def check_idle(self) -> None:
-        """At the end of the blocks: a copy that nobody waited for may write memory that is another block's by then."""
+        """Checks at the blocks' end that each copy was waited for: it may write memory that belongs to another block by then."""
         if self._under_way:
             self._machine.fault("mbarrier", "a tensor copy is still under way when its block ends")
 

@@ -1,12 +1,16 @@
-"""Calls that launch the kernels of 8-bit inference between two GEMMs of quantized operands."""
+"""Calls that launch the kernels of 8-bit inference between two GEMMs of quantized operands, attention among them."""
 
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 from fastdeit import ops
+from fastdeit.kernels.attention import config as attention_config
+from fastdeit.kernels.attention import forward as attention
+from fastdeit.kernels.quantization.bounds import LARGEST
 from fastdeit.testing.accuracy import Error, assert_close_to_oracle, poisoned_memory
 
 _FORMATS = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
@@ -24,6 +28,9 @@ def eight_bit(arch: int) -> Iterator[tuple[str, Callable]]:
     yield "rescale int8 product gelu to int8", functools.partial(_product, torch.int8)
     if arch >= 89:
         yield "rescale gelu to float8", functools.partial(_cast, torch.float8_e4m3fn, "gelu")
+    for case, out in attention_config.eight_bit_cases(arch):
+        dtype = torch.int8 if out == "i8" else torch.float8_e4m3fn
+        yield f"attention {attention_config.eight_bit_label(case, out)}", functools.partial(_attend, case, dtype)
 
 
 def _normalise(channels: int, dtype: torch.dtype) -> dict:
@@ -72,3 +79,17 @@ def _product(dtype: torch.dtype | None) -> dict:
         exact = (exact / 0.1).clamp(-127, 127)
     assert_close_to_oracle("y", found.float(), exact, plain.float())
     return _BITS
+
+
+def _attend(case: attention_config.Case, dtype: torch.dtype) -> dict:
+    """Two heads; the largest values of the first do not fit the format."""
+    qkv = torch.randn(1, 134, 3, 2, case.head_dim).bfloat16()
+    qkv[:, :, 2, 0] *= 200
+    q, k, v = qkv.unbind(2)
+    out_scale = torch.tensor([0.0625])
+    with mock.patch.object(attention, "select_config", lambda *_: case.config), poisoned_memory():
+        found = ops.attention_quantize(qkv.flatten(2), 2, out_scale, dtype=dtype)
+    plain = ops.attention_quantize_reference(qkv.flatten(2), 2, out_scale, dtype=dtype)
+    exact = ops.attention_qkv_reference(q.double(), k.double(), v.double()).flatten(2) / out_scale.double()
+    largest = LARGEST[dtype]
+    return {"out": assert_close_to_oracle("out", found.float(), exact.clamp(-largest, largest), plain.float())}

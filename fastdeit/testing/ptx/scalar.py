@@ -125,7 +125,7 @@ def _quotient(a: ndarray, b: ndarray) -> ndarray:
 
 
 def _remainder(a: ndarray, b: ndarray) -> ndarray:
-    """Of the sign of a."""
+    """The remainder, with the sign of a."""
     safe = np.where(b == 0, b.dtype.type(1), b)
     return np.where(b == 0, ~a.dtype.type(0), np.fmod(a, safe))
 

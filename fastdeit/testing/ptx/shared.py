@@ -296,7 +296,7 @@ class SharedMemory:
         return None
 
     def end_borrow(self, words: ndarray, issuers: ndarray) -> None:
-        """The read is over: `issuers` (k, threads) know it, others of the block only behind a barrier."""
+        """Ends the read: `issuers` (k, threads) have waited for it, other threads of the block only after a barrier."""
         np.add.at(self.borrowed, words, -1)
         self.read_stamp[words] = self.stamps[issuers[:, :1]]
         if issuers.shape[1] > 1:  # a warp's wait covers its own part of a wgmma

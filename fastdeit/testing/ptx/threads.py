@@ -17,7 +17,7 @@ _SPECIAL = frozenset([*_AXES, "%laneid", "%warpid", "%cluster_ctarank"])
 
 
 class Threads:
-    """What a machine knows of its running threads.
+    """State of a machine's running threads.
 
     Attributes:
         lane_count: threads of all blocks that run together; block after block.
@@ -101,7 +101,7 @@ class Threads:
         return np.ones(self.lane_count, bool) if self.active is None else self.active
 
     def guarded(self, guard: Register) -> ndarray:
-        """Those of them for which a guard holds."""
+        """The active threads for which a guard holds."""
         value = self.registers[guard.index]
         value = np.broadcast_to(~value if guard.negated else value, self.lane_count)
         return value if self.active is None else value & self.active

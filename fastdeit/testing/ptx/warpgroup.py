@@ -32,10 +32,10 @@ def matrix_registers(program: Program) -> frozenset[int]:
 
 
 class MatrixRegisters:
-    """Who may access these registers, and when (ISA 9.7.15.7).
+    """Checks of accesses to these registers (ISA 9.7.15.7).
 
-    Nobody while a wgmma that names them is under way; and a wgmma only behind a `wgmma.fence` that comes after the last access.
-    Only wgmma after wgmma of one shape on the same accumulators needs no fence.
+    No access is allowed while a wgmma that names them is under way. A wgmma may name them only behind a `wgmma.fence` after the
+    last access. Only wgmma after wgmma of one shape on the same accumulators needs no fence.
     """
 
     def __init__(self, machine: "Machine") -> None:
