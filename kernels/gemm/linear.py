@@ -84,14 +84,17 @@ def activation_gradient(
         dz (M, H), activation(z) if needed, and the column sums of dz (H,) in dbias_dtype if that is given.
     """
     gemm = _select((dy, weight, z), *weight.t().shape, "derivative", activation)
-    needs, tables = dict(needs_h=needs_h, dbias_dtype=dbias_dtype), [] if later is None else later
+    tables = [] if later is None else later
     if gemm is not CUBLAS:
         if dy_sum is not None:
             sum_columns((dy, dy_sum), later=tables)
-        made = gemm_backward(dy, weight, z, activation, gemm, **needs, later=tables)
+        made = gemm_backward(dy, weight, z, activation, gemm, needs_h=needs_h, dbias_dtype=dbias_dtype, later=tables)
     else:
         summed = None if dy_sum is None else (dy, dy_sum)
-        made = activation_backward(torch.mm(dy, weight), z, activation, **needs, summed=summed, later=tables)
+        dh = torch.mm(dy, weight)
+        made = activation_backward(
+            dh, z, activation, needs_h=needs_h, dbias_dtype=dbias_dtype, summed=summed, later=tables
+        )
     if later is None:
         add_all(tables)
     return made
