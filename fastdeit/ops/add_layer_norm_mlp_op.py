@@ -1,6 +1,6 @@
 """Residual addition, LayerNorm and MLP of a pre-norm block as one autograd node; the MLP's output is left for the next to add."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from fastdeit.ops.mlp_op import check_mlp, mlp_reference
 from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
 from fastdeit.refusals import or_reference, why_refused
+
+if TYPE_CHECKING:
+    from fastdeit.kernels.runtime.column_sums import Table
 
 _passed = PassedCalls()
 
@@ -208,7 +211,7 @@ def _save(inputs, outputs, made, needs):
 def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.gemm.linear import activation_gradient
     from fastdeit.kernels.mlp.activation import activation_forward
-    from fastdeit.kernels.runtime.column_sums import add_all, column_sums
+    from fastdeit.kernels.runtime.column_sums import add_all, sum_columns
 
     (dout, dx_new), (eps, activation, matmul_dtype, _) = grads, options
     *head, z, used_w1, used_w2, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale = saved
@@ -216,17 +219,20 @@ def _backward(grads, saved, options, grad_dtypes):
     dtypes = dict(zip(GRADIENTS, grad_dtypes, strict=True))
     into_head = any(dtypes[name] is not None for name in HEAD_GRADIENTS)
     needs_h = dtypes["tail_weight"] is not None or dtypes["gamma"] is not None
-    h, later = None, []
+    later: list[Table] = []
     with without_autocast():
         g = as_dtype(dout.reshape(-1, w2.shape[0]), matmul_dtype).contiguous()
-        (g_sum,) = column_sums((g, tail_sums(gamma, dtypes)), later=later)
+        sum_dtype = tail_sums(gamma, dtypes)
+        g_sum = None if sum_dtype is None else g.new_empty(g.shape[1], dtype=sum_dtype)
         if z is None and (into_head or needs_h):
             z = _pre_activation(head, norm, w1, b1, matmul_dtype)
         if into_head:
-            needs = dict(needs_h=needs_h, dbias_dtype=head_sums(head, dtypes), later=later)
+            needs = dict(needs_h=needs_h, dbias_dtype=head_sums(head, dtypes), dy_sum=g_sum, later=later)
             dz, h, dz_sum = activation_gradient(g, either(used_w2, w2), z, activation, **needs)
-        elif needs_h:
-            h = activation_forward(z, activation)
+        else:
+            h = activation_forward(z, activation) if needs_h else None
+            if g_sum is not None:
+                sum_columns((g, g_sum), later=later)
         input_grads = tail_parameter_gradients(g, g_sum, h, w2, b2, gamma, dtypes, later)
         del g, h
         if into_head:

@@ -185,18 +185,16 @@ def head_backward(
     from fastdeit.kernels.gemm.folded_weights import fold_columns_backward
     from fastdeit.kernels.norm.layer_norm import layer_norm_backward
     from fastdeit.kernels.norm.residual_branch import folded_layer_norm_backward
-    from fastdeit.kernels.runtime.column_sums import add_all
 
     needs_any = lambda *names: any(dtypes[name] is not None for name in names)  # noqa: E731
     matmul_dtype = dz.dtype
     grads: dict[str, Tensor | None] = {"bias": dz_sum}
     if head.x_hat is not None:
-        add_all(later)
         product = weight_gradient(dz, head.x_hat, torch.float32) if needs_any("norm_weight", "weight") else None
         needs = dict(
             needs_weight=needs_any("weight"), needs_scale=needs_any("norm_weight"), needs_shift=needs_any("norm_bias")
         )
-        gradients = fold_columns_backward(product, dz_sum, weight, norm.weight, norm.bias, **needs)
+        gradients = fold_columns_backward(product, dz_sum, weight, norm.weight, norm.bias, **needs, later=later)
         grads |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
         if needs_any("x", "branch"):
             dx_hat = torch.mm(dz, used_weight)

@@ -16,8 +16,10 @@ from fastdeit.kernels.gemm.folded_weights_kernels import (
     fold_rows_backward_kernel,
 )
 from fastdeit.kernels.runtime.aot_config import AotConfig
-from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips
+from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
+
+_BLOCK_STRIPS = 64  # of a bias's partial sums, added at a time: of 8 rows 4 a thread
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,13 @@ def fold_columns_backward(
     needs_weight: bool,
     needs_scale: bool,
     needs_shift: bool,
+    later: list[Table] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of weight (N, C), which is dfolded's memory, of column_scale and of column_shift (C,), in fp32; None if not needed.
 
-    dfolded (N, C) and dfolded_bias (N,) are contiguous fp32, and there where a needed gradient depends on them.
+    dfolded (N, C) and dfolded_bias (N,) are contiguous fp32, and there where a needed gradient depends on them. With `later` the
+    gradients of column_scale and column_shift are there once `add_partial_sums` has run on it. If dfolded_bias is one of its totals
+    and is read, this launch adds its partial sums, and takes it from the list.
     """
     outputs, channels = weight.shape
     dweight = dfolded if needs_weight else None
@@ -146,6 +151,8 @@ def fold_columns_backward(
         config = select_config(channels)
         column_blocks = cdiv(channels, config.columns)
         strips, rows_per_strip = row_strips(outputs, config.rows, column_blocks, weight)
+        reads_bias = dfolded_bias is not None and (needs_shift or (changes and column_shift is not None))
+        dbias_partial, dbias = _partial_sums(dfolded_bias, later) if reads_bias else (None, None)
         partial = weight.new_empty((len(wanted), strips, channels), dtype=torch.float32)
         tables = partial.unbind(0)
         next_table = iter(tables)
@@ -155,7 +162,8 @@ def fold_columns_backward(
             (column_blocks, strips),
             (
                 dfolded if needs_weight or needs_scale else None,
-                dfolded_bias,
+                dbias_partial,
+                dbias,
                 _contiguous(weight),
                 _contiguous(column_scale),
                 _contiguous(column_shift),
@@ -165,13 +173,22 @@ def fold_columns_backward(
                 outputs,
                 channels,
                 rows_per_strip,
+                0 if dbias_partial is None else dbias_partial.shape[0],
             ),
-            _constexprs(config, channels),
+            (*_constexprs(config, channels), _BLOCK_STRIPS),
             config.num_warps,
         )
-        if wanted:
-            add_partial_sums(*zip(tables, wanted, strict=True))
+        sum_later(later, *zip(tables, wanted, strict=True))
     return dweight, *sums
+
+
+def _partial_sums(total: torch.Tensor, later: list[Table] | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The partial sums of a total, taken from the list, and where they are to be written; a total that is there is its own."""
+    tables = later or []
+    for index, (_, known) in enumerate(tables):
+        if known is total:
+            return tables.pop(index)
+    return total.unsqueeze(0), None
 
 
 def fold_rows_backward(
@@ -242,9 +259,11 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     for label, scale in (("LayerNorm", {}), ("LayerNorm and LayerScale", dict(row_scale1_ptr=single))):
         arguments = both | scale
         yield AotConfig(fold_both_forward_kernel, arguments, tile, config.num_warps, 1, label, matrix=False)
-    backward = dict.fromkeys(("dfolded_ptr", "dbias_ptr", "weight_ptr", "dweight_ptr"), single) | columns | sizes
-    backward |= dict(dscale_partial_ptr=single, dshift_partial_ptr=single, rows_per_strip="i32")
-    yield AotConfig(fold_columns_backward_kernel, backward, tile, config.num_warps, 1, "LayerNorm", matrix=False)
+    pointers = ("dfolded_ptr", "dbias_partial_ptr", "dbias_ptr", "weight_ptr", "dweight_ptr")
+    backward = dict.fromkeys(pointers, single) | columns | sizes
+    backward |= dict(dscale_partial_ptr=single, dshift_partial_ptr=single, rows_per_strip="i32", dbias_strips="i32")
+    strips = tile | dict(BLOCK_STRIPS=_BLOCK_STRIPS)
+    yield AotConfig(fold_columns_backward_kernel, backward, strips, config.num_warps, 1, "LayerNorm", matrix=False)
     backward = dict.fromkeys(("dfolded_ptr", "dfolded_bias_ptr", "weight_ptr", "bias_ptr", "row_scale_ptr"), single)
     backward |= dict.fromkeys(("dweight_ptr", "dbias_ptr", "dscale_ptr"), single) | sizes
     yield AotConfig(fold_rows_backward_kernel, backward, tile, config.num_warps, 1, "LayerScale", matrix=False)

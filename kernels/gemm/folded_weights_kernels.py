@@ -143,10 +143,21 @@ def fold_both_forward_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["N", "C", "rows_per_strip"])
+@triton.jit
+def _sum_partials(partial_ptr, strips, row, N, BLOCK_STRIPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sums (BLOCK_M,) of some columns of a table of partial sums (strips, N), in a fixed order."""
+    total = tl.zeros([BLOCK_M, BLOCK_STRIPS], tl.float32)
+    for start in tl.range(0, strips, BLOCK_STRIPS):
+        strip = start + tl.arange(0, BLOCK_STRIPS)[None, :]
+        total += tl.load(partial_ptr + strip * N + row[:, None], (strip < strips) & (row[:, None] < N), other=0.0)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit(do_not_specialize=["N", "C", "rows_per_strip", "dbias_strips"])
 def fold_columns_backward_kernel(
     dfolded_ptr,  # (N, C) fp32, or None where neither the weight's gradient nor the scale's is wanted
-    dbias_ptr,  # (N,) fp32, or None
+    dbias_partial_ptr,  # (dbias_strips, N) fp32, whose sums are the folded bias's gradient, or None
+    dbias_ptr,  # (N,) fp32, where those go, or None
     weight_ptr,  # (N, C)
     column_scale_ptr,  # (C,) or None
     column_shift_ptr,  # (C,) or None
@@ -156,11 +167,13 @@ def fold_columns_backward_kernel(
     N,
     C,
     rows_per_strip,  # a multiple of BLOCK_M
+    dbias_strips,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     VECTOR: tl.constexpr,
+    BLOCK_STRIPS: tl.constexpr,  # of partial sums, added at a time
 ):
-    """A program owns BLOCK_N columns of one strip of rows (program id 1)."""
+    """A program owns BLOCK_N columns of one strip of rows (program id 1). Those of the first columns write the bias's gradient."""
     C = assume_multiple_of(C, VECTOR)
     strip = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -175,8 +188,11 @@ def fold_columns_backward_kernel(
         row = start + tl.arange(0, BLOCK_M)
         inside = (row[:, None] < N) & (col[None, :] < C)
         at = row[:, None].to(tl.int64) * C + col[None, :]
-        if dbias_ptr is not None:
-            dbias = tl.load(dbias_ptr + row, row < N, other=0.0)[:, None]
+        if dbias_partial_ptr is not None:
+            sums = _sum_partials(dbias_partial_ptr, dbias_strips, row, N, BLOCK_STRIPS, BLOCK_M)
+            if dbias_ptr is not None:
+                tl.store(dbias_ptr + row, sums, (row < N) & (tl.program_id(0) == 0))
+            dbias = sums[:, None]
         if dscale_partial_ptr is not None or dshift_partial_ptr is not None:
             weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
         if dshift_partial_ptr is not None:

@@ -12,7 +12,7 @@ from fastdeit.kernels.gemm.forward import fits, gemm_forward
 from fastdeit.kernels.mlp.activation import activation_backward, activation_forward
 from fastdeit.kernels.norm.residual_branch import scale_add_forward
 from fastdeit.kernels.runtime.architecture import architecture
-from fastdeit.kernels.runtime.column_sums import Table
+from fastdeit.kernels.runtime.column_sums import Table, add_all, sum_columns
 
 
 def linear_forward(
@@ -70,23 +70,34 @@ def activation_gradient(
     *,
     needs_h: bool = True,
     dbias_dtype: torch.dtype | None = None,
+    dy_sum: torch.Tensor | None = None,
     later: list[Table] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dz = (dy weight) * activation'(z), the gradient that passes a linear layer (O, H) and the activation before it.
 
     Args:
         dy, weight, z: (M, O), (O, H) and (M, H) of one dtype; z is contiguous.
-        later: with it the column sums are there once `add_partial_sums` has run on it.
+        dy_sum: (O,), where the column sums of dy go, which is contiguous then.
+        later: with it all column sums are there once `add_partial_sums` has run on it.
 
     Returns:
         dz (M, H), activation(z) if needed, and the column sums of dz (H,) in dbias_dtype if that is given.
     """
     gemm = _select((dy, weight, z), *weight.t().shape, "derivative", activation)
+    tables = [] if later is None else later
     if gemm is not CUBLAS:
-        return gemm_backward(dy, weight, z, activation, gemm, needs_h=needs_h, dbias_dtype=dbias_dtype, later=later)
-    return activation_backward(
-        torch.mm(dy, weight), z, activation, needs_h=needs_h, dbias_dtype=dbias_dtype, later=later
-    )
+        if dy_sum is not None:
+            sum_columns((dy, dy_sum), later=tables)
+        made = gemm_backward(dy, weight, z, activation, gemm, needs_h=needs_h, dbias_dtype=dbias_dtype, later=tables)
+    else:
+        summed = None if dy_sum is None else (dy, dy_sum)
+        dh = torch.mm(dy, weight)
+        made = activation_backward(
+            dh, z, activation, needs_h=needs_h, dbias_dtype=dbias_dtype, summed=summed, later=tables
+        )
+    if later is None:
+        add_all(tables)
+    return made
 
 
 def _select(operands: tuple[torch.Tensor, ...], N: int, K: int, epilogue: str, activation: str | None) -> Gemm:

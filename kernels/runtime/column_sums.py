@@ -111,9 +111,10 @@ def row_strips(rows: int, step: int, column_blocks: int, x: torch.Tensor) -> tup
 
 
 @triton.jit
-def _sum_strip(
+def sum_strip(
     x_ptr, partial_ptr, block, M, N, rows_per_strip, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr
 ):
+    """Writes the sums of BLOCK_N columns of one strip of rows (program id 1) of x (M, N) to the table partial (strips, N)."""
     N = N // VECTOR * VECTOR
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     col = column[None, :]
@@ -143,12 +144,14 @@ def column_sums_backward_kernel(
     block = tl.program_id(0)
     of_first = tl.cdiv(N0, BLOCK_N)
     if block < of_first:
-        _sum_strip(x0_ptr, partial0_ptr, block, M, N0, rows_per_strip, BLOCK_M, BLOCK_N, VECTOR)
+        sum_strip(x0_ptr, partial0_ptr, block, M, N0, rows_per_strip, BLOCK_M, BLOCK_N, VECTOR)
     elif x1_ptr is not None:
-        _sum_strip(x1_ptr, partial1_ptr, block - of_first, M, N1, rows_per_strip, BLOCK_M, BLOCK_N, VECTOR)
+        sum_strip(x1_ptr, partial1_ptr, block - of_first, M, N1, rows_per_strip, BLOCK_M, BLOCK_N, VECTOR)
 
 
-Table = tuple[torch.Tensor, torch.Tensor]  # partial sums (strips, C), contiguous fp32, and where their total (C,) goes
+Table = tuple[
+    torch.Tensor, torch.Tensor
+]  # rows (M, C), of partial sums in contiguous fp32, and where their total (C,) goes
 
 
 def add_partial_sums(*tables: Table) -> None:
@@ -185,28 +188,33 @@ def column_sums(*matrices: tuple[torch.Tensor, torch.dtype | None], later: list[
     At most two matrices (M, N), contiguous, with as many rows; one launch reads them.
     """
     totals = [None if dtype is None else x.new_empty(x.shape[1], dtype=dtype) for x, dtype in matrices]
-    wanted = [(x, total) for (x, _), total in zip(matrices, totals, strict=True) if total is not None]
-    if not wanted:
-        return totals
-    if wanted[0][0].shape[0] == 0:
-        for _, total in wanted:
+    sum_columns(*((x, total) for (x, _), total in zip(matrices, totals, strict=True) if total is not None), later=later)
+    return totals
+
+
+def sum_columns(*matrices: Table, later: list[Table]) -> None:
+    """`column_sums` into tensors (N,) that are there."""
+    if not matrices:
+        return
+    M = matrices[0][0].shape[0]
+    if M == 0:
+        for _, total in matrices:
             total.zero_()
-        return totals
+        return
     rows, columns, num_warps = STRIP_TILE
-    M, widths = wanted[0][0].shape[0], [x.shape[1] for x, _ in wanted]
+    widths = [x.shape[1] for x, _ in matrices]
     column_blocks = sum(cdiv(width, columns) for width in widths)
-    strips, rows_per_strip = row_strips(M, rows, column_blocks, wanted[0][0])
-    partials = [x.new_empty((strips, x.shape[1]), dtype=torch.float32) for x, _ in wanted]
-    later += [(partial, total) for partial, (_, total) in zip(partials, wanted, strict=True)]
-    absent = (None,) * (2 - len(wanted))
+    strips, rows_per_strip = row_strips(M, rows, column_blocks, matrices[0][0])
+    partials = [x.new_empty((strips, x.shape[1]), dtype=torch.float32) for x, _ in matrices]
+    later += [(partial, total) for partial, (_, total) in zip(partials, matrices, strict=True)]
+    absent = (None,) * (2 - len(matrices))
     launch(
         column_sums_backward_kernel,
         (column_blocks, strips),
-        (*(x for x, _ in wanted), *absent, *partials, *absent, M, widths[0], widths[-1], rows_per_strip),
+        (*(x for x, _ in matrices), *absent, *partials, *absent, M, widths[0], widths[-1], rows_per_strip),
         (rows, columns, min(*(width & -width for width in widths), 16)),
         num_warps,
     )
-    return totals
 
 
 def sum_later(later: list[Table] | None, *tables: Table) -> None:
@@ -224,7 +232,7 @@ def add_all(later: list[Table]) -> None:
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """Tables of autocast, one and a LayerNorm's three, and the four of a branch of a bf16 model; matrices in bf16, one and two."""
+    """Tables of autocast, one and a LayerNorm's three, and the four of a branch of a bf16 model; two matrices in bf16."""
     tile = dict(zip(("BLOCK_STRIPS", "BLOCK_C"), _TILE, strict=True), VECTOR=4)
     sizes = dict.fromkeys((f"{name}{i}" for name in ("strips", "C") for i in range(_MOST_TABLES)), "i32")
     for tables, dtype in ((1, "fp32"), (3, "fp32"), (_MOST_TABLES, "bf16")):
@@ -234,10 +242,6 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         yield AotConfig(partial_sums_backward_kernel, types, tile, _NUM_WARPS, 1, label, matrix=False)
     rows, columns, num_warps = STRIP_TILE
     strip = dict(BLOCK_M=rows, BLOCK_N=columns, VECTOR=16)
-    sizes = dict.fromkeys(("M", "N0", "N1", "rows_per_strip"), "i32")
-    for count in (1, 2):
-        types = (
-            {f"x{i}_ptr": "*bf16" for i in range(count)} | {f"partial{i}_ptr": "*fp32" for i in range(count)} | sizes
-        )
-        label = "one matrix" if count == 1 else "two matrices"
-        yield AotConfig(column_sums_backward_kernel, types, strip, num_warps, 1, label, matrix=False)
+    types = dict.fromkeys(("x0_ptr", "x1_ptr"), "*bf16") | dict.fromkeys(("partial0_ptr", "partial1_ptr"), "*fp32")
+    types |= dict.fromkeys(("M", "N0", "N1", "rows_per_strip"), "i32")
+    yield AotConfig(column_sums_backward_kernel, types, strip, num_warps, 1, "two matrices", matrix=False)

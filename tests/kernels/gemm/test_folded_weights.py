@@ -11,6 +11,7 @@ from fastdeit.kernels.gemm.folded_weights import (
     fold_forward,
     fold_rows_backward,
 )
+from fastdeit.kernels.runtime.column_sums import add_partial_sums
 from fastdeit.testing import assert_close_to_oracle, kernel_device, kernel_dtypes, poisoned_memory
 
 DEVICE = kernel_device()
@@ -111,6 +112,31 @@ def test_a_norm_without_one_of_its_parameters(which):
         found = fold_columns_backward(dfolded.clone(), dbias, weight, scale, shift, **needs)
     for a, b in zip(found, (expected[0], *expected[2:4]), strict=True):
         torch.testing.assert_close(a, None if b is None else b.float())
+
+
+@pytest.mark.parametrize("strips", [1, 64, 150])
+@pytest.mark.parametrize("channels", [65, 515])
+def test_partial_sums_of_the_bias_are_added_where_they_are_read(channels, strips):
+    weight, scale, shift, dfolded = randn(70, channels), randn(channels), randn(channels), randn(70, channels)
+    partial, dbias, other = randn(strips, 70), torch.full((70,), float("nan"), device=DEVICE), (randn(1, 3), randn(3))
+    later = [other, (partial, dbias)]
+    with poisoned_memory():
+        needs = dict(needs_weight=True, needs_scale=True, needs_shift=True)
+        found = fold_columns_backward(dfolded.clone(), dbias, weight, scale, shift, **needs, later=later)
+        assert later[0] is other and [total.shape for _, total in later[1:]] == [(channels,)] * 2
+        add_partial_sums(*later)
+    exact = partial.double().sum(0)
+    assert_close_to_oracle("bias", dbias, exact, partial.sum(0), partial.abs().sum(0).max().item())
+    expected = gradients((weight, None, scale, shift, None), (dfolded, dbias), torch.float64)
+    for a, at in zip(found, (0, 2, 3), strict=True):
+        torch.testing.assert_close(a, expected[at].float(), rtol=1e-4, atol=1e-4)
+
+
+def test_partial_sums_that_nothing_reads_stay_on_the_list():
+    weight, later = randn(9, 20), [(randn(3, 9), randn(9))]
+    needs = dict(needs_weight=False, needs_scale=True, needs_shift=False)
+    fold_columns_backward(randn(9, 20), later[0][1], weight, randn(20), randn(20), **needs, later=later)
+    assert [total.shape for _, total in later] == [(9,), (20,)]
 
 
 @pytest.mark.parametrize(("outputs", "channels"), SHAPES)

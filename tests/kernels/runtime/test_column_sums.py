@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastdeit.kernels.mlp.activation import activation_backward
 from fastdeit.kernels.runtime import column_sums
 from fastdeit.kernels.runtime.column_sums import add_partial_sums, row_strips
 from fastdeit.testing import assert_close_to_oracle, kernel_device, kernel_dtypes, poisoned_memory
@@ -43,6 +44,19 @@ def test_what_is_not_wanted_is_not_summed():
 def test_no_rows_sum_to_zero():
     total, other = sums((torch.empty(0, 4, device=DEVICE), torch.float32), (torch.empty(0, 2, device=DEVICE), None))
     assert torch.equal(total, torch.zeros(4, device=DEVICE)) and other is None
+
+
+@pytest.mark.parametrize(("rows", "hidden", "width"), [(1, 3, 1), (70, 259, 300), (9, 16, 32)])
+def test_columns_of_a_matrix_in_the_launch_of_an_activations_gradient(rows, hidden, width):
+    dh, z, x = (torch.randn(rows, n, device=DEVICE) for n in (hidden, hidden, width))
+    total, later = x.new_empty(width), []
+    with poisoned_memory():
+        found = activation_backward(dh, z, "gelu", dbias_dtype=torch.float32, summed=(x, total), later=later)
+        add_partial_sums(*later)
+        alone = activation_backward(dh, z, "gelu")
+    assert all(map(torch.equal, found[:2], alone[:2]))
+    assert_sums(found[2], found[0])
+    assert_sums(total, x)
 
 
 def test_tables_of_any_shape_share_launches(monkeypatch):
