@@ -5,7 +5,8 @@ repeat makes the recording unusable (`Tape.refused`) and leaves the run unchange
 """
 
 import functools
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,23 @@ def _kind(func: Any) -> _Kind:
     return _Kind(func.name(), func._can_decompose(), func._schema.is_mutable)
 
 
+def _untraced(method: Callable[..., None]) -> Callable[..., None]:
+    """A method under which `sys.settrace`'s function is not called: it has nothing to look for in the recording's own code."""
+
+    @functools.wraps(method)
+    def called(*args: Any) -> None:
+        trace = sys.gettrace()
+        if trace is None:
+            return method(*args)
+        sys.settrace(None)
+        try:
+            return method(*args)
+        finally:
+            sys.settrace(trace)
+
+    return called
+
+
 class Tape(LaunchObserver):
     """Records inside a with statement, in one thread, on one stream: below autograd, so that composite operations are seen as such,
     or what autograd runs of our ops, forward and, in a with statement of its own, backward.
@@ -164,6 +182,7 @@ class Tape(LaunchObserver):
 
     # ---- launches
 
+    @_untraced
     def launched(self, launch: Any) -> None:
         args = tuple(map(self._argument, launch.args))
         self.events.append(Launch(launch._replace(args=()), args))
@@ -182,6 +201,10 @@ class Tape(LaunchObserver):
 
     # ---- PyTorch's operations
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is recorded inside a compiler, and its guard takes as long as all the rest
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         kind = _kind(func)
@@ -195,6 +218,7 @@ class Tape(LaunchObserver):
             self._note(kind, args, kwargs, result)
         return result
 
+    @_untraced
     def _note(self, kind: "_Kind", args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         name = kind.name
         results = result if isinstance(result, (tuple, list)) else (result,)

@@ -10,10 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.knobs import runtime
 
 import fastdeit
+from fastdeit import ops
 from fastdeit.blocks.snapshot import KEY
 from fastdeit.plan import planned as planning
+from fastdeit.plan import surroundings
 from fastdeit.plan.code import MOST_ADDRESSES
 from fastdeit.plan.planned import Plan, described
+from fastdeit.plan.tape import Tape
 from tests.plan.changes import CHANGES, LoRA
 from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes
 from tests.plan.models import MODEL, PLAIN, apart, build, images, only_plan, plan_it, plans
@@ -225,6 +228,17 @@ def test_other_calls_have_other_plans(what):
         for _ in range(4):
             assert of_parameters(recorded(lambda: model(other)), model) == of_parameters(ops, model)
     assert len(plans(model)) == (1 if what == "alignment" else 2)
+
+
+def test_what_a_call_runs_is_looked_at_while_it_is_recorded_and_the_recording_itself_is_not(monkeypatch):
+    looked_at, why = set(), surroundings._why_not_understood
+    monkeypatch.setattr(surroundings, "_why_not_understood", lambda code: looked_at.add(code) or why(code))
+    model = build()
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: model(images(model)))
+    only_plan(model)
+    assert ops.add_layer_norm_mlp.__wrapped__.__code__ in looked_at and Tape.__torch_dispatch__.__code__ in looked_at
+    assert not {Tape.view.__code__, Tape._argument.__code__, Tape._make.__code__} & looked_at
 
 
 def test_a_module_that_is_called_is_not_recorded():
