@@ -151,8 +151,9 @@ def fold_columns_backward(
         config = select_config(channels)
         column_blocks = cdiv(channels, config.columns)
         strips, rows_per_strip = row_strips(outputs, config.rows, column_blocks, weight)
-        reads_bias = dfolded_bias is not None and (needs_shift or (changes and column_shift is not None))
-        dbias_partial, dbias = _partial_sums(dfolded_bias, later) if reads_bias else (None, None)
+        dbias_partial = dbias = None
+        if dfolded_bias is not None and (needs_shift or (changes and column_shift is not None)):
+            dbias_partial, dbias = _partial_sums(dfolded_bias, later)
         partial = weight.new_empty((len(wanted), strips, channels), dtype=torch.float32)
         tables = partial.unbind(0)
         next_table = iter(tables)
