@@ -122,23 +122,24 @@ def launched_by(case: Case, arch: int) -> set[str]:
 
 
 def record(arch: int, wanted: set[str], jobs: int) -> tuple[dict[str, Execution], list[str]]:
-    """Executes the rows with the wanted keys, in all schedules, each in the first case that launches it.
+    """Executes the rows with the wanted keys, in all schedules, each in the first case that launches it and that can be executed.
 
     Returns:
         What each row did by key, without rows that no case launches and those of cases that use tcgen05; and, as sentences,
         which cases failed.
     """
-    first: dict[str, str] = {}
+    launching: dict[str, list[str]] = {}
     for case in cases(arch) if wanted else ():
-        for key in launched_by(case, arch):
-            first.setdefault(key, case.name)
-    names = list(dict.fromkeys(first[key] for key in first if key in wanted))
+        for key in launched_by(case, arch) & wanted:
+            launching.setdefault(key, []).append(case.name)
     found, failures = dict[str, Execution](), list[str]()
-    for done, ran in enumerate(run_cases(arch, names, thorough=True, jobs=min(jobs, len(names)) or 1), 1):
-        print(f"[{done}/{len(names)}] sm_{arch}, executed: {ran.case}", file=sys.stderr, flush=True)
-        if ran.failure and not uses_tcgen05(ran.failure):
-            failures.append(f"sm_{arch}, {ran.case}: {ran.failure}")
-        found |= {key: x for key, x in ran.executions.items() if key in wanted and first[key] == ran.case}
+    while names := list(dict.fromkeys(left[0] for key, left in launching.items() if left and key not in found)):
+        for done, ran in enumerate(run_cases(arch, names, thorough=True, jobs=min(jobs, len(names))), 1):
+            print(f"[{done}/{len(names)}] sm_{arch}, executed: {ran.case}", file=sys.stderr, flush=True)
+            if ran.failure and not uses_tcgen05(ran.failure):
+                failures.append(f"sm_{arch}, {ran.case}: {ran.failure}")
+            found |= {key: x for key, x in ran.executions.items() if launching.get(key, [])[:1] == [ran.case]}
+        launching = {key: [name for name in left if name not in names] for key, left in launching.items()}
     return found, failures
 
 
