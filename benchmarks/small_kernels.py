@@ -54,6 +54,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
         with gemm_config.use_gemm(backend):
             yield f"mlp, {backend}", lambda: ops.mlp(x, w1, b1, w2, b2)
             yield f"linear, {backend}", lambda: ops.linear(x, w1[:channels], b1[:channels], **options)
+    projections = randn(3 * channels, channels), randn(3 * channels), randn(channels, channels), randn(channels)
+    yield (
+        "add_layer_norm_attention",
+        lambda: ops.add_layer_norm_attention(x, branch, weight, bias, 1e-6, *projections, heads)[1],
+    )
     images, patches, positions = randn(2, 3, 19, 34), randn(channels, 3, 8, 8), randn(1, 10, channels)
     prefix = randn(1, 1, channels), randn(1, 1, channels)
     yield "patch_embedding", lambda: ops.patch_embedding(images, patches, bias, positions, *prefix)
