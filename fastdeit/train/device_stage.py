@@ -39,7 +39,7 @@ class DeviceStage:
         images = images.permute(0, 3, 1, 2)
         if self.planned or self.levels is not None:
             return augment(images, plans, flips=flips, levels=self.levels, fill=self.fill), classes
-        # With one channel two strides are as good. Convolutions choose their algorithm by them, so that they are always these.
+        # Convolutions choose their algorithm by strides. Those of one channel fit two layouts: always (B, C, H, W)'s, as above.
         return images.contiguous().flatten(1).view(images.shape), classes
 
 

@@ -203,7 +203,7 @@ def eight_bit_cases(arch: int) -> Iterator[tuple[Case, str]]:
 
 
 def eight_bit_label(case: Case, out: str) -> str:
-    """Of a case with an 8-bit output."""
+    """The label of a case whose output has an 8-bit format."""
     return f"{case.label} to {out}"
 
 

@@ -235,7 +235,7 @@ def config_for(
 
 
 def _launch(qkv, out, lse, out_scale, num_heads, scale, config):
-    """Of packed inputs. lse may be None; out_scale is None but for an 8-bit out."""
+    """The launch for packed inputs. lse may be None; out_scale is None unless out is in 8 bits."""
     if out.numel() == 0:
         return
     qkv = strided(qkv)
@@ -255,7 +255,7 @@ def _launch(qkv, out, lse, out_scale, num_heads, scale, config):
 
 
 def _launch_separate(q, k, v, out, lse, out_scale, scale, config):
-    """As `_launch`."""
+    """The launch for separate inputs; arguments as in `_launch`."""
     if out.numel() == 0:
         return
     q, k, v = strided(q), strided(k), strided(v)

@@ -149,9 +149,8 @@ def column_sums_backward_kernel(
         sum_strip(x1_ptr, partial1_ptr, block - of_first, M, N1, rows_per_strip, BLOCK_M, BLOCK_N, VECTOR)
 
 
-Table = tuple[
-    torch.Tensor, torch.Tensor
-]  # rows (M, C), of partial sums in contiguous fp32, and where their total (C,) goes
+# Rows (M, C), of partial sums in contiguous fp32, and where their total (C,) goes
+Table = tuple[torch.Tensor, torch.Tensor]
 
 
 def add_partial_sums(*tables: Table) -> None:

@@ -59,9 +59,7 @@ class SharedMemory:
         self.filling = np.zeros(total, np.int16)  # asynchronous copies under way into the word
         self.borrowed = np.zeros(total, np.int16)  # asynchronous reads under way of the word
         self.write_stamp = np.full(total, _NEVER)
-        self.byte_stamps: ndarray | None = (
-            None  # (total, 4), the same for each byte, once a store has filled a part of a word
-        )
+        self.byte_stamps: ndarray | None = None  # (total, 4), by byte, once threads have filled a word together
         self.added = np.full(total, _NEVER)  # the floor at which atom.add last changed the word
         self.read_stamp = np.full(total, _NEVER)
         self.read_by_lanes = np.full(total, _NEVER)  # the floor at which several threads of the warp had read the word
