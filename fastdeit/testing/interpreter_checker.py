@@ -171,7 +171,8 @@ def _storing(checker: Checker, plain: Callable) -> Callable:
 
 def _active(pointers, mask) -> np.ndarray:
     addresses = np.asarray(pointers.data)
-    return addresses[np.broadcast_to(np.asarray(mask.data), addresses.shape)].astype(np.int64).ravel()
+    lanes = np.asarray(mask.data).astype(bool)  # the interpreter makes integers of one truth value for a block
+    return addresses[np.broadcast_to(lanes, addresses.shape)].astype(np.int64).ravel()
 
 
 def _check_bounds(checker: Checker, verb: str, addresses: np.ndarray) -> None:

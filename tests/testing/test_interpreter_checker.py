@@ -65,7 +65,9 @@ def check(op, *inputs, frozen=()):
         outputs = [y for y in outputs if y.requires_grad]
         torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], [torch.randn_like(y) for y in outputs])
     assert checker.counts["launches"] > 1 and checker.counts["stores"] > 1
-    CHECKED.update({"ops, forward and backward": 1}, findings=len(checker.findings), **checker.counts)
+    CHECKED.update(
+        {"ops, forward and where they have one backward": 1}, findings=len(checker.findings), **checker.counts
+    )
     return checker.findings
 
 
@@ -198,6 +200,31 @@ def test_distillation(classes, kind, base, dtype, layout):
         return ops.distillation_cross_entropy(head, dist, target, given, kind=kind, base=base, tau=3.0)
 
     assert check(loss, *(layout(randn(4, classes, dtype=dtype)) for _ in range(1 if kind == "none" else 2))) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_eight_bits(dtype, monkeypatch):
+    """The ops without a gradient. Attention over pointers, of separate heads, and through descriptors."""
+    from fastdeit.kernels.attention import forward
+
+    x, branch, step = randn(2, 5, 100, dtype=bf16), randn(2, 5, 100, dtype=bf16), torch.tensor([0.1])
+    weight, bias, gamma = (randn(100) for _ in range(3))
+    q, k, v = (transposed(randn(2, 37, 2, 48, dtype=bf16)) for _ in range(3))
+    plain = forward.select_config
+    with backends.use_backend("triton"), testing.poisoned_memory(), checked_interpreter(MULTIPLES) as checker:
+        ops.add_layer_norm_quantize(x, branch, weight, bias, gamma=gamma, dtype=dtype)
+        ops.rescale(x, scale=step, activation="gelu", out_dtype=dtype)
+        ops.rescale(
+            torch.ones(7, 33, dtype=torch.int32), row_scale=torch.ones(7), column_scale=torch.ones(33), out_dtype=bf16
+        )
+        ops.attention_quantize(randn(2, 70, 3 * 72, dtype=bf16), 1, step, dtype=dtype)
+        ops.attention_qkv_quantize(q, k, v, step, dtype=dtype)
+        monkeypatch.setattr(forward, "select_config", lambda batch, *rest: plain(4096, *rest))
+        ops.attention_quantize(randn(1, 66, 3 * 80, dtype=bf16), 1, step, dtype=dtype)
+    assert checker.findings == [] and checker.counts["launches"] == 6
+    CHECKED.update(
+        {"ops, forward and where they have one backward": 6}, findings=len(checker.findings), **checker.counts
+    )
 
 
 # ---- planted faults
