@@ -4,10 +4,9 @@ All random numbers are those of the transforms that `train_transform` made, draw
 whichever way they are made.
 """
 
-import functools
 import random
 from collections.abc import Callable
-from types import FunctionType, SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,9 +160,7 @@ class ImagePipeline:
         """The random crop of an image of source's size, and how it is to be resized."""
         crop: Any = self.crop
         with _Named(self.crop_option):
-            top, left, height, width = _of_extents(crop.get_params)(
-                (source.width, source.height), crop.scale, crop.ratio
-            )
+            top, left, height, width = crop.get_params(_Extent(source.width, source.height), crop.scale, crop.ratio)
             mode = crop.interpolation
             return Box(left, top, width, height), random.choice(mode) if isinstance(mode, tuple | list) else mode
 
@@ -274,12 +271,15 @@ def flipped(image: Image.Image, flips: int) -> Image.Image:
     return image
 
 
-@functools.cache
-def _of_extents(get_params: Any) -> Callable[..., tuple[int, int, int, int]]:
-    """timm's function that draws a crop, taking (width, height) in place of an image. torchvision's query of an image's size takes
-    longer than the rest of it."""
-    asking = {**get_params.__globals__, "F": SimpleNamespace(get_image_size=tuple)}
-    return FunctionType(get_params.__code__, asking, closure=get_params.__closure__)
+class _Extent(Image.Image):
+    """An image without pixels: drawing a crop asks for an image's size alone."""
+
+    def __init__(self, width: int, height: int) -> None:  # PIL's takes longer than drawing the crop, for nothing
+        self.extent = width, height
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.extent
 
 
 class _UndecodableError(Exception):

@@ -130,7 +130,7 @@ def record(arch: int, wanted: set[str], jobs: int) -> tuple[dict[str, Execution]
     """
     launching: dict[str, list[str]] = {}
     for case in cases(arch) if wanted else ():
-        for key in launched_by(case, arch) & wanted:
+        for key in sorted(launched_by(case, arch) & wanted):
             launching.setdefault(key, []).append(case.name)
     found, failures = dict[str, Execution](), list[str]()
     while names := list(dict.fromkeys(left[0] for key, left in launching.items() if left and key not in found)):
