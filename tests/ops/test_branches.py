@@ -33,6 +33,13 @@ def gradients(op, tensors, trained, autocast):
     return {name: t.grad for name, t in tensors.items() if t.grad is not None}
 
 
+def same(found, expected):
+    """To the bit under the interpreter. A compiler may contract a product and a sum in one variant of a kernel, not in another."""
+    if backends.interpreter_active():
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=0, atol=2**-8 * expected.abs().max())
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     ("op", "stream", "counts"),
@@ -48,4 +55,4 @@ def test_subsets_of_an_mlp_branch(op, stream, counts, autocast):
     for trained in (subset for count in counts for subset in itertools.combinations(names, count)):
         found = gradients(op, tensors, trained, autocast)
         assert found.keys() == set(trained)
-        assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items()), trained
+        assert all(same(gradient, expected[name]) for name, gradient in found.items()), trained
