@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from fastdeit.kernels.norm.layer_norm_kernels import layer_norm_backward_kernel, layer_norm_forward_kernel
+from fastdeit.kernels.norm.subsets import Subsets
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import architecture, multiprocessors
 from fastdeit.kernels.runtime.column_sums import Table, sum_later
@@ -96,21 +97,27 @@ def layer_norm_forward(
     gamma: torch.Tensor | None = None,
     drop_path_scale: torch.Tensor | None = None,
     keep_statistics: bool = True,
+    subsets: Subsets | None = None,
     config: Config | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """x (..., C) of any strides, branch like x, drop_path_scale (x.shape[0],) fp32.
 
     Returns x_new (None without a branch) in the promoted dtype of x and branch, y in out_dtype, mean and rstd (M,) in fp32,
-    None without keep_statistics.
+    None without keep_statistics. With subsets branch, and y, mean and rstd, are of the samples that these keep.
     """
     shape, channels = x.shape, x.shape[-1]
     rows = x.numel() // channels
-    y = x.new_empty(shape, dtype=out_dtype)
+    y_shape, y_rows, slots, kept = shape, rows, (None, None), (0, 0)
+    if subsets is not None:
+        y_shape = (subsets.kept, *shape[1:])
+        y_rows = rows // shape[0] * subsets.kept
+        slots, kept = (subsets.branch_slots, subsets.slots), (subsets.branch_kept, subsets.kept)
+    y = x.new_empty(y_shape, dtype=out_dtype)
     x_new = mean = rstd = None
     if branch is not None:
         x_new = x.new_empty(shape, dtype=torch.promote_types(x.dtype, branch.dtype))
     if keep_statistics:
-        mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+        mean, rstd = x.new_empty(y_rows, dtype=torch.float32), x.new_empty(y_rows, dtype=torch.float32)
     if rows == 0:
         return x_new, y, mean, rstd
     x = _as_tokens(x)
@@ -133,7 +140,9 @@ def layer_norm_forward(
             y,
             mean,
             rstd,
+            *slots,
             x.shape[1],
+            *kept,
             *x_strides,
             *strides,
             eps,
@@ -239,7 +248,7 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
                 forward |= dict(branch_ptr=low, gamma_ptr=x, drop_path_scale_ptr="*fp32", x_new_ptr=x)
                 backward |= dict(dx_new_ptr=x, branch_ptr=low, gamma_ptr=x, drop_path_scale_ptr="*fp32")
                 backward |= dict(dbranch_ptr=low, dgamma_partial_ptr="*fp32")
-            forward |= dict(TOKENS="i32", eps="fp32") | dict.fromkeys(strides, "i32")
+            forward |= dict(eps="fp32") | dict.fromkeys(("TOKENS", "branch_kept", "kept", *strides), "i32")
             backward |= dict(M="i32", TOKENS="i32") | dict.fromkeys(backward_strides, "i32")
             label = f"C={channels} {label}"
             yield AotConfig(layer_norm_forward_kernel, forward, tile, config.num_warps, 1, label, matrix=False)
