@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastdeit.kernels.gemm.tiles import assume_multiple_of
-from fastdeit.kernels.norm.subsets import Subsets, row_of_subset
+from fastdeit.kernels.norm.subsets import SUBSET_WIDTHS, Subsets, row_of_subset
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later, sum_pairs, sum_rows
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
@@ -271,3 +271,9 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
         constexprs = dict(C=channels, CHANNELS=config.columns, BLOCK_M=config.rows)
         label = f"C={channels} autocast"
         yield AotConfig(folded_layer_norm_backward_kernel, types, constexprs, config.num_warps, 1, label, matrix=False)
+        if channels in SUBSET_WIDTHS:
+            types = types | dict(branch_slots_ptr="*i64", slots_ptr="*i64")
+            label += ", subsets"
+            yield AotConfig(
+                folded_layer_norm_backward_kernel, types, constexprs, config.num_warps, 1, label, matrix=False
+            )
