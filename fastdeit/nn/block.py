@@ -52,6 +52,13 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         """Why `forward` would run timm's code around its children, None if it would run the kernels."""
         return _why_not_call(looked_at(self)[1], x)
 
+    def note(self) -> str | None:
+        """How it drops samples in training where that is not timm's mask; None where it drops none."""
+        drops = (self.drop_path1, self.drop_path2)
+        if self.drop_path_mode != "skip" or not any(getattr(drop, "drop_prob", 0.0) for drop in drops):
+            return None
+        return "in training its branches run only on the samples that stochastic depth keeps"
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not isinstance(self, Block):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, x, attn_mask, is_causal)

@@ -220,7 +220,8 @@ def _forward(
         del rows
         out, _ = linear_forward(h, folded.tail_weight, folded.tail_bias)
     made = (head.mean, head.x_hat, head.rstd, z, *saved_weights(folded, w1, w2))
-    return (out.view(kept or x.shape[0], *x.shape[1:-1], out.shape[-1]), x_new), made
+    shape = x.shape[:-1] if kept is None else (kept, *x.shape[1:-1])
+    return (out.view(*shape, out.shape[-1]), x_new), made
 
 
 def _save(inputs, outputs, made, needs):

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdeit.ops.arguments import check_vector
 from fastdeit.ops.layer_norm_op import check_branch, check_normalised
 from fastdeit.ops.matmul import as_dtype, contiguous, parameter_gradients, weight_gradient
-from fastdeit.ops.skipped_samples import check_slots, gathered, samples_of
+from fastdeit.ops.skipped_samples import check_slots, samples_of
 
 if TYPE_CHECKING:
     from fastdeit.kernels.norm.subsets import Subsets
@@ -274,24 +274,29 @@ def _norm_backward_of_subset(
     later: "list[Table]",
     subsets: "Subsets",
 ) -> dict[str, Tensor | None]:
-    """`_norm_backward` of tokens that are normalised for a subset of x's samples: the gradients are spread and taken by PyTorch."""
-    x, whole = head.x, dtypes["x"] or dtypes["branch"]
-    samples = None if subsets.slots is None else samples_of(subsets.slots, subsets.kept)
-    rows = head._replace(x=x if samples is None else x.index_select(0, samples))
-    # In fp32, so that dx is rounded once.
-    wanted = dtypes | {"x": None if whole is None else torch.float32, "branch": None}
-    grads = _norm_backward(dnormed, None, rows, None, norm, wanted, later)
-    if grads["x"] is None:
+    """`_norm_backward` of tokens that are normalised for a subset of x's samples, which PyTorch gathers and puts back."""
+    x, samples = head.x, None
+    assert x is not None
+    wanted = dtypes | {"x": None if dtypes["x"] is dtypes["branch"] is None else x.dtype, "branch": None}
+    rows, rows_dx_new = head, dx_new
+    if subsets.slots is not None:
+        samples = samples_of(subsets.slots, subsets.kept)
+        rows = head._replace(x=x.index_select(0, samples))
+        rows_dx_new = None if dx_new is None else dx_new.index_select(0, samples)
+    grads = _norm_backward(dnormed, rows_dx_new, rows, None, norm, wanted, later)
+    dx = grads["x"]
+    if dx is None:
         return grads
-    dx = x.new_zeros(x.shape, dtype=torch.float32) if dx_new is None else dx_new.float()
-    dx = dx + grads["x"] if samples is None else dx.index_add(0, samples, grads["x"])
-    grads["x"] = None if dtypes["x"] is None else dx.to(dtypes["x"])
+    if samples is not None:
+        dx = (x.new_zeros(x.shape) if dx_new is None else dx_new).index_copy(0, samples, dx)
+    grads["x"] = dx
     if dtypes["branch"] is not None:
+        samples = None if subsets.branch_slots is None else samples_of(subsets.branch_slots, subsets.branch_kept)
+        dbranch = dx.clone() if samples is None else dx.index_select(0, samples)
         if drop_path_scale is not None:
-            dx = dx * drop_path_scale.reshape(-1, *(1,) * (dx.dim() - 1))
-        if subsets.branch_slots is not None:
-            dx = gathered(dx, subsets.branch_slots, subsets.branch_kept)
-        grads["branch"] = dx.to(dtypes["branch"])
+            scale = drop_path_scale if samples is None else drop_path_scale.index_select(0, samples)
+            dbranch.mul_(scale.reshape(-1, *(1,) * (dx.dim() - 1)))
+        grads["branch"] = dbranch
     return grads
 
 

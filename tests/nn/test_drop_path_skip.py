@@ -239,6 +239,13 @@ def test_the_choice_can_be_changed_and_undone():
     assert all("drop_path_mode" not in block.__dict__ for block in made.blocks)
 
 
+def test_explain_says_so(kernels_stood_in):
+    made = model(0.5)
+    notes = {row.name: row.reason for row in fastdeit.explain(made) if row.kind == "Block"}
+    assert notes["blocks.0"] == "" and "only on the samples that stochastic depth keeps" in notes["blocks.1"]
+    assert "stochastic depth keeps" not in str(fastdeit.explain(fastdeit.accelerate(made)))
+
+
 def test_a_model_may_be_compiled():
     fused, timms = pair(dim=16)
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
