@@ -205,9 +205,7 @@ def host_block_on_subsets(block: spec.Block, x: Tensor, call_arguments: Mapping[
     return x
 
 
-def _pending_subset(
-    branch: spec.Branch, block: nn.Module, x: Tensor, out: Tensor, subset: Subset
-) -> PendingResidual:
+def _pending_subset(branch: spec.Branch, block: nn.Module, x: Tensor, out: Tensor, subset: Subset) -> PendingResidual:
     """The addition to x of what a branch's body made of a subset, after LayerScale."""
     out = _tail(replace(branch, drop_path=spec.NOTHING), block, out)
     return PendingResidual(x, out, None, subset.scale, subset.slots)

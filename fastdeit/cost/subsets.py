@@ -17,9 +17,9 @@ _OUTSIDE = ("patch embedding", "heads and loss")
 # fused LayerNorm moves of kept samples.
 #   forward         reads and writes the stream of the others too
 #   backward, amp   reads and writes its gradient
-#   backward, bf16  gathers the stream (4), which the norm's recomputation and backward read, and the stream's gradient (4), copies
-#                   that gradient (4 of the batch), puts the rows back (4), gathers the branch's gradient (4) and scales it (4), less
-#                   the branch's gradient, which the fused kernel would write
+#   backward, bf16  gathers the stream (4), the norm's input, and the stream's gradient (4), copies that gradient (4 of the batch),
+#                   puts rows back (4), gathers the branch's gradient (4) and scales it (4), less the branch's gradient (2), which
+#                   the fused kernel would write
 _BYTES = {"amp": ((-8, 8), (-8, 8)), "bf16": ((-4, 4), (18, 4))}
 _LAUNCHES = {"amp": (5, 0), "bf16": (5, 11)}  # forward: random numbers, their sort, the factors
 _BRANCHES = 2

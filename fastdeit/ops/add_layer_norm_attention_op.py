@@ -1,6 +1,6 @@
 """Residual addition, LayerNorm and attention of a pre-norm block as one autograd node; its output is left for the next to add."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +94,8 @@ def add_layer_norm_attention(
             no int.
         ValueError: a shape or device does not fit, or eps is negative or NaN.
     """
-    tensors = (x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, drop_path_scale)
-    tensors += (branch_slots, slots)
+    of_samples = (drop_path_scale, branch_slots, slots)
+    tensors = (x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, *of_samples)
     if not _passed.has(tensors, eps, num_heads, kept):
         check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps, branch_slots, slots, kept)
         _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
@@ -103,13 +103,13 @@ def add_layer_norm_attention(
         head_dim = qkv_weight.shape[0] // (3 * num_heads)
         if why_reference(x, head_dim, branch) is not None or lacks_elements(proj_weight):
             weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
-            options = dict(gamma=gamma, drop_path_scale=drop_path_scale)
+            options: dict[str, Any] = dict(gamma=gamma, drop_path_scale=drop_path_scale)
             options |= dict(branch_slots=branch_slots, slots=slots, kept=kept)
             return add_layer_norm_attention_reference(x, branch, norm_weight, norm_bias, eps, *weights, **options)
         _passed.add(tensors, eps, num_heads, kept)
     branch_kept = None if branch is None or branch_slots is None else branch.shape[0]
-    options = (eps, num_heads, backends.matmul_dtype(x), branch_kept, kept)
-    out, x_new = add_layer_norm_attention_unchecked(*tensors, *options)
+    given = (eps, num_heads, backends.matmul_dtype(x), branch_kept, kept)
+    out, x_new = add_layer_norm_attention_unchecked(*tensors, *given)
     return x if branch is None else x_new, out
 
 

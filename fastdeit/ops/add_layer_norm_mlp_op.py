@@ -1,7 +1,7 @@
 """Residual addition, LayerNorm and MLP of a pre-norm block as one autograd node; the MLP's output is left for the next to add."""
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,21 +105,21 @@ def add_layer_norm_mlp(
     """
     if lean is not None:
         recompute = instead_of_lean(lean)
-    tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale)
-    tensors += (branch_slots, slots)
+    of_samples = (drop_path_scale, branch_slots, slots)
+    tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *of_samples)
     if not _passed.has(tensors, eps, activation, recompute, kept):
         check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps, branch_slots, slots, kept)
         check_mlp(x, w1, b1, w2, b2, activation)
         check_tail(x, gamma, w2)
         check_recompute(recompute)
         if why_reference(x, branch) is not None or lacks_elements(w1, w2):
-            options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
+            options: dict[str, Any] = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
             options |= dict(branch_slots=branch_slots, slots=slots, kept=kept)
             return add_layer_norm_mlp_reference(x, branch, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
         _passed.add(tensors, eps, activation, recompute, kept)
     branch_kept = None if branch is None or branch_slots is None else branch.shape[0]
-    options = (eps, activation, backends.matmul_dtype(x), recompute, branch_kept, kept)
-    out, x_new = add_layer_norm_mlp_unchecked(*tensors, *options)
+    given = (eps, activation, backends.matmul_dtype(x), recompute, branch_kept, kept)
+    out, x_new = add_layer_norm_mlp_unchecked(*tensors, *given)
     return x if branch is None else x_new, out
 
 
@@ -236,7 +236,9 @@ def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.runtime.column_sums import add_all, sum_columns
 
     (dout, dx_new), (eps, activation, matmul_dtype, _, branch_kept, kept) = grads, options
-    *head, z, used_w1, used_w2, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, branch_slots, slots = saved
+    *head, z, used_w1, used_w2, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, branch_slots, slots = (
+        saved
+    )
     head, norm = BranchHead(*head), Norm(norm_weight, norm_bias, eps)
     skips = branch_slots is not None or slots is not None
     subsets = subsets_of(branch_slots, branch_kept, slots, kept) if skips else None

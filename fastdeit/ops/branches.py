@@ -224,14 +224,15 @@ def head_backward(
             dx, dbranch = folded_layer_norm_backward(*given, dtypes["x"], **options)
             samples = (shape[0], shape[0]) if subsets is None else (subsets.samples, subsets.branch_kept)
             grads["x"], grads["branch"] = (
-                None if t is None else t.view(count, *shape[1:]) for t, count in zip((dx, dbranch), samples, strict=True)
+                None if t is None else t.view(count, *shape[1:])
+                for t, count in zip((dx, dbranch), samples, strict=True)
             )
         return grads
     if needs_any("weight"):
         grads["weight"] = weight_gradient(dz, normalised_rows(head, norm, matmul_dtype, subsets), dtypes["weight"])
     if needs_any("x", "branch", "norm_weight", "norm_bias"):
-        given = (torch.mm(dz, used_weight).view(shape), dx_new, head, drop_path_scale, norm, dtypes, later)
-        grads |= _norm_backward(*given) if subsets is None else _norm_backward_of_subset(*given, subsets)
+        upstream = (torch.mm(dz, used_weight).view(shape), dx_new, head, drop_path_scale, norm, dtypes, later)
+        grads |= _norm_backward(*upstream) if subsets is None else _norm_backward_of_subset(*upstream, subsets)
     return grads
 
 

@@ -80,8 +80,8 @@ def layer_norm_mlp(
             options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale, residual=residual)
             return layer_norm_mlp_reference(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
         _passed.add(*given)
-    options = (eps, activation, backends.matmul_dtype(x), recompute, None, None)
-    out, _ = add_layer_norm_mlp_unchecked(*tensors, *options)
+    matmul_dtype = backends.matmul_dtype(x)
+    out, _ = add_layer_norm_mlp_unchecked(*tensors, eps, activation, matmul_dtype, recompute, None, None)
     return _added(out.to(promoted(out.dtype, gamma)), drop_path_scale, residual)
 
 

@@ -107,7 +107,9 @@ def layer_norm_forward(
     """
     shape, channels = x.shape, x.shape[-1]
     rows = x.numel() // channels
-    y_shape, y_rows, slots, kept = shape, rows, (None, None), (0, 0)
+    slots: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    y_shape: tuple[int, ...] = shape
+    y_rows, kept = rows, (0, 0)
     if subsets is not None:
         y_shape = (subsets.kept, *shape[1:])
         y_rows = rows // shape[0] * subsets.kept
@@ -234,8 +236,8 @@ def layer_norm_backward(
 def aot_configs(arch: int) -> Iterator[AotConfig]:
     """The widths of DeiT and DeiT III, bf16 models and bf16 autocast with everything folded in, and the widest row there is.
 
-    Under autocast a model's backward is `folded_layer_norm_backward_kernel`: this one, of `ops.add_layer_norm`, at one width and the
-    widest. `SUBSET_WIDTHS` have the branches on subsets of samples of a model under autocast, in front of folded weights.
+    Under autocast a model's backward is `folded_layer_norm_backward_kernel`: this one, of `ops.add_layer_norm`, at one width and
+    the widest. `SUBSET_WIDTHS` have the branches on subsets of samples of a model under autocast, in front of folded weights.
     """
     strides = ("x_sample_stride", "x_token_stride", "branch_sample_stride", "branch_token_stride")
     backward_strides = ("dy_sample_stride", "dy_token_stride", "dx_new_sample_stride", "dx_new_token_stride", *strides)

@@ -227,8 +227,8 @@ def folded_layer_norm_backward(
     and rstd are of the samples that have slots, and so is the branch's gradient by its own.
     """
     M, channels = x_hat.shape
-    dbranch_rows, slots = M, (None, None)
-    tokens, kept = _tokens(M, drop_path_scale), (0, 0)
+    slots: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    dbranch_rows, tokens, kept = M, _tokens(M, drop_path_scale), (0, 0)
     if subsets is not None:
         tokens = M // subsets.kept
         M, dbranch_rows = subsets.samples * tokens, subsets.branch_kept * tokens

@@ -42,8 +42,13 @@ def test_the_stream_of_skipped_samples_costs_traffic():
 
 @pytest.mark.parametrize(
     "name, rate, uniform, precision, gain",
-    [("B", 0.1, False, "amp", 1.04), ("B", 0.2, True, "amp", 1.23), ("L", 0.45, True, "amp", 1.74)]
-    + [("B", 0.1, False, "bf16", 0.97), ("B", 0.2, True, "bf16", 1.14)],
+    [
+        ("B", 0.1, False, "amp", 1.04),
+        ("B", 0.2, True, "amp", 1.23),
+        ("L", 0.45, True, "amp", 1.74),
+        ("B", 0.1, False, "bf16", 0.97),
+        ("B", 0.2, True, "bf16", 1.14),
+    ],
 )
 def test_the_gain_by_the_roofline(name, rate, uniform, precision, gain):
     """docs/less-time.md has these figures."""

@@ -1,4 +1,4 @@
-"""Branches on subsets of the samples, in `ops.add_layer_norm_attention` and `ops.add_layer_norm_mlp`: numerics, both paths, errors."""
+"""`ops.add_layer_norm_attention` and `ops.add_layer_norm_mlp` on subsets of the samples: numerics, both paths, bad input."""
 
 import pytest
 import torch
@@ -151,7 +151,11 @@ def test_the_registered_op(name, autocast):
         (dict(kept=2.0), TypeError, "kept: expected an int, got float"),
         (dict(branch_slots=None), ValueError, r"branch: expected the shape of x \(6, 9, 48\), got \(4, 9, 48\)"),
         (dict(branch=None), ValueError, "branch_slots: expected None without a branch, got a tensor"),
-        (dict(branch=torch.zeros(7, 9, CHANNELS)), ValueError, "branch: expected 1 to 6 samples with branch_slots, got 7"),
+        (
+            dict(branch=torch.zeros(7, 9, CHANNELS)),
+            ValueError,
+            "branch: expected 1 to 6 samples with branch_slots, got 7",
+        ),
         (dict(branch=torch.zeros(4, 8, CHANNELS)), ValueError, "branch: expected the shape of x"),
     ],
 )
