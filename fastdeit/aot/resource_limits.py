@@ -202,6 +202,7 @@ _TWO_PIECES = (
 _OFF_SECTORS = "rows begin anywhere in a sector: every access of a warp touches one more than it needs"
 SECTOR_EXCESSES = (
     Excess("layer_norm_forward", "C=[0-9]+ autocast", 1.67, _TWO_PIECES),
+    Excess("folded_layer_norm_backward", "C=[0-9]+ autocast, subsets", 1.29, f"{_TWO_PIECES}. A slot is a sector"),
     Excess("folded_layer_norm_backward", "C=[0-9]+ autocast", 1.28, _TWO_PIECES),
     Excess("scale_add_forward", "autocast", 1.32, _TWO_PIECES),
     Excess("fold_(both_)?forward", "Layer", 1.65, _TWO_PIECES),
