@@ -45,8 +45,8 @@ def nothing_between() -> bool:
     )
 
 
-# Without the look at whether CUDA is initialised, which a tensor on it answers. A build without CUDA has no such tensor.
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+# For where there is a tensor on a CUDA device, which says that CUDA is initialised: `torch.cuda.current_device()` looks first.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _INT32 = 2**31
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -115,7 +115,7 @@ def launch(
         KernelRefused: the kernel cannot be compiled, loaded or launched on the device.
     """
     home = _device_index(args)
-    if home >= 0 and home != _current_device():
+    if home >= 0 and home != current_device():
         with torch.cuda.device(home):
             launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
         return
