@@ -252,12 +252,6 @@ WAVEFRONT_EXCESSES = (
         "gemm_backward", "64x128 bf16", 1.7, "column sums of a tile across warps, once a tile, between two products"
     ),
     Excess("partial_sums_backward", "", 3.0, "eight warps' sums of 16 columns meet once a program, in a few words"),
-    Excess(
-        "layer_norm_backward",
-        "C=192 autocast",
-        1.6,
-        "copies of 16 bytes to shared memory 32 bytes apart; not run by default, as above",
-    ),
     Excess("augment_tables", "", 5.2, "a histogram: atomic additions to the same counters"),
 )
 
