@@ -27,13 +27,13 @@ def step(model, x, autocast=None):
     with precision(autocast):
         outputs = model(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    sum(output.sum() for output in outputs).backward()
+    sum(output.square().sum() for output in outputs).backward()  # whose gradients are contiguous, as a plan receives them
 
 
 def tokens_step(model, x, autocast=None):
     """Prefix tokens, and gradients from a tensor of their own, both kept by the caller."""
     with precision(autocast):
-        tokens = model._planned_tokens(looked_at(model), x)
+        tokens = model._planned(looked_at(model), x)
     wanted = [p for p in (x, *model.parameters()) if p.requires_grad]
     return tokens, torch.autograd.grad(tokens, wanted, torch.ones_like(tokens), allow_unused=True)
 
@@ -234,7 +234,7 @@ def test_gradients_are_received_as_launches_read_them():
 
 def test_two_calls_before_their_backward_passes_have_memory_of_their_own(monkeypatch):
     def interleaved():
-        tokens = [model._planned_tokens(looked_at(model), x) for _ in range(2)]
+        tokens = [model._planned(looked_at(model), x) for _ in range(2)]
         pairs, wanted = [(each, torch.ones_like(each)) for each in tokens], list(model.parameters())
         return pairs, [torch.autograd.grad(each, wanted, gradient, allow_unused=True) for each, gradient in pairs]
 
