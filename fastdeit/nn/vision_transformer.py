@@ -1,7 +1,7 @@
 """Full models: residual additions run in the next LayerNorm kernel, and tokens that no head reads are not computed."""
 
 import functools
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from timm.models import deit, vision_transformer
@@ -47,10 +47,11 @@ class FusedTrunk(FusedModule):
     """
 
     describe = describe_trunk
-    heads: ClassVar[tuple[str, ...]] = ("head",)
+    head_names: ClassVar[tuple[str, ...]] = ("head",)
 
     def judge(self, description: Trunk) -> _Verdict:
-        return _Verdict(judge_trunk(description), why_not_embedding(self), why_not_heads(self, self.heads))
+        model = cast(nn.Module, self)
+        return _Verdict(judge_trunk(description), why_not_embedding(model), why_not_heads(model, self.head_names))
 
     def why_not_fused(self, tokens: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         """Why `forward` would run the blocks one by one, None if it would carry the residual through them.
@@ -58,7 +59,7 @@ class FusedTrunk(FusedModule):
         Args:
             tokens: (B, N, C), what enters the first block.
         """
-        verdict = looked_at(self)[1].trunk
+        verdict = _looked_at(self)[1].trunk
         return (
             _why_masked(attn_mask, is_causal)
             or why_not_plain_call(tokens)
@@ -78,16 +79,16 @@ class FusedTrunk(FusedModule):
         images = blank_image(self) if images is None else images
         if images is None:
             return f"patch_embed is a {type(self.patch_embed).__name__}"
-        verdict, embedding, _ = looked_at(self)[1]
+        verdict, embedding, _ = _looked_at(self)[1]
         reason = why_not_plain_call(images) or verdict.model or why_global_hook() or embedding
         return reason or why_not_embedding_call(self, images)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Logits:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not isinstance(self, FusedTrunk):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
         if _why_masked(attn_mask, is_causal) is None:
-            answer = looked_at(self)
-            made = self._planned(answer, x)
+            answer = _looked_at(self)
+            made: Any = self._planned(answer, x)  # two tensors in distilled training: timm's annotation says one too
             if made is not None:
                 return made if _reads_tokens(answer) else self.forward_head(made)
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -114,15 +115,16 @@ class FusedTrunk(FusedModule):
     def _logits(self, answer: _Answer, x: Tensor) -> Logits | None:
         """What the heads give of `_prefix_tokens`."""
         tokens = self._prefix_tokens(answer, x)
-        return None if tokens is None else run_heads(self, self.heads, tokens)
+        return None if tokens is None else run_heads(cast(nn.Module, self), self.head_names, tokens)
 
     def _prefix_tokens(self, answer: _Answer, x: Tensor) -> Tensor | None:
         """The tokens that the heads read, at least, for images x (B, 3, H, W); None where timm's code runs the whole trunk."""
         description, (verdict, embedding, _) = answer
         if (why_not_plain_call(x) or verdict.model or why_global_hook()) is not None:
             return None
-        fused = embedding is None and why_not_embedding_call(self, x) is None
-        tokens = self._before_blocks(embed(self, x) if fused else self._made_tokens(x))
+        model = cast(nn.Module, self)
+        fused = embedding is None and why_not_embedding_call(model, x) is None
+        tokens = self._before_blocks(embed(model, x) if fused else self._made_tokens(x))
         reason = why_not_plain_call(tokens) or verdict.norm or verdict.block or why_not_trunk_call(verdict, tokens)
         return self._blocks_in_turn(tokens) if reason is not None else run_trunk(description, verdict, tokens)
 
@@ -131,12 +133,14 @@ class FusedTrunk(FusedModule):
         (description, (verdict, embedding, _)), model = answer, cast(nn.Module, self)
         if (embedding or why_not_embedding_call(model, x)) is not None:
             return None
-        parameters = [p for p in model._parameters.values() if p is not None]
+        parameters: list[Tensor] = [p for p in model._parameters.values() if p is not None]
         parameters += model.get_submodule("patch_embed").parameters()
         first = Span(lambda images: (self._before_blocks(embed(model, images)),), parameters)
         last = None
         if _reads_tokens(answer):
-            last = Span(lambda tokens: _each(run_heads(model, self.heads, tokens)), head_parameters(model, self.heads))
+            last = Span(
+                lambda tokens: _each(run_heads(model, self.head_names, tokens)), head_parameters(model, self.head_names)
+            )
         return trunk_spans(description, verdict, first, last)
 
     def _made_tokens(self, x: Tensor) -> Tensor:
@@ -147,6 +151,10 @@ class FusedTrunk(FusedModule):
 
     def _blocks_in_turn(self, tokens: Tensor) -> Tensor:
         return self.norm(self.blocks(tokens))
+
+
+def _looked_at(model: FusedTrunk) -> _Answer:
+    return looked_at(cast(nn.Module, model))
 
 
 def _reads_tokens(answer: _Answer) -> bool:
@@ -186,5 +194,5 @@ class VisionTransformer(FusedTrunk, vision_transformer.VisionTransformer, source
 class VisionTransformerDistilled(FusedTrunk, deit.VisionTransformerDistilled, source=deit.VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (Touvron et al. 2021, section 4), class and distillation token; as `VisionTransformer`."""
 
-    heads = ("head", "head_dist")
+    head_names = ("head", "head_dist")
     __init__ = _init_with_fused_parts(deit.VisionTransformerDistilled)
