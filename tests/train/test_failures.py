@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from fastdeit.commands import cli
-from fastdeit.train import checkpoints, epoch_results, failures, fit, run, sampling, workers
+from fastdeit.train import batched_images, checkpoints, epoch_results, failures, fit, run, sampling, workers
 from fastdeit.train.checkpoints import BAD_STATE, DAMAGED, PREVIOUS, STATE, load_state
 from fastdeit.train.engine import Trainer
 from fastdeit.train.failures import ERROR, RunFailedError
@@ -154,7 +154,8 @@ def test_an_error_of_a_transform_names_where_it_came_and_saves(
 
     config = config.replace(workers=workers, augment_on=augment_on)
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "seed_sample", seeding)
+        for module in (sampling, batched_images):  # images one by one, and a batch at once
+            patch.setattr(module, "seed_sample", seeding)
         patch.setattr(RandomResizedCropAndInterpolation, "get_params", staticmethod(failing))
         where = r"\(seed 0, epoch 1, position 40, image \d+ of 96\)"
         message = (
