@@ -60,11 +60,11 @@ def add_layer_norm_mlp(
     activation: str = "gelu",
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
-    recompute: str | None = None,
-    lean: bool | None = None,
     branch_slots: Tensor | None = None,
     slots: Tensor | None = None,
     kept: int | None = None,
+    recompute: str | None = None,
+    lean: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The MLP half of a pre-norm transformer block, from the pending residual addition to an output that is not yet added.
 
