@@ -120,7 +120,7 @@ def nothing_called(tape: Tape) -> Iterator[None]:
         tape.refuse("a debugger, or a measurement of coverage, traces Python's calls")
         yield
         return
-    known: dict[int, tuple[CodeType, str | None]] = {}  # by identity: a code's hash is computed from all of it, each time
+    known: dict[int, tuple[CodeType, str | None]] = {}  # by id: a code's hash is computed from all of it each time
 
     def look(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
