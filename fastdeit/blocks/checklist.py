@@ -213,11 +213,6 @@ class BlockVerdict(NamedTuple):
     gammas: tuple[Gamma, ...]
     last_gamma: tuple[Gamma, ...]
 
-    def of_branch(self, index: int) -> "BlockVerdict":
-        """The verdict of a block with this branch alone."""
-        each = slice(index, index + 1)
-        return self._replace(parts=self.parts[each], called=self.called[each], out_dropouts=self.out_dropouts[each])
-
 
 def judge_block(block: spec.Block) -> BlockVerdict:
     """What its modules allow."""
