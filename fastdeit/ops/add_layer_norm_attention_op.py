@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
-from fastdeit.ops import attention_op
+from fastdeit.ops import attention_op, launchers
 from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.branches import (
     GRADIENTS,
@@ -215,20 +215,17 @@ def _forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.attention.forward import attention_forward
-    from fastdeit.kernels.gemm.linear import linear_forward
-
     skips = branch_slots is not None or slots is not None
     subsets = subsets_of(branch_slots, branch_kept, slots, kept) if skips else None
     with without_autocast():
         norm, scale = Norm(norm_weight, norm_bias, eps), (qkv_weight.shape[0] // (3 * num_heads)) ** -0.5
         x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, qkv_weight, matmul_dtype, saves, subsets)
         folded = fold_layers(head, norm, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, matmul_dtype)
-        qkv, _ = linear_forward(rows, folded.weight, folded.bias)
+        qkv, _ = launchers.linear_forward(rows, folded.weight, folded.bias)
         del rows
         qkv = qkv.view(kept or x.shape[0], x.shape[1], qkv.shape[-1])
-        attended, lse = attention_forward(qkv, num_heads, scale)
-        out, _ = linear_forward(attended.view(-1, attended.shape[-1]), folded.tail_weight, folded.tail_bias)
+        attended, lse = launchers.attention_forward(qkv, num_heads, scale)
+        out, _ = launchers.linear_forward(attended.view(-1, attended.shape[-1]), folded.tail_weight, folded.tail_bias)
     made = (head.mean, head.x_hat, head.rstd, qkv, attended, lse, *saved_weights(folded, qkv_weight, proj_weight))
     return (out.view(*qkv.shape[:-1], out.shape[-1]), x_new), made
 
@@ -242,9 +239,6 @@ def _save(inputs, outputs, made, needs):
 
 
 def _backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.attention.backward import attention_backward
-    from fastdeit.kernels.runtime.column_sums import add_all, column_sums
-
     (dout, dx_new), (eps, num_heads, _, branch_kept, kept) = grads, options
     head, norm = BranchHead(*saved[:4]), Norm(saved.norm_weight, saved.norm_bias, eps)
     qkv, attended, gamma = saved.qkv, saved.attended, saved.gamma
@@ -257,10 +251,12 @@ def _backward(grads, saved, options, grad_dtypes):
         if into_head:
             dattended = torch.mm(g, either(saved.used_proj_weight, proj_weight)).view(attended.shape)
             scale = (qkv_weight.shape[0] // (3 * num_heads)) ** -0.5
-            dqkv = attention_backward(dattended, qkv, attended, saved.lse, num_heads, scale).view(-1, qkv.shape[-1])
+            dqkv = launchers.attention_backward(dattended, qkv, attended, saved.lse, num_heads, scale).view(
+                -1, qkv.shape[-1]
+            )
             del dattended
             summed.append((dqkv, head_sums(head, dtypes)))
-        g_sum, *dqkv_sum = column_sums(*summed, later=later)
+        g_sum, *dqkv_sum = launchers.column_sums(*summed, later=later)
         rows = attended.view(-1, attended.shape[-1])
         input_grads = tail_parameter_gradients(g, g_sum, rows, proj_weight, saved.proj_bias, gamma, dtypes, later)
         del g, summed
@@ -272,7 +268,7 @@ def _backward(grads, saved, options, grad_dtypes):
             input_grads |= head_backward(
                 dqkv, *dqkv_sum, dx_new, head, saved.drop_path_scale, norm, *weights, shape, dtypes, later, subsets
             )
-        add_all(later)
+        launchers.add_all(later)
     return in_order(input_grads, dtypes)
 
 

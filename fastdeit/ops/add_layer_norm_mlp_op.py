@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_recompute, instead_of_lean
 from fastdeit.ops.branches import (
     GRADIENTS,
@@ -200,13 +201,10 @@ def _forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.gemm.fused_mlp import fused_mlp_forward
-    from fastdeit.kernels.gemm.linear import linear_forward
-
     skips = branch_slots is not None or slots is not None
     if not saves and not skips and drop_path_scale is None:
         options = dict(norm=(norm_weight, norm_bias, eps), branch=branch, gamma=gamma)
-        fused = fused_mlp_forward(x, w1, b1, w2, b2, activation, matmul_dtype, **options)
+        fused = launchers.fused_mlp_forward(x, w1, b1, w2, b2, activation, matmul_dtype, **options)
         if fused is not None:
             x_new, out = fused
             return (out, x_new), ()
@@ -216,9 +214,9 @@ def _forward(
         x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, w1, matmul_dtype, saves, subsets)
         folded = fold_layers(head, norm, w1, b1, w2, b2, gamma, matmul_dtype)
         needs_z = saves and recompute is None
-        h, z = linear_forward(rows, folded.weight, folded.bias, activation=activation, needs_z=needs_z)
+        h, z = launchers.linear_forward(rows, folded.weight, folded.bias, activation=activation, needs_z=needs_z)
         del rows
-        out, _ = linear_forward(h, folded.tail_weight, folded.tail_bias)
+        out, _ = launchers.linear_forward(h, folded.tail_weight, folded.tail_bias)
     made = (head.mean, head.x_hat, head.rstd, z, *saved_weights(folded, w1, w2))
     shape = x.shape[:-1] if kept is None else (kept, *x.shape[1:-1])
     return (out.view(*shape, out.shape[-1]), x_new), made
@@ -231,10 +229,6 @@ def _save(inputs, outputs, made, needs):
 
 
 def _backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.gemm.linear import activation_gradient
-    from fastdeit.kernels.mlp.activation import activation_forward
-    from fastdeit.kernels.runtime.column_sums import add_all, sum_columns
-
     (dout, dx_new), (eps, activation, matmul_dtype, _, branch_kept, kept) = grads, options
     *head, z, used_w1, used_w2, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, branch_slots, slots = (
         saved
@@ -254,11 +248,11 @@ def _backward(grads, saved, options, grad_dtypes):
             z = _pre_activation(head, norm, w1, b1, matmul_dtype, subsets)
         if into_head:
             needs = dict(needs_h=needs_h, dbias_dtype=head_sums(head, dtypes), dy_sum=g_sum, later=later)
-            dz, h, dz_sum = activation_gradient(g, either(used_w2, w2), z, activation, **needs)
+            dz, h, dz_sum = launchers.activation_gradient(g, either(used_w2, w2), z, activation, **needs)
         else:
-            h = activation_forward(z, activation) if needs_h else None
+            h = launchers.activation_forward(z, activation) if needs_h else None
             if g_sum is not None:
-                sum_columns((g, g_sum), later=later)
+                launchers.sum_columns((g, g_sum), later=later)
         input_grads = tail_parameter_gradients(g, g_sum, h, w2, b2, gamma, dtypes, later)
         del g, h
         if into_head:
@@ -266,7 +260,7 @@ def _backward(grads, saved, options, grad_dtypes):
             input_grads |= head_backward(
                 dz, dz_sum, dx_new, head, drop_path_scale, norm, *weights, shape, dtypes, later, subsets
             )
-        add_all(later)
+        launchers.add_all(later)
     return in_order(input_grads, dtypes)
 
 
@@ -279,13 +273,10 @@ def _pre_activation(
     subsets: "Subsets | None",
 ) -> Tensor:
     """The pre-activation z (M, H), recomputed for backward."""
-    from fastdeit.kernels.gemm.folded_weights import fold_forward
-    from fastdeit.kernels.gemm.linear import linear_forward
-
     rows = normalised_rows(head, norm, matmul_dtype, subsets)
     if head.x_hat is not None:
-        w1, b1 = fold_forward(w1, b1, matmul_dtype, column_scale=norm.weight, column_shift=norm.bias)
-    return linear_forward(rows, w1, b1)[0]
+        w1, b1 = launchers.fold_forward(w1, b1, matmul_dtype, column_scale=norm.weight, column_shift=norm.bias)
+    return launchers.linear_forward(rows, w1, b1)[0]
 
 
 def _fake(x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *rest):

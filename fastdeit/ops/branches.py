@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_vector
 from fastdeit.ops.layer_norm_op import check_branch, check_normalised
 from fastdeit.ops.matmul import as_dtype, contiguous, parameter_gradients, weight_gradient
@@ -110,14 +111,12 @@ def head_forward(
 
     Without `saves` they are computed only where `fold_layers` needs them. With subsets the rows are of the samples that have slots.
     """
-    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
-
     folded = folds(matmul_dtype, norm.weight, norm.bias, weight)
     affine = (None, None) if folded else (contiguous(norm.weight), contiguous(norm.bias))
     if drop_path_scale is not None:
         drop_path_scale = drop_path_scale.contiguous()
     options = dict(branch=branch, drop_path_scale=drop_path_scale, keep_statistics=saves, subsets=subsets)
-    x_new, normed, mean, rstd = layer_norm_forward(x, *affine, norm.eps, matmul_dtype, **options)
+    x_new, normed, mean, rstd = launchers.layer_norm_forward(x, *affine, norm.eps, matmul_dtype, **options)
     normed = normed.view(-1, x.shape[-1])
     normalised = x if x_new is None else x_new
     head = BranchHead(None, None, normed, rstd) if folded else BranchHead(normalised, mean, None, rstd)
@@ -135,11 +134,9 @@ def fold_layers(
     matmul_dtype: torch.dtype,
 ) -> Folded:
     """What forward multiplies by. A tensor that nothing changes is returned as it is."""
-    from fastdeit.kernels.gemm.folded_weights import fold_both_forward
-
     scale, shift = (norm.weight, norm.bias) if head.x_hat is not None else (None, None)
     options = dict(column_scale=scale, column_shift=shift, row_scale=gamma)
-    first, last = fold_both_forward((weight, bias), (tail_weight, tail_bias), matmul_dtype, **options)
+    first, last = launchers.fold_both_forward((weight, bias), (tail_weight, tail_bias), matmul_dtype, **options)
     return Folded(*first, *last)
 
 
@@ -153,13 +150,11 @@ def normalised_rows(
     head: BranchHead, norm: Norm, matmul_dtype: torch.dtype, subsets: "Subsets | None" = None
 ) -> Tensor:
     """The product's input (M, C): saved in the folded form, else computed again."""
-    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
-
     if head.x_hat is not None:
         return head.x_hat
     affine = (contiguous(norm.weight), contiguous(norm.bias))
     options = dict(keep_statistics=False, subsets=None if subsets is None else subsets._replace(branch_slots=None))
-    normed = layer_norm_forward(head.x, *affine, norm.eps, matmul_dtype, **options)[1]
+    normed = launchers.layer_norm_forward(head.x, *affine, norm.eps, matmul_dtype, **options)[1]
     return normed.view(-1, normed.shape[-1])
 
 
@@ -203,9 +198,6 @@ def head_backward(
             are added.
         subsets: as forward had them.
     """
-    from fastdeit.kernels.gemm.folded_weights import fold_columns_backward
-    from fastdeit.kernels.norm.residual_branch import folded_layer_norm_backward
-
     needs_any = lambda *names: any(dtypes[name] is not None for name in names)  # noqa: E731
     matmul_dtype = dz.dtype
     grads: dict[str, Tensor | None] = {"bias": dz_sum}
@@ -214,14 +206,16 @@ def head_backward(
         needs = dict(
             needs_weight=needs_any("weight"), needs_scale=needs_any("norm_weight"), needs_shift=needs_any("norm_bias")
         )
-        gradients = fold_columns_backward(product, dz_sum, weight, norm.weight, norm.bias, **needs, later=later)
+        gradients = launchers.fold_columns_backward(
+            product, dz_sum, weight, norm.weight, norm.bias, **needs, later=later
+        )
         grads |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
         if needs_any("x", "branch"):
             dx_hat = torch.mm(dz, used_weight)
             rows = None if dx_new is None else dx_new.reshape(-1, dx_hat.shape[1]).contiguous()
             options = dict(drop_path_scale=contiguous(drop_path_scale), dbranch_dtype=dtypes["branch"], subsets=subsets)
             given = (dx_hat, head.x_hat, head.rstd, rows)
-            dx, dbranch = folded_layer_norm_backward(*given, dtypes["x"], **options)
+            dx, dbranch = launchers.folded_layer_norm_backward(*given, dtypes["x"], **options)
             samples = (shape[0], shape[0]) if subsets is None else (subsets.samples, subsets.branch_kept)
             grads["x"], grads["branch"] = (
                 None if t is None else t.view(count, *shape[1:])
@@ -246,9 +240,7 @@ def _norm_backward(
     later: "list[Table]",
 ) -> dict[str, Tensor | None]:
     """Gradients x, branch, norm_weight and norm_bias from that of the normalised tokens, which are of x's shape."""
-    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
-
-    gradients = layer_norm_backward(
+    gradients = launchers.layer_norm_backward(
         dnormed,
         head.x,
         head.mean,
@@ -319,10 +311,8 @@ def tail_parameter_gradients(
         h: (M, H), where those of the weight or gamma are.
         later: tables of `add_partial_sums`, g_sum's and others. LayerScale's gradients are made of sums that have been added.
     """
-    from fastdeit.kernels.runtime.column_sums import add_all
-
     if gamma is not None:
-        add_all(later)
+        launchers.add_all(later)
     names = ("tail_weight", "tail_bias", "gamma")
     gradients = parameter_gradients(g, g_sum, h, weight, bias, gamma, *(dtypes[name] for name in names))
     return dict(zip(names, gradients, strict=True))

@@ -15,15 +15,16 @@ _BY_MODULE = {
     "augment.apply": ("augment_layer",),
     "augment.tables": ("augment_tables",),
     "embedding.patch_embedding": ("patch_embedding_backward", "patch_embedding_forward"),
-    "gemm.folded_weights": ("fold_forward", "fold_rows_backward"),
+    "gemm.folded_weights": ("fold_both_forward", "fold_columns_backward", "fold_forward", "fold_rows_backward"),
     "gemm.fused_mlp": ("fused_mlp_forward",),
     "gemm.linear": ("activation_gradient", "linear_forward"),
     "loss.distillation_cross_entropy": ("distillation_cross_entropy_backward", "distillation_cross_entropy_forward"),
     "mlp.activation": ("activation_backward", "activation_forward"),
     "norm.layer_norm": ("layer_norm_backward", "layer_norm_forward"),
-    "norm.residual_branch": ("scale_add_backward",),
+    "norm.residual_branch": ("folded_layer_norm_backward", "scale_add_backward"),
     "quantization.layer_norm_quantize": ("layer_norm_quantize",),
     "quantization.rescale": ("rescale",),
+    "runtime.column_sums": ("add_all", "column_sums", "sum_columns"),
 }
 _MODULES = {launcher: module for module, launchers in _BY_MODULE.items() for launcher in launchers}
 
