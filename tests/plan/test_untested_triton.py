@@ -1,0 +1,43 @@
+"""With a Triton that recorded launches were not tested with, ops are launched by Triton's public interface. On the fake runtime."""
+
+import pytest
+import torch
+
+import fastdeit
+from fastdeit.kernels.runtime import launch, raw_launch
+from fastdeit.plan.surroundings import why_not_plannable
+from tests.plan.events import KeepsAll, of_parameters, precision, recorded
+from tests.plan.models import build, images, plan_it, plans
+
+pytestmark = pytest.mark.fake_device
+
+
+@pytest.fixture
+def untested(monkeypatch):
+    monkeypatch.setattr(raw_launch, "_TESTED_VERSION", "0.0.")
+    monkeypatch.setattr(launch, "_DIRECT", False)
+    fastdeit.set_graphs("auto")
+    yield
+    fastdeit.set_graphs()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_nothing_is_recorded_and_every_call_launches_the_ops(gradients, untested):
+    model = build()
+    x = images(model)
+    assert "recorded launches were tested with Triton 3.6" in why_not_plannable(x)
+
+    def call():
+        with torch.set_grad_enabled(gradients), precision(torch.bfloat16):
+            y = model(x)
+        if gradients:
+            model.zero_grad()
+            y.sum().backward()
+
+    plan_it(call)  # compiles the kernels too
+    assert plans(model) == []
+    events = recorded(call)
+    with KeepsAll():
+        expected = recorded(call)
+    assert sum(event.kind == "triton_launch" for event in events) > (20 if gradients else 8)
+    assert of_parameters(events, model) == of_parameters(expected, model)
