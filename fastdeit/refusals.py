@@ -53,7 +53,7 @@ def or_reference(op: _F) -> _F:
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return op(*args, **kwargs)
         before = _first_calls
         try:

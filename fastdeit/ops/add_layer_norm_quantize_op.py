@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_vector
 from fastdeit.ops.layer_norm_op import MAX_CHANNELS, check_branch, check_normalised
 from fastdeit.ops.matmul import contiguous
@@ -88,10 +89,8 @@ def why_reference(x: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def _launched(x, branch, weight, bias, gamma, eps, dtype):
-    from fastdeit.kernels.quantization.layer_norm_quantize import layer_norm_quantize
-
     given = map(contiguous, (x, branch, gamma, weight, bias))
-    return layer_norm_quantize(*given, eps, dtype)
+    return launchers.layer_norm_quantize(*given, eps, dtype)
 
 
 @torch.library.custom_op("fastdeit::add_layer_norm_quantize", mutates_args=())

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdeit import backends
 from fastdeit.kernels.attention import config as attention_config
 from fastdeit.kernels.runtime.architecture import architecture
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_beside, check_float
 from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
@@ -189,7 +190,7 @@ def _check_scale(scale) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
-# ---- attention. Kernels are imported inside the functions, so that importing fastdeit does not import Triton
+# ---- attention
 
 
 class Saved(NamedTuple):
@@ -201,9 +202,7 @@ class Saved(NamedTuple):
 
 
 def _forward(qkv: Tensor, num_heads: int, scale: float, *, saves):
-    from fastdeit.kernels.attention.forward import attention_forward
-
-    out, lse = attention_forward(qkv, num_heads, scale)
+    out, lse = launchers.attention_forward(qkv, num_heads, scale)
     return (out,), (lse,)
 
 
@@ -212,9 +211,7 @@ def _save(inputs, outputs, made, needs):
 
 
 def _backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.attention.backward import attention_backward
-
-    return (attention_backward(*grads, *saved, *options),)
+    return (launchers.attention_backward(*grads, *saved, *options),)
 
 
 def _fake(qkv, num_heads, scale):
@@ -260,9 +257,7 @@ class SeparateSaved(NamedTuple):
 
 
 def _separate_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, saves):
-    from fastdeit.kernels.attention.forward import attention_qkv_forward
-
-    out, lse = attention_qkv_forward(q, k, v, scale)
+    out, lse = launchers.attention_qkv_forward(q, k, v, scale)
     return (out,), (lse,)
 
 
@@ -271,10 +266,8 @@ def _separate_save(inputs, outputs, made, needs):
 
 
 def _separate_backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.attention.backward import attention_qkv_backward
-
     key_value_grads = grad_dtypes[1] is not None or grad_dtypes[2] is not None
-    input_grads = attention_qkv_backward(*grads, *saved, *options, key_value_grads=key_value_grads)
+    input_grads = launchers.attention_qkv_backward(*grads, *saved, *options, key_value_grads=key_value_grads)
     return tuple(None if dtype is None else grad for grad, dtype in zip(input_grads, grad_dtypes, strict=True))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
-from fastdeit.ops import attention_op
+from fastdeit.ops import attention_op, launchers
 from fastdeit.ops.attention_op import (
     as_autocast,
     attention,
@@ -131,15 +131,11 @@ def _check_result(out_scale, dtype, x) -> None:
 
 
 def _launched(qkv, num_heads, out_scale, scale, dtype):
-    from fastdeit.kernels.attention.forward import attention_quantize as launch
-
-    return launch(qkv, num_heads, scale, out_scale, dtype)
+    return launchers.attention_quantize(qkv, num_heads, scale, out_scale, dtype)
 
 
 def _launched_separate(q, k, v, out_scale, scale, dtype):
-    from fastdeit.kernels.attention.forward import attention_qkv_quantize as launch
-
-    return launch(q, k, v, scale, out_scale, dtype)
+    return launchers.attention_qkv_quantize(q, k, v, scale, out_scale, dtype)
 
 
 @torch.library.custom_op("fastdeit::attention_quantize", mutates_args=())

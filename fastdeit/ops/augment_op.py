@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdeit import backends
 from fastdeit.kernels.augment.operations import ROW, Operation
+from fastdeit.ops import launchers
 from fastdeit.ops.augment_layers import augmented_layer, flipped
 
 _CHUNK = 1 << 22  # pixels that the reference has in float64 at once
@@ -113,9 +114,6 @@ def _check(images, plan, flips, levels, fill) -> list[int]:
 def _augment(images: Tensor, plan: Tensor, flips: Tensor | None, levels: Tensor | None, fill: list[int]) -> Tensor:
     if why_reference(images) is not None or images.numel() == 0:
         return augment_reference(images, plan, flips=flips, levels=levels, fill=fill)
-    from fastdeit.kernels.augment.apply import augment_layer
-    from fastdeit.kernels.augment.tables import augment_tables
-
     if plan.shape[1] == 0:  # one operation that does nothing
         plan = plan.new_zeros((len(images), 1, ROW))
     plan = plan.contiguous()
@@ -126,8 +124,10 @@ def _augment(images: Tensor, plan: Tensor, flips: Tensor | None, levels: Tensor 
     last = plan.shape[1] - 1
     for layer in range(last + 1):
         rows = plan[:, layer]
-        tables = augment_tables(images, rows, interleaved)
-        images = augment_layer(images, rows, flips, tables, levels if layer == last else None, fill, interleaved)
+        tables = launchers.augment_tables(images, rows, interleaved)
+        images = launchers.augment_layer(
+            images, rows, flips, tables, levels if layer == last else None, fill, interleaved
+        )
         flips, interleaved = None, False
     return images
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastdeit import backends
 from fastdeit.cost import formulas as costs
+from fastdeit.ops import launchers
 from fastdeit.ops.distillation_arguments import Options, check_options, check_range, check_tensors
 from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
@@ -231,7 +232,7 @@ def _autocast(t):
     return t.float() if torch.is_autocast_enabled(t.device.type) else t
 
 
-# ---- the op. Kernels are imported inside the functions, so that importing fastdeit does not import them
+# ---- the op
 
 
 class Saved(NamedTuple):
@@ -261,11 +262,9 @@ def _forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.loss.distillation_cross_entropy import distillation_cross_entropy_forward
-
     options = (kind, base, alpha, tau, label_smoothing, soft_divisor, reduction)
     tensors = (logits, dist_logits, target, teacher)
-    loss, statistics, labels = distillation_cross_entropy_forward(*tensors, *options, out_dtype, keep=saves)
+    loss, statistics, labels = launchers.distillation_cross_entropy_forward(*tensors, *options, out_dtype, keep=saves)
     return (loss,), (statistics, labels)
 
 
@@ -275,10 +274,8 @@ def _save(inputs, outputs, made, needs):
 
 
 def _backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.loss.distillation_cross_entropy import distillation_cross_entropy_backward
-
     needs = dict(need_logits=grad_dtypes[0] is not None, need_dist=grad_dtypes[1] is not None)
-    return *distillation_cross_entropy_backward(*grads, *saved, *options[:-1], **needs), None, None
+    return *launchers.distillation_cross_entropy_backward(*grads, *saved, *options[:-1], **needs), None, None
 
 
 def _fake(logits, dist_logits, target, teacher, kind, *options):

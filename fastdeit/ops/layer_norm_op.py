@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_float, check_vector
 from fastdeit.ops.matmul import contiguous
 from fastdeit.ops.passed_calls import PassedCalls
@@ -178,7 +179,7 @@ def _check_out_dtype(out_dtype) -> None:
         raise TypeError(f"out_dtype: expected a floating-point dtype or None, got {out_dtype}")
 
 
-# ---- layer_norm. Kernels are imported inside the functions, so that importing fastdeit does not import Triton
+# ---- layer_norm
 
 
 class Saved(NamedTuple):
@@ -191,10 +192,8 @@ class Saved(NamedTuple):
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype, *, saves):
-    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
-
     weight, bias = contiguous(weight), contiguous(bias)
-    _, y, mean, rstd = layer_norm_forward(x, weight, bias, eps, out_dtype, keep_statistics=saves)
+    _, y, mean, rstd = launchers.layer_norm_forward(x, weight, bias, eps, out_dtype, keep_statistics=saves)
     return (y,), (mean, rstd)
 
 
@@ -204,12 +203,10 @@ def _save(inputs, outputs, made, needs):
 
 
 def _backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
-
     (dy,), (x, mean, rstd, weight) = grads, saved
     names = ("dx_dtype", "dweight_dtype", "dbias_dtype")
     dtypes = dict(zip(names, grad_dtypes, strict=True))
-    dx, _, dweight, dbias, _ = layer_norm_backward(dy, x, mean, rstd, contiguous(weight), **dtypes)
+    dx, _, dweight, dbias, _ = launchers.layer_norm_backward(dy, x, mean, rstd, contiguous(weight), **dtypes)
     return dx, dweight, dbias
 
 
@@ -258,11 +255,9 @@ def _add_forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.norm.layer_norm import layer_norm_forward
-
     scales = dict(gamma=contiguous(gamma), drop_path_scale=contiguous(drop_path_scale))
     weight, bias = contiguous(weight), contiguous(bias)
-    x_new, y, mean, rstd = layer_norm_forward(
+    x_new, y, mean, rstd = launchers.layer_norm_forward(
         x, weight, bias, eps, out_dtype, branch=branch, **scales, keep_statistics=saves
     )
     return (y, x_new), (mean, rstd)
@@ -274,14 +269,12 @@ def _add_save(inputs, outputs, made, needs):
 
 
 def _add_backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
-
     (dy, dx_new), (x_new, mean, rstd, weight, gamma, drop_path_scale, branch) = grads, saved
     names = ("dx_dtype", "dbranch_dtype", "dweight_dtype", "dbias_dtype", "dgamma_dtype")
     dtypes = dict(zip(names, grad_dtypes[:5], strict=True))
     scales = dict(gamma=contiguous(gamma), drop_path_scale=contiguous(drop_path_scale))
     given = (dy, x_new, mean, rstd, contiguous(weight))
-    return *layer_norm_backward(*given, dx_new=dx_new, branch=branch, **scales, **dtypes), None
+    return *launchers.layer_norm_backward(*given, dx_new=dx_new, branch=branch, **scales, **dtypes), None
 
 
 def _add_fake(x, branch, weight, bias, gamma, drop_path_scale, eps, out_dtype):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_beside, check_drop_path_scale, check_residual, check_vector
 from fastdeit.ops.matmul import (
     as_dtype,
@@ -64,7 +65,7 @@ def linear(
             return linear_reference(x, weight, bias, **options, save_preactivation=save_preactivation)
         _passed.add(tensors, activation)
     out, z = linear_unchecked(*tensors, activation, backends.matmul_dtype(x), save_preactivation)
-    return (out, z.view(out.shape)) if save_preactivation else out
+    return (out, z.view(*out.shape)) if save_preactivation else out
 
 
 def linear_reference(
@@ -139,12 +140,10 @@ def _forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.gemm.linear import linear_forward
-
     low = x.to(matmul_dtype)
     needs_z = save_preactivation or (saves and activation is not None)
     with without_autocast():
-        out, z = linear_forward(
+        out, z = launchers.linear_forward(
             low.reshape(-1, x.shape[-1]),
             weight,
             bias,
@@ -170,10 +169,6 @@ def _save(inputs, outputs, made, needs):
 
 
 def _backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.gemm.folded_weights import fold_forward
-    from fastdeit.kernels.mlp.activation import activation_backward
-    from fastdeit.kernels.norm.residual_branch import scale_add_backward
-
     (dy, _), (x, z, weight, bias, gamma, drop_path_scale), (activation, matmul_dtype, _) = grads, saved, options
     dx_dtype, dweight_dtype, dbias_dtype, dgamma_dtype, *_ = grad_dtypes
     shape = (*dy.shape[:-1], weight.shape[1])
@@ -185,20 +180,20 @@ def _backward(grads, saved, options, grad_dtypes):
         if activation is None:
             needs_sum = dbias_dtype is not None or dgamma_dtype is not None
             sum_dtype = dbias_dtype if gamma is None else torch.float32 if needs_sum else None
-        g, g_sum = scale_add_backward(dy, contiguous(drop_path_scale), matmul_dtype, sum_dtype)
+        g, g_sum = launchers.scale_add_backward(dy, contiguous(drop_path_scale), matmul_dtype, sum_dtype)
         if activation is not None:
-            dh = g if gamma is None else fold_forward(g, None, matmul_dtype, column_scale=gamma)[0]
+            dh = g if gamma is None else launchers.fold_forward(g, None, matmul_dtype, column_scale=gamma)[0]
             needs = dict(needs_h=dgamma_dtype is not None, dbias_dtype=dbias_dtype)
-            dz, h, dbias = activation_backward(dh, z, activation, **needs)
+            dz, h, dbias = launchers.activation_backward(dh, z, activation, **needs)
             if dgamma_dtype is not None:
                 dgamma = (g.float() * h.float()).sum(0)
             if dweight_dtype is not None:
                 dweight = weight_gradient(dz, rows, dweight_dtype)
             if dx_dtype is not None:
-                dx = torch.mm(dz, as_dtype(weight, matmul_dtype)).view(shape)
+                dx = torch.mm(dz, as_dtype(weight, matmul_dtype)).view(*shape)
         else:
             if dx_dtype is not None:
-                dx = torch.mm(g, fold_forward(weight, None, matmul_dtype, row_scale=gamma)[0]).view(shape)
+                dx = torch.mm(g, launchers.fold_forward(weight, None, matmul_dtype, row_scale=gamma)[0]).view(*shape)
             dweight, dbias, dgamma = parameter_gradients(g, g_sum, rows, weight, bias, gamma, *grad_dtypes[1:4])
     input_grads = zip((dx, dweight, dbias, dgamma), grad_dtypes, strict=False)
     return *(None if dtype is None else as_dtype(grad, dtype) for grad, dtype in input_grads), None, None

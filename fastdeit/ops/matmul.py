@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastdeit.ops import launchers
+
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """tensor.contiguous(), or None."""
@@ -64,11 +66,9 @@ def parameter_gradients(
         g_sum: its column sums (O,), where the gradient of the bias or of gamma is needed: in fp32 with gamma.
         rows: (M, K), where those of the weight or gamma are.
     """
-    from fastdeit.kernels.gemm.folded_weights import fold_rows_backward
-
     needs_weight, needs_bias, needs_gamma = (dtype is not None for dtype in (weight_dtype, bias_dtype, gamma_dtype))
     if gamma is None:
         return weight_gradient(g, rows, weight_dtype) if needs_weight else None, g_sum, None
     product = weight_gradient(g, rows, torch.float32) if needs_weight or needs_gamma else None
     needs = dict(needs_weight=needs_weight, needs_bias=needs_bias, needs_scale=needs_gamma)
-    return fold_rows_backward(product, g_sum, weight, bias, gamma, **needs)
+    return launchers.fold_rows_backward(product, g_sum, weight, bias, gamma, **needs)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.matmul import lacks_elements, weight_gradient
 from fastdeit.ops.passed_calls import PassedCalls
@@ -114,16 +115,13 @@ def _forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.gemm.fused_mlp import fused_mlp_forward
-    from fastdeit.kernels.gemm.linear import linear_forward
-
     low = x.to(matmul_dtype)
     rows = low.reshape(-1, x.shape[-1])
-    fused = None if saves else fused_mlp_forward(rows, w1, b1, w2, b2, activation, matmul_dtype)
+    fused = None if saves else launchers.fused_mlp_forward(rows, w1, b1, w2, b2, activation, matmul_dtype)
     if fused is not None:
-        return (fused[1].view(x.shape),), ()
-    h, z = linear_forward(rows, w1, b1, activation=activation, needs_z=saves)
-    y, _ = linear_forward(h, w2, b2)
+        return (fused[1].view(*x.shape),), ()
+    h, z = launchers.linear_forward(rows, w1, b1, activation=activation, needs_z=saves)
+    y, _ = launchers.linear_forward(h, w2, b2)
     return (y.view(*x.shape[:-1], w2.shape[0]),), (None if low is x else low, z)
 
 
@@ -134,9 +132,6 @@ def _save(inputs, outputs, made, needs):
 
 
 def _backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.gemm.linear import activation_gradient
-    from fastdeit.kernels.mlp.activation import activation_forward
-
     (dy,), (x, z, w1, w2), (activation, matmul_dtype) = grads, saved, options
     dx_dtype, dw1_dtype, db1_dtype, dw2_dtype, db2_dtype = grad_dtypes
     shape = (*dy.shape[:-1], w1.shape[1])
@@ -147,13 +142,13 @@ def _backward(grads, saved, options, grad_dtypes):
         db2 = dy.sum(0, dtype=torch.float32).to(db2_dtype)
     if any(dtype is not None for dtype in (dx_dtype, dw1_dtype, db1_dtype)):
         needs = dict(needs_h=needs_h, dbias_dtype=db1_dtype)
-        dz, h, db1 = activation_gradient(dy, w2.to(matmul_dtype), z, activation, **needs)
+        dz, h, db1 = launchers.activation_gradient(dy, w2.to(matmul_dtype), z, activation, **needs)
         if dw1_dtype is not None:
             dw1 = weight_gradient(dz, x.reshape(-1, shape[-1]), dw1_dtype)
         if dx_dtype is not None:
-            dx = (dz @ w1.to(matmul_dtype)).view(shape).to(dx_dtype)
+            dx = (dz @ w1.to(matmul_dtype)).view(*shape).to(dx_dtype)
     elif needs_h:
-        h = activation_forward(z, activation)
+        h = launchers.activation_forward(z, activation)
     if needs_h:
         dw2 = weight_gradient(dy, h, dw2_dtype)
     return dx, dw1, db1, dw2, db2

@@ -37,7 +37,7 @@ class PassedCalls:
             tensors: the first is the op's main input; None where an optional one is not given.
             options: everything else that the checks read.
         """
-        if torch.compiler.is_compiling():  # checks are traced, and cost the compiled code nothing
+        if torch.compiler.is_dynamo_compiling():  # checks are traced, and cost the compiled code nothing
             return False
         try:
             return self._facts(tensors, options) in self._passed
@@ -63,5 +63,5 @@ class PassedCalls:
         settings = backends.settings(tensors[0], self._products)
         if settings is None:
             return None
-        kinds = tuple(map(type, tensors)), tuple(map(type, options))
-        return settings, options, kinds, *map(_read, filter(_given, tensors))
+        types = map(type, (*tensors, *options))
+        return settings, *options, *types, *map(_read, filter(_given, tensors))

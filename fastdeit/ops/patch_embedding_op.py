@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_beside
 from fastdeit.ops.matmul import contiguous, promoted, weight_gradient, without_autocast
 from fastdeit.ops.passed_calls import PassedCalls
@@ -159,10 +160,8 @@ def _forward(
     *,
     saves,
 ):
-    from fastdeit.kernels.embedding.patch_embedding import patch_embedding_forward
-
     pixels = _as_patches(images, weight)
-    patches = torch.empty(pixels.shape, dtype=matmul_dtype, device=images.device)
+    patches = torch.empty(*pixels.shape, dtype=matmul_dtype, device=images.device)
     if images.is_floating_point():
         patches.copy_(pixels)
     else:
@@ -173,7 +172,7 @@ def _forward(
     product = product.view(len(images), pixels.shape[1] * pixels.shape[2], len(weight))
     added = map(contiguous, (bias, positions, class_token, more_tokens))
     dtype = promoted(matmul_dtype, positions, class_token, more_tokens)
-    return (patch_embedding_forward(product, *added, dtype),), (patches,)
+    return (launchers.patch_embedding_forward(product, *added, dtype),), (patches,)
 
 
 def _save(inputs, outputs, made, needs):
@@ -183,22 +182,22 @@ def _save(inputs, outputs, made, needs):
 
 
 def _backward(grads, saved, options, grad_dtypes):
-    from fastdeit.kernels.embedding.patch_embedding import patch_embedding_backward
-
     (dtokens,), (patches, images, weight, positions, class_token, more_tokens) = grads, saved
     (matmul_dtype,), dtypes = options, dict(zip(_INPUTS, grad_dtypes, strict=True))
     input_grads: dict[str, Tensor] = {}
     of_class, of_prefix = _prefix_tokens(class_token, None), _prefix_tokens(class_token, more_tokens)
     matmul_dtype = None if dtypes["images"] is None and dtypes["weight"] is None else matmul_dtype
     needs_sum = any(dtypes[name] is not None for name in _INPUTS[2:])
-    dproduct, total = patch_embedding_backward(dtokens.contiguous(), of_prefix, matmul_dtype, needs_sum=needs_sum)
+    dproduct, total = launchers.patch_embedding_backward(
+        dtokens.contiguous(), of_prefix, matmul_dtype, needs_sum=needs_sum
+    )
     with without_autocast():
         if dtypes["weight"] is not None:
-            input_grads["weight"] = weight_gradient(dproduct, patches, dtypes["weight"]).view(weight.shape)
+            input_grads["weight"] = weight_gradient(dproduct, patches, dtypes["weight"]).view(*weight.shape)
         if dtypes["images"] is not None:
             input_grads["images"] = torch.zeros(images.shape, dtype=dtypes["images"], device=dtokens.device)
             dpixels = _as_patches(input_grads["images"], weight)
-            dpixels.copy_(torch.mm(dproduct, weight.reshape(len(weight), -1).to(matmul_dtype)).view(dpixels.shape))
+            dpixels.copy_(torch.mm(dproduct, weight.reshape(len(weight), -1).to(matmul_dtype)).view(*dpixels.shape))
     if dtypes["bias"] is not None:
         input_grads["bias"] = total[of_prefix:].sum(0).to(dtypes["bias"])
     # Copies: gradients that shared memory would be scaled or clipped twice.

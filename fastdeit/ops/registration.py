@@ -100,18 +100,19 @@ class Op:
 
     # ---- what both ways have in common
 
-    def _remember(self, ctx, inputs, outputs, saved) -> None:
-        """Saves on ctx what backward needs."""
-        ctx.set_materialize_grads(False)
+    def _remember(self, ctx, inputs, results, saved) -> None:
+        """Saves on ctx what backward needs. Of a single result PyTorch makes the gradient where there is none."""
         ctx.save_for_backward(*saved)
         ctx.options = inputs[self._tensors :]
-        ctx.result = outputs[0].shape, outputs[0].dtype
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[: self._tensors]]
+        if len(results) > 1:
+            ctx.set_materialize_grads(False)
+            ctx.first = results[0].shape, results[0].dtype
 
     def _gradients(self, ctx, grads, saved, backward) -> Sequence[Tensor | None]:
         """Gradients of the tensors, by `backward`, which eager and traced calls share."""
         if grads[0] is None:
-            shape, dtype = ctx.result
+            shape, dtype = ctx.first
             grads = (_first_tensor(saved).new_zeros(shape, dtype=dtype), *grads[1:])
         needed = zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         all_dtypes = [dtype if needs else None for dtype, needs in needed]
@@ -188,7 +189,7 @@ class Op:
         outputs, made = results[: self._outputs], results[self._outputs :]
         tensors = inputs[: self._tensors]
         needs = ctx.needs_input_grad
-        self._remember(ctx, inputs, outputs, self._save(inputs, outputs, made, needs) if saves else tensors)
+        self._remember(ctx, inputs, output, self._save(inputs, outputs, made, needs) if saves else tensors)
         ctx.shapes, ctx.saves = [() if t is None else t.shape for t in tensors], saves
 
     def _autograd_backward(self, ctx, *grads):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdeit import backends
+from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_strided, check_vector
 from fastdeit.ops.matmul import contiguous
 from fastdeit.ops.mlp_op import ACTIVATIONS
@@ -104,10 +105,8 @@ def _check(z, row_scale, column_scale, bias, activation, scale, out_dtype) -> No
 
 
 def _launched(z, row_scale, column_scale, bias, activation, scale, out_dtype):
-    from fastdeit.kernels.quantization.rescale import rescale as launch_rescale
-
     z, row_scale, column_scale, bias = map(contiguous, (z, row_scale, column_scale, bias))
-    return launch_rescale(z, row_scale, column_scale, bias, activation, scale, out_dtype)
+    return launchers.rescale(z, row_scale, column_scale, bias, activation, scale, out_dtype)
 
 
 @torch.library.custom_op("fastdeit::rescale", mutates_args=())

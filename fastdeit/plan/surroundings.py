@@ -47,18 +47,18 @@ def why_not_plannable(x: Tensor) -> str | None:
         return "inside a torch.func transform, or a kernel was refused"
     if type(x) is not Tensor or x.is_neg() or x.is_conj() or x.numel() == 0 or x.data_ptr() % 16:
         return "the input is not a plain aligned tensor"
-    if x.get_device() != torch.cuda.current_device():
+    return why_global_hook() or _why_not_launchable(x.get_device())
+
+
+def _why_not_launchable(device: int) -> str | None:
+    from fastdeit.kernels.runtime.launch import current_device, nothing_between
+    from fastdeit.kernels.runtime.raw_launch import WHY_NO_RAW_LAUNCHES
+
+    if device != current_device():
         return "the input is not on the current device"
-    return why_global_hook() or _why_not_launchable()
-
-
-def _why_not_launchable() -> str | None:
-    from fastdeit.kernels.runtime.launch import nothing_between
-    from fastdeit.kernels.runtime.raw_launch import why_no_raw_launches
-
     if not _allows_construction:
         return f"recorded launches were not tested with torch {torch.__version__}"
-    return why_no_raw_launches() or (None if nothing_between() else "a hook of Triton's looks on")
+    return WHY_NO_RAW_LAUNCHES or (None if nothing_between() else "a hook of Triton's looks on")
 
 
 def key_of(x: Tensor, needs: tuple[bool, ...] = ()) -> tuple:

@@ -60,7 +60,7 @@ def attention_backward(
     qkv, dout = strided(qkv), dout.contiguous()
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
-    dqkv = qkv.new_empty(qkv.shape)
+    dqkv = qkv.new_empty(*qkv.shape)
     if dqkv.numel() == 0:
         return dqkv
     if config is None:

@@ -178,8 +178,8 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """qkv (B, N, 3 * H * D) -> out (B, N, H * D) in qkv's dtype, and lse (B, H, N) fp32, base 2."""
     batch, tokens, width = qkv.shape
-    out = qkv.new_empty((batch, tokens, width // 3))
-    lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
+    out = qkv.new_empty(batch, tokens, width // 3)
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
     _launch(qkv, out, lse, None, num_heads, scale, config)
     return out, lse
 
@@ -194,7 +194,7 @@ def attention_quantize(
 ) -> torch.Tensor:
     """qkv (B, N, 3 * H * D), out_scale (1,) fp32 -> out (B, N, H * D) in dtype, an 8-bit format."""
     batch, tokens, width = qkv.shape
-    out = qkv.new_empty((batch, tokens, width // 3), dtype=dtype)
+    out = qkv.new_empty(batch, tokens, width // 3, dtype=dtype)
     _launch(qkv, out, None, out_scale, num_heads, scale, config)
     return out
 
@@ -204,8 +204,8 @@ def attention_qkv_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q (B, N, H, D), k and v (B, M, H, D), M > 0 -> out (B, N, H, D) contiguous, and lse (B, H, N) fp32, base 2."""
     batch, queries, num_heads, _ = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
+    out = q.new_empty(*q.shape)
+    lse = q.new_empty(batch, num_heads, queries, dtype=torch.float32)
     _launch_separate(q, k, v, out, lse, None, scale, config)
     return out, lse
 
@@ -220,7 +220,7 @@ def attention_qkv_quantize(
     config: Config | None = None,
 ) -> torch.Tensor:
     """q (B, N, H, D), k and v (B, M, H, D), M > 0, out_scale (1,) fp32 -> out (B, N, H, D) contiguous in dtype, an 8-bit format."""
-    out = q.new_empty(q.shape, dtype=dtype)
+    out = q.new_empty(*q.shape, dtype=dtype)
     _launch_separate(q, k, v, out, None, out_scale, scale, config)
     return out
 

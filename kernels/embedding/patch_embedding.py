@@ -159,7 +159,7 @@ def patch_embedding_forward(
     B, patches, C = product.shape
     prefix = sum(t.numel() for t in (class_token, more_tokens) if t is not None)
     size = prefix + patches * C
-    tokens = product.new_empty((B, size // C, C), dtype=dtype)
+    tokens = product.new_empty(B, size // C, C, dtype=dtype)
     if tokens.numel():
         unplaced = 0 if positions is None else size - positions.numel()
         config = select_config(B, size, multiprocessors(product))
@@ -196,12 +196,12 @@ def patch_embedding_backward(
     B, tokens, C = dtokens.shape
     size, prefix = tokens * C, prefix_tokens * C
     rows = B * (tokens - prefix_tokens)
-    dproduct = None if product_dtype is None else dtokens.new_empty((rows, C), dtype=product_dtype)
+    dproduct = None if product_dtype is None else dtokens.new_empty(rows, C, dtype=product_dtype)
     if dtokens.numel() == 0:
         return dproduct, torch.zeros((tokens, C), device=dtokens.device) if needs_sum else None
     config = select_config(B, size, multiprocessors(dtokens), backward_elements(dtokens.element_size()))
     shape = (config.strips, tokens, C)
-    partial = dtokens.new_empty(shape, dtype=torch.float32) if needs_sum else None
+    partial = dtokens.new_empty(*shape, dtype=torch.float32) if needs_sum else None
     if needs_sum or dproduct is not None:
         launch(
             patch_embedding_backward_kernel,
@@ -212,7 +212,7 @@ def patch_embedding_backward(
         )
     if not needs_sum or config.strips == 1:
         return dproduct, partial if partial is None else partial[0]
-    total = dtokens.new_empty((tokens, C), dtype=torch.float32)
+    total = dtokens.new_empty(tokens, C, dtype=torch.float32)
     add_partial_sums((partial.view(config.strips, size), total))
     return dproduct, total
 

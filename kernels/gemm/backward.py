@@ -154,7 +154,7 @@ def gemm_backward(
     dbias = partial = None
     if dbias_dtype is not None:
         dbias = z.new_empty(N, dtype=dbias_dtype)
-        partial = z.new_empty((strips, N), dtype=torch.float32)
+        partial = z.new_empty(strips, N, dtype=torch.float32)
     constexprs = (activation, tile.rows, tile.columns, tile.depth)
     if gemm.backend == "tma":
         piece = [tile.rows, tile.columns // 4]

@@ -54,7 +54,7 @@ def fold_forward(
         _contiguous, (weight, bias, column_scale, column_shift, row_scale)
     )
     outputs, channels = weight.shape
-    folded = weight.new_empty((outputs, channels), dtype=dtype)
+    folded = weight.new_empty(outputs, channels, dtype=dtype)
     shifts = bias is not None or column_shift is not None
     folded_bias = weight.new_empty(outputs, dtype=dtype) if shifts else None
     if outputs:
@@ -154,7 +154,7 @@ def fold_columns_backward(
         dbias_partial = dbias = None
         if dfolded_bias is not None and (needs_shift or (changes and column_shift is not None)):
             dbias_partial, dbias = _partial_sums(dfolded_bias, later)
-        partial = weight.new_empty((len(wanted), strips, channels), dtype=torch.float32)
+        partial = weight.new_empty(len(wanted), strips, channels, dtype=torch.float32)
         tables = partial.unbind(0)
         next_table = iter(tables)
         dscale_partial, dshift_partial = (None if total is None else next(next_table) for total in sums)

@@ -209,8 +209,8 @@ def gemm_forward(
         out_dtype: a's by default.
     """
     (M, K), N, tile = a.shape, b.shape[0], gemm.tile
-    out = a.new_empty((M, N), dtype=out_dtype or a.dtype)
-    z = a.new_empty((M, N)) if needs_z else None
+    out = a.new_empty(M, N, dtype=out_dtype or a.dtype)
+    z = a.new_empty(M, N) if needs_z else None
     tokens = 1 if drop_path_scale is None else M // len(drop_path_scale)
     rest = (bias, gamma, drop_path_scale, residual, M, N, K)
     if gemm.backend == "tma":

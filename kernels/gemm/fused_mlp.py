@@ -156,8 +156,8 @@ def fused_mlp_forward(
 
     x_new = None
     if branch is not None:
-        x_new = x.new_empty(shape, dtype=torch.promote_types(x.dtype, branch.dtype))
-    out = x.new_empty(shape, dtype=matmul_dtype)
+        x_new = x.new_empty(*shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    out = x.new_empty(*shape, dtype=matmul_dtype)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     b1, b2, norm_weight, norm_bias, gamma = (
         None if t is None else t.contiguous() for t in (b1, b2, norm_weight, norm_bias, gamma)

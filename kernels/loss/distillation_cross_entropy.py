@@ -85,7 +85,7 @@ def distillation_cross_entropy_forward(
     batch, classes = head.shape
     reduced = reduction != "none"
     loss = head.new_empty(() if reduced else (batch,), dtype=out_dtype)
-    statistics = head.new_empty((batch, STATISTICS.value), dtype=torch.float32) if keep else None
+    statistics = head.new_empty(batch, STATISTICS.value, dtype=torch.float32) if keep else None
     labels = head.new_empty(batch, dtype=torch.int32) if keep and kind == "hard" else None
     if batch == 0:
         return loss.fill_(float("nan") if reduction == "mean" else 0.0), statistics, labels

@@ -169,7 +169,7 @@ def activation_backward(
     C = 0 if summed is None else summed[0].shape[1]
     column_blocks = cdiv(N, config.columns) + cdiv(C, config.columns)
     strips, rows_per_strip = row_strips(M, config.rows, column_blocks, z)
-    tables = [(z.new_empty((strips, x.shape[1]), dtype=torch.float32), total) for x, total in sums]
+    tables = [(z.new_empty(strips, x.shape[1], dtype=torch.float32), total) for x, total in sums]
     dbias_partial = None if dbias is None else tables[0][0]
     beside = (None, None) if summed is None else (summed[0], tables[-1][0])
     launch(

@@ -105,10 +105,10 @@ def layer_norm_forward(
     """
     shape, channels = x.shape, x.shape[-1]
     rows = x.numel() // channels
-    y = x.new_empty(shape, dtype=out_dtype)
+    y = x.new_empty(*shape, dtype=out_dtype)
     x_new = mean = rstd = None
     if branch is not None:
-        x_new = x.new_empty(shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+        x_new = x.new_empty(*shape, dtype=torch.promote_types(x.dtype, branch.dtype))
     if keep_statistics:
         mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     if rows == 0:
@@ -171,17 +171,17 @@ def layer_norm_backward(
     shape, channels = x.shape, x.shape[-1]
     rows = x.numel() // channels
 
-    def empty(size, dtype):
-        return None if dtype is None else x.new_empty(size, dtype=dtype)
+    def empty(dtype, *sizes):
+        return None if dtype is None else x.new_empty(*sizes, dtype=dtype)
 
-    dx, dbranch = empty(shape, dx_dtype), empty(shape, dbranch_dtype)
-    sums = [empty(channels, dtype) for dtype in (dweight_dtype, dbias_dtype, dgamma_dtype)]
+    dx, dbranch = empty(dx_dtype, *shape), empty(dbranch_dtype, *shape)
+    sums = [empty(dtype, channels) for dtype in (dweight_dtype, dbias_dtype, dgamma_dtype)]
     if rows == 0:
         return dx, dbranch, *(s if s is None else s.zero_() for s in sums)
     wanted = [s for s in sums if s is not None]
     config = config or select_config(channels, architecture(x))
     programs = min(rows, config.backward_programs_per_sm * multiprocessors(x))
-    partial = x.new_empty((len(wanted), programs, channels), dtype=torch.float32) if wanted else None
+    partial = x.new_empty(len(wanted), programs, channels, dtype=torch.float32) if wanted else None
     tables = () if partial is None else partial.unbind(0)
     next_table = iter(tables)
     dy, x = _as_tokens(dy), _as_tokens(x)

@@ -155,7 +155,7 @@ def scale_add_forward(
     """residual + gamma * drop_path_scale * branch (M, N), rounded once. All contiguous; drop_path_scale is fp32, and M is a
     multiple of its length."""
     M, N = branch.shape
-    out = branch.new_empty((M, N), dtype=out_dtype)
+    out = branch.new_empty(M, N, dtype=out_dtype)
     if out.numel():
         launch(
             scale_add_forward_kernel,
@@ -181,7 +181,7 @@ def scale_add_backward(
     """
     M, N = dy.shape
     same = drop_path_scale is None and dy.dtype == dtype
-    g = dy if same else dy.new_empty((M, N), dtype=dtype)
+    g = dy if same else dy.new_empty(M, N, dtype=dtype)
     total = None if sum_dtype is None else dy.new_empty(N, dtype=sum_dtype)
     if dy.numel() == 0:
         return g, total if total is None else total.zero_()
@@ -190,7 +190,7 @@ def scale_add_backward(
     tile = backward_tile(dy.element_size())
     column_blocks = cdiv(N, tile.columns)
     strips, rows_per_strip = row_strips(M, tile.rows, column_blocks, dy)
-    partial = None if total is None else dy.new_empty((strips, N), dtype=torch.float32)
+    partial = None if total is None else dy.new_empty(strips, N, dtype=torch.float32)
     launch(
         scale_add_backward_kernel,
         (column_blocks, strips),
@@ -219,7 +219,7 @@ def folded_layer_norm_backward(
     """
     M, channels = x_hat.shape
     dx, dbranch = (
-        None if dtype is None else x_hat.new_empty((M, channels), dtype=dtype) for dtype in (dx_dtype, dbranch_dtype)
+        None if dtype is None else x_hat.new_empty(M, channels, dtype=dtype) for dtype in (dx_dtype, dbranch_dtype)
     )
     if x_hat.numel():
         config = select_row_config(channels)

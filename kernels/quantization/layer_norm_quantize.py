@@ -75,9 +75,9 @@ def layer_norm_quantize(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """x and branch (..., C), contiguous -> x_new in their promoted dtype (None without a branch), q (..., C), scale (...) fp32."""
     channels, rows = x.shape[-1], x.numel() // x.shape[-1]
-    q = x.new_empty(x.shape, dtype=dtype)
+    q = x.new_empty(*x.shape, dtype=dtype)
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    x_new = None if branch is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    x_new = None if branch is None else x.new_empty(*x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
     if rows:
         constexprs = (channels, next_power_of_2(channels), LARGEST[dtype], SMALLEST)
         config = select_config(channels, architecture(x))

@@ -68,7 +68,7 @@ def rescale(
 ) -> torch.Tensor:
     """z (..., N), row_scale (...), column_scale and bias (N,), scale (1,), all contiguous -> (..., N) in out_dtype."""
     N = z.shape[-1]
-    out = z.new_empty(z.shape, dtype=out_dtype)
+    out = z.new_empty(*z.shape, dtype=out_dtype)
     if out.numel():
         M = z.numel() // N
         constexprs = (activation, min(N & -N, 16), BLOCK_M, BLOCK_N)

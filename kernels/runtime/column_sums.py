@@ -204,7 +204,7 @@ def sum_columns(*matrices: Table, later: list[Table]) -> None:
     widths = [x.shape[1] for x, _ in matrices]
     column_blocks = sum(cdiv(width, columns) for width in widths)
     strips, rows_per_strip = row_strips(M, rows, column_blocks, matrices[0][0])
-    partials = [x.new_empty((strips, x.shape[1]), dtype=torch.float32) for x, _ in matrices]
+    partials = [x.new_empty(strips, x.shape[1], dtype=torch.float32) for x, _ in matrices]
     later += [(partial, total) for partial, (_, total) in zip(partials, matrices, strict=True)]
     absent = (None,) * (2 - len(matrices))
     launch(

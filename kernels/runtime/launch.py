@@ -45,8 +45,8 @@ def nothing_between() -> bool:
     )
 
 
-# Without the look at whether CUDA is initialised, which a tensor on it answers. A build without CUDA has no such tensor.
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+# For where there is a tensor on a CUDA device, which says that CUDA is initialised: `torch.cuda.current_device()` looks first.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _INT32 = 2**31
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -115,52 +115,13 @@ def launch(
         KernelRefused: the kernel cannot be compiled, loaded or launched on the device.
     """
     home = _device_index(args)
-    if home >= 0 and home != _current_device():
+    if home >= 0 and home != current_device():
         with torch.cuda.device(home):
-            _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
-    elif home < 0 and _cpu_launcher is not None:
+            launch(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
+        return
+    if home < 0 and _cpu_launcher is not None:
         _cpu_launcher(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
-    else:
-        _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
-
-
-class CompiledOnly:
-    """What is launched between `begin` and `end` in a thread is compiled and loaded, and not run: results are left as they are.
-
-    After `close` no thread is held any more, also where an error kept one from its `end`.
-    """
-
-    def __init__(self) -> None:
-        self.open = True
-
-    def begin(self) -> None:
-        _thread.compiled_only = self
-
-    def end(self) -> None:
-        _thread.compiled_only = None
-
-    def close(self) -> None:
-        self.open = False
-
-
-def _runs() -> bool:
-    """Whether this thread's launches are to run."""
-    held = _thread.compiled_only
-    return held is None or not held.open
-
-
-@contextlib.contextmanager
-def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
-    """Inside, `launcher` is called instead of `launch` for tensors on the CPU, with all arguments by position."""
-    global _cpu_launcher
-    previous, _cpu_launcher = _cpu_launcher, launcher
-    try:
-        yield
-    finally:
-        _cpu_launcher = previous
-
-
-def _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg) -> None:
+        return
     if type(kernel) is not JITFunction or kernel.pre_run_hooks or not _DIRECT:
         _launch_publicly(kernel, grid, args, constexprs, num_warps, num_stages, fp_fusion, maxnreg)
         return
@@ -206,6 +167,42 @@ def _launch(home, kernel, grid, args, constexprs, num_warps, num_stages, fp_fusi
     compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *args, *constexprs)
     if (observer := launch_observer()) is not None:
         observer.launched(DirectLaunch(kernel, compiled, (x, y, z), args, constexprs))
+
+
+class CompiledOnly:
+    """What is launched between `begin` and `end` in a thread is compiled and loaded, and not run: results are left as they are.
+
+    After `close` no thread is held any more, also where an error kept one from its `end`.
+    """
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def begin(self) -> None:
+        _thread.compiled_only = self
+
+    def end(self) -> None:
+        _thread.compiled_only = None
+
+    def close(self) -> None:
+        self.open = False
+
+
+def _runs() -> bool:
+    """Whether this thread's launches are to run."""
+    held = _thread.compiled_only
+    return held is None or not held.open
+
+
+@contextlib.contextmanager
+def cpu_launches(launcher: Callable[..., None]) -> Iterator[None]:
+    """Inside, `launcher` is called instead of `launch` for tensors on the CPU, with all arguments by position."""
+    global _cpu_launcher
+    previous, _cpu_launcher = _cpu_launcher, launcher
+    try:
+        yield
+    finally:
+        _cpu_launcher = previous
 
 
 def descriptor(

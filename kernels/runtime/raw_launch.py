@@ -11,7 +11,10 @@ from triton.runtime.driver import driver
 
 from fastdeit.kernels.runtime.launch import DirectLaunch
 
-_TESTED_VERSION = "3.6."
+# None where `raw_launcher` works, else why not.
+WHY_NO_RAW_LAUNCHES: str | None = None
+if not triton.__version__.startswith("3.6."):
+    WHY_NO_RAW_LAUNCHES = f"recorded launches were tested with Triton 3.6, this is {triton.__version__}"
 
 
 class RawLauncher(NamedTuple):
@@ -21,13 +24,6 @@ class RawLauncher(NamedTuple):
     grid: tuple[int, int, int]
     leading: tuple  # function, attributes, and no hooks
     maps: dict[int, Any]  # position of an argument that is a descriptor -> what its tensor map is to be like
-
-
-def why_no_raw_launches() -> str | None:
-    """None where `raw_launcher` works, else why not."""
-    if not triton.__version__.startswith(_TESTED_VERSION):
-        return f"recorded launches were tested with Triton 3.6, this is {triton.__version__}"
-    return None
 
 
 def raw_launcher(launch: DirectLaunch) -> RawLauncher | None:

@@ -178,10 +178,14 @@ def test_what_a_custom_attention_returns_is_added_as_pytorch_adds(kernels_stood_
 
 
 class Doubled(nn.Module):
-    """A scale of a class that no host has."""
+    """A scale of a class that no host has, with a parameter that LayerScale has too."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((32,), 0.3))
 
     def forward(self, x):
-        return 2 * x
+        return 2 * self.gamma * x
 
 
 @pytest.mark.parametrize(

@@ -253,9 +253,11 @@ def test_a_module_that_is_called_is_not_recorded():
 
 def test_a_function_that_replaces_one_of_ours_is_not_recorded(monkeypatch):
     from fastdeit.kernels.norm import layer_norm
+    from fastdeit.ops import launchers
 
     forward, calls = layer_norm.layer_norm_forward, []
-    monkeypatch.setattr(layer_norm, "layer_norm_forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    for module in (layer_norm, launchers):
+        monkeypatch.setattr(module, "layer_norm_forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     model = build()
     with torch.no_grad(), precision(torch.bfloat16):
         for calls_so_far in (5, 10, 15, 20):
