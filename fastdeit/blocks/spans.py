@@ -1,4 +1,4 @@
-"""The run from images to prefix tokens, cut between blocks into spans, each one autograd node.
+"""The run from images to prefix tokens or logits, cut between blocks into spans, each one autograd node.
 
 Between two spans flows a `PendingResidual`.
 """
@@ -22,7 +22,8 @@ class Span(NamedTuple):
 
     Attributes:
         run: (*tensors) -> tensors, x, branch and drop_path_scale of a `PendingResidual` with None for what it has not. The first
-            span takes the images, the last gives the prefix tokens alone. None where timm's code is to run around everything.
+            span takes the images, the last gives the prefix tokens alone, or logits. None where timm's code is to run around
+            everything.
         parameters: all that it may read.
     """
 
@@ -30,21 +31,20 @@ class Span(NamedTuple):
     parameters: list[Tensor]
 
 
-def trunk_spans(
-    trunk: spec.Trunk, verdict: TrunkVerdict, make_tokens: Callable[[Tensor], Tensor], embedding: Sequence[Tensor]
-) -> list[Span]:
-    """The spans of one call, to be run in their order; as a whole they do what `run_trunk` does on make_tokens(images).
+def trunk_spans(trunk: spec.Trunk, verdict: TrunkVerdict, before: Span, after: Span | None = None) -> list[Span]:
+    """The spans of one call, to be run in their order; as a whole they do what `run_trunk` does between `before` and `after`.
 
     Args:
-        embedding: parameters that make_tokens reads.
+        before: images -> (tokens,).
+        after: prefix tokens -> (logits, ...); without it the last span gives the tokens.
     """
     call: dict[str, Any] = {}  # what one span leaves to the next beside tensors
 
     def run(indices: range, *given: Any) -> tuple[Tensor | None, ...] | None:
         if indices.start == 0:
             (images,) = given
-            tokens = make_tokens(images)
-            if (why_not_plain_call(tokens) or why_not_trunk_call(verdict, tokens)) is not None:
+            (tokens,) = before.run(images) or (None,)
+            if tokens is None or (why_not_plain_call(tokens) or why_not_trunk_call(verdict, tokens)) is not None:
                 return None
             call["fused"], pending = attention_fused(trunk, verdict, tokens), PendingResidual(tokens)
         else:
@@ -53,20 +53,21 @@ def trunk_spans(
         pending = run_blocks(trunk, verdict, pending, call["fused"], indices)
         call["gamma"] = pending.gamma
         if indices.stop == len(verdict.blocks):
-            return (run_final_norm(trunk, pending),)
+            tokens = run_final_norm(trunk, pending)
+            return (tokens,) if after is None else after.run(tokens)
         return pending.x, pending.branch, pending.drop_path_scale
 
     blocks = blocks_of(trunk)
     spans = []
-    for indices in _cut([list(block.module.parameters()) for block in blocks], list(embedding)):
+    for indices in _cut([list(block.module.parameters()) for block in blocks], before.parameters):
         parameters: list[Tensor] = [p for index in indices for p in blocks[index].module.parameters()]
         if indices.start == 0:
-            parameters += embedding
+            parameters += before.parameters
         else:
             gamma = read_gamma(blocks[indices.start - 1].branches[-1])
             parameters += [] if gamma is None else [gamma]
         if indices.stop == len(blocks):
-            parameters += trunk.norm.module.parameters()
+            parameters += [*trunk.norm.module.parameters(), *(after.parameters if after is not None else ())]
         spans.append(Span(lambda *given, indices=indices: run(indices, *given), parameters))
     return spans
 

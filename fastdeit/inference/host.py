@@ -145,7 +145,7 @@ def _why_not(model: Any) -> str | None:
             if isinstance(model, FusedModule)
             else "it is no vision transformer of those known"
         )
-    trunk, (verdict, embedding) = looked_at(cast(nn.Module, model))
+    trunk, (verdict, embedding, _) = looked_at(cast(nn.Module, model))
     reason = verdict.model or why_global_hook() or why_not_bypassed((cast(nn.Module, model),)) or embedding
     reason = reason or verdict.norm or verdict.block
     for name, judged in zip(trunk.blocks, verdict.blocks, strict=False):

@@ -12,7 +12,7 @@ from fastdeit.ops.arguments import (
     instead_of_lean,
 )
 from fastdeit.ops.layer_norm_op import check_normalised, layer_norm_reference
-from fastdeit.ops.matmul import lacks_elements, promoted
+from fastdeit.ops.matmul import as_dtype, lacks_elements, promoted
 from fastdeit.ops.mlp_op import check_mlp, mlp_reference
 from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.refusals import or_reference
@@ -81,7 +81,7 @@ def layer_norm_mlp(
             return layer_norm_mlp_reference(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
         _passed.add(*given)
     out, _ = add_layer_norm_mlp_unchecked(*tensors, eps, activation, backends.matmul_dtype(x), recompute)
-    return _added(out.to(promoted(out.dtype, gamma)), drop_path_scale, residual)
+    return _added(as_dtype(out, promoted(out.dtype, gamma)), drop_path_scale, residual)
 
 
 def layer_norm_mlp_reference(

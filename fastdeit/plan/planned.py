@@ -27,7 +27,7 @@ from fastdeit.plan.surroundings import (
     why_not_trainable,
 )
 from fastdeit.plan.tape import Tape
-from fastdeit.plan.training import Attempt, TrainingPlan
+from fastdeit.plan.training import Attempt, Output, TrainingPlan
 from fastdeit.plan.workspace import lifetimes, packed
 
 MOST_KEYS = 16  # of a model, the last used
@@ -49,7 +49,9 @@ class Plan:
         Unsupported: it cannot be repeated; the text says why.
     """
 
-    def __init__(self, tape: Tape, parameters: list[Tensor], x: Tensor, output: Tensor) -> None:
+    def __init__(self, tape: Tape, parameters: list[Tensor], x: Tensor, output: Output) -> None:
+        if isinstance(output, tuple):
+            raise Unsupported(f"{len(output)} tensors are returned")
         out = tape.view(output)
         if (reason := tape.refused or why_not_output(out, output)) is not None:
             raise Unsupported(reason)
@@ -84,7 +86,7 @@ class Plan:
         return self._bound.fixed(workspace.data_ptr(), out, stream), out, workspace
 
 
-_Run = Callable[[Tensor], Tensor | None]
+_Run = Callable[[Tensor], Output | None]
 
 
 class Plans:
@@ -121,7 +123,7 @@ class Plans:
                 self.entries.popitem(last=False)
             self.entries[key] = entry
 
-    def record(self, key: tuple, run: _Run, x: Tensor) -> Tensor | None:
+    def record(self, key: tuple, run: _Run, x: Tensor) -> Output | None:
         """run(x). What is kept is its plan, or the reason why there is none."""
         tape = Tape(self.tensors, [x])
         with nothing_called(tape), torch._C._AutoDispatchBelowAutograd(), tape:
@@ -135,7 +137,7 @@ class Plans:
             self.put(key, str(reason))
         return out
 
-    def record_training(self, key: tuple, spans: Sequence[Span], x: Tensor) -> Tensor | None:
+    def record_training(self, key: tuple, spans: Sequence[Span], x: Tensor) -> Output | None:
         """What the spans give of x. The plan is kept after the backward pass."""
         if (reason := why_not_recorded(self.parameters)) is not None:
             self.put(key, reason)
@@ -189,13 +191,13 @@ def planned(
     x: Tensor,
     why_called: Callable[[], str | None],
     spans: Callable[[Tensor], Sequence[Span] | None] | None = None,
-) -> Tensor | None:
+) -> Output | None:
     """run(x), from a plan where there is one.
 
     Args:
         root: the module that holds all parameters which `run` reads.
         answer: what `looked_at(root)` gave; `run` depends on nothing else of the modules.
-        run: gives a new tensor, or None, and has no other effect.
+        run: gives a new tensor, several or None, and has no other effect.
         x: its only input.
         why_called: why `run` calls modules, so that it is not recorded; None if it launches alone.
         spans: what do together what `run` does of x, for calls with gradients; None if nothing does.
@@ -223,7 +225,7 @@ def planned(
     return run(x)
 
 
-def _recorded(plans: Plans, key: tuple, run: _Run, spans: Callable | None, x: Tensor) -> Tensor | None:
+def _recorded(plans: Plans, key: tuple, run: _Run, spans: Callable | None, x: Tensor) -> Output | None:
     """Runs x while recording it, span by span where it trains, and returns the output; None where there are no spans."""
     if not is_training(key) or spans is None:
         return plans.record(key, run, x)

@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor
 
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.span import NotFused, Recording, SpanPlan
+
+Output = Tensor | tuple[Tensor, ...]
 
 
 class TrainingPlan:
@@ -24,11 +27,11 @@ class TrainingPlan:
         for span in spans:
             span.events = []
 
-    def __call__(self, x: Tensor) -> Tensor | None:
+    def __call__(self, x: Tensor) -> Output | None:
         tensors: tuple[Tensor | None, ...] = (x,)
         for span in self._spans:
             tensors = span(*tensors)
-        return tensors[0]
+        return _output(tensors)
 
 
 class Attempt:
@@ -46,8 +49,8 @@ class Attempt:
         self._spans, self._read, self._finish = spans, read, finish
         self._plans: list[SpanPlan | None] = [None] * len(spans)
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """The last span's output, None where the spans may not run."""
+    def __call__(self, x: Tensor) -> Output | None:
+        """The last span's output or outputs, None where the spans may not run."""
         tensors: tuple[Tensor | None, ...] = (x,)
         try:
             for i, span in enumerate(self._spans):
@@ -55,7 +58,7 @@ class Attempt:
         except NotFused:
             self._finish("timm's code runs around everything")
             return None
-        return tensors[0]
+        return _output(tensors)
 
     def _found(self, index: int, plan: SpanPlan | str) -> None:
         if isinstance(plan, str):
@@ -65,3 +68,8 @@ class Attempt:
         found = [plan for plan in self._plans if plan is not None]
         if len(found) == len(self._plans):
             self._finish(TrainingPlan(found, self._read))
+
+
+def _output(tensors: tuple[Tensor | None, ...]) -> Output | None:
+    """A tensor alone, or the tuple of several."""
+    return cast(Output, tensors) if len(tensors) > 1 else tensors[0]

@@ -49,7 +49,9 @@ def fold_forward(
     What is None does nothing; the second is None without bias and shift. What nothing changes is returned as it is.
     """
     if column_scale is column_shift is row_scale is None and weight.dtype == dtype:
-        return weight, bias if bias is None else bias.contiguous().to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        return weight, _contiguous(bias)
     weight, bias, column_scale, column_shift, row_scale = map(
         _contiguous, (weight, bias, column_scale, column_shift, row_scale)
     )

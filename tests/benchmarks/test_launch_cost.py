@@ -14,7 +14,7 @@ from fastdeit.testing.fake_cuda import library
 
 GENEROUS = 5  # times the budget of a quiet machine
 # Of timm's host time, with 2.5 us a launch on both sides; docs/host-time.md has medians.
-MOST = {("forward", "eager"): 0.55, ("forward", "captured"): 0.25, ("forward", "optimized"): 0.12}
+MOST = {("forward", "eager"): 0.55, ("forward", "captured"): 0.22, ("forward", "optimized"): 0.12}
 MOST |= {("step", "eager"): 0.9, ("step", "captured"): 0.1}
 needs_fake_cuda = pytest.mark.skipif(
     fake_cuda.why_unavailable() is not None, reason=f"no fake CUDA runtime: {fake_cuda.why_unavailable()}"

@@ -6,14 +6,15 @@ import torch
 from fastdeit import backends, testing
 
 
-def _saved_bytes(function, given, parameters) -> int:
-    """Bytes of distinct storages saved for backward, without parameters and what has the size of one: their casts."""
-    casts = {(p.numel(), size) for p in parameters for size in (2, 4)}
+def _saved_bytes(function, given, parameters, casts=True) -> int:
+    """Bytes of distinct storages saved for backward, without parameters and, with casts, what has the size of one: their casts."""
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    sizes = {(p.numel(), size) for p in parameters for size in (2, 4)} if casts else set()
     kept = {}
 
     def pack(tensor):
-        if (tensor.numel(), tensor.element_size()) not in casts:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and (tensor.numel(), tensor.element_size()) not in sizes:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdeit import backends, ops, testing
+from fastdeit.ops import launchers
 from fastdeit.ops.layer_norm_op import MAX_CHANNELS, why_reference
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
@@ -186,12 +187,9 @@ def test_inputs_are_not_written_to():
 
 
 def test_nothing_is_kept_without_gradients(monkeypatch):
-    kept = []
-    from fastdeit.kernels.norm import layer_norm as kernels
-
-    launcher = kernels.layer_norm_forward
+    kept, launcher = [], launchers.layer_norm_forward
     monkeypatch.setattr(
-        kernels, "layer_norm_forward", lambda *a, **k: kept.append(k["keep_statistics"]) or launcher(*a, **k)
+        launchers, "layer_norm_forward", lambda *a, **k: kept.append(k["keep_statistics"]) or launcher(*a, **k)
     )
     x, weight = randn(2, 192).requires_grad_(), randn(192)
     for mode in (torch.no_grad, torch.inference_mode):

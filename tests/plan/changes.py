@@ -52,6 +52,18 @@ CHANGES = {
     "other data": lambda m: replaced_data(m.blocks[1].norm1.weight),
     "other data of the patch embedding": lambda m: replaced_data(m.patch_embed.proj.weight),
     "other data of the final norm": lambda m: replaced_data(m.norm.bias),
+    "other data of a head": lambda m: replaced_data(m.head_dist.weight),
+    "a hook on a head": lambda m: m.head.register_forward_hook(lambda *_: None),
+    "a hook before the heads": lambda m: m.head_drop.register_forward_hook(lambda *_: None),
+    "a hook on the norm of pooled tokens": lambda m: m.fc_norm.register_forward_hook(lambda *_: None),
+    "LoRA at a head": lambda m: setattr(m, "head", LoRA(m.head)),
+    "another head": lambda m: (
+        setattr(m, "head", nn.Linear(192, 10).cuda()) or setattr(m, "head_dist", nn.Linear(192, 10).cuda())
+    ),
+    "no head": lambda m: m.reset_classifier(0),
+    "an excluded head": lambda m: fastdeit.accelerate(m, exclude="head"),
+    "active dropout before the heads": lambda m: setattr(m.head_drop, "p", 0.1) or m.head_drop.train(),
+    "a method of its own": lambda m: setattr(m, "forward_head", m.forward_head),
     "the same data transposed": lambda m: transposed_data(m.blocks[1].attn.proj.weight),
     "weights in bf16": lambda m: m.blocks.bfloat16(),
     "one weight in bf16": lambda m: m.blocks[1].mlp.fc1.bfloat16(),

@@ -27,15 +27,17 @@ def step(model, x, autocast=None):
     with precision(autocast):
         outputs = model(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    sum(output.sum() for output in outputs).backward()
+    loss = sum(output.square().sum() for output in outputs)
+    loss.backward()  # from contiguous gradients, as a plan receives them
 
 
-def tokens_step(model, x, autocast=None):
-    """Prefix tokens, and gradients from a tensor of their own, both kept by the caller."""
+def outputs_step(model, x, autocast=None):
+    """Logits, or prefix tokens where the heads are called, and gradients from tensors of their own, all kept by the caller."""
     with precision(autocast):
-        tokens = model._planned_tokens(looked_at(model), x)
+        made = model._planned(looked_at(model), x)
+    made = made if isinstance(made, tuple) else (made,)
     wanted = [p for p in (x, *model.parameters()) if p.requires_grad]
-    return tokens, torch.autograd.grad(tokens, wanted, torch.ones_like(tokens), allow_unused=True)
+    return made, torch.autograd.grad(made, wanted, list(map(torch.ones_like, made)), allow_unused=True)
 
 
 def unplanned(monkeypatch, call):
@@ -79,6 +81,15 @@ CASES = {
     "lean": (MODEL, None, torch.bfloat16, dict(memory="lean")),
     "frozen blocks": (MODEL, None, torch.bfloat16, {}),
     "frozen biases": (MODEL, torch.bfloat16, None, {}),
+    "distilled training": (MODEL, None, torch.bfloat16, {}),
+    "distilled training in bf16": (MODEL, torch.bfloat16, None, {}),
+    "a head that is called": (MODEL, None, torch.bfloat16, {}),
+    "heads alone": (MODEL, torch.bfloat16, None, {}),
+}
+FROZEN = {
+    "frozen blocks": ("blocks.0", "patch", "pos", "cls", "dist"),
+    "frozen biases": ("blocks.1.mlp.fc1.b",),
+    "heads alone": ("blocks", "patch", "pos", "cls", "dist", "norm"),
 }
 # Of a step from a plan, times that of the ops, by the batch size. With one image most memory is that of gradients, and a span
 # holds its workspaces a little longer than the ops their tensors.
@@ -91,27 +102,26 @@ def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(case, monkeypat
     name, dtype, autocast, options = CASES[case]
     model = build(name, dtype, **options).train()
     x = images(model)
-    freeze(
-        model,
-        *{"frozen blocks": ("blocks.0", "patch", "pos", "cls", "dist"), "frozen biases": ("blocks.1.mlp.fc1.b",)}.get(
-            case, ("?",)
-        ),
-    )
+    freeze(model, *FROZEN.get(case, ("?",)))
+    if case.startswith("distilled training"):
+        model.set_distilled_training()
+    if case == "a head that is called":
+        model.head.register_forward_hook(lambda *_: None)
     monkeypatch.setattr(spans, "MOST_GRADIENTS", spans.MOST_GRADIENTS if case in ONE_SPAN else 0)
     keep_apart(monkeypatch)
     offset = torch.cuda.default_generators[0].get_offset
     for _ in range(2):
-        tokens_step(model, x, autocast)
+        outputs_step(model, x, autocast)
     only_plan(model)
     kept = keep_made(monkeypatch)
-    kept.append(tokens_step(model, x, autocast))
+    kept.append(outputs_step(model, x, autocast))
     start = offset()
-    planned = recorded(lambda: kept.append(tokens_step(model, x, autocast)))
+    planned = recorded(lambda: kept.append(outputs_step(model, x, autocast)))
     monkeypatch.undo()
     drawn, start = offset() - start, offset()
     with KeepsAll():
-        ops = recorded(lambda: tokens_step(model, x, autocast))
-    assert len(planned) > 40 and dataflow(planned) == dataflow(ops)
+        ops = recorded(lambda: outputs_step(model, x, autocast))
+    assert len(planned) > (30 if case == "heads alone" else 40) and dataflow(planned) == dataflow(ops)
     assert of_parameters(planned, model) == of_parameters(ops, model)
     assert drawn == offset() - start and (drawn > 0) is ("drop path" in case)
 
@@ -234,7 +244,7 @@ def test_gradients_are_received_as_launches_read_them():
 
 def test_two_calls_before_their_backward_passes_have_memory_of_their_own(monkeypatch):
     def interleaved():
-        tokens = [model._planned_tokens(looked_at(model), x) for _ in range(2)]
+        tokens = [model._planned(looked_at(model), x) for _ in range(2)]
         pairs, wanted = [(each, torch.ones_like(each)) for each in tokens], list(model.parameters())
         return pairs, [torch.autograd.grad(each, wanted, gradient, allow_unused=True) for each, gradient in pairs]
 
@@ -242,7 +252,7 @@ def test_two_calls_before_their_backward_passes_have_memory_of_their_own(monkeyp
     x = images(model)
     keep_apart(monkeypatch)
     for _ in range(2):
-        tokens_step(model, x)
+        outputs_step(model, x)
     only_plan(model)
     kept = keep_made(monkeypatch)
     planned = recorded(lambda: kept.append(interleaved()))
