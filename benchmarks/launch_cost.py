@@ -77,7 +77,7 @@ def measure_calls() -> dict[str, float]:
     x, weight, bias = zeros(2, 198, 192), zeros(192), zeros(192)
     y, mean, rstd = zeros(2, 198, 192), zeros(396), zeros(396)
     strides = (x.stride(0), x.stride(1))
-    args = (x, None, None, None, weight, bias, None, y, mean, rstd, 198, *strides, *strides, 1e-6)
+    args = (x, None, None, None, weight, bias, None, y, mean, rstd, None, None, 198, 0, 0, *strides, *strides, 1e-6)
     constexprs = (192, 256, 16, True)
     qkv, out = zeros(2, 198, 576, dtype=torch.bfloat16), zeros(2, 198, 192, dtype=torch.bfloat16)
 

@@ -202,6 +202,7 @@ _TWO_PIECES = (
 _OFF_SECTORS = "rows begin anywhere in a sector: every access of a warp touches one more than it needs"
 SECTOR_EXCESSES = (
     Excess("layer_norm_forward", "C=[0-9]+ autocast", 1.67, _TWO_PIECES),
+    Excess("folded_layer_norm_backward", "C=[0-9]+ autocast, subsets", 1.29, f"{_TWO_PIECES}. A slot is a sector"),
     Excess("folded_layer_norm_backward", "C=[0-9]+ autocast", 1.28, _TWO_PIECES),
     Excess("scale_add_forward", "autocast", 1.32, _TWO_PIECES),
     Excess("fold_(both_)?forward", "Layer", 1.65, _TWO_PIECES),
@@ -251,12 +252,6 @@ WAVEFRONT_EXCESSES = (
         "gemm_backward", "64x128 bf16", 1.7, "column sums of a tile across warps, once a tile, between two products"
     ),
     Excess("partial_sums_backward", "", 3.0, "eight warps' sums of 16 columns meet once a program, in a few words"),
-    Excess(
-        "layer_norm_backward",
-        "C=192 autocast",
-        1.6,
-        "copies of 16 bytes to shared memory 32 bytes apart; not run by default, as above",
-    ),
     Excess("augment_tables", "", 5.2, "a histogram: atomic additions to the same counters"),
 )
 

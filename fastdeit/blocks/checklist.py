@@ -213,11 +213,6 @@ class BlockVerdict(NamedTuple):
     gammas: tuple[Gamma, ...]
     last_gamma: tuple[Gamma, ...]
 
-    def of_branch(self, index: int) -> "BlockVerdict":
-        """The verdict of a block with this branch alone."""
-        each = slice(index, index + 1)
-        return self._replace(parts=self.parts[each], called=self.called[each], out_dropouts=self.out_dropouts[each])
-
 
 def _first(reasons: Iterable[str | None]) -> str | None:
     """The first reason there is. The Dynamo of PyTorch 2.8 does not trace `next` with a default."""

@@ -16,8 +16,9 @@ from fastdeit.backends import matmul_dtype
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_not_attention_call, why_not_plain_call
 from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict, exported, why_called
-from fastdeit.blocks.subsets import add_to_subset, draw_subset, runs_on_subsets
+from fastdeit.blocks.subsets import Subset, draw_subset, runs_on_subsets
 from fastdeit.kernels.attention.config import SDPA_PREFERRED
+from fastdeit.ops.skipped_samples import gathered, samples_of
 
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 
@@ -26,9 +27,10 @@ class PendingResidual(NamedTuple):
     """A residual stream whose last addition is still to be made: x + gamma * drop_path_scale * branch."""
 
     x: Tensor  # (B, N, C)
-    branch: Tensor | None = None  # (B, N, C), or nothing to add
+    branch: Tensor | None = None  # (B, N, C), of a subset (kept, N, C), or nothing to add
     gamma: Tensor | None = None  # (C,)
     drop_path_scale: Tensor | None = None  # (B,)
+    slots: Tensor | None = None  # (B,) int64, a sample's place in the branch of a subset (`Subset`)
 
 
 def run_trunk(trunk: spec.Trunk, verdict: TrunkVerdict, tokens: Tensor) -> Tensor:
@@ -69,8 +71,7 @@ def run_blocks(
         judged = verdict.blocks[index]
         prune = index == last and fused[index] and judged.pruned is None
         keep = trunk.prefix if prune else None
-        run = run_block_on_subsets if runs_on_subsets(blocks[index]) else run_block
-        pending = run(blocks[index], judged, pending, attention_fused=fused[index], defer=True, keep=keep)
+        pending = run_block(blocks[index], judged, pending, attention_fused=fused[index], defer=True, keep=keep)
     return pending
 
 
@@ -101,19 +102,27 @@ def run_block(
         call_arguments: keyword arguments of a module that takes the block's mask, where it is called.
     """
     last = block.branches[-1]
+    skips = block.drop_path == "skip" and runs_on_subsets(block)
     judged = zip(block.branches, verdict.parts, verdict.called, verdict.out_dropouts, strict=True)
     for branch, reason, called, dropout in judged:
         body = branch.body
         fused = reason is None and (attention_fused or not isinstance(body, spec.Attention))
         folds_tail = defer or branch is not last
         reads_weights = fused and called is None
+        subset = draw_subset(branch.drop_path, pending.x) if skips else None
         if reads_weights and keep is None and pending.gamma is None:
-            joint = _run_joint(block, branch, pending, folds_tail, drops_out=dropout is not None)
+            joint = _run_joint(block, branch, pending, folds_tail, dropout is not None, subset)
             if joint is not None:
                 pending = joint
                 continue
         # Only a fused body's matmul reads the normalised tokens: it takes them in the dtype that it multiplies in.
-        x, tokens = add_layer_norm(pending, branch.norm, autocast_dtype(pending.x) if reads_weights else None)
+        out_dtype = autocast_dtype(pending.x) if reads_weights else None
+        if subset is None:
+            x, tokens = add_layer_norm(pending, branch.norm, out_dtype)
+        else:
+            x = settled(pending)
+            rows = PendingResidual(gathered(x, subset.slots, subset.kept))
+            _, tokens = add_layer_norm(rows, branch.norm, out_dtype)
         if not fused:
             call = branch.module if branch.call is None else branch.call
             out = call(tokens, **call_arguments) if branch.takes_mask else call(tokens)
@@ -123,7 +132,9 @@ def run_block(
             out = run_attention(body, tokens) if called is None else run_attention_called(body, tokens)
         else:
             x, out, keep = x[:, :keep], _run_attention_prefix(body, tokens, keep), None
-        if not folds_tail:
+        if subset is not None:
+            pending = _pending_subset(branch, block.module, x, out, subset)
+        elif not folds_tail:
             pending = PendingResidual(x, _tail(branch, block.module, out))
         elif (type(out) is Tensor or exported(out)) and out.shape == x.shape:
             gamma = read_gamma(branch)
@@ -133,70 +144,48 @@ def run_block(
     return pending
 
 
-def run_block_on_subsets(
-    block: spec.Block,
-    verdict: BlockVerdict,
-    pending: PendingResidual,
-    *,
-    attention_fused: bool,
-    defer: bool,
-    keep: int | None = None,
-    call_arguments: Mapping[str, Any] = _NO_ARGUMENTS,
-) -> PendingResidual:
-    """`run_block` of a block whose branches run on subsets of the samples. Nothing is left to be added."""
-    x = _settled(pending)
-    for index, branch in enumerate(block.branches):
-        subset = draw_subset(branch.drop_path, x)
-        given = x if subset is None else x.index_select(0, subset.indices)
-        one = replace(block, branches=(replace(branch, drop_path=spec.NOTHING),))
-        judged = verdict.of_branch(index)
-        keeping = keep if isinstance(branch.body, spec.Attention) else None
-        done = run_block(
-            one,
-            judged,
-            PendingResidual(given),
-            attention_fused=attention_fused,
-            defer=defer,
-            keep=keeping,
-            call_arguments=call_arguments,
-        )
-        x = x if keeping is None else x[:, :keeping]
-        if subset is None:
-            x = _settled(done)
-        else:
-            added = done.x - given if done.branch is None else _scaled(done)
-            x = add_to_subset(x, added, subset)
-    return PendingResidual(x)
-
-
 def _run_joint(
-    block: spec.Block, branch: spec.Branch, pending: PendingResidual, folds_tail: bool, drops_out: bool
+    block: spec.Block,
+    branch: spec.Branch,
+    pending: PendingResidual,
+    folds_tail: bool,
+    drops_out: bool,
+    subset: Subset | None,
 ) -> PendingResidual | None:
     """The pending addition, LayerNorm, the body and LayerScale in one autograd node.
 
     None where they cannot share a node: where PyTorch's attention may run, and where gamma would be multiplied into fp16 weights,
     which a small gamma takes below the range of fp16.
     """
-    x, added, _, scale = pending
+    x, added, _, scale, slots = pending
     norm, body = branch.norm, branch.body
     gamma = branch.layer_scale._parameters.get(branch.gamma) if folds_tail else None
     if gamma is not None and matmul_dtype(x) is torch.float16:
         return None
     norm_weight, norm_bias = _read(norm)
     given = (x, added, norm_weight, norm_bias, norm.module.eps)
+    options: dict[str, Any] = {"gamma": gamma, "drop_path_scale": scale}
+    if slots is not None:
+        options["branch_slots"] = slots
+    if subset is not None:
+        options |= {"slots": subset.slots, "kept": subset.kept}
     if isinstance(body, spec.Attention):
         if SDPA_PREFERRED:
             return None
         qkv = body.qkv
         qkv = _read(qkv) if isinstance(qkv, spec.Affine) else _packed(qkv)
         weights = (*qkv, *_read(body.proj), body.num_heads)
-        x, out = ops.add_layer_norm_attention(*given, *weights, gamma=gamma, drop_path_scale=scale)
+        x, out = ops.add_layer_norm_attention(*given, *weights, **options)
     else:
         weights = (*_read(body.fc1), *_read(body.fc2))
-        options = {"activation": body.activation, "recompute": "preactivation" if block.memory == "lean" else None}
-        x, out = ops.add_layer_norm_mlp(*given, *weights, gamma=gamma, drop_path_scale=scale, **options)
+        options |= {"activation": body.activation, "recompute": "preactivation" if block.memory == "lean" else None}
+        x, out = ops.add_layer_norm_mlp(*given, *weights, **options)
     if drops_out:
         out = body.out_dropout(out)
+    if subset is not None and not folds_tail:
+        return _pending_subset(branch, block.module, x, out, subset)
+    if subset is not None:
+        return PendingResidual(x, out, None, subset.scale, subset.slots)
     if not folds_tail:
         return PendingResidual(x, _tail(branch, block.module, out))
     return PendingResidual(x, out, None, drop_path_scale(branch.drop_path, out, gamma))
@@ -206,25 +195,36 @@ def host_block_on_subsets(block: spec.Block, x: Tensor, call_arguments: Mapping[
     """What a block computes on subsets of the samples (B, N, C) by calls of the host's modules."""
     for branch in block.branches:
         subset = draw_subset(branch.drop_path, x)
-        tokens = branch.norm.module(x if subset is None else x.index_select(0, subset.indices))
+        tokens = branch.norm.module(x if subset is None else gathered(x, subset.slots, subset.kept))
         call = branch.module if branch.call is None else branch.call
         out = call(tokens, **call_arguments) if branch.takes_mask else call(tokens)
-        out = _tail(replace(branch, drop_path=spec.NOTHING), block.module, out)
-        x = x + out if subset is None else add_to_subset(x, out, subset)
+        if subset is None:
+            x = x + _tail(branch, block.module, out)
+        else:
+            x = settled(_pending_subset(branch, block.module, x, out, subset))
     return x
 
 
-def _settled(pending: PendingResidual) -> Tensor:
+def _pending_subset(branch: spec.Branch, block: nn.Module, x: Tensor, out: Tensor, subset: Subset) -> PendingResidual:
+    """The addition to x of what a branch's body made of a subset, after LayerScale."""
+    out = _tail(replace(branch, drop_path=spec.NOTHING), block, out)
+    return PendingResidual(x, out, None, subset.scale, subset.slots)
+
+
+def settled(pending: PendingResidual) -> Tensor:
     """The stream after its addition, by PyTorch's operations."""
-    return pending.x if pending.branch is None else pending.x + _scaled(pending)
-
-
-def _scaled(pending: PendingResidual) -> Tensor:
-    """The pending branch times its factors, ready to be added to the stream. There must be a pending branch."""
-    _, branch, gamma, scale = pending
-    assert branch is not None
-    branch = branch if gamma is None else branch * gamma
-    return branch if scale is None else branch * scale.to(branch.dtype).reshape(-1, 1, 1)
+    x, branch, gamma, scale, slots = pending
+    if branch is None:
+        return x
+    if gamma is not None:
+        branch = branch * gamma
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    x, branch = x.to(dtype), branch.to(dtype)
+    samples = None if slots is None else samples_of(slots, len(branch))
+    if scale is not None:
+        scale = scale if samples is None else scale.index_select(0, samples)
+        branch = branch * scale.to(dtype).reshape(-1, 1, 1)
+    return x + branch if samples is None else x.index_add(0, samples, branch)
 
 
 def _tail(branch: spec.Branch, block: nn.Module, out: Tensor) -> Tensor:
@@ -238,7 +238,9 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """The stream after its addition, and the norm's output on it, in one kernel."""
     weight, bias = _read(norm)
-    x, branch, gamma, scale = pending
+    if pending.slots is not None:
+        pending = PendingResidual(settled(pending))
+    x, branch, gamma, scale, _ = pending
     if branch is None:
         return x, ops.layer_norm(x, weight, bias, norm.module.eps, out_dtype=out_dtype)
     options = {"gamma": gamma, "drop_path_scale": scale, "out_dtype": out_dtype}

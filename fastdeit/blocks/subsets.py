@@ -1,6 +1,6 @@
 """Stochastic depth that computes only what it keeps: each residual branch runs on a random subset of the samples, of fixed size.
 
-    x[chosen] += B / kept * branch(x[chosen]),    kept = round(B (1 - p))
+    x[samples] += B / kept * branch(x[samples]),    kept = round(B (1 - p))
 
 (Huang et al. 2016, with subsets of fixed size as in Oquab et al. 2023, "DINOv2", appendix.) A sample is in the subset with
 probability kept / B, so the expectation equals that of a mask per sample with the same probability.
@@ -19,12 +19,14 @@ class Subset(NamedTuple):
     """The samples that a branch runs on.
 
     Attributes:
-        indices: (kept,) int64, each once.
-        scale: of the branch's output: B / kept, or 1.
+        slots: (B,) int64, a permutation: a sample's place in the branch, from `kept` on for a sample that is dropped.
+        kept: how many samples the branch runs on.
+        scale: (B,) float32, B / kept, by which its output is multiplied, or None.
     """
 
-    indices: Tensor
-    scale: float
+    slots: Tensor
+    kept: int
+    scale: Tensor | None
 
 
 def drop_rate(drop_path: nn.Module) -> float:
@@ -69,11 +71,6 @@ def draw_subset(drop_path: nn.Module, x: Tensor) -> Subset | None:
     kept = kept_samples(batch, rate)
     if kept == batch:
         return None
-    indices = torch.rand(batch, device=x.device).argsort()[:kept]
-    return Subset(indices, batch / kept if drop_path.scale_by_keep else 1.0)
-
-
-def add_to_subset(x: Tensor, branch: Tensor, subset: Subset) -> Tensor:
-    """x (B, N, C) with scale * branch (kept, N, C) added to the samples of the subset, in the dtype of x + branch."""
-    dtype = torch.promote_types(x.dtype, branch.dtype)
-    return x.to(dtype).index_add(0, subset.indices, branch.to(dtype), alpha=subset.scale)
+    slots = torch.rand(batch, device=x.device).argsort()
+    scale = x.new_full((batch,), batch / kept, dtype=torch.float32) if drop_path.scale_by_keep else None
+    return Subset(slots, kept, scale)

@@ -1,8 +1,8 @@
 """What a training step costs whose residual branches run on subsets of the samples (`drop_path="skip"`), as implemented.
 
-A branch's arithmetic and traffic are those of the samples that it keeps. To this come the passes that gather them and add the
-result, PyTorch operations that are not fused with the LayerNorm. Bytes are per element of one (batch, tokens, channels)
-activation.
+A branch's arithmetic and traffic are those of the samples that it keeps. The LayerNorm kernels read and write the stream of all
+samples, and with bf16 parameters PyTorch gathers and puts back rows in backward. Bytes are per element of one (batch, tokens,
+channels) activation.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,17 @@ from dataclasses import replace
 from fastdeit.cost.formulas import Cost
 from fastdeit.cost.models import LAST_BLOCK, Part, Shape, parts
 
-GATHER_AND_ADD = "gather and add"
+SKIPPED_SAMPLES = "stream of skipped samples"
 _OUTSIDE = ("patch embedding", "heads and loss")
-# By precision: (bytes per kept element, bytes per element of the batch), forward and backward, of one branch.
-#   forward    gathers the stream (read, write); casts the branch ("amp"); copies the stream; adds (two reads, a write), less what
-#              the fused addition would read and write of stream and branch
-#   backward   gathers the gradient, scales it, casts it ("amp"); fills zeros, adds the branch's gradient to them, adds both
-#              gradients, less the stream's gradient, which the fused LayerNorm would read
-_BYTES = {"amp": ((20, 8), (30, 16)), "bf16": ((6, 4), (12, 8))}
-_LAUNCHES = (8, 6)  # the draw (random numbers, a sort) included
+# By precision: (bytes per kept element, bytes per element of the batch), forward and backward, of one branch, beyond what the
+# fused LayerNorm moves of kept samples.
+#   forward         reads and writes the stream of the others too
+#   backward, amp   reads and writes its gradient
+#   backward, bf16  gathers the stream (4), the norm's input, and the stream's gradient (4), copies that gradient (4 of the batch),
+#                   puts rows back (4), gathers the branch's gradient (4) and scales it (4), less the branch's gradient (2), which
+#                   the fused kernel would write
+_BYTES = {"amp": ((-8, 8), (-8, 8)), "bf16": ((-4, 4), (18, 4))}
+_LAUNCHES = {"amp": (5, 0), "bf16": (5, 11)}  # forward: random numbers, their sort, the factors
 _BRANCHES = 2
 
 
@@ -51,14 +53,14 @@ def parts_on_subsets(
         pruned = [p for p in blocks if p.name.startswith(LAST_BLOCK)]
         found += pruned if last and pruned else [replace(p, count=1) for p in blocks if p not in pruned]
         if samples < batch:
-            found.append(_gather_and_add(shape, samples, batch, precision))
+            found.append(_skipped_samples(shape, samples, batch, precision))
     return found
 
 
-def _gather_and_add(shape: Shape, kept: int, batch: int, precision: str) -> Part:
+def _skipped_samples(shape: Shape, kept: int, batch: int, precision: str) -> Part:
     element = shape.tokens * shape.channels
     forward, backward = (
         Cost(0, _BRANCHES * element * (of_kept * kept + of_all * batch), _BRANCHES * launches)
-        for (of_kept, of_all), launches in zip(_BYTES[precision], _LAUNCHES, strict=True)
+        for (of_kept, of_all), launches in zip(_BYTES[precision], _LAUNCHES[precision], strict=True)
     )
-    return Part(GATHER_AND_ADD, forward, backward)
+    return Part(SKIPPED_SAMPLES, forward, backward)

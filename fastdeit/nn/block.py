@@ -9,7 +9,7 @@ from fastdeit.blocks.adapters.timm import describe_block
 from fastdeit.blocks.call_rules import why_global_hook, why_not_attention_call, why_not_block_call, why_not_plain_call
 from fastdeit.blocks.checklist import BlockVerdict, judge_block
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
-from fastdeit.blocks.run import PendingResidual, host_block_on_subsets, run_block, run_block_on_subsets
+from fastdeit.blocks.run import PendingResidual, host_block_on_subsets, run_block, settled
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.blocks.spec import Attention
 from fastdeit.blocks.spec import Block as Description
@@ -52,6 +52,13 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         """Why `forward` would run timm's code around its children, None if it would run the kernels."""
         return _why_not_call(looked_at(self)[1], x)
 
+    def note(self) -> str | None:
+        """How it drops samples in training where that is not timm's mask; None where it drops none."""
+        drops = (self.drop_path1, self.drop_path2)
+        if self.drop_path_mode != "skip" or not any(getattr(drop, "drop_prob", 0.0) for drop in drops):
+            return None
+        return "in training its branches run only on the samples that stochastic depth keeps"
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not isinstance(self, Block):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, x, attn_mask, is_causal)
@@ -65,9 +72,10 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         if _why_not_call(verdict, x) is not None:
             return host_block_on_subsets(description, x, masks) if subsets else super().forward(x, attn_mask, is_causal)
         fused = attn_mask is None and not is_causal and _attention_runs(description, x)
-        run = run_block_on_subsets if subsets else run_block
         pending = PendingResidual(x)
-        pending = run(description, verdict, pending, attention_fused=fused, defer=False, call_arguments=masks)
+        pending = run_block(description, verdict, pending, attention_fused=fused, defer=False, call_arguments=masks)
+        if pending.slots is not None:
+            return settled(pending)
         return pending.x if pending.branch is None else pending.x + pending.branch
 
     def forward_deferred(self, pending: PendingResidual) -> PendingResidual:
@@ -80,8 +88,7 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         x = pending.x
         if (reason := _why_not_call(verdict, x) or verdict.deferred) is not None:
             raise RuntimeError(f"forward_deferred: {reason}")
-        run = run_block_on_subsets if runs_on_subsets(description) else run_block
-        return run(description, verdict, pending, attention_fused=_attention_runs(description, x), defer=True)
+        return run_block(description, verdict, pending, attention_fused=_attention_runs(description, x), defer=True)
 
 
 def _attention_runs(description: Description, x: Tensor) -> bool:

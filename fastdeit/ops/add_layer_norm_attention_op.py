@@ -1,6 +1,6 @@
 """Residual addition, LayerNorm and attention of a pre-norm block as one autograd node; its output is left for the next to add."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +26,15 @@ from fastdeit.ops.branches import (
     in_order,
     saved_head,
     saved_weights,
+    subsets_of,
     tail_parameter_gradients,
     tail_sums,
 )
-from fastdeit.ops.layer_norm_op import add_layer_norm_reference, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.matmul import as_dtype, lacks_elements, without_autocast
 from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
+from fastdeit.ops.skipped_samples import head_reference
 from fastdeit.refusals import or_reference, why_refused
 
 _passed = PassedCalls()
@@ -54,6 +55,9 @@ def add_layer_norm_attention(
     *,
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
+    branch_slots: Tensor | None = None,
+    slots: Tensor | None = None,
+    kept: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The attention half of a pre-norm transformer block, from the pending residual addition to an output that is not yet added.
 
@@ -66,7 +70,7 @@ def add_layer_norm_attention(
 
     Args:
         x: (B, N, C), the residual stream, a float dtype, any strides.
-        branch: the shape of x, a float dtype; None where nothing is to be added.
+        branch: the shape of x but for branch_slots, a float dtype; None where nothing is to be added.
         norm_weight: (C,) or None.
         norm_bias: (C,) or None.
         eps: added to the variance, >= 0.
@@ -77,6 +81,10 @@ def add_layer_norm_attention(
         num_heads: H.
         gamma: (O,) or None, LayerScale. It is folded into proj_weight, so in fp16 it must not be far below 1.
         drop_path_scale: (B,) float32 or None, of `branch`, without gradient.
+        branch_slots: (B,) int64, a permutation, or None: branch is of a subset of the samples, (K, ...) for x (B, ...), and has a
+            sample in this place; from K on it has not, and nothing is added.
+        slots: (B,) int64 likewise: the samples with a place below `kept` are normalised, and out is of these, in their places.
+        kept: how many, with slots.
 
     Returns:
         x_new (x itself without a branch), in the promoted dtype of x and branch; and out, (B, N, O), in the matmul dtype.
@@ -86,18 +94,22 @@ def add_layer_norm_attention(
             no int.
         ValueError: a shape or device does not fit, or eps is negative or NaN.
     """
-    tensors = (x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, drop_path_scale)
-    if not _passed.has(tensors, eps, num_heads):
-        check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps)
+    of_samples = (drop_path_scale, branch_slots, slots)
+    tensors = (x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, *of_samples)
+    if not _passed.has(tensors, eps, num_heads, kept):
+        check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps, branch_slots, slots, kept)
         _check(x, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
         check_tail(x, gamma, proj_weight)
         head_dim = qkv_weight.shape[0] // (3 * num_heads)
         if why_reference(x, head_dim, branch) is not None or lacks_elements(proj_weight):
             weights = (qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads)
-            options = dict(gamma=gamma, drop_path_scale=drop_path_scale)
+            options: dict[str, Any] = dict(gamma=gamma, drop_path_scale=drop_path_scale)
+            options |= dict(branch_slots=branch_slots, slots=slots, kept=kept)
             return add_layer_norm_attention_reference(x, branch, norm_weight, norm_bias, eps, *weights, **options)
-        _passed.add(tensors, eps, num_heads)
-    out, x_new = add_layer_norm_attention_unchecked(*tensors, eps, num_heads, backends.matmul_dtype(x))
+        _passed.add(tensors, eps, num_heads, kept)
+    branch_kept = None if branch is None or branch_slots is None else branch.shape[0]
+    given = (eps, num_heads, backends.matmul_dtype(x), branch_kept, kept)
+    out, x_new = add_layer_norm_attention_unchecked(*tensors, *given)
     return x if branch is None else x_new, out
 
 
@@ -115,14 +127,13 @@ def add_layer_norm_attention_reference(
     *,
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
+    branch_slots: Tensor | None = None,
+    slots: Tensor | None = None,
+    kept: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `add_layer_norm_attention` in plain PyTorch. In float64 it is the oracle."""
-    if branch is None:
-        x_new, normed = x, layer_norm_reference(x, norm_weight, norm_bias, eps)
-    else:
-        x_new, normed = add_layer_norm_reference(
-            x, branch, norm_weight, norm_bias, eps, drop_path_scale=drop_path_scale
-        )
+    subsets = (branch_slots, slots, kept)
+    x_new, normed = head_reference(x, branch, norm_weight, norm_bias, eps, drop_path_scale, *subsets)
     out = attention_op.attention_reference(F.linear(normed, qkv_weight, qkv_bias), num_heads)
     out = F.linear(out, proj_weight, proj_bias)
     return x_new, out if gamma is None else (out * gamma).to(out.dtype)
@@ -179,6 +190,8 @@ class Saved(NamedTuple):
     proj_bias: Tensor | None
     gamma: Tensor | None
     drop_path_scale: Tensor | None
+    branch_slots: Tensor | None
+    slots: Tensor | None
 
 
 def _forward(
@@ -192,30 +205,36 @@ def _forward(
     proj_bias: Tensor | None,
     gamma: Tensor | None,
     drop_path_scale: Tensor | None,
+    branch_slots: Tensor | None,
+    slots: Tensor | None,
     eps: float,
     num_heads: int,
     matmul_dtype: torch.dtype,
+    branch_kept: int | None,
+    kept: int | None,
     *,
     saves,
 ):
     from fastdeit.kernels.attention.forward import attention_forward
     from fastdeit.kernels.gemm.linear import linear_forward
 
+    skips = branch_slots is not None or slots is not None
+    subsets = subsets_of(branch_slots, branch_kept, slots, kept) if skips else None
     with without_autocast():
         norm, scale = Norm(norm_weight, norm_bias, eps), (qkv_weight.shape[0] // (3 * num_heads)) ** -0.5
-        x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, qkv_weight, matmul_dtype, saves)
+        x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, qkv_weight, matmul_dtype, saves, subsets)
         folded = fold_layers(head, norm, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, matmul_dtype)
         qkv, _ = linear_forward(rows, folded.weight, folded.bias)
         del rows
-        qkv = qkv.view(*x.shape[:-1], qkv.shape[-1])
+        qkv = qkv.view(kept or x.shape[0], x.shape[1], qkv.shape[-1])
         attended, lse = attention_forward(qkv, num_heads, scale)
         out, _ = linear_forward(attended.view(-1, attended.shape[-1]), folded.tail_weight, folded.tail_bias)
     made = (head.mean, head.x_hat, head.rstd, qkv, attended, lse, *saved_weights(folded, qkv_weight, proj_weight))
-    return (out.view(*x.shape[:-1], out.shape[-1]), x_new), made
+    return (out.view(*qkv.shape[:-1], out.shape[-1]), x_new), made
 
 
 def _save(inputs, outputs, made, needs):
-    x, _, norm_weight, norm_bias, qkv_weight, _, *parameters = inputs[:10]
+    x, _, norm_weight, norm_bias, qkv_weight, _, *parameters = inputs[:12]
     mean, x_hat, rstd, *attention = made
     return Saved(
         *saved_head(x, outputs[1], mean, x_hat, rstd), *attention, norm_weight, norm_bias, qkv_weight, *parameters
@@ -226,7 +245,7 @@ def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.attention.backward import attention_backward
     from fastdeit.kernels.runtime.column_sums import add_all, column_sums
 
-    (dout, dx_new), (eps, num_heads, _) = grads, options
+    (dout, dx_new), (eps, num_heads, _, branch_kept, kept) = grads, options
     head, norm = BranchHead(*saved[:4]), Norm(saved.norm_weight, saved.norm_bias, eps)
     qkv, attended, gamma = saved.qkv, saved.attended, saved.gamma
     qkv_weight, proj_weight = saved.qkv_weight, saved.proj_weight
@@ -248,17 +267,20 @@ def _backward(grads, saved, options, grad_dtypes):
         if into_head:
             shape = (*dout.shape[:-1], qkv_weight.shape[1])
             weights = (qkv_weight, either(saved.used_qkv_weight, qkv_weight))
+            skips = saved.branch_slots is not None or saved.slots is not None
+            subsets = subsets_of(saved.branch_slots, branch_kept, saved.slots, kept) if skips else None
             input_grads |= head_backward(
-                dqkv, *dqkv_sum, dx_new, head, saved.drop_path_scale, norm, *weights, shape, dtypes, later
+                dqkv, *dqkv_sum, dx_new, head, saved.drop_path_scale, norm, *weights, shape, dtypes, later, subsets
             )
         add_all(later)
     return in_order(input_grads, dtypes)
 
 
 def _fake(x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, *rest):
-    *_, num_heads, matmul_dtype = rest
+    *_, num_heads, matmul_dtype, _, kept = rest
     (batch, tokens, _), width = x.shape, qkv_weight.shape[0]
-    x_new, *head = fake_head(x, branch, matmul_dtype, norm_weight, norm_bias, qkv_weight)
+    batch = batch if kept is None else kept
+    x_new, *head = fake_head(x, branch, matmul_dtype, norm_weight, norm_bias, qkv_weight, kept)
     attention = (
         x.new_empty((batch, tokens, width), dtype=matmul_dtype),
         x.new_empty((batch, tokens, width // 3), dtype=matmul_dtype),
@@ -277,5 +299,5 @@ add_layer_norm_attention_unchecked = Op(
     save=_save,
     backward=_backward,
     fake=_fake,
-    added=("drop_path_scale",),
+    added=("drop_path_scale", "branch_slots"),
 )

@@ -1,6 +1,7 @@
 """Residual addition, LayerNorm and MLP of a pre-norm block as one autograd node; the MLP's output is left for the next to add."""
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +26,20 @@ from fastdeit.ops.branches import (
     normalised_rows,
     saved_head,
     saved_weights,
+    subsets_of,
     tail_parameter_gradients,
     tail_sums,
 )
-from fastdeit.ops.layer_norm_op import add_layer_norm_reference, layer_norm_reference
 from fastdeit.ops.layer_norm_op import why_reference as why_no_layer_norm
 from fastdeit.ops.matmul import as_dtype, lacks_elements, without_autocast
 from fastdeit.ops.mlp_op import check_mlp, mlp_reference
 from fastdeit.ops.passed_calls import PassedCalls
 from fastdeit.ops.registration import Op
+from fastdeit.ops.skipped_samples import head_reference
 from fastdeit.refusals import or_reference, why_refused
 
 if TYPE_CHECKING:
+    from fastdeit.kernels.norm.subsets import Subsets
     from fastdeit.kernels.runtime.column_sums import Table
 
 _passed = PassedCalls()
@@ -57,6 +60,9 @@ def add_layer_norm_mlp(
     activation: str = "gelu",
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
+    branch_slots: Tensor | None = None,
+    slots: Tensor | None = None,
+    kept: int | None = None,
     recompute: str | None = None,
     lean: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +77,7 @@ def add_layer_norm_mlp(
 
     Args:
         x: (..., C), the residual stream, a float dtype, any strides.
-        branch: the shape of x, a float dtype; None where nothing is to be added.
+        branch: the shape of x but for branch_slots, a float dtype; None where nothing is to be added.
         norm_weight: (C,) or None.
         norm_bias: (C,) or None.
         eps: added to the variance, >= 0.
@@ -82,6 +88,10 @@ def add_layer_norm_mlp(
         activation: as `mlp` takes it.
         gamma: (O,) or None, LayerScale. It is folded into w2, so in fp16 it must not be far below 1.
         drop_path_scale: (x.shape[0],) float32 or None, of `branch`, without gradient.
+        branch_slots: (B,) int64, a permutation, or None: branch is of a subset of the samples, (K, ...) for x (B, ...), and has a
+            sample in this place; from K on it has not, and nothing is added.
+        slots: (B,) int64 likewise: the samples with a place below `kept` are normalised, and out is of these, in their places.
+        kept: how many, with slots.
         recompute: "preactivation" computes it again in backward rather than save it: one more GEMM, and of 10 bytes a token and
             channel 2 are left at an MLP ratio of 4 under autocast.
         lean: the former spelling of that, deprecated.
@@ -95,17 +105,21 @@ def add_layer_norm_mlp(
     """
     if lean is not None:
         recompute = instead_of_lean(lean)
-    tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale)
-    if not _passed.has(tensors, eps, activation, recompute):
-        check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps)
+    of_samples = (drop_path_scale, branch_slots, slots)
+    tensors = (x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *of_samples)
+    if not _passed.has(tensors, eps, activation, recompute, kept):
+        check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps, branch_slots, slots, kept)
         check_mlp(x, w1, b1, w2, b2, activation)
         check_tail(x, gamma, w2)
         check_recompute(recompute)
         if why_reference(x, branch) is not None or lacks_elements(w1, w2):
-            options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
+            options: dict[str, Any] = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale)
+            options |= dict(branch_slots=branch_slots, slots=slots, kept=kept)
             return add_layer_norm_mlp_reference(x, branch, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
-        _passed.add(tensors, eps, activation, recompute)
-    out, x_new = add_layer_norm_mlp_unchecked(*tensors, eps, activation, backends.matmul_dtype(x), recompute)
+        _passed.add(tensors, eps, activation, recompute, kept)
+    branch_kept = None if branch is None or branch_slots is None else branch.shape[0]
+    given = (eps, activation, backends.matmul_dtype(x), recompute, branch_kept, kept)
+    out, x_new = add_layer_norm_mlp_unchecked(*tensors, *given)
     return x if branch is None else x_new, out
 
 
@@ -123,14 +137,13 @@ def add_layer_norm_mlp_reference(
     activation: str = "gelu",
     gamma: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
+    branch_slots: Tensor | None = None,
+    slots: Tensor | None = None,
+    kept: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `add_layer_norm_mlp` in plain PyTorch. In float64 it is the oracle."""
-    if branch is None:
-        x_new, normed = x, layer_norm_reference(x, norm_weight, norm_bias, eps)
-    else:
-        x_new, normed = add_layer_norm_reference(
-            x, branch, norm_weight, norm_bias, eps, drop_path_scale=drop_path_scale
-        )
+    subsets = (branch_slots, slots, kept)
+    x_new, normed = head_reference(x, branch, norm_weight, norm_bias, eps, drop_path_scale, *subsets)
     out = mlp_reference(normed, w1, b1, w2, b2, activation=activation)
     return x_new, out if gamma is None else (out * gamma).to(out.dtype)
 
@@ -161,6 +174,8 @@ class Saved(NamedTuple):
     b2: Tensor | None
     gamma: Tensor | None
     drop_path_scale: Tensor | None
+    branch_slots: Tensor | None
+    slots: Tensor | None
 
 
 def _forward(
@@ -174,36 +189,43 @@ def _forward(
     b2: Tensor | None,
     gamma: Tensor | None,
     drop_path_scale: Tensor | None,
+    branch_slots: Tensor | None,
+    slots: Tensor | None,
     eps: float,
     activation: str,
     matmul_dtype: torch.dtype,
     recompute: str | None,
+    branch_kept: int | None,
+    kept: int | None,
     *,
     saves,
 ):
     from fastdeit.kernels.gemm.fused_mlp import fused_mlp_forward
     from fastdeit.kernels.gemm.linear import linear_forward
 
-    if not saves and drop_path_scale is None:
+    skips = branch_slots is not None or slots is not None
+    if not saves and not skips and drop_path_scale is None:
         options = dict(norm=(norm_weight, norm_bias, eps), branch=branch, gamma=gamma)
         fused = fused_mlp_forward(x, w1, b1, w2, b2, activation, matmul_dtype, **options)
         if fused is not None:
             x_new, out = fused
             return (out, x_new), ()
+    subsets = subsets_of(branch_slots, branch_kept, slots, kept) if skips else None
     with without_autocast():
         norm = Norm(norm_weight, norm_bias, eps)
-        x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, w1, matmul_dtype, saves)
+        x_new, rows, head = head_forward(x, branch, drop_path_scale, norm, w1, matmul_dtype, saves, subsets)
         folded = fold_layers(head, norm, w1, b1, w2, b2, gamma, matmul_dtype)
         needs_z = saves and recompute is None
         h, z = linear_forward(rows, folded.weight, folded.bias, activation=activation, needs_z=needs_z)
         del rows
         out, _ = linear_forward(h, folded.tail_weight, folded.tail_bias)
     made = (head.mean, head.x_hat, head.rstd, z, *saved_weights(folded, w1, w2))
-    return (out.view(*x.shape[:-1], out.shape[-1]), x_new), made
+    shape = x.shape[:-1] if kept is None else (kept, *x.shape[1:-1])
+    return (out.view(*shape, out.shape[-1]), x_new), made
 
 
 def _save(inputs, outputs, made, needs):
-    x, _, *parameters = inputs[:10]
+    x, _, *parameters = inputs[:12]
     mean, x_hat, rstd, *others = made
     return Saved(*saved_head(x, outputs[1], mean, x_hat, rstd), *others, *parameters)
 
@@ -213,9 +235,13 @@ def _backward(grads, saved, options, grad_dtypes):
     from fastdeit.kernels.mlp.activation import activation_forward
     from fastdeit.kernels.runtime.column_sums import add_all, sum_columns
 
-    (dout, dx_new), (eps, activation, matmul_dtype, _) = grads, options
-    *head, z, used_w1, used_w2, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale = saved
+    (dout, dx_new), (eps, activation, matmul_dtype, _, branch_kept, kept) = grads, options
+    *head, z, used_w1, used_w2, norm_weight, norm_bias, w1, b1, w2, b2, gamma, drop_path_scale, branch_slots, slots = (
+        saved
+    )
     head, norm = BranchHead(*head), Norm(norm_weight, norm_bias, eps)
+    skips = branch_slots is not None or slots is not None
+    subsets = subsets_of(branch_slots, branch_kept, slots, kept) if skips else None
     dtypes = dict(zip(GRADIENTS, grad_dtypes, strict=True))
     into_head = any(dtypes[name] is not None for name in HEAD_GRADIENTS)
     needs_h = dtypes["tail_weight"] is not None or dtypes["gamma"] is not None
@@ -225,7 +251,7 @@ def _backward(grads, saved, options, grad_dtypes):
         sum_dtype = tail_sums(gamma, dtypes)
         g_sum = None if sum_dtype is None else g.new_empty(g.shape[1], dtype=sum_dtype)
         if z is None and (into_head or needs_h):
-            z = _pre_activation(head, norm, w1, b1, matmul_dtype)
+            z = _pre_activation(head, norm, w1, b1, matmul_dtype, subsets)
         if into_head:
             needs = dict(needs_h=needs_h, dbias_dtype=head_sums(head, dtypes), dy_sum=g_sum, later=later)
             dz, h, dz_sum = activation_gradient(g, either(used_w2, w2), z, activation, **needs)
@@ -238,29 +264,37 @@ def _backward(grads, saved, options, grad_dtypes):
         if into_head:
             shape, weights = (*dout.shape[:-1], w1.shape[1]), (w1, either(used_w1, w1))
             input_grads |= head_backward(
-                dz, dz_sum, dx_new, head, drop_path_scale, norm, *weights, shape, dtypes, later
+                dz, dz_sum, dx_new, head, drop_path_scale, norm, *weights, shape, dtypes, later, subsets
             )
         add_all(later)
     return in_order(input_grads, dtypes)
 
 
-def _pre_activation(head: BranchHead, norm: Norm, w1: Tensor, b1: Tensor | None, matmul_dtype: torch.dtype) -> Tensor:
+def _pre_activation(
+    head: BranchHead,
+    norm: Norm,
+    w1: Tensor,
+    b1: Tensor | None,
+    matmul_dtype: torch.dtype,
+    subsets: "Subsets | None",
+) -> Tensor:
     """The pre-activation z (M, H), recomputed for backward."""
     from fastdeit.kernels.gemm.folded_weights import fold_forward
     from fastdeit.kernels.gemm.linear import linear_forward
 
-    rows = normalised_rows(head, norm, matmul_dtype)
+    rows = normalised_rows(head, norm, matmul_dtype, subsets)
     if head.x_hat is not None:
         w1, b1 = fold_forward(w1, b1, matmul_dtype, column_scale=norm.weight, column_shift=norm.bias)
     return linear_forward(rows, w1, b1)[0]
 
 
 def _fake(x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *rest):
-    *_, matmul_dtype, recompute = rest
-    x_new, *head = fake_head(x, branch, matmul_dtype, norm_weight, norm_bias, w1)
-    z = None if recompute is not None else x.new_empty((x.numel() // x.shape[-1], w1.shape[0]), dtype=matmul_dtype)
+    *_, matmul_dtype, recompute, _, kept = rest
+    x_new, *head = fake_head(x, branch, matmul_dtype, norm_weight, norm_bias, w1, kept)
+    shape = x.shape[:-1] if kept is None else (kept, *x.shape[1:-1])
+    z = None if recompute is not None else x.new_empty((math.prod(shape), w1.shape[0]), dtype=matmul_dtype)
     used = fake_weights(matmul_dtype, w1, w2, gamma)
-    return (x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=matmul_dtype), x_new), (*head, z, *used)
+    return (x.new_empty((*shape, w2.shape[0]), dtype=matmul_dtype), x_new), (*head, z, *used)
 
 
 add_layer_norm_mlp_unchecked = Op(
@@ -272,5 +306,5 @@ add_layer_norm_mlp_unchecked = Op(
     save=_save,
     backward=_backward,
     fake=_fake,
-    added=("drop_path_scale",),
+    added=("drop_path_scale", "branch_slots"),
 )

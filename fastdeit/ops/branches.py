@@ -22,15 +22,17 @@ from torch import Tensor
 from fastdeit.ops.arguments import check_vector
 from fastdeit.ops.layer_norm_op import check_branch, check_normalised
 from fastdeit.ops.matmul import as_dtype, contiguous, parameter_gradients, weight_gradient
+from fastdeit.ops.skipped_samples import check_slots, samples_of
 
 if TYPE_CHECKING:
+    from fastdeit.kernels.norm.subsets import Subsets
     from fastdeit.kernels.runtime.column_sums import Table
 
 Dtypes = dict[str, torch.dtype | None]  # of the gradients that are needed, by name; None for one that is not
 
 # The gradients of a branch op in the order of its tensors. Weight and bias are of the layer after the norm.
 HEAD_GRADIENTS = ("x", "branch", "norm_weight", "norm_bias", "weight", "bias")
-GRADIENTS = (*HEAD_GRADIENTS, "tail_weight", "tail_bias", "gamma", "drop_path_scale")
+GRADIENTS = (*HEAD_GRADIENTS, "tail_weight", "tail_bias", "gamma", "drop_path_scale", "branch_slots", "slots")
 
 
 class Norm(NamedTuple):
@@ -67,11 +69,14 @@ def folds(matmul_dtype: torch.dtype, norm_weight: Tensor | None, norm_bias: Tens
     return matmul_dtype is not torch.float32
 
 
-def check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps) -> None:
+def check_head(
+    x, branch, drop_path_scale, norm_weight, norm_bias, eps, branch_slots=None, slots=None, kept=None
+) -> None:
     """Raises for what of a branch op's arguments comes before its own layers'."""
     check_normalised(x, norm_weight, norm_bias, eps, "norm_")
+    check_slots(x, branch, branch_slots, slots, kept)
     if branch is not None:
-        check_branch(x, branch, drop_path_scale)
+        check_branch(x, branch, drop_path_scale, subset=branch_slots is not None)
     elif drop_path_scale is not None:
         raise ValueError("drop_path_scale: expected None without a branch to scale, got a tensor")
 
@@ -79,6 +84,16 @@ def check_head(x, branch, drop_path_scale, norm_weight, norm_bias, eps) -> None:
 def check_tail(x, gamma, tail_weight) -> None:
     """Raises for what comes after its own layers', the last of which has been found right."""
     check_vector("gamma", gamma, tail_weight.shape[0], x)
+
+
+def subsets_of(
+    branch_slots: Tensor | None, branch_kept: int | None, slots: Tensor | None, kept: int | None
+) -> "Subsets":
+    """What the launchers take for a branch op's arguments, at least one of which is slots."""
+    from fastdeit.kernels.norm.subsets import Subsets
+
+    found = Subsets(branch_slots, branch_kept or 0, slots, kept or 0)
+    return found._replace(branch_kept=branch_kept or found.samples, kept=kept or found.samples)
 
 
 def head_forward(
@@ -89,10 +104,11 @@ def head_forward(
     weight: Tensor,
     matmul_dtype: torch.dtype,
     saves: bool = True,
+    subsets: "Subsets | None" = None,
 ) -> tuple[Tensor | None, Tensor, BranchHead]:
     """x_new (..., C), None without a branch; the rows (M, C) that weight is to multiply, in that dtype; and what to save.
 
-    Without `saves` they are computed only where `fold_layers` needs them.
+    Without `saves` they are computed only where `fold_layers` needs them. With subsets the rows are of the samples that have slots.
     """
     from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 
@@ -100,7 +116,7 @@ def head_forward(
     affine = (None, None) if folded else (contiguous(norm.weight), contiguous(norm.bias))
     if drop_path_scale is not None:
         drop_path_scale = drop_path_scale.contiguous()
-    options = dict(branch=branch, drop_path_scale=drop_path_scale, keep_statistics=saves)
+    options = dict(branch=branch, drop_path_scale=drop_path_scale, keep_statistics=saves, subsets=subsets)
     x_new, normed, mean, rstd = layer_norm_forward(x, *affine, norm.eps, matmul_dtype, **options)
     normed = normed.view(-1, x.shape[-1])
     normalised = x if x_new is None else x_new
@@ -133,14 +149,17 @@ def saved_weights(folded: Folded, weight: Tensor, tail_weight: Tensor) -> tuple[
     return tuple(None if used is parameter else used for used, parameter in pairs)
 
 
-def normalised_rows(head: BranchHead, norm: Norm, matmul_dtype: torch.dtype) -> Tensor:
+def normalised_rows(
+    head: BranchHead, norm: Norm, matmul_dtype: torch.dtype, subsets: "Subsets | None" = None
+) -> Tensor:
     """The product's input (M, C): saved in the folded form, else computed again."""
     from fastdeit.kernels.norm.layer_norm import layer_norm_forward
 
     if head.x_hat is not None:
         return head.x_hat
     affine = (contiguous(norm.weight), contiguous(norm.bias))
-    normed = layer_norm_forward(head.x, *affine, norm.eps, matmul_dtype, keep_statistics=False)[1]
+    options = dict(keep_statistics=False, subsets=None if subsets is None else subsets._replace(branch_slots=None))
+    normed = layer_norm_forward(head.x, *affine, norm.eps, matmul_dtype, **options)[1]
     return normed.view(-1, normed.shape[-1])
 
 
@@ -170,6 +189,7 @@ def head_backward(
     shape: tuple[int, ...],
     dtypes: Dtypes,
     later: "list[Table]",
+    subsets: "Subsets | None" = None,
 ) -> dict[str, Tensor | None]:
     """Gradients by the names of `dtypes`: x, branch, norm_weight, norm_bias, weight, bias.
 
@@ -178,12 +198,12 @@ def head_backward(
         dz_sum: its column sums (O,), as `head_sums` says.
         dx_new: of x's shape, what else the residual stream's gradient is, or None.
         used_weight: (O, C) in the matmul dtype, what forward multiplied by.
-        shape: x's.
+        shape: of the normalised tokens, x's but for subsets.
         later: tables of `add_partial_sums`, dz_sum's and others. Sums over rows are there once they and those that join them
             are added.
+        subsets: as forward had them.
     """
     from fastdeit.kernels.gemm.folded_weights import fold_columns_backward
-    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
     from fastdeit.kernels.norm.residual_branch import folded_layer_norm_backward
 
     needs_any = lambda *names: any(dtypes[name] is not None for name in names)  # noqa: E731
@@ -198,29 +218,86 @@ def head_backward(
         grads |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
         if needs_any("x", "branch"):
             dx_hat = torch.mm(dz, used_weight)
-            rows = None if dx_new is None else dx_new.reshape(dx_hat.shape).contiguous()
-            options = dict(drop_path_scale=contiguous(drop_path_scale), dbranch_dtype=dtypes["branch"])
+            rows = None if dx_new is None else dx_new.reshape(-1, dx_hat.shape[1]).contiguous()
+            options = dict(drop_path_scale=contiguous(drop_path_scale), dbranch_dtype=dtypes["branch"], subsets=subsets)
             given = (dx_hat, head.x_hat, head.rstd, rows)
             dx, dbranch = folded_layer_norm_backward(*given, dtypes["x"], **options)
-            grads["x"], grads["branch"] = (None if t is None else t.view(shape) for t in (dx, dbranch))
+            samples = (shape[0], shape[0]) if subsets is None else (subsets.samples, subsets.branch_kept)
+            grads["x"], grads["branch"] = (
+                None if t is None else t.view(count, *shape[1:])
+                for t, count in zip((dx, dbranch), samples, strict=True)
+            )
         return grads
     if needs_any("weight"):
-        grads["weight"] = weight_gradient(dz, normalised_rows(head, norm, matmul_dtype), dtypes["weight"])
+        grads["weight"] = weight_gradient(dz, normalised_rows(head, norm, matmul_dtype, subsets), dtypes["weight"])
     if needs_any("x", "branch", "norm_weight", "norm_bias"):
-        grads["x"], grads["branch"], grads["norm_weight"], grads["norm_bias"], _ = layer_norm_backward(
-            torch.mm(dz, used_weight).view(shape),
-            head.x,
-            head.mean,
-            head.rstd,
-            contiguous(norm.weight),
-            dx_new=dx_new,
-            drop_path_scale=contiguous(drop_path_scale),
-            dx_dtype=dtypes["x"],
-            dbranch_dtype=dtypes["branch"],
-            dweight_dtype=dtypes["norm_weight"],
-            dbias_dtype=dtypes["norm_bias"],
-            later=later,
-        )
+        upstream = (torch.mm(dz, used_weight).view(shape), dx_new, head, drop_path_scale, norm, dtypes, later)
+        grads |= _norm_backward(*upstream) if subsets is None else _norm_backward_of_subset(*upstream, subsets)
+    return grads
+
+
+def _norm_backward(
+    dnormed: Tensor,
+    dx_new: Tensor | None,
+    head: BranchHead,
+    drop_path_scale: Tensor | None,
+    norm: Norm,
+    dtypes: Dtypes,
+    later: "list[Table]",
+) -> dict[str, Tensor | None]:
+    """Gradients x, branch, norm_weight and norm_bias from that of the normalised tokens, which are of x's shape."""
+    from fastdeit.kernels.norm.layer_norm import layer_norm_backward
+
+    gradients = layer_norm_backward(
+        dnormed,
+        head.x,
+        head.mean,
+        head.rstd,
+        contiguous(norm.weight),
+        dx_new=dx_new,
+        drop_path_scale=contiguous(drop_path_scale),
+        dx_dtype=dtypes["x"],
+        dbranch_dtype=dtypes["branch"],
+        dweight_dtype=dtypes["norm_weight"],
+        dbias_dtype=dtypes["norm_bias"],
+        later=later,
+    )
+    return dict(zip(("x", "branch", "norm_weight", "norm_bias"), gradients[:4], strict=True))
+
+
+def _norm_backward_of_subset(
+    dnormed: Tensor,
+    dx_new: Tensor | None,
+    head: BranchHead,
+    drop_path_scale: Tensor | None,
+    norm: Norm,
+    dtypes: Dtypes,
+    later: "list[Table]",
+    subsets: "Subsets",
+) -> dict[str, Tensor | None]:
+    """`_norm_backward` of tokens that are normalised for a subset of x's samples, which PyTorch gathers and puts back."""
+    x, samples = head.x, None
+    assert x is not None
+    wanted = dtypes | {"x": None if dtypes["x"] is dtypes["branch"] is None else x.dtype, "branch": None}
+    rows, rows_dx_new = head, dx_new
+    if subsets.slots is not None:
+        samples = samples_of(subsets.slots, subsets.kept)
+        rows = head._replace(x=x.index_select(0, samples))
+        rows_dx_new = None if dx_new is None else dx_new.index_select(0, samples)
+    grads = _norm_backward(dnormed, rows_dx_new, rows, None, norm, wanted, later)
+    dx = grads["x"]
+    if dx is None:
+        return grads
+    if samples is not None:
+        dx = (x.new_zeros(x.shape) if dx_new is None else dx_new).index_copy(0, samples, dx)
+    grads["x"] = dx
+    if dtypes["branch"] is not None:
+        samples = None if subsets.branch_slots is None else samples_of(subsets.branch_slots, subsets.branch_kept)
+        dbranch = dx.clone() if samples is None else dx.index_select(0, samples)
+        if drop_path_scale is not None:
+            scale = drop_path_scale if samples is None else drop_path_scale.index_select(0, samples)
+            dbranch.mul_(scale.reshape(-1, *(1,) * (dx.dim() - 1)))
+        grads["branch"] = dbranch
     return grads
 
 
@@ -285,9 +362,12 @@ def fake_head(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     weight: Tensor,
+    kept: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """x_new, mean, x_hat and rstd as `head_forward` makes them, without data."""
     rows = x.numel() // x.shape[-1]
+    if kept is not None:
+        rows = rows // x.shape[0] * kept
     x_new = mean = x_hat = None
     if branch is not None:
         x_new = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))

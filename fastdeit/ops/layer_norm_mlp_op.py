@@ -69,7 +69,7 @@ def layer_norm_mlp(
     """
     if lean is not None:
         recompute = instead_of_lean(lean)
-    tensors = (x, None, norm_weight, norm_bias, w1, b1, w2, b2, gamma, None)
+    tensors = (x, None, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *(None,) * 3)
     given = ((*tensors, drop_path_scale, residual), eps, activation, recompute)
     if not _passed.has(*given):
         check_normalised(x, norm_weight, norm_bias, eps, "norm_")
@@ -80,7 +80,8 @@ def layer_norm_mlp(
             options = dict(activation=activation, gamma=gamma, drop_path_scale=drop_path_scale, residual=residual)
             return layer_norm_mlp_reference(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, **options)
         _passed.add(*given)
-    out, _ = add_layer_norm_mlp_unchecked(*tensors, eps, activation, backends.matmul_dtype(x), recompute)
+    matmul_dtype = backends.matmul_dtype(x)
+    out, _ = add_layer_norm_mlp_unchecked(*tensors, eps, activation, matmul_dtype, recompute, None, None)
     return _added(as_dtype(out, promoted(out.dtype, gamma)), drop_path_scale, residual)
 
 

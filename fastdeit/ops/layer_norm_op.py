@@ -166,10 +166,10 @@ def check_normalised(x, weight, bias, eps, prefix: str = "") -> None:
         raise ValueError(f"eps: expected a finite value >= 0, got {eps}")
 
 
-def check_branch(x, branch, drop_path_scale) -> None:
-    """What is added to x."""
+def check_branch(x, branch, drop_path_scale, subset: bool = False) -> None:
+    """What is added to x; of a subset of its samples, whose number has been checked."""
     check_beside("branch", branch, x)
-    if branch.shape != x.shape:
+    if branch.shape[subset:] != x.shape[subset:] or branch.dim() != x.dim():
         raise ValueError(f"branch: expected the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
     check_drop_path_scale(x, drop_path_scale)
 

@@ -21,6 +21,7 @@ _SCHEMA_TYPES = {
     Tensor | None: "Tensor?",
     float: "float",
     int: "SymInt",
+    int | None: "SymInt?",
     bool: "bool",
     str: "str",
     str | None: "str?",

@@ -1,7 +1,8 @@
 """A span of a model's run as one autograd node: one that records it, then one that runs the plan."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -232,8 +233,8 @@ class SpanPlan:
         later = {buffer: life for buffer, life in in_backward.items() if buffer not in kept}
         inside, rest = packed_into(later, {buffer: (0, last) for buffer, last in kept.items()}, saved)
         shared = [Allocation({**each.offsets, **more}, each.size) for each, more in zip(saved, inside, strict=True)]
-        self._backward, self._sizes = self._backward_in(shared, rest, second, received, made)
-        self._repeatable, self._repeatable_sizes = self._backward_in(saved, later, second, received, made)
+        self._backward = _backward_in(shared, rest, second, received, made, device)
+        self._make_repeatable = functools.partial(_backward_in, saved, later, second, received, made, device)
 
     def __call__(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         return _apply(self, *unwrap_dead_wrappers(given), *self.learned)
@@ -245,11 +246,16 @@ class SpanPlan:
     def backward(self, saved: list[Tensor], received: _Tensors) -> tuple[Tensor | None, ...]:
         """The gradients. Takes the tensors from the list, unless another backward pass is to follow."""
         if _keeps_graph():
-            workspaces, sizes, bound = list(saved), self._repeatable_sizes, self._repeatable
+            workspaces, code = list(saved), self.repeatable
         else:
-            workspaces, sizes, bound = saved, self._sizes, self._backward
-        workspaces += map(self._empty, sizes)
-        return bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
+            workspaces, code = saved, self._backward
+        workspaces += map(self._empty, code.sizes)
+        return code.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
+
+    @functools.cached_property
+    def repeatable(self) -> "_Backward":
+        """Backward that writes over nothing which it reads; few steps need it."""
+        return self._make_repeatable()
 
     def allocate(self) -> list[Tensor]:
         """Memory for what forward leaves to backward."""
@@ -258,13 +264,21 @@ class SpanPlan:
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def _backward_in(
-        self, saved: list[Allocation], rest: dict, events: list, received: list, made: Sequence[View | None]
-    ) -> tuple[Bound, list[int]]:
-        """Backward's code with those buffers in allocations of their own, and the sizes of these."""
-        passing = [packed(lives) for lives in early_and_late(rest)]
-        bound = _bound(events, _places(*saved, *passing), received, made, self.device, gives_back=True)
-        return bound, [each.size for each in passing]
+
+class _Backward(NamedTuple):
+    """Backward's code, and the sizes of its allocations beside those of what forward left."""
+
+    bound: Bound
+    sizes: list[int]
+
+
+def _backward_in(
+    saved: list[Allocation], rest: dict, events: list, received: list, made: Sequence[View | None], device: torch.device
+) -> _Backward:
+    """Backward with those buffers in allocations of their own."""
+    passing = [packed(lives) for lives in early_and_late(rest)]
+    bound = _bound(events, _places(*saved, *passing), received, made, device, gives_back=True)
+    return _Backward(bound, [each.size for each in passing])
 
 
 def _places(*allocations: Allocation) -> dict[Buffer, Place]:

@@ -120,14 +120,15 @@ def nothing_called(tape: Tape) -> Iterator[None]:
         tape.refuse("a debugger, or a measurement of coverage, traces Python's calls")
         yield
         return
-    known: dict[CodeType, str | None] = {}
+    known: dict[int, tuple[CodeType, str | None]] = {}  # by id: a code's hash is computed from all of it each time
 
     def look(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        if code not in known:
-            known[code] = _why_not_understood(code)
-        if (reason := known[code]) is not None:
-            tape.refuse(reason)
+        found = known.get(id(code))
+        if found is None:
+            found = known[id(code)] = code, _why_not_understood(code)
+        if found[1] is not None:
+            tape.refuse(found[1])
 
     sys.settrace(look)  # a tracer that returns None gets call events only
     try:

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from fastdeit.kernels.norm.layer_norm_kernels import layer_norm_backward_kernel, layer_norm_forward_kernel
+from fastdeit.kernels.norm.subsets import SUBSET_WIDTHS, Subsets
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.architecture import architecture, multiprocessors
 from fastdeit.kernels.runtime.column_sums import Table, sum_later
@@ -96,21 +97,29 @@ def layer_norm_forward(
     gamma: torch.Tensor | None = None,
     drop_path_scale: torch.Tensor | None = None,
     keep_statistics: bool = True,
+    subsets: Subsets | None = None,
     config: Config | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """x (..., C) of any strides, branch like x, drop_path_scale (x.shape[0],) fp32.
 
     Returns x_new (None without a branch) in the promoted dtype of x and branch, y in out_dtype, mean and rstd (M,) in fp32,
-    None without keep_statistics.
+    None without keep_statistics. With subsets branch, and y, mean and rstd, are of the samples that these keep.
     """
     shape, channels = x.shape, x.shape[-1]
     rows = x.numel() // channels
-    y = x.new_empty(*shape, dtype=out_dtype)
+    slots: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    y_shape: tuple[int, ...] = shape
+    y_rows, kept = rows, (0, 0)
+    if subsets is not None:
+        y_shape = (subsets.kept, *shape[1:])
+        y_rows = rows // shape[0] * subsets.kept
+        slots, kept = (subsets.branch_slots, subsets.slots), (subsets.branch_kept, subsets.kept)
+    y = x.new_empty(*y_shape, dtype=out_dtype)
     x_new = mean = rstd = None
     if branch is not None:
         x_new = x.new_empty(*shape, dtype=torch.promote_types(x.dtype, branch.dtype))
     if keep_statistics:
-        mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+        mean, rstd = x.new_empty(y_rows, dtype=torch.float32), x.new_empty(y_rows, dtype=torch.float32)
     if rows == 0:
         return x_new, y, mean, rstd
     x = _as_tokens(x)
@@ -133,7 +142,9 @@ def layer_norm_forward(
             y,
             mean,
             rstd,
+            *slots,
             x.shape[1],
+            *kept,
             *x_strides,
             *strides,
             eps,
@@ -223,7 +234,11 @@ def layer_norm_backward(
 
 
 def aot_configs(arch: int) -> Iterator[AotConfig]:
-    """The widths of DeiT and DeiT III, bf16 models and bf16 autocast with everything folded in, and the widest row there is."""
+    """The widths of DeiT and DeiT III, bf16 models and bf16 autocast with everything folded in, and the widest row there is.
+
+    Under autocast a model's backward is `folded_layer_norm_backward_kernel`: this one, of `ops.add_layer_norm`, at one width and
+    the widest. `SUBSET_WIDTHS` have the branches on subsets of samples of a model under autocast, in front of folded weights.
+    """
     strides = ("x_sample_stride", "x_token_stride", "branch_sample_stride", "branch_token_stride")
     backward_strides = ("dy_sample_stride", "dy_token_stride", "dx_new_sample_stride", "dx_new_token_stride", *strides)
     for channels in (192, 384, 768, 1024, 1280, MAX_CHANNELS):
@@ -239,12 +254,21 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
                 forward |= dict(branch_ptr=low, gamma_ptr=x, drop_path_scale_ptr="*fp32", x_new_ptr=x)
                 backward |= dict(dx_new_ptr=x, branch_ptr=low, gamma_ptr=x, drop_path_scale_ptr="*fp32")
                 backward |= dict(dbranch_ptr=low, dgamma_partial_ptr="*fp32")
-            forward |= dict(TOKENS="i32", eps="fp32") | dict.fromkeys(strides, "i32")
+            forward |= dict(eps="fp32") | dict.fromkeys(("TOKENS", "branch_kept", "kept", *strides), "i32")
             backward |= dict(M="i32", TOKENS="i32") | dict.fromkeys(backward_strides, "i32")
             label = f"C={channels} {label}"
             yield AotConfig(layer_norm_forward_kernel, forward, tile, config.num_warps, 1, label, matrix=False)
+            if residual and channels not in (768, MAX_CHANNELS):
+                continue
             element_bytes = 2 + 4 + 4 + 2 if residual else 2 + 2
             tile_backward = tile | dict(STAGES=config.backward_stages(channels, element_bytes))
             yield AotConfig(
                 layer_norm_backward_kernel, backward, tile_backward, config.num_warps, 1, label, matrix=False
             )
+    for channels in SUBSET_WIDTHS:
+        types = dict(x_ptr="*fp32", branch_ptr="*bf16", drop_path_scale_ptr="*fp32", x_new_ptr="*fp32", y_ptr="*bf16")
+        types |= dict(mean_ptr="*fp32", rstd_ptr="*fp32", branch_slots_ptr="*i64", slots_ptr="*i64", eps="fp32")
+        types |= dict.fromkeys(("TOKENS", "branch_kept", "kept", *strides), "i32")
+        tile = dict(C=channels, CHANNELS=next_power_of_2(channels), VECTOR=16, DENSE=True)
+        config, label = select_config(channels, arch), f"C={channels} autocast, subsets"
+        yield AotConfig(layer_norm_forward_kernel, types, tile, config.num_warps, 1, label, matrix=False)

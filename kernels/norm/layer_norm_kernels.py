@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastdeit.kernels.norm.subsets import row_of_subset
 from fastdeit.kernels.runtime.column_sums import sum_pairs
 
 
@@ -21,20 +22,32 @@ def _row_offset(row, TOKENS, sample_stride, token_stride, C: tl.constexpr, VECTO
 
 
 @triton.jit(
-    do_not_specialize=["TOKENS", "x_sample_stride", "x_token_stride", "branch_sample_stride", "branch_token_stride"]
+    do_not_specialize=[
+        "TOKENS",
+        "branch_kept",
+        "kept",
+        "x_sample_stride",
+        "x_token_stride",
+        "branch_sample_stride",
+        "branch_token_stride",
+    ]
 )
 def layer_norm_forward_kernel(
     x_ptr,  # (B, TOKENS, C), strides (x_sample_stride, x_token_stride, 1)
-    branch_ptr,  # (B, TOKENS, C) strided likewise, or None
+    branch_ptr,  # (branch_kept, TOKENS, C) strided likewise, or None
     gamma_ptr,  # (C,) or None
     drop_path_scale_ptr,  # (B,) fp32 or None
     weight_ptr,  # (C,) or None
     bias_ptr,  # (C,) or None
     x_new_ptr,  # (B * TOKENS, C), None without a branch
-    y_ptr,  # (B * TOKENS, C)
-    mean_ptr,  # (B * TOKENS,) fp32, None when no gradient will be asked for
-    rstd_ptr,  # (B * TOKENS,) fp32, likewise
+    y_ptr,  # (kept * TOKENS, C)
+    mean_ptr,  # (kept * TOKENS,) fp32, None when no gradient will be asked for
+    rstd_ptr,  # (kept * TOKENS,) fp32, likewise
+    branch_slots_ptr,  # (B,) int64, the branch's of `Subsets`; None where it has all B samples
+    slots_ptr,  # (B,) int64, of what is normalised, likewise
     TOKENS,
+    branch_kept,  # without slots these two are not read
+    kept,
     x_sample_stride,
     x_token_stride,
     branch_sample_stride,
@@ -45,7 +58,7 @@ def layer_norm_forward_kernel(
     VECTOR: tl.constexpr,  # a power of two that divides every stride and C: lets loads be 16 bytes wide
     DENSE: tl.constexpr,  # x and branch are contiguous
 ):
-    """A program owns one row."""
+    """A program owns one row of the stream, of which there are B * TOKENS."""
     row = tl.program_id(0)
     col = tl.arange(0, CHANNELS)
     inside = col < C
@@ -54,8 +67,9 @@ def layer_norm_forward_kernel(
     x_row = _row_offset(row, TOKENS, x_sample_stride, x_token_stride, C, VECTOR, DENSE)
     x = tl.load(x_ptr + x_row + col, inside, other=0.0).to(tl.float32)
     if branch_ptr is not None:
-        branch_row = _row_offset(row, TOKENS, branch_sample_stride, branch_token_stride, C, VECTOR, DENSE)
-        branch = tl.load(branch_ptr + branch_row + col, inside, other=0.0).to(tl.float32)
+        branch_row, added = row_of_subset(row, True, branch_slots_ptr, branch_kept, TOKENS)
+        branch_row = _row_offset(branch_row, TOKENS, branch_sample_stride, branch_token_stride, C, VECTOR, DENSE)
+        branch = tl.load(branch_ptr + branch_row + col, inside & added, other=0.0).to(tl.float32)
         if gamma_ptr is not None:
             branch *= tl.load(gamma_ptr + col, inside, other=0.0).to(tl.float32)
         if drop_path_scale_ptr is not None:
@@ -73,10 +87,11 @@ def layer_norm_forward_kernel(
         y *= tl.load(weight_ptr + col, inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + col, inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + dense, y.to(y_ptr.dtype.element_ty), inside)
+    row, normalised = row_of_subset(row, True, slots_ptr, kept, TOKENS)
+    tl.store(y_ptr + row.to(tl.int64) * C + col, y.to(y_ptr.dtype.element_ty), inside & normalised)
     if mean_ptr is not None:
-        tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
+        tl.store(mean_ptr + row, mean, normalised)
+        tl.store(rstd_ptr + row, rstd, normalised)
 
 
 @triton.jit(

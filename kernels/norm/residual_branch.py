@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastdeit.kernels.gemm.tiles import assume_multiple_of
+from fastdeit.kernels.norm.subsets import SUBSET_WIDTHS, Subsets, row_of_subset
 from fastdeit.kernels.runtime.aot_config import AotConfig
 from fastdeit.kernels.runtime.column_sums import Table, row_strips, sum_later, sum_pairs, sum_rows
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
@@ -111,28 +112,33 @@ def scale_add_backward_kernel(
         tl.store(sum_partial_ptr + strip * N + column, sum_rows(total, BLOCK_M), column < N)
 
 
-@triton.jit(do_not_specialize=["M", "TOKENS"])
+@triton.jit(do_not_specialize=["M", "TOKENS", "branch_kept", "kept"])
 def folded_layer_norm_backward_kernel(
-    dx_hat_ptr,  # (M, C), gradient of the normalised rows
-    x_hat_ptr,  # (M, C)
-    rstd_ptr,  # (M,) fp32
+    dx_hat_ptr,  # (kept * TOKENS, C), gradient of the normalised rows
+    x_hat_ptr,  # (kept * TOKENS, C)
+    rstd_ptr,  # (kept * TOKENS,) fp32
     dx_new_ptr,  # (M, C), the gradient that reaches x beside the branch, or None
     drop_path_scale_ptr,  # (M / TOKENS,) fp32 or None
     dx_ptr,  # (M, C) or None
-    dbranch_ptr,  # (M, C), of the branch that was scaled and added to give x, or None
+    dbranch_ptr,  # (branch_kept * TOKENS, C), of the branch that was scaled and added to give x, or None
+    branch_slots_ptr,  # (M / TOKENS,) int64, the branch's of `Subsets`; None where it has all samples
+    slots_ptr,  # (M / TOKENS,) int64, of the normalised rows, likewise
     M,
     TOKENS,
+    branch_kept,  # without slots these two are not read
+    kept,
     C: tl.constexpr,
     CHANNELS: tl.constexpr,  # C rounded up to a power of two
     BLOCK_M: tl.constexpr,
 ):
-    """A program owns BLOCK_M rows."""
+    """A program owns BLOCK_M rows of the stream."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     col = tl.arange(0, CHANNELS)[None, :]
     inside = (row < M) & (col < C)
-    dx = tl.load(dx_hat_ptr + row * C + col, inside, other=0.0).to(tl.float32)
-    x_hat = tl.load(x_hat_ptr + row * C + col, inside, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + row, row < M, other=0.0)
+    hat_row, normalised = row_of_subset(row, row < M, slots_ptr, kept, TOKENS)
+    dx = tl.load(dx_hat_ptr + hat_row * C + col, normalised & (col < C), other=0.0).to(tl.float32)
+    x_hat = tl.load(x_hat_ptr + hat_row * C + col, normalised & (col < C), other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + hat_row, normalised, other=0.0)
     along_x_hat, along_one = sum_pairs(dx * x_hat, dx, axis=1, keep_dims=True)
     dx = (dx - x_hat * (along_x_hat / C) - along_one / C) * rstd
     if dx_new_ptr is not None:
@@ -142,7 +148,8 @@ def folded_layer_norm_backward_kernel(
     if dbranch_ptr is not None:
         if drop_path_scale_ptr is not None:
             dx *= tl.load(drop_path_scale_ptr + row // TOKENS, row < M, other=0.0)
-        tl.store(dbranch_ptr + row * C + col, dx.to(dbranch_ptr.dtype.element_ty), inside)
+        branch_row, added = row_of_subset(row, row < M, branch_slots_ptr, branch_kept, TOKENS)
+        tl.store(dbranch_ptr + branch_row * C + col, dx.to(dbranch_ptr.dtype.element_ty), added & (col < C))
 
 
 def scale_add_forward(
@@ -212,21 +219,28 @@ def folded_layer_norm_backward(
     *,
     drop_path_scale: torch.Tensor | None = None,
     dbranch_dtype: torch.dtype | None = None,
+    subsets: Subsets | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients (M, C) of x, where x_hat = (x - mean) * rstd, and of the branch where x was something + drop_path_scale * branch.
 
-    Each in the dtype asked for, None where none is. All contiguous; dx_new is added where there is one.
+    Each in the dtype asked for, None where none is. All contiguous; dx_new is added where there is one. With subsets dx_hat, x_hat
+    and rstd are of the samples that have slots, and so is the branch's gradient by its own.
     """
     M, channels = x_hat.shape
-    dx, dbranch = (
-        None if dtype is None else x_hat.new_empty(M, channels, dtype=dtype) for dtype in (dx_dtype, dbranch_dtype)
-    )
+    slots: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    dbranch_rows, tokens, kept = M, _tokens(M, drop_path_scale), (0, 0)
+    if subsets is not None:
+        tokens = M // subsets.kept
+        M, dbranch_rows = subsets.samples * tokens, subsets.branch_kept * tokens
+        slots, kept = (subsets.branch_slots, subsets.slots), (subsets.branch_kept, subsets.kept)
+    dx = None if dx_dtype is None else x_hat.new_empty(M, channels, dtype=dx_dtype)
+    dbranch = None if dbranch_dtype is None else x_hat.new_empty(dbranch_rows, channels, dtype=dbranch_dtype)
     if x_hat.numel():
         config = select_row_config(channels)
         launch(
             folded_layer_norm_backward_kernel,
             (cdiv(M, config.rows),),
-            (dx_hat, x_hat, rstd, dx_new, drop_path_scale, dx, dbranch, M, _tokens(M, drop_path_scale)),
+            (dx_hat, x_hat, rstd, dx_new, drop_path_scale, dx, dbranch, *slots, M, tokens, *kept),
             (channels, config.columns, config.rows),
             config.num_warps,
         )
@@ -252,7 +266,14 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     for channels in (192, 384, 768, 1024, 1280, 8192):
         config = select_row_config(channels)
         types = dict(dx_hat_ptr="*bf16", x_hat_ptr="*bf16", rstd_ptr="*fp32", dx_new_ptr="*fp32", dx_ptr="*fp32")
-        types |= dict(drop_path_scale_ptr="*fp32", dbranch_ptr="*bf16", M="i32", TOKENS="i32")
+        types |= dict(drop_path_scale_ptr="*fp32", dbranch_ptr="*bf16")
+        types |= dict.fromkeys(("M", "TOKENS", "branch_kept", "kept"), "i32")
         constexprs = dict(C=channels, CHANNELS=config.columns, BLOCK_M=config.rows)
         label = f"C={channels} autocast"
         yield AotConfig(folded_layer_norm_backward_kernel, types, constexprs, config.num_warps, 1, label, matrix=False)
+        if channels in SUBSET_WIDTHS:
+            types = types | dict(branch_slots_ptr="*i64", slots_ptr="*i64")
+            label += ", subsets"
+            yield AotConfig(
+                folded_layer_norm_backward_kernel, types, constexprs, config.num_warps, 1, label, matrix=False
+            )

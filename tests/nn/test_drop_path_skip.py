@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdeit
 from fastdeit import backends, ops
-from fastdeit.blocks.subsets import Subset, add_to_subset, draw_subset, kept_samples
+from fastdeit.blocks.run import PendingResidual, settled
+from fastdeit.blocks.subsets import draw_subset, kept_samples
 from fastdeit.nn import Block
 from fastdeit.testing import assert_as_accurate_as_eager, kernel_device, kernel_dtypes
 
@@ -36,7 +37,8 @@ def reference(block, x, rate=RATE):
     for norm, body, scale in ((block.norm1, block.attn, block.ls1), (block.norm2, block.mlp, block.ls2)):
         batch = x.shape[0]
         kept = round(batch * (1 - rate))
-        chosen = torch.rand(batch, device=x.device).argsort()[:kept]
+        slots = torch.rand(batch, device=x.device).argsort()
+        chosen = slots < kept
         rows = torch.zeros_like(x)
         rows[chosen] = (scale(body(norm(x[chosen]))) * (batch / kept)).to(x.dtype)
         x = x + rows
@@ -98,17 +100,17 @@ def test_only_the_kept_samples_are_computed(kernels_stood_in, monkeypatch):
     for name in ("add_layer_norm_attention", "add_layer_norm_mlp"):
         op = getattr(ops, name)
         monkeypatch.setattr(
-            ops, name, lambda x, *args, op=op, **options: (batches.append(len(x)), op(x, *args, **options))[1]
+            ops, name, lambda *args, op=op, **options: [batches.append(len(y)) or y for y in op(*args, **options)]
         )
     fused(torch.randn(BATCH, 5, 32))
-    assert batches == [6, 6]
+    assert batches == [8, 6] * 2  # the stream, and the branch's output
     fused.eval()(torch.randn(BATCH, 5, 32))
-    assert batches == [6, 6, 8, 8]
+    assert batches == [8, 6] * 2 + [8, 8] * 2
 
 
 def test_a_drop_path_that_does_not_scale():
     subset = draw_subset(DropPath(RATE, scale_by_keep=False), torch.randn(BATCH, 5, 32))
-    assert subset is not None and len(subset.indices) == 6 and subset.scale == 1.0
+    assert subset is not None and subset.kept == 6 and subset.scale is None
 
 
 def test_arithmetic_shrinks_by_the_rate():
@@ -161,17 +163,18 @@ def test_every_sample_is_as_likely_and_subsets_differ():
     drop, x = DropPath(0.25), torch.zeros(8, 1, 1)
     counts, seen = torch.zeros(8), set()
     for _ in range(10_000):
-        indices, scale = draw_subset(drop, x)
-        assert len(indices) == 6 and scale == 8 / 6
-        counts[indices] += 1
-        seen.add(tuple(sorted(indices.tolist())))
+        slots, kept, scale = draw_subset(drop, x)
+        assert kept == 6 and (scale == torch.tensor(8 / 6)).all() and scale.shape == (8,)
+        counts += slots < kept
+        seen.add(tuple((slots < kept).tolist()))
     assert len(seen) == 28  # 8 over 6
     assert ((counts - 7500).abs() < 5 * (10_000 * 0.75 * 0.25) ** 0.5).all()
 
 
 def test_the_sum_is_in_the_streams_dtype_under_autocast():
     x, branch = torch.randn(4, 2, 8), torch.randn(2, 2, 8).bfloat16()
-    found = add_to_subset(x, branch, Subset(torch.tensor([3, 1]), 2.0))
+    slots = torch.tensor([2, 1, 3, 0])
+    found = settled(PendingResidual(x, branch, drop_path_scale=torch.full((4,), 2.0), slots=slots))
     assert found.dtype is torch.float32 and torch.equal(found[[0, 2]], x[[0, 2]])
     torch.testing.assert_close(found[[3, 1]], x[[3, 1]] + 2 * branch.float())
 
@@ -234,6 +237,13 @@ def test_the_choice_can_be_changed_and_undone():
     assert all("drop_path_mode" not in block.__dict__ for block in made.blocks)
     fastdeit.restore(fastdeit.accelerate(made, drop_path="skip"))
     assert all("drop_path_mode" not in block.__dict__ for block in made.blocks)
+
+
+def test_explain_says_so(kernels_stood_in):
+    made = model(0.5)
+    notes = {row.name: row.reason for row in fastdeit.explain(made) if row.kind == "Block"}
+    assert notes["blocks.0"] == "" and "only on the samples that stochastic depth keeps" in notes["blocks.1"]
+    assert "stochastic depth keeps" not in str(fastdeit.explain(fastdeit.accelerate(made)))
 
 
 def test_a_model_may_be_compiled():

@@ -147,9 +147,12 @@ def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, auto
 @pytest.mark.parametrize("products", [DTYPES[0], torch.bfloat16])
 def test_registered_op_passes_opcheck(products):
     x, branch, *parameters = (t.requires_grad_() for t in tensors((2, 3), 1, dtype=torch.float32))
-    op, rest = torch.ops.fastdeit.add_layer_norm_attention_forward, (*parameters, None, 1e-6, 1, products, True)
+    op, options = torch.ops.fastdeit.add_layer_norm_attention_forward, (1e-6, 1, products)
+    rest = (*parameters, *(None,) * 3, *options, None, None, True)
     torch.library.opcheck(op, (x, branch, *rest))
     torch.library.opcheck(op, (x, None, *rest))
+    slots = torch.tensor([1, 0]), torch.tensor([0, 1])
+    torch.library.opcheck(op, (x, branch[:1], *parameters, None, *slots, *options, 1, 1, True))
 
 
 @pytest.mark.parametrize("unused", [0, 1])

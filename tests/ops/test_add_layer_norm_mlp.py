@@ -163,9 +163,12 @@ def test_registered_compiled_and_eager_paths_give_the_same_bits(run, added, auto
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_registered_op_passes_opcheck(products):
     x, branch, *parameters = (t.requires_grad_() for t in tensors((3,), 8, 16))
-    inputs = (*parameters, None, 1e-6, "gelu", products)
-    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, (x, branch, *inputs, None, True))
-    torch.library.opcheck(torch.ops.fastdeit.add_layer_norm_mlp_forward, (x, None, *inputs, "preactivation", True))
+    op, options = torch.ops.fastdeit.add_layer_norm_mlp_forward, (1e-6, "gelu", products)
+    whole = (*parameters, *(None,) * 3, *options)
+    torch.library.opcheck(op, (x, branch, *whole, None, None, None, True))
+    torch.library.opcheck(op, (x, None, *whole, "preactivation", None, None, True))
+    slots = torch.tensor([2, 0, 1]), torch.tensor([1, 0, 2])
+    torch.library.opcheck(op, (x, branch[:2], *parameters, None, *slots, *options, None, 2, 1, True))
 
 
 @pytest.mark.parametrize("unused", [0, 1])

@@ -202,6 +202,33 @@ def test_distillation(classes, kind, base, dtype, layout):
     assert check(loss, *(layout(randn(4, classes, dtype=dtype)) for _ in range(1 if kind == "none" else 2))) == []
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("branch_kept, kept", [(3, 2), (None, 1), (5, None)])
+def test_branches_on_subsets(branch_kept, kept, autocast):
+    """The last sample is in neither subset, where there are two."""
+    stream, low = (fp32, bf16) if autocast else (fp16, fp16)
+    x, branch = randn(5, 7, 40, dtype=stream), randn(branch_kept or 5, 7, 40, dtype=low)
+    places = torch.tensor([2, 1, 3, 0, 4])
+    options = dict(branch_slots=places if branch_kept else None, slots=places.flip(0).roll(-1) if kept else None)
+    options |= dict(kept=kept, drop_path_scale=torch.full((5,), 5 / 3))
+    norm = [1 + 0.1 * randn(40), randn(40)]
+
+    def weights(inner, outputs):
+        return [randn(*s, dtype=stream) for s in ((inner, 40), (inner,), (40, outputs), (40,))]
+
+    def mlp(x, branch, norm, shift, *w):
+        return ops.add_layer_norm_mlp(x, branch, norm, shift, 1e-6, *w, **options)
+
+    def attention(x, branch, norm, shift, *w):
+        return ops.add_layer_norm_attention(x, branch, norm, shift, 1e-6, *w, 1, **options)
+
+    with torch.autocast("cpu", bf16, enabled=autocast):
+        for op, inner, outputs in ((mlp, 72, 72), (attention, 96, 32)):
+            for frozen in ((), (0,), (1,)):
+                inputs = (x, branch, *(p.to(stream) for p in norm), *weights(inner, outputs))
+                assert check(op, *inputs, frozen=frozen) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_eight_bits(dtype, monkeypatch):
     """The ops without a gradient. Attention over pointers, of separate heads, and through descriptors."""

@@ -19,6 +19,7 @@ from fastdeit.kernels.attention import forward as attention
 from fastdeit.kernels.gemm.config import EPILOGUES, candidates, use_gemm
 from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
 from fastdeit.kernels.gemm.fused_mlp import use_fused_mlp
+from fastdeit.kernels.norm.subsets import SUBSET_WIDTHS
 from fastdeit.kernels.runtime import column_sums
 from fastdeit.kernels.runtime.architecture import has_descriptors
 from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, assert_close_to_oracle, poisoned_memory
@@ -43,6 +44,7 @@ class Case(NamedTuple):
 
 
 _LEFT_OUT = (
+    r"on subsets, C=1024",
     r"layer_norm(_mlp)? C=(192|768|1024|1280|8192)",
     r"D=(32|48|72|88|96|104|128)",
     r"tail=(32|64)",
@@ -97,6 +99,8 @@ def _layer_norms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     yield "add_layer_norm_mlp, pre-activation recomputed, autocast", folded(32, lean=True)
     yield "add_layer_norm_mlp, first layer bf16, autocast", folded(256, first=BF16)
     yield "add_layer_norm_mlp bf16", _add_layer_norm_mlp_bf16
+    for channels in SUBSET_WIDTHS:
+        yield f"add_layer_norm_mlp on subsets, C={channels} autocast", functools.partial(_on_subsets, channels)
     yield "layer_norm_mlp autocast", _layer_norm_mlp
     yield "linear, residual branch, bf16", functools.partial(_residual_linear, BF16)
     yield "linear, residual branch, autocast", functools.partial(_residual_linear, FP32)
@@ -161,6 +165,22 @@ def _add_layer_norm_mlp(
         under_autocast(functools.partial(call, op)) for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
     )
     return assert_as_accurate_as_eager(*pair, x, branch, *weights, gamma, _scales(4), frozen=(9,))
+
+
+def _on_subsets(channels: int) -> Errors:
+    """Three of five samples have a branch to add, two enter the next, and one is in neither."""
+    x, branch = randn(5, 3, channels, dtype=FP32, scale=2, shift=1), randn(3, 3, channels)
+    weights = [*_norm_weights(FP32, channels), *_mlp_weights(FP32, channels, 32)]
+    subsets = dict(branch_slots=torch.tensor([2, 4, 0, 3, 1]), slots=torch.tensor([1, 3, 4, 2, 0]), kept=2)
+
+    def call(op: Callable, x: Tensor, branch: Tensor, g: Tensor, b: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        *layers, scale = rest
+        return op(x, branch, g, b, 1e-6, *layers, drop_path_scale=scale, **subsets)
+
+    pair = (
+        under_autocast(functools.partial(call, op)) for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
+    )
+    return assert_as_accurate_as_eager(*pair, x, branch, *weights, torch.full((5,), 5 / 3), frozen=(8,))
 
 
 def _add_layer_norm_mlp_bf16() -> Errors:

@@ -307,7 +307,8 @@ def test_in_front_the_registered_op_gives_the_same_bits(added, launched, monkeyp
 def inference_call(given):
     """The registered op's arguments."""
     x, branch, norm_weight, norm_bias, eps, *weights = given
-    return x, branch, norm_weight, norm_bias, *weights, None, None, eps, "gelu", DTYPE, None, False
+    nothing = (None,) * 4  # LayerScale, drop path, and its slots
+    return x, branch, norm_weight, norm_bias, *weights, *nothing, eps, "gelu", DTYPE, None, None, None, False
 
 
 @pytest.mark.parametrize("added", [True, False])

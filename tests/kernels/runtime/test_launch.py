@@ -98,7 +98,7 @@ def test_a_direct_launch_equals_the_public_one():
     x, weight = zeros(2, 198, 192), torch.ones(192, device="cuda")
     y, mean, rstd = zeros(2, 198, 192), zeros(396), zeros(396)
     strides = (x.stride(0), x.stride(1)) * 2
-    args = (x, None, None, None, weight, None, None, y, mean, rstd, 198, *strides, 1e-6)
+    args = (x, None, None, None, weight, None, None, y, mean, rstd, None, None, 198, 0, 0, *strides, 1e-6)
     with record() as launches, public_launches() as public:
         for _ in range(2):
             launch(layer_norm_forward_kernel, (396,), args, (192, 256, 16, True), 4)
