@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent
 # Lower bounds are the oldest versions that the tests have run on, not the oldest that might work.
 CORE = [
     "numpy>=2.2",
-    "torch>=2.11",
-    "triton>=3.6; sys_platform == 'linux'",
+    "torch>=2.8",
+    "triton>=3.4; sys_platform == 'linux'",
     "timm>=1.0.31",
 ]
 TRAIN = [
-    "torchvision>=0.26",
+    "torchvision>=0.23",
     "matplotlib>=3.10",
     "pyyaml>=6.0",
     "safetensors>=0.8",
@@ -33,8 +33,8 @@ BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
 HOSTS = [
     "accelerate>=1.15",
     "peft>=0.21",
-    "torchao>=0.18",
-    "torchvision>=0.26",
+    "torchao>=0.13",
+    "torchvision>=0.23",
     "transformers>=4.57",
     "vit-pytorch>=1.26",
 ]

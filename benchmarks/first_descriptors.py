@@ -15,7 +15,8 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 import torch.nn.functional as F
 
 from fastdeit.benchmarks.small_kernels import descriptor_attention
-from fastdeit.kernels.runtime.architecture import architecture, has_descriptors
+from fastdeit.kernels.attention.config import takes_descriptors
+from fastdeit.kernels.runtime.architecture import architecture
 from fastdeit.testing import correct_interpreter_bfloat16, kernel_device
 
 TOKENS, HEAD_DIM = 66, 64
@@ -37,10 +38,10 @@ class _Backward(torch.autograd.Function):
 
 
 def main(part: str) -> int:
-    """0 if the result is right or the device has no descriptors, 1 otherwise."""
+    """0 if the result is right or attention takes no descriptors there, 1 otherwise."""
     qkv = torch.randn(2, TOKENS, 3 * HEAD_DIM, device=kernel_device(), dtype=torch.bfloat16)
-    if not has_descriptors(architecture(qkv)):
-        print("this GPU has no tensor descriptors")
+    if not takes_descriptors(architecture(qkv)):
+        print("attention takes no tensor descriptors on this GPU with this Triton")
         return 0
     if not qkv.is_cuda:
         correct_interpreter_bfloat16()

@@ -21,7 +21,7 @@ from fastdeit.kernels.attention.backward import attention_backward
 from fastdeit.kernels.attention.forward import attention_forward
 from fastdeit.kernels.gemm import config as gemm_config
 from fastdeit.kernels.gemm import fused_mlp
-from fastdeit.kernels.runtime.architecture import architecture, has_descriptors, multiprocessors
+from fastdeit.kernels.runtime.architecture import architecture, multiprocessors
 from fastdeit.testing import kernel_device, kernel_dtypes
 
 
@@ -105,9 +105,9 @@ def quantization(x, branch, weight, bias) -> Iterator[tuple[str, Callable[[], to
 
 
 def descriptor_attention(qkv: torch.Tensor) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Of one head, forward, and backward in two kernels and in one, where the architecture has them."""
+    """Of one head, forward, and backward in two kernels and in one, where attention takes descriptors."""
     tokens, arch = qkv.shape[1], architecture(qkv)
-    if not has_descriptors(arch):
+    if not attention_config.takes_descriptors(arch):
         return
     many = 1024, 1, tokens, tokens, qkv.shape[2] // 3  # so many samples fill any GPU
     config = attention_config.select_config(*many, qkv.element_size(), arch, multiprocessors(qkv), True)

@@ -55,6 +55,9 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("one_graph") and torch.__version__.startswith("2.8."):
+            item.add_marker(pytest.mark.skip(reason="PyTorch 2.8 does not trace fused modules into one graph"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,6 +1,7 @@
 """What tests/version_matrix.py installs and runs; the environments themselves are made by hand."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,10 +24,12 @@ def test_a_corner_replaces_the_pins_of_its_packages_only():
     assert matrix.constraints(PINS, newest) == "numpy==2.3.5\n"
 
 
-def test_requirements_are_names_of_the_core_and_of_the_extras_for_tests():
-    declared = ["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "PyYAML>=6; extra == 'train'"]
-    declared += ['mkdocs-material>=9.7; extra == "docs"', 'vit_pytorch>=1.26; extra == "hosts"']
-    assert matrix.requirements(declared) == ["pyyaml", "torch", "triton", "vit-pytorch"]
+def test_the_oldest_corner_has_the_lower_bounds_of_setup():
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "setup.py").read_text()))
+    versions = matrix.CORNERS["oldest"].versions
+    assert versions.keys() >= {"torch", "triton"}
+    for package, version in versions.items():
+        assert version.removesuffix(".0") == bounds[package], package
 
 
 def test_the_default_tests_are_those_of_test_fast():

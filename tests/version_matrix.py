@@ -30,8 +30,7 @@ class Corner(NamedTuple):
     constrained: bool
 
 
-# The oldest corner is below setup.py's lower bounds, which stay: Triton 3.4 does not compile attention's dQ kernel over descriptors
-# for sm_90 (its pass TritonNvidiaGPUTMALowering fails). timm is at its bound: the Attention of 1.0.22 takes no `is_causal`.
+# The oldest corner has setup.py's lower bounds, timm by constraints.txt: the Attention of 1.0.25 takes no `is_causal`.
 CORNERS = {
     "oldest": Corner(
         "3.10",
@@ -57,16 +56,6 @@ def constraints(pins: str, corner: Corner) -> str:
     return "\n".join([*lines, *(f"{name}=={version}" for name, version in corner.versions.items())]) + "\n"
 
 
-def requirements(declared: list[str]) -> list[str]:
-    """Names of the packages that fastdeit needs with EXTRAS, without versions, from its declared requirements."""
-    names = set()
-    for requirement in declared:
-        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        if extra is None or extra[1] in EXTRAS:
-            names.add(normalised(re.match(r"[\w.-]+", requirement)[0]))
-    return sorted(names)
-
-
 def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -89,11 +78,7 @@ def environment(name: str, corner: Corner, python: str) -> Path:
     limits = folder / "constraints.txt"
     limits.write_text(constraints((ROOT / "constraints.txt").read_text(), corner))
     install = [interpreter, "-m", "pip", "install", "--quiet", "--constraint", limits]
-    # Without its requirements, whose lower bounds the oldest versions are below.
-    subprocess.run([*install, "--no-deps", "--editable", ROOT], check=True)
-    code = "import importlib.metadata as m; print('\\n'.join(m.requires('fastdeit')))"
-    declared = subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True, cwd=folder).stdout
-    subprocess.run([*install, *requirements(declared.splitlines())], check=True)
+    subprocess.run([*install, "--editable", f"{ROOT}[{','.join(EXTRAS)}]"], check=True)
     (folder / "complete").touch()
     return interpreter
 

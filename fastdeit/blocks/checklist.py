@@ -34,7 +34,7 @@ _ACTIVATIONS = {
 }
 # Classes that hold the weight of a plain projection. Attention's of PyTorch holds the packed one of q, k and v itself.
 _PROJECTIONS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention)
-_LAYER_SCALES: set[type[nn.Module]] = {timm.layers.LayerScale}
+_LAYER_SCALES: list[type[nn.Module]] = [timm.layers.LayerScale]  # the Dynamo of PyTorch 2.8 does not trace a set
 # Code of hooks that do nothing unless their library collects outputs. Its drop-ins ask at each call whether it does.
 PASSIVE_HOOKS: set[CodeType] = set()
 
@@ -55,7 +55,7 @@ def register_activation(kind: type[nn.Module], name: str | Callable[[nn.Module],
 def register_layer_scale(kind: type[nn.Module]) -> None:
     """Makes known a host's LayerScale, which multiplies by a parameter and does nothing else."""
     register_methods(kind, "forward", host=True)
-    _LAYER_SCALES.add(kind)
+    _LAYER_SCALES.append(kind)
 
 
 # ---- modules
@@ -162,7 +162,7 @@ def why_not_between_projections(body: spec.Attention) -> str | None:
 
 def why_projections_called(body: spec.Attention | spec.Mlp) -> str | None:
     """Why the projections are called, None if products on their weights may take their place."""
-    return next(filter(None, map(why_not_linear, _projections(body))), None)
+    return _first(map(why_not_linear, _projections(body)))
 
 
 def _projections(body: spec.Attention | spec.Mlp) -> tuple[spec.Affine, ...]:
@@ -214,6 +214,14 @@ class BlockVerdict(NamedTuple):
     last_gamma: tuple[Gamma, ...]
 
 
+def _first(reasons: Iterable[str | None]) -> str | None:
+    """The first reason there is. The Dynamo of PyTorch 2.8 does not trace `next` with a default."""
+    for reason in reasons:
+        if reason is not None:
+            return reason
+    return None
+
+
 def judge_block(block: spec.Block) -> BlockVerdict:
     """What its modules allow."""
     if block.beyond is not None:
@@ -228,7 +236,7 @@ def judge_block(block: spec.Block) -> BlockVerdict:
     parts = tuple(_why_called(branch) for branch in block.branches)
     called = tuple(None if branch.body is None else why_projections_called(branch.body) for branch in block.branches)
     if block.all_fused:
-        reason = reason or next(filter(None, parts), None)
+        reason = reason or _first(parts)
     deferred = why_not_bypassed((block.module,)) or reason or _why_not_tail(last, block.module)
     dropouts = tuple(None if branch.body is None else why_called(branch.body.out_dropout) for branch in block.branches)
     pruned = _why_not_pruned(block, parts) or called[0]

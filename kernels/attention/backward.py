@@ -28,9 +28,9 @@ from fastdeit.kernels.attention.config import (
     Case,
     Config,
     aot_cases,
-    has_descriptors,
     one_program_tiles,
     tail,
+    takes_descriptors,
 )
 from fastdeit.kernels.attention.forward import config_for
 from fastdeit.kernels.attention.views import (
@@ -235,7 +235,7 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     for case in aot_cases(arch):
         yield _aot_dq(case)
         yield _aot_dkv(case)
-    if has_descriptors(arch):
+    if takes_descriptors(arch):
         yield from (_aot_one_program(keys) for keys in (128, 256))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastdeit.kernels.runtime.architecture import has_descriptors, pointer_stages
+from fastdeit.kernels.runtime.architecture import has_descriptors, pointer_stages, triton_version
 
 # Head dimensions that are no power of two are cut in two pieces rather than padded: 80 = 64 + 16 does five eighths of the work of
 # 128. 72, 88 and 104 carry 8, 8 and 24 columns of zeros. 128 is cut in halves because whole it spills on sm_80; on sm_90 both
@@ -87,6 +87,12 @@ def tail(length: int, block: int) -> int:
     return max(16, 1 << (rest - 1).bit_length())
 
 
+def takes_descriptors(arch: int) -> bool:
+    """Whether 16-bit kernels load packed inputs through descriptors. Triton 3.4 does not compile the one of dQ for sm_90 (its pass
+    TritonNvidiaGPUTMALowering fails): with it, attention runs over pointers there."""
+    return has_descriptors(arch) and (arch != 90 or triton_version() >= (3, 5))
+
+
 @lru_cache(maxsize=1024)
 def select_config(
     batch: int,
@@ -112,7 +118,7 @@ def select_config(
     narrow = batch * heads * tiles < multiprocessors
     # Tiles of 128 queries read K and V from L2 half as often: where they compute no row more, and two still fill a multiprocessor.
     tall = tiles % 2 == 0 and batch * heads * tiles >= 4 * multiprocessors
-    descriptors = describable and has_descriptors(arch) and itemsize == 2 and not narrow
+    descriptors = describable and takes_descriptors(arch) and itemsize == 2 and not narrow
     config = Config(descriptors, *_tiles(head_dim, itemsize, arch, descriptors, narrow, tall))
     if descriptors and one_program_fits(keys, head_dim) and keys <= ONE_PROGRAM_BACKWARD_TOKENS.get(arch, 0):
         return Config(descriptors, config.forward, config.dq, config.dkv, one_program_tiles(keys))
@@ -176,15 +182,16 @@ def aot_cases(arch: int) -> Iterator[Case]:
     """What the gate compiles: bf16 at every head dimension and 16 wide tails where a family is at home (pointers on sm_80,
     descriptors on sm_90), and the least, the commonest and the largest of the other tiles, tails and dtypes."""
     some, every = (64, 80, 128), tuple(HEAD_DIM_SPLITS)
-    pointer_dims = {80: every, 89: some[:2], 90: some, 100: some[:1]}[arch]
+    pointer_dims = {80: every, 89: some[:2], 90: some if takes_descriptors(90) else every, 100: some[:1]}[arch]
     yield from (case(arch, d, "bf16", 16, describable=False) for d in pointer_dims)
     yield case(arch, 64, "bf16", 16, describable=False, samples=1)
     if arch == 80:
         yield case(arch, 64, "bf16", 16, describable=False, tokens=144)
     if arch != 89:
         yield case(arch, 64, "fp32", 16, describable=True)
-    if has_descriptors(arch):
-        yield from (case(arch, d, "bf16", 16, describable=True) for d in (every if arch == 90 else some))
+    if not takes_descriptors(arch):
+        return
+    yield from (case(arch, d, "bf16", 16, describable=True) for d in (every if arch == 90 else some))
     if arch == 90:
         yield from (case(arch, 64, "bf16", last, describable=True) for last in (32, 64))
         yield case(arch, 64, "fp16", 16, describable=True)
@@ -196,8 +203,9 @@ def eight_bit_cases(arch: int) -> Iterator[tuple[Case, str]]:
     frozen models launch, in float8 where there is a conversion to it; on sm_90 a head in two pieces too."""
     if arch < 100:
         yield case(arch, 64, "bf16", 16, describable=False), "i8" if arch < 89 else "fp8e4nv"
-    if has_descriptors(arch):
-        yield case(arch, 64, "bf16", 16, describable=True), "fp8e4nv"
+    if not takes_descriptors(arch):
+        return
+    yield case(arch, 64, "bf16", 16, describable=True), "fp8e4nv"
     if arch == 90:
         yield case(arch, 80, "bf16", 16, describable=True), "fp8e4nv"
 

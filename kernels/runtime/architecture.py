@@ -54,13 +54,18 @@ def has_descriptors(arch: int) -> bool:
     return 90 <= arch < 120
 
 
-# Triton up to 3.7.0 leaves out `fence.proxy.async` between an asynchronous copy to shared memory and the wgmma that reads it: by
-# PTX's memory model wgmma may read what was there before.
 @lru_cache
-def _copies_are_fenced() -> bool:
+def triton_version() -> tuple[int, ...]:
+    """Triton's version as three integers, such as (3, 6, 0)."""
     import triton
 
-    return tuple(map(int, triton.__version__.split("+")[0].split(".")[:3])) >= (3, 7, 1)
+    return tuple(map(int, triton.__version__.split("+")[0].split(".")[:3]))
+
+
+# Triton up to 3.7.0 leaves out `fence.proxy.async` between an asynchronous copy to shared memory and the wgmma that reads it: by
+# PTX's memory model wgmma may read what was there before.
+def _copies_are_fenced() -> bool:
+    return triton_version() >= (3, 7, 1)
 
 
 def pointer_stages(arch: int, num_stages: int) -> int:

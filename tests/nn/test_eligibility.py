@@ -1,6 +1,7 @@
 """What a fused forward would skip makes it step aside: the fused path is forced on the CPU, ops running their references."""
 
 import functools
+import warnings
 
 import pytest
 import timm
@@ -298,6 +299,7 @@ def test_a_child_compiled_on_its_own_is_not_bypassed(kernels_stood_in, name):
     assert calls == [name]
 
 
+@pytest.mark.one_graph
 def test_a_compiled_block_runs_fused_inside(kernels_stood_in):
     module = block()
     expected = module(tokens())
@@ -338,7 +340,8 @@ def test_forward_mode_differentiation_gives_timms_result(kernels_stood_in):
 
 
 def test_a_trace_records_timms_operations(kernels_stood_in):
-    with pytest.warns((DeprecationWarning, FutureWarning)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of PyTorch than 2.8 deprecate it
         traced = torch.jit.trace(block(), tokens(), check_trace=False)
     assert "scaled_dot_product_attention" in str(traced.inlined_graph)
     assert not kernels_stood_in
@@ -366,6 +369,9 @@ def test_on_the_cpu_every_drop_in_says_why_it_runs_timms_code():
         assert module.norm1.why_not_fused(tokens()) == "the backend is set to reference"
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8."), reason="torch.fx of PyTorch 2.8 does not trace timm's attention"
+)
 def test_feature_extraction_has_timms_node_names(kernels_stood_in):
     from timm.models import create_feature_extractor, get_graph_node_names
 

@@ -172,6 +172,7 @@ def test_made_directly_it_has_fused_parts_and_timms_state(kernels_stood_in, cls)
     assert [type(m) for m in model.modules()] == [type(m) for m in timms.modules()]
 
 
+@pytest.mark.one_graph
 def test_compiles_to_one_graph(kernels_stood_in):
     torch.compiler.reset()
     expected, _ = outputs_and_gradients(build(PLAIN, init_values=0.1), images())

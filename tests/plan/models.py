@@ -3,11 +3,13 @@
 import copy
 import functools
 
+import pytest
 import timm
 import torch
 
 import fastdeit
 from fastdeit.blocks.snapshot import KEY
+from fastdeit.kernels.runtime.raw_launch import WHY_NO_RAW_LAUNCHES
 from fastdeit.plan.planned import Plan
 from fastdeit.plan.training import TrainingPlan
 from fastdeit.plan.workspace import Allocation
@@ -15,6 +17,8 @@ from fastdeit.plan.workspace import Allocation
 MODEL = "deit_tiny_distilled_patch16_224"
 PLAIN = "deit_tiny_patch16_224"
 SMALL = dict(depth=2, img_size=64)
+
+needs_plans = pytest.mark.skipif(WHY_NO_RAW_LAUNCHES is not None, reason=str(WHY_NO_RAW_LAUNCHES))
 
 
 @functools.cache

@@ -8,10 +8,10 @@ from torch.nn.parallel import DistributedDataParallel
 from fastdeit.blocks import spans
 from fastdeit.testing import fake_cuda
 from tests.plan.events import KINDS, of_parameters, precision, recorded
-from tests.plan.models import build, images, only_plan, plan_it
+from tests.plan.models import build, images, needs_plans, only_plan, plan_it
 from tests.plan.test_training import unplanned
 
-pytestmark = pytest.mark.fake_device
+pytestmark = [pytest.mark.fake_device, needs_plans]
 
 
 @pytest.fixture

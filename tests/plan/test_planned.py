@@ -19,9 +19,9 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.tape import Tape
 from tests.plan.changes import CHANGES, LoRA
 from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes
-from tests.plan.models import MODEL, PLAIN, apart, build, images, only_plan, plan_it, plans
+from tests.plan.models import MODEL, PLAIN, apart, build, images, needs_plans, only_plan, plan_it, plans
 
-pytestmark = pytest.mark.fake_device
+pytestmark = [pytest.mark.fake_device, needs_plans]
 
 
 @pytest.fixture(autouse=True)

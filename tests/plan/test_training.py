@@ -17,9 +17,9 @@ from fastdeit.plan.training import TrainingPlan
 from fastdeit.testing import fake_cuda
 from tests.plan.changes import CHANGES
 from tests.plan.events import KINDS, KeepsAll, addresses, dataflow, of_parameters, precision, recorded, requested_bytes
-from tests.plan.models import MODEL, PLAIN, apart, build, images, only_plan, plan_it, plans
+from tests.plan.models import MODEL, PLAIN, apart, build, images, needs_plans, only_plan, plan_it, plans
 
-pytestmark = pytest.mark.fake_device
+pytestmark = [pytest.mark.fake_device, needs_plans]
 
 
 def step(model, x, autocast=None):

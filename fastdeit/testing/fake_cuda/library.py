@@ -1,5 +1,6 @@
 """The fake runtime's library, built from the C sources of this folder on first use."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -15,6 +16,7 @@ import torch
 
 SOURCES = Path(__file__).with_name("source")
 NAME = "libcuda.so.1"
+LINK_NAME = "libcuda.so"  # by which Triton up to 3.5 links its launchers
 CUDA_MAJOR = "13"  # whose structures and signatures the sources have
 _FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", f"-Wl,-soname,{NAME}", "-Wl,-z,nodelete")
 
@@ -61,6 +63,8 @@ def build() -> Path:
             if made.returncode:
                 raise OSError(f"compiling the fake CUDA runtime failed:\n{made.stderr}")
             os.replace(output, folder / NAME)
+    with contextlib.suppress(FileExistsError):
+        (folder / LINK_NAME).symlink_to(NAME)
     return folder
 
 

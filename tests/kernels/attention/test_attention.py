@@ -117,6 +117,20 @@ def test_loads_over_pointers_are_copied_asynchronously_only_where_a_fence_follow
     assert select_config.__wrapped__(256, 12, 197, 197, 64, 2, 90, 132, True).forward.num_stages == 2  # bulk copies
 
 
+def test_triton_3_4_takes_pointers_on_sm_90(monkeypatch):
+    """There it does not compile dQ over descriptors. Its catalog has a row for every head dimension that is launched so."""
+    monkeypatch.setattr(attention_config, "triton_version", lambda: (3, 4, 0))
+    for head_dim in HEAD_DIMS:
+        shape = (256, 12, 197, 197, head_dim, 2)
+        assert not select_config.__wrapped__(*shape, 90, 132, True).descriptors
+        assert select_config.__wrapped__(*shape, 100, 148, True).descriptors
+    select_config.cache_clear()
+    cases = list(attention_config.aot_cases(90))
+    select_config.cache_clear()
+    assert not any(case.config.descriptors for case in cases) and {case.head_dim for case in cases} == set(HEAD_DIMS)
+    assert len({case.label for case in cases}) == len(cases)
+
+
 def test_backward_runs_as_two_kernels_until_the_table_says_otherwise(monkeypatch):
     shape = (256, 12, 197, 197, 64, 2, 90, 132, True)
     assert select_config(*shape).one_program is None
