@@ -14,7 +14,7 @@ from typing import Any
 
 import fastdeit
 import fastdeit.kernels
-from fastdeit.benchmarks import timing
+from fastdeit.benchmarks import machine, timing
 
 Benchmark = dict[str, Any]  # an entry of pytest-benchmark's JSON; what it says of a case is in its "extra_info"
 
@@ -32,7 +32,7 @@ def source_hash() -> str:
 
 def identity(toy: bool) -> dict[str, Any]:
     """What all results of a folder have in common: machine, versions, source."""
-    return timing.environment() | {"source": source_hash(), "toy": toy}
+    return machine.environment() | {"source": source_hash(), "toy": toy}
 
 
 def digest(identity: dict[str, Any]) -> str:

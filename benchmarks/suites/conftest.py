@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit.benchmarks import results_folder, roofline, runner, timing
+from fastdeit.benchmarks import machine, results_folder, roofline, runner, timing
 from fastdeit.benchmarks.baselines import op_baselines as baselines
 
 SUITES = (
@@ -131,7 +131,7 @@ def toy(request) -> bool:
     return bool(request.config.getoption("--toy")) or not torch.cuda.is_available()
 
 
-_environment = functools.cache(timing.environment)
+_environment = functools.cache(machine.environment)
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def compare(benchmark, request):
         compile_floor = floor
         if ceilings is not None and floors is not None:
             floor, compile_floor = floors(ceilings)
-        before = timing.clocks()
+        before = machine.clocks()
         result = []
 
         def measured():
@@ -200,7 +200,7 @@ def compare(benchmark, request):
             "floor_us": floor,
             "compile_floor_us": compile_floor,
             "ceilings": None if ceilings is None else vars(ceilings),
-            "clocks": [before, timing.clocks()],
+            "clocks": [before, machine.clocks()],
             "environment": _environment(),
             "rows": rows,
         }
@@ -223,9 +223,9 @@ def _document(config) -> dict:
             session.get_machine_info(),
             config.hook.pytest_benchmark_generate_commit_info(config=config),
         )
-    machine, commit = config.bench_machine
+    ran_on, commit = config.bench_machine
     return config.hook.pytest_benchmark_generate_json(
-        config=config, benchmarks=session.benchmarks[-1:], include_data=True, machine_info=machine, commit_info=commit
+        config=config, benchmarks=session.benchmarks[-1:], include_data=True, machine_info=ran_on, commit_info=commit
     )
 
 

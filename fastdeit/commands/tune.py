@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastdeit.benchmarks import timing
+from fastdeit.benchmarks import machine, timing
 from fastdeit.benchmarks.tuning import tables as tuning_tables
 from fastdeit.benchmarks.tuning.compile_ahead import compile_ahead
 from fastdeit.benchmarks.tuning.journal import DEVICE_LOST, DeviceLostError, Journal
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.seconds
-    environment = timing.environment() | {"toy": args.toy}
+    environment = machine.environment() | {"toy": args.toy}
     print(", ".join(f"{name} {value}" for name, value in environment.items() if value))
     left = 0
     for op in OPS if args.op == "all" else (args.op,):
@@ -148,11 +148,11 @@ def _measure(case, deadline: float, toy: bool, journal: Journal) -> list[dict[st
         except Exception as error:  # more shared memory than there is, say
             refused[candidate.label] = f"failed: {type(error).__name__}: {error}"
             journal.check_device(*at)
-    before = timing.clocks()
+    before = machine.clocks()
     rows = _timed(case, right, 2 if toy else 20, journal)
     rows += [timing.Row(label, status=status) for label, status in refused.items()]
     about = {c.label: dict(part=c.part, config=repr(c.config), present=c.present) for c in case.candidates}
-    clocks = [before, timing.clocks()]
+    clocks = [before, machine.clocks()]
     return [asdict(row) | about.get(row.candidate, dict(part="baseline")) | {"clocks": clocks} for row in rows]
 
 

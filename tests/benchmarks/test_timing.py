@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit.benchmarks import timing
+from fastdeit.benchmarks import machine, timing
 from fastdeit.train import graphs
 
 
@@ -382,7 +382,7 @@ def test_rates_follow_from_work_and_time():
 
 
 def test_the_environment_names_versions():
-    facts = timing.environment()
+    facts = machine.environment()
     assert facts["torch"] == torch.__version__ and facts["timm"] and facts["python"]
 
 

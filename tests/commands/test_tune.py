@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from fastdeit.benchmarks import timing
+from fastdeit.benchmarks import machine, timing
 from fastdeit.benchmarks.tuning import cases as tuning_cases
 from fastdeit.benchmarks.tuning import compile_ahead
 from fastdeit.benchmarks.tuning.journal import DEVICE_LOST, Journal
@@ -54,8 +54,8 @@ def test_another_environment_is_measured_anew(tmp_path, capsys, monkeypatch):
     case = next(tuning_cases.cases("mlp", True))
     monkeypatch.setattr(tuning_cases, "cases", lambda *_: [case])
     assert toy("mlp", tmp_path) == 0
-    environment = timing.environment()
-    monkeypatch.setattr(timing, "environment", lambda: environment | {"gpu": "another"})
+    environment = machine.environment()
+    monkeypatch.setattr(machine, "environment", lambda: environment | {"gpu": "another"})
     assert toy("mlp", tmp_path) == 0
     assert len((tmp_path / "tune_mlp.jsonl").read_text().splitlines()) == 2
 
@@ -206,7 +206,7 @@ def test_a_candidate_that_takes_the_device_down_is_run_once(tmp_path, monkeypatc
 
     case = one_case(first=same, breaks=breaks, last=same)
     monkeypatch.setattr(timing, "measure", measured)
-    monkeypatch.setattr(timing, "clocks", dict)
+    monkeypatch.setattr(machine, "clocks", dict)
     if where == "timing":
         monkeypatch.setattr(tune, "_check", lambda *_: None)
         case.candidates.pop()  # whose call a lost device would refuse

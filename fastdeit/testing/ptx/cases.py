@@ -24,11 +24,11 @@ from fastdeit.kernels.runtime import column_sums
 from fastdeit.kernels.runtime.architecture import has_descriptors
 from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, assert_close_to_oracle, poisoned_memory
 from fastdeit.testing.ptx.augmentation_cases import augmentation
+from fastdeit.testing.ptx.case_inputs import BF16, FP16, FP32, mlp_weights, norm_weights, randn, scales, under_autocast
 from fastdeit.testing.ptx.quantization_cases import eight_bit
 from fastdeit.testing.ptx.tf32 import in_tf32_products, tf32
 
 Errors = Mapping[str, tuple[Error, Error]]  # of outputs and gradients: maximum, RMS
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (192, 384, 768, 1024, 1280, 8192)
 TOKENS = 134  # two blocks of 64, or four of 32, and a tail of 6
 
@@ -61,27 +61,6 @@ def cases(arch: int) -> Iterator[Case]:
     for group in (*groups, _column_sums):
         for name, function in group(arch):
             yield Case(name, function)
-
-
-def randn(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-    return (torch.randn(*shape) * scale + shift).to(dtype)
-
-
-def under_autocast(function: Callable, enabled: bool = True) -> Callable:
-    """The function under bfloat16 autocast, but for the float64 oracle."""
-
-    @functools.wraps(function)
-    def call(*args: object, **kwargs: object) -> object:
-        exact = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
-        with torch.autocast("cpu", BF16, enabled=enabled and not exact):
-            return function(*args, **kwargs)
-
-    return call
-
-
-def _scales(samples: int) -> Tensor:
-    """Drop-path factors: dropped and kept samples."""
-    return torch.tensor([0.0, 1 / 0.9] * samples)[:samples]
 
 
 # ---- normalisation, and the branches around it
@@ -121,25 +100,12 @@ def _add_layer_norm(channels: int) -> Errors:
         )
         for f in (ops.add_layer_norm, ops.add_layer_norm_reference)
     )
-    return assert_as_accurate_as_eager(*pair, x, branch, weight, bias, gamma, _scales(4), frozen=(5,))
+    return assert_as_accurate_as_eager(*pair, x, branch, weight, bias, gamma, scales(4), frozen=(5,))
 
 
 def _low(branch: Tensor) -> torch.dtype:
     """The dtype of the norm's output: that of the products, or the oracle's."""
     return torch.float64 if branch.dtype == torch.float64 else BF16
-
-
-def _mlp_weights(dtype: torch.dtype, channels: int, hidden: int) -> list[Tensor]:
-    return [
-        randn(hidden, channels, dtype=dtype, scale=channels**-0.5),
-        randn(hidden, dtype=dtype, scale=0.1),
-        randn(channels, hidden, dtype=dtype, scale=hidden**-0.5),
-        randn(channels, dtype=dtype, scale=0.1),
-    ]
-
-
-def _norm_weights(dtype: torch.dtype, channels: int) -> list[Tensor]:
-    return [randn(channels, dtype=dtype, scale=0.3, shift=1), randn(channels, dtype=dtype, scale=0.2)]
 
 
 def _add_layer_norm_mlp(
@@ -150,7 +116,7 @@ def _add_layer_norm_mlp(
     scaled: with LayerScale. lean: backward makes the pre-activation again. first: the first layer's dtype.
     """
     x, branch = randn(4, 3, channels, dtype=FP32, scale=2, shift=1), randn(4, 3, channels)
-    weights = [*_norm_weights(first, channels), *_mlp_weights(FP32, channels, hidden)]
+    weights = [*norm_weights(first, channels), *mlp_weights(FP32, channels, hidden)]
     weights[2:4] = (weight.to(first) for weight in weights[2:4])
     gamma = randn(channels, dtype=FP32, scale=0.2, shift=0.7) if scaled else None
 
@@ -164,13 +130,13 @@ def _add_layer_norm_mlp(
     pair = (
         under_autocast(functools.partial(call, op)) for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
     )
-    return assert_as_accurate_as_eager(*pair, x, branch, *weights, gamma, _scales(4), frozen=(9,))
+    return assert_as_accurate_as_eager(*pair, x, branch, *weights, gamma, scales(4), frozen=(9,))
 
 
 def _on_subsets(channels: int) -> Errors:
     """Three of five samples have a branch to add, two enter the next, and one is in neither."""
     x, branch = randn(5, 3, channels, dtype=FP32, scale=2, shift=1), randn(3, 3, channels)
-    weights = [*_norm_weights(FP32, channels), *_mlp_weights(FP32, channels, 32)]
+    weights = [*norm_weights(FP32, channels), *mlp_weights(FP32, channels, 32)]
     subsets = dict(branch_slots=torch.tensor([2, 4, 0, 3, 1]), slots=torch.tensor([1, 3, 4, 2, 0]), kept=2)
 
     def call(op: Callable, x: Tensor, branch: Tensor, g: Tensor, b: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +151,7 @@ def _on_subsets(channels: int) -> Errors:
 
 def _add_layer_norm_mlp_bf16() -> Errors:
     """The same of a bf16 model, in which nothing is folded."""
-    x, branch, *weights = randn(4, 3, 192), randn(4, 3, 192), *_norm_weights(BF16, 192), *_mlp_weights(BF16, 192, 256)
+    x, branch, *weights = randn(4, 3, 192), randn(4, 3, 192), *norm_weights(BF16, 192), *mlp_weights(BF16, 192, 256)
     pair = (
         lambda x, branch, g, b, *layers, op=op: op(x, branch, g, b, 1e-6, *layers)
         for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
@@ -196,7 +162,7 @@ def _add_layer_norm_mlp_bf16() -> Errors:
 def _layer_norm_mlp() -> Errors:
     """A whole branch: LayerNorm folded into the weights, LayerScale, drop path and residual behind."""
     x = randn(4, 3, 192, dtype=FP32, scale=2, shift=1)
-    weights = [*_norm_weights(FP32, 192), *_mlp_weights(FP32, 192, 256), randn(192, dtype=FP32, scale=0.2, shift=0.7)]
+    weights = [*norm_weights(FP32, 192), *mlp_weights(FP32, 192, 256), randn(192, dtype=FP32, scale=0.2, shift=0.7)]
     pair = (
         under_autocast(
             lambda x, g, b, w1, b1, w2, b2, gamma, scale, f=f: f(
@@ -205,7 +171,7 @@ def _layer_norm_mlp() -> Errors:
         )
         for f in (ops.layer_norm_mlp, ops.layer_norm_mlp_reference)
     )
-    return assert_as_accurate_as_eager(*pair, x, *weights, _scales(4), frozen=(8,))
+    return assert_as_accurate_as_eager(*pair, x, *weights, scales(4), frozen=(8,))
 
 
 def _linear(function: Callable, autocast: bool, activation: str | None = None, residual: bool = True) -> Callable:
@@ -223,7 +189,7 @@ def _linear_inputs(dtype: torch.dtype, channels: int = 64, out: int = 272) -> li
         randn(out, dtype=dtype, scale=0.1),
         randn(out, dtype=FP32 if dtype == FP32 else dtype, scale=0.2, shift=0.7),
         randn(6, 33, out, dtype=dtype),
-        _scales(6),
+        scales(6),
     ]
 
 
@@ -252,7 +218,7 @@ def _add_layer_norm_attention() -> Errors:
     """The attention branch of a block, whose bias gradients are column sums of two matrices."""
     x, branch = randn(2, TOKENS, 64, dtype=FP32), randn(2, TOKENS, 64)
     weights = [
-        *_norm_weights(FP32, 64),
+        *norm_weights(FP32, 64),
         randn(192, 64, dtype=FP32, scale=0.1),
         randn(192, dtype=FP32, scale=0.1),
         randn(64, 64, dtype=FP32, scale=0.1),
@@ -364,13 +330,13 @@ def _fused_mlps(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
 
 
 def _fused_mlp(config) -> Errors:
-    x, weights = randn(2, 83, 192), _mlp_weights(BF16, 192, 320)
+    x, weights = randn(2, 83, 192), mlp_weights(BF16, 192, 320)
     with use_fused_mlp(config):
         return assert_as_accurate_as_eager(ops.mlp, ops.mlp_reference, x, *weights, frozen=range(5))
 
 
 def _fused_add_layer_norm_mlp(config, dtype: torch.dtype) -> Errors:
-    norm = _norm_weights(dtype, 192)
+    norm = norm_weights(dtype, 192)
     gamma, x, branch = randn(192, dtype=dtype, scale=0.2, shift=0.7), randn(2, 83, 192, dtype=dtype), randn(2, 83, 192)
     pair = (
         under_autocast(
@@ -381,7 +347,7 @@ def _fused_add_layer_norm_mlp(config, dtype: torch.dtype) -> Errors:
     )
     with use_fused_mlp(config):
         return assert_as_accurate_as_eager(
-            *pair, x, branch, *norm, *_mlp_weights(dtype, 192, 320), gamma, frozen=range(9)
+            *pair, x, branch, *norm, *mlp_weights(dtype, 192, 320), gamma, frozen=range(9)
         )
 
 
