@@ -256,7 +256,7 @@ def _resize_by_torch(pixels: np.ndarray, mode: InterpolationMode, out: np.ndarra
 
 def _channels_first(pixels: np.ndarray) -> torch.Tensor:
     """(1, C, H, W) in the memory of (H, W, C)."""
-    return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    return torch.from_numpy(pixels.reshape(1, *pixels.shape).transpose(0, 3, 1, 2))
 
 
 def as_image(pixels: Image.Image | np.ndarray) -> Image.Image:

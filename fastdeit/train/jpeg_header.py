@@ -4,9 +4,9 @@ import struct
 from typing import NamedTuple
 
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: Huffman-coded, 8 bits unless the frame says otherwise
-_OTHER_FRAMES = (0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))  # lossless, arithmetic, hierarchical
+_OTHER_FRAMES = frozenset((0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))  # lossless, arithmetic, hierarchical
 _SAMPLINGS = (0x11, 0x12, 0x21, 0x22)  # luma beside chroma of 0x11
-_WITHOUT_CONTENT = (0x01, *range(0xD0, 0xD8))
+_WITHOUT_CONTENT = frozenset((0x01, *range(0xD0, 0xD8)))
 _START_OF_SCAN, _ADOBE = 0xDA, 0xEE
 _END = b"\xff\xd9"
 
@@ -33,15 +33,13 @@ def common_jpeg(data: bytes) -> JpegHeader | None:
             continue
         if marker == _START_OF_SCAN:
             return found
-        (length,) = struct.unpack_from(">H", data, at + 2)
-        content = data[at + 4 : at + 2 + length]
+        start, at = at + 4, at + 2 + (data[at + 2] << 8 | data[at + 3])
         if marker in _FRAMES:
-            found = _frame(content)
+            found = _frame(data[start:at])
             if found is None:
                 return None
-        elif marker in _OTHER_FRAMES or (marker == _ADOBE and _is_untransformed(content)):
+        elif marker in _OTHER_FRAMES or (marker == _ADOBE and _is_untransformed(data[start:at])):
             return None
-        at += 2 + length
     return None
 
 
