@@ -208,7 +208,7 @@ summarize() {
 }
 
 [ -z "$toy" ] && nvidia-smi >"$folder/log/nvidia-smi.txt" 2>&1
-"$python" -c 'from fastdeit.benchmarks.timing import environment as e; print(*(f"{k} {v}" for k, v in e().items()), sep="\n")' \
+"$python" -c 'from fastdeit.benchmarks.machine import environment as e; print(*(f"{k} {v}" for k, v in e().items()), sep="\n")' \
     >"$folder/log/gpu.txt" 2>"$folder/log/gpu.error" || echo "fastdeit cannot be imported: log/gpu.error" >"$folder/log/gpu.txt"
 "$python" -m pip list --format=freeze >"$folder/log/packages.txt" 2>/dev/null
 

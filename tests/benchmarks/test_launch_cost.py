@@ -14,8 +14,8 @@ from fastdeit.testing.fake_cuda import library
 
 GENEROUS = 5  # times the budget of a quiet machine
 # Of timm's host time, with 2.5 us a launch on both sides; docs/host-time.md has medians.
-MOST = {("forward", "eager"): 0.55, ("forward", "captured"): 0.22, ("forward", "optimized"): 0.12}
-MOST |= {("step", "eager"): 0.9, ("step", "captured"): 0.1}
+MOST = {("forward", "eager"): 0.5, ("forward", "captured"): 0.22, ("forward", "optimized"): 0.12}
+MOST |= {("step", "eager"): 0.75, ("step", "captured"): 0.1}
 needs_fake_cuda = pytest.mark.skipif(
     fake_cuda.why_unavailable() is not None, reason=f"no fake CUDA runtime: {fake_cuda.why_unavailable()}"
 )
@@ -46,7 +46,7 @@ def test_it_measures_calls_and_models_beside_timms(capsys):
     for (*_, mode), row in rows.items():
         assert row["timm_us"] > 2.5 * row["timm_launches"] and row["fastdeit_us"] > 2.5 * row["fastdeit_launches"]
         assert row["fastdeit_launches"] < row["timm_launches"]
-        assert (row["fastdeit_launches"] < 16) is (mode != "eager")  # a graph, copies, and a forward pass's heads
+        assert (row["fastdeit_launches"] < 16) is (mode != "eager")  # a graph and copies
         assert 0.25 < row["ratio"] * row["timm_us"] / row["fastdeit_us"] < 4
     args = argparse.Namespace(turns=3, batch_size=1, driver_us=2.5)
     assert "2.5 us a launch" in (text := command.model_table(found, args)) and len(text.splitlines()) == 3 + len(rows)
