@@ -4,7 +4,8 @@ import struct
 from typing import NamedTuple
 
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: Huffman-coded, 8 bits unless the frame says otherwise
-_OTHER_FRAMES = frozenset((0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))  # lossless, arithmetic, hierarchical
+# Lossless, arithmetic, hierarchical.
+_OTHER_FRAMES = frozenset((0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
 _SAMPLINGS = (0x11, 0x12, 0x21, 0x22)  # luma beside chroma of 0x11
 _WITHOUT_CONTENT = frozenset((0x01, *range(0xD0, 0xD8)))
 _START_OF_SCAN, _ADOBE = 0xDA, 0xEE
