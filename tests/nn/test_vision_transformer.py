@@ -71,6 +71,35 @@ def test_outputs_gradients_and_random_state_are_timms(kernels_stood_in, kind):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
 
 
+def _norm_before_the_head(model):
+    model.fc_norm = torch.nn.LayerNorm(32, dtype=torch.float64)
+    with torch.no_grad():
+        model.fc_norm.weight.copy_(torch.linspace(0.5, 1.5, 32))
+
+
+BEFORE_HEADS = {
+    "dropout": (PLAIN, lambda m: setattr(m.head_drop, "p", 0.5)),
+    "norm": (PLAIN, _norm_before_the_head),
+    "hook on the dropout": (PLAIN, lambda m: m.head_drop.register_forward_hook(lambda _, inputs, out: 2 * out)),
+    "hook on the norm": (PLAIN, lambda m: m.fc_norm.register_forward_hook(lambda _, inputs, out: 2 * out)),
+    "hook on a head": (DISTILLED, lambda m: m.head_dist.register_forward_hook(lambda _, inputs, out: 2 * out)),
+}
+
+
+@pytest.mark.parametrize("change", BEFORE_HEADS)
+def test_what_is_between_tokens_and_logits_is_called(kernels_stood_in, change):
+    cls, change = BEFORE_HEADS[change]
+    plain, fused = build(cls), fastdeit.accelerate(build(cls))
+    for model in (plain, fused):
+        change(model)
+    expected, state = outputs_and_gradients(plain, images())
+    kernels_stood_in.clear()
+    got, fused_state = outputs_and_gradients(fused, images())
+    assert kernels_stood_in == FUSED_CALLS and torch.equal(state, fused_state)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_last_block_projects_queries_of_the_prefix_alone(kernels_stood_in, monkeypatch):
     sizes = []
     linear = torch.nn.functional.linear
