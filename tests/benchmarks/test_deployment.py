@@ -1,5 +1,6 @@
 """`fastdeit bench deployment`: the tutorial's forms of a model and frozen ones, in one table."""
 
+import copy
 import json
 
 import pytest
@@ -57,6 +58,16 @@ def test_host_time_is_over_timms_by_name():
     slow.register_forward_pre_hook(lambda *_: sum(range(200_000)) and None)
     found = host_time.ratios(model.cuda().bfloat16(), {"fast": fast, "slow": slow}, 3, 3, 2.5)
     assert 0 < found["fast"] < 0.5 < found["slow"]
+
+
+@pytest.mark.fake_device
+def test_what_a_model_does_after_another_ones_calls_is_not_timed():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL).eval().cuda().bfloat16()
+    other, last = copy.deepcopy(model), []
+    model.register_forward_pre_hook(lambda *_: last.append("baseline"))
+    other.register_forward_pre_hook(lambda *_: None if last[-1] == "other" else sum(range(2_000_000)) and None)
+    other.register_forward_pre_hook(lambda *_: last.append("other"))
+    assert 0.3 < host_time.ratios(model, {"other": other}, 3, 3, 2.5)["other"] < 3
 
 
 @pytest.mark.parametrize("name", ["deit_of_nobody", "nowhere/last.safetensors"])
