@@ -1,11 +1,12 @@
 """The block of facebookresearch/dino's vision_transformer.py."""
 
 import sys
+from typing import Any
 
 from fastdeit.blocks.adapters.dino import register
 from fastdeit.nn.dino_block import DinoBlock
 
-_file = sys.modules["vision_transformer"]
+_file: Any = sys.modules["vision_transformer"]
 register(_file, mlp="Mlp")
 
 

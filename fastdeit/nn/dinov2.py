@@ -1,10 +1,12 @@
 """The blocks of facebookresearch/dinov2, which `torch.hub` also loads."""
 
 import sys
+from typing import Any
 
 from fastdeit.blocks.adapters.dino import register_v2
 from fastdeit.nn.dino_block import DinoV2Block
 
+_block: Any
 _block, _attention, _mlp, _layer_scale = (
     sys.modules[f"dinov2.layers.{name}"] for name in ("block", "attention", "mlp", "layer_scale")
 )

@@ -1,11 +1,12 @@
 """The block of facebookresearch/ijepa's src/models/vision_transformer.py."""
 
 import sys
+from typing import Any
 
 from fastdeit.blocks.adapters.dino import register
 from fastdeit.nn.dino_block import DinoBlock
 
-_file = sys.modules["src.models.vision_transformer"]
+_file: Any = sys.modules["src.models.vision_transformer"]
 register(_file, mlp="MLP")
 
 

@@ -7,6 +7,7 @@ Their own stochastic depth draws other random numbers than timm's, so that a blo
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,7 +60,7 @@ def register_v2(block: ModuleType, attention: ModuleType, mlp: ModuleType, layer
     register_layer_scale(layer_scale.LayerScale)
 
 
-def describe_block(module: nn.Module) -> Block:
+def describe_block(module: Any) -> Block:
     """A block of DINO or I-JEPA: attention also returns its weights, and both branches share a drop path.
 
     Args:
@@ -72,7 +73,7 @@ def describe_block(module: nn.Module) -> Block:
     return Block(module, module.source, (first, second), module.memory)
 
 
-def describe_block_v2(module: nn.Module) -> Block:
+def describe_block_v2(module: Any) -> Block:
     """A block of DINOv2, which calls its drop paths only while it trains with a rate."""
     children = module._modules
     beyond = "its stochastic depth is active" if module.training and module.sample_drop_ratio > 0.0 else None
@@ -81,7 +82,7 @@ def describe_block_v2(module: nn.Module) -> Block:
 
 
 def _branches(
-    module: nn.Module,
+    module: Any,
     scales: tuple[nn.Module, nn.Module],
     drop_path: nn.Module,
     attend: Callable[[Tensor], Tensor] | None,
@@ -98,13 +99,13 @@ def _tokens_of(attn: nn.Module, x: Tensor) -> Tensor:
     return attn(x)[0]
 
 
-def _acting(drop_path: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _acting(drop_path: Any, kind: type[nn.Module]) -> nn.Module:
     """DINO's stochastic depth where it does something or a call of it would be seen, else nothing."""
     inactive = type(drop_path) is kind and (not drop_path.drop_prob or not drop_path.training)
     return NOTHING if inactive and why_replaced(kind) is None and why_not_bypassed((drop_path,)) is None else drop_path
 
 
-def _describe_attention(attn: nn.Module) -> Attention:
+def _describe_attention(attn: Any) -> Attention:
     children = attn._modules
     proj, drop = children["proj"], children.get("attn_drop")
     head_dim = proj.in_features // attn.num_heads
@@ -116,7 +117,7 @@ def _describe_attention(attn: nn.Module) -> Attention:
     return Attention(Affine(children["qkv"]), Affine(proj), *heads, between, drop, children["proj_drop"], beyond)
 
 
-def _describe_mlp(mlp: nn.Module) -> Mlp:
+def _describe_mlp(mlp: Any) -> Mlp:
     children = mlp._modules
     act, drop = children["act"], children["drop"]  # called twice
     return Mlp(Affine(children["fc1"]), act, activation_name(act), Affine(children["fc2"]), (drop,), drop, drop)

@@ -29,8 +29,8 @@ def register_known(
     """
     for name in methods:
         owner, method = name.split(".")
-        kind = getattr(file, owner, None)
-        found = None if kind is None else kind.__dict__.get(method)
+        kind = getattr(file, owner, type)
+        found = kind.__dict__.get(method)
         digests = (known[name],) if isinstance(known[name], str) else known[name]
         if found is None or source_digest(found) not in digests:
             raise ImportError(f"{name} is not that of {repository}")
