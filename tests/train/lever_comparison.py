@@ -2,12 +2,15 @@
 
     python tests/train/lever_comparison.py --seeds 5 --output runs/levers
 
-A run whose folder has results is not made again. The table is Markdown: mean and standard deviation over the seeds of the last
-epoch's top-1, both heads together, and the student's GPU-hours relative to the full recipe, estimated as by --dry-run.
+A run whose folder has results is not made again. All recipes of a seed have one teacher, and each of the --jobs processes computes
+in one thread. The table is Markdown: mean and standard deviation over the seeds of the last epoch's top-1, both heads together, and
+the student's GPU-hours relative to the full recipe, estimated as by --dry-run.
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fastdeit.train import run
-from fastdeit.train.config import Config, load_config
+from fastdeit.train.config import load_config
 from fastdeit.train.estimate import gpu_hours
 from fastdeit.train.models import create_student
 from fastdeit.train.report import RESULTS
@@ -34,9 +37,21 @@ def recipes(epochs: int) -> dict[str, dict[str, object]]:
     }
 
 
-def top1(config: Config, folder: Path) -> float:
-    if not (folder / RESULTS).exists():
-        run.train(config, folder, resume=True)
+def train(recipe: dict[str, object], seed: int, epochs: int, folder: Path, teacher: Path | None) -> None:
+    """Trains into folder, unless it has results.
+
+    Args:
+        teacher: its weights; None to train it first.
+    """
+    if (folder / RESULTS).exists():
+        return
+    config = load_config("digits", {"epochs": epochs, "eval_every": epochs, "threads": 1, "seed": seed, **recipe})
+    if teacher is not None:
+        config = config.replace(teacher_checkpoint=str(teacher), teacher_epochs=0)
+    run.train(config, folder, resume=True)
+
+
+def top1(folder: Path) -> float:
     return json.loads((folder / RESULTS).read_text())["top1"]["last epoch"]["both"]
 
 
@@ -44,19 +59,37 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=40, help="40, the recipe's, by default")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; 1 by default")
     parser.add_argument("--output", type=Path, default=Path("runs/levers"))
     given = parser.parse_args(arguments)
     given.output.mkdir(parents=True, exist_ok=True)
-    rows, full = [], None
-    for name, changes in recipes(given.epochs).items():
-        config = load_config("digits", {"epochs": given.epochs, "eval_every": given.epochs, **changes})
+    (full, nothing), *others = recipes(given.epochs).items()
+
+    def folder(name: str, seed: int) -> Path:
+        return given.output / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+    with concurrent.futures.ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+        started = [
+            pool.submit(train, nothing, seed, given.epochs, folder(full, seed), None) for seed in range(given.seeds)
+        ]
+        others_started = []
+        for seed, run_of_full in enumerate(started):
+            run_of_full.result()
+            teacher = folder(full, seed) / "teacher" / "last.safetensors"
+            others_started += [
+                pool.submit(train, recipe, seed, given.epochs, folder(name, seed), teacher) for name, recipe in others
+            ]
+        for each in others_started:
+            each.result()
+    rows, hours_of_full = [], None
+    for name, recipe in recipes(given.epochs).items():
+        config = load_config("digits", {"epochs": given.epochs, **recipe})
         hours = gpu_hours(config, create_student(config, 10, torch.device("cpu")), 1)
-        full = full or hours
-        slug = name.replace(" ", "-").replace(",", "")
-        found = [top1(config.replace(seed=seed), given.output / f"{slug}-{seed}") for seed in range(given.seeds)]
+        hours_of_full = hours_of_full or hours
+        found = [top1(folder(name, seed)) for seed in range(given.seeds)]
         spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
         values = ", ".join(f"{value:.2f}" for value in found)
-        rows.append(f"| {name} | {statistics.mean(found):.2f}{spread} | {values} | {hours / full:.2f} |")
+        rows.append(f"| {name} | {statistics.mean(found):.2f}{spread} | {values} | {hours / hours_of_full:.2f} |")
     print(f"digits, {given.epochs} epochs, {given.seeds} seeds\n")
     print("| | top-1 (%) | by seed | GPU-hours, estimated |\n|---|---:|---|---:|")
     print("\n".join(rows))
