@@ -170,11 +170,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             rows.append(Row(name, cls.__name__, False, why_no_class(cls)))
         if isinstance(module, covering):
             explained += (name + "." if name else "",)
-    plans = [
-        f"calls{f' of {name}' if name else ''} with {line}"
-        for name, module in named.items()
-        for line in described(module)
-    ]
+    plans = _joint_lines({name: described(module) for name, module in named.items()})
     if batch_size is None:
         return Report(rows, plans=plans)
     from fastdeit.cost.view import forward_costs
@@ -221,6 +217,19 @@ def _last_index(name: str) -> tuple[list[str], int | None]:
     """The dotted name's parts and the place of the last number among them."""
     parts = name.split(".")
     return parts, max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
+
+
+def _joint_lines(described: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines on the calls of modules, by name, with one for those that differ in their last index alone."""
+    groups: dict[tuple, list[str]] = {}
+    for name, lines in described.items():
+        parts, place = _last_index(name)
+        beside = name if place is None else (place, *parts[:place], *parts[place + 1 :])
+        for line in lines:
+            groups.setdefault((beside, line), []).append(name)
+    return [
+        f"calls{f' of {_joint_name(names)}' if names[0] else ''} with {line}" for (_, line), names in groups.items()
+    ]
 
 
 def _joint_name(names: list[str]) -> str:
