@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.blocks import spec
-from fastdeit.blocks.checklist import BlockVerdict
+from fastdeit.blocks.checklist import BlockVerdict, why_called
 from fastdeit.blocks.run import PendingResidual, run_block
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.planned import planned
@@ -24,14 +24,14 @@ def planned_block(module: nn.Module, answer: _Answer, tokens: Tensor, keep: int 
     """
 
     run = functools.partial(_run, answer, keep)
-    if torch.compiler.is_compiling() or not tokens.is_cuda:
+    if torch.compiler.is_compiling() or not tokens.is_cuda or _gathered():
         return run(tokens)
 
     def spans(_: Tensor) -> list[Span]:
         return [Span(lambda given: (run(given),), list(module.parameters()))]
 
     called = functools.partial(_why_called, answer)
-    return cast(Tensor, planned(module, answer, run, tokens, called, None if _gathered() else spans, captured=False))
+    return cast(Tensor, planned(module, answer, run, tokens, called, spans, captured=False))
 
 
 def _run(answer: _Answer, keep: int | None, tokens: Tensor) -> Any:
@@ -46,12 +46,12 @@ def _why_called(answer: _Answer) -> str | None:
         return reason
     last = description.branches[-1]
     for what, module in (("LayerScale", last.layer_scale), ("drop path", last.drop_path)):
-        if module is not spec.NOTHING:
+        if why_called(module) is not None:
             return f"its last {what} is called"
     return None
 
 
 def _gathered() -> bool:
-    """Whether `fully_shard` may give a block's weights other memory between forward and backward."""
+    """Whether `fully_shard` may give a block's weights other memory at each call, and between forward and backward."""
     states = sys.modules.get("torch.distributed._composable_state")
     return states is not None and bool(states._module_state_mapping)

@@ -268,7 +268,7 @@ def test_a_block_whose_parts_are_called_says_so():
     assert [plans(block) for block in blocks_of(model)] == [["its last LayerScale is called"]] * 2
 
 
-def test_nothing_with_gradients_is_planned_where_weights_are_sharded(tmp_path):
+def test_nothing_is_planned_where_weights_are_sharded(tmp_path):
     model = build("ViT").train()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
