@@ -36,7 +36,7 @@ def planned_block(module: nn.Module, answer: _Answer, tokens: Tensor, keep: int 
 
 def _run(answer: _Answer, keep: int | None, tokens: Tensor) -> Any:
     pending = run_block(*answer, PendingResidual(tokens), attention_fused=True, defer=False, keep=keep)
-    return pending.x + pending.branch
+    return pending.x + cast(Tensor, pending.branch)
 
 
 def _why_called(answer: _Answer) -> str | None:
