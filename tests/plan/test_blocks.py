@@ -1,15 +1,18 @@
-"""Blocks that models of other libraries call one by one: their plans launch what the ops launch. On the fake runtime."""
+"""Blocks that a model calls one by one, other libraries' and timm's, launch from plans what the ops launch. On the fake runtime."""
 
 import copy
 import functools
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import fastdeit
+from fastdeit.nn.block import Block
+from fastdeit.nn.host_block import HostBlock
 from fastdeit.plan import planned as planning
 from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.training import TrainingPlan
@@ -33,7 +36,14 @@ def hugging_faces(config="ViTConfig", model="ViTForImageClassification", **optio
     return getattr(transformers, model)(getattr(transformers, config)(patch_size=16, **sizes | options))
 
 
+def pooled(**options):
+    """timm's, which calls its blocks one by one as its head reads the mean of all tokens."""
+    return timm.create_model("vit_tiny_patch16_224", global_pool="avg", depth=2, img_size=64, **options)
+
+
 MODELS = {
+    "timm": pooled,
+    "timm with LayerScale": functools.partial(pooled, init_values=0.1),
     "torchvision": torchvisions,
     "ViT": hugging_faces,
     "ViT without biases": functools.partial(hugging_faces, qkv_bias=False),
@@ -41,6 +51,7 @@ MODELS = {
     "DINOv2": functools.partial(hugging_faces, "Dinov2Config", "Dinov2Model"),
 }
 CASES = {
+    "timm": ("timm", None, torch.bfloat16, "usual"),
     "torchvision": ("torchvision", None, torch.bfloat16, "usual"),
     "torchvision in bf16": ("torchvision", torch.bfloat16, None, "usual"),
     "ViT": ("ViT", None, torch.bfloat16, "usual"),
@@ -67,7 +78,7 @@ def images(model):
 
 
 def blocks_of(model):
-    return [module for module in model.modules() if hasattr(module, "tokens_name")]
+    return [module for module in model.modules() if isinstance(module, (HostBlock, Block))]
 
 
 def block_and_tokens(name, dtype, memory="usual"):
@@ -141,7 +152,7 @@ def test_a_plan_with_gradients_launches_what_the_ops_launch_on_the_same_tensors(
     assert of_parameters(planned, block) == of_parameters(ops, block)
 
 
-@pytest.mark.parametrize("name", ["torchvision", "ViT"])
+@pytest.mark.parametrize("name", ["timm", "torchvision", "ViT"])
 def test_a_model_trains_and_infers_from_the_plans_of_its_blocks(name, monkeypatch):
     model = build(name).train()
     plan_it(lambda: step(model))
@@ -163,7 +174,11 @@ def test_a_model_trains_and_infers_from_the_plans_of_its_blocks(name, monkeypatc
         "planned, launched"
     }
     lines = [line for line in fastdeit.explain(model).plans if line.endswith("planned, launched")]
-    of_both = ["layers.encoder_layer_0", "layers.encoder_layer_1"] if name == "torchvision" else ["vit.layers.0-1"]
+    of_both = {
+        "timm": ["blocks.0-1"],
+        "torchvision": ["layers.encoder_layer_0", "layers.encoder_layer_1"],
+        "ViT": ["vit.layers.0-1"],
+    }[name]
     assert len(lines) == len(of_both)
     assert all(f"{each} with 2 x 17 x 192 float32" in line for each, line in zip(of_both, lines, strict=True))
 
@@ -261,8 +276,9 @@ def test_checkpointed_blocks_launch_what_the_ops_launch(reentrant, monkeypatch):
     assert planned_kinds(model) == ([[Plan, TrainingPlan]] * 2 if reentrant else [[]] * 2)
 
 
-def test_a_block_whose_parts_are_called_says_so():
-    model = build("DINOv2")
+@pytest.mark.parametrize("name", ["DINOv2", "timm with LayerScale"])
+def test_a_block_whose_parts_are_called_says_so(name):
+    model = build(name)
     with torch.no_grad(), precision(torch.bfloat16):
         plan_it(lambda: output(model))
     assert [plans(block) for block in blocks_of(model)] == [["its last LayerScale is called"]] * 2
