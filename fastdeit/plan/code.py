@@ -16,7 +16,20 @@ from fastdeit.plan.tape import Buffer, Descriptor, Launch, Operation, View
 from fastdeit.plan.workspace import aligned, bytes_at, tensor_at, view_of, views_of
 
 # Of torch, which take `out`.
-FUNCTIONS = ("mm", "addmm", "add", "div", "cat", "stack", "sum")
+FUNCTIONS = (
+    "mm",
+    "addmm",
+    "add",
+    "mul",
+    "div",
+    "cat",
+    "stack",
+    "sum",
+    "sort",
+    "index_select",
+    "index_add",
+    "index_copy",
+)
 
 
 class Unsupported(Exception):
@@ -222,7 +235,7 @@ class Program:
     def _operation(self, event: Operation) -> None:
         args = [self._operand(arg) for arg in event.args]
         args += [f"{name}={self._constant(value)}" for name, value in event.options]
-        out = self._tensor(event.out)
+        out = self._operand(event.out)
         if event.kind.endswith("_"):
             self._lines.append(f"{out}.{event.kind}({', '.join(args)})")
         else:
