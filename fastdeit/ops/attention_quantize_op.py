@@ -162,6 +162,6 @@ def _(q, k, v, out_scale, scale, dtype):
 
 
 _FLOPS = {
-    torch.ops.fastdeit.attention_quantize: packed_flops(2),
-    torch.ops.fastdeit.attention_qkv_quantize: separate_flops(2),
+    torch.ops.fastdeit.attention_quantize: packed_flops,
+    torch.ops.fastdeit.attention_qkv_quantize: separate_flops,
 }
