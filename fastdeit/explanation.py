@@ -225,12 +225,11 @@ def _joint_lines(described: Mapping[str, Sequence[str]]) -> list[str]:
     """Lines on the calls of modules, by name, with one for those that differ in their index alone."""
     groups: dict[tuple, list[str]] = {}
     for name, lines in described.items():
-        before, index, after = _around_index(name)
-        beside = (before, after) if index else name
+        before, _, after = _around_index(name)
         for line in lines:
-            groups.setdefault((beside, line), []).append(name)
+            groups.setdefault((before, after, line), []).append(name)
     return [
-        f"calls{f' of {_joint_name(names)}' if names[0] else ''} with {line}" for (_, line), names in groups.items()
+        f"calls{f' of {_joint_name(names)}' if names[0] else ''} with {line}" for (*_, line), names in groups.items()
     ]
 
 
