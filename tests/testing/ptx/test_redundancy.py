@@ -89,6 +89,30 @@ def test_a_widened_mask_is_redundant_where_no_thread_meets_the_bound(recorded, b
     assert bool(redundancy.same_values(narrow, wide)) == same
 
 
+LOOP = """mov.b32 %r30, 0;
+    $L__BB0_1:
+    setp.lt.s32 %p2, %r30, {inside};
+    @%p2 st.global.b32 [%a0], %r1;
+    add.s32 %r30, %r30, 1;
+    setp.{compare}.s32 %p1, %r30, 3;
+    @%p1 bra $L__BB0_1;"""
+
+
+@pytest.mark.parametrize("inside, proved", [(3, True), (4, False)])
+def test_a_loop_may_make_a_pass_that_accesses_nothing(recorded, inside, proved):
+    runs = {
+        name: recorded(LOOP.format(inside=inside, compare=name), f"setp.{name}.s32 %p1")[0] for name in ("lt", "le")
+    }
+    assert redundancy.same_values(runs["lt"], runs["le"]) is None
+    assert bool(redundancy.pass_accesses_nothing(runs["lt"], runs["le"])) == proved
+
+
+def test_only_a_loop_makes_passes(recorded):
+    narrow, _ = recorded("setp.lt.s32 %p1, %r1, 9;", "setp", outputs=["%p1"])
+    wide, _ = recorded("setp.le.s32 %p1, %r1, 9;", "setp", outputs=["%p1"])
+    assert redundancy.pass_accesses_nothing(narrow, wide) is None
+
+
 MBARRIER = """setp.eq.b32 %p1, %tid, 0;
     mov.b32 %r40, 512;
     @%p1 mbarrier.init.shared::cta.b64 [%r40], 1;
