@@ -1,6 +1,6 @@
 """`fastdeit bench deployment`: PyTorch's tutorial on deploying a vision transformer beside frozen models, without a GPU.
 
-The tutorial, "Optimizing Vision Transformer Model for Deployment", scripts a DeiT, quantises its linear layers dynamically and
+The tutorial, "Optimizing Vision Transformer Model for Deployment", scripts a DeiT, quantizes its linear layers dynamically and
 saves it for the lite interpreter. Sizes are of files; host time is measured on the fake CUDA runtime, images/s are estimated.
 """
 

@@ -1,7 +1,7 @@
-"""FP8 products by `torch._scaled_mm`: operands quantised by the formats' definition, with a scale per tensor or per row.
+"""FP8 products by `torch._scaled_mm`: operands quantized by the formats' definition, with a scale per tensor or per row.
 
-A mode of its own: quantisation changes the result by more than rounding to bf16 does. A product is held to the float64 product of
-the quantised operands, beside the same product in bf16.
+A mode of its own: quantization changes the result by more than rounding to bf16 does. A product is held to the float64 product of
+the quantized operands, beside the same product in bf16.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ VALUE, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A matrix as `values * scale`: values (rows, K) in an FP8 format, contiguous; scale fp32, one element or (rows, 1)."""
 
     values: Tensor
@@ -32,16 +32,16 @@ class Quantised:
         return self.values.double() * self.scale.double()
 
 
-def quantise(matrix: Tensor, dtype: torch.dtype, scaled: str) -> Quantised:
+def quantize(matrix: Tensor, dtype: torch.dtype, scaled: str) -> Quantized:
     """Rounds (rows, K) to the nearest values of an FP8 format, the largest magnitude of each `scaled` to the format's largest."""
     matrix = matrix.float()
     largest = matrix.abs().amax() if scaled == PER_TENSOR else matrix.abs().amax(1, keepdim=True)
     most = torch.finfo(dtype).max
     scale = (largest / most).clamp_min(torch.finfo(torch.float32).tiny)
-    return Quantised((matrix / scale).clamp(-most, most).to(dtype).contiguous(), scale)
+    return Quantized((matrix / scale).clamp(-most, most).to(dtype).contiguous(), scale)
 
 
-def product(a: Quantised, b: Quantised) -> Tensor:
+def product(a: Quantized, b: Quantized) -> Tensor:
     """a (M, K) times b (N, K) transposed, accumulated in fp32: (M, N) in bf16.
 
     PyTorch's CPU product takes one scale a tensor: there scales of rows multiply its fp32 result.
@@ -62,8 +62,8 @@ def product(a: Quantised, b: Quantised) -> Tensor:
     return torch._scaled_mm(a.values, transposed, *scales, out_dtype=torch.bfloat16)
 
 
-def check(multiply: Callable[[Quantised, Quantised], Tensor], a: Quantised, b: Quantised) -> None:
-    """Holds a product to the numerics contract, with the quantised operands as its inputs.
+def check(multiply: Callable[[Quantized, Quantized], Tensor], a: Quantized, b: Quantized) -> None:
+    """Holds a product to the numerics contract, with the quantized operands as its inputs.
 
     Raises:
         AssertionError: its error against float64 is over twice that of a bf16 product of the same values, scaled afterwards.

@@ -34,7 +34,7 @@ def accelerate(
     fused.
 
     Args:
-        model: any module; its own class may be replaced too.
+        model: any module. Its own class may be replaced too.
         exclude: names of modules that keep (or get back) their library's class, with everything inside them, as in
             `model.named_modules()`; `*`, `?` and `[...]` match as in file names. An excluded module is always called normally; a
             parent that would bypass it (a model its `patch_embed`, an MLP its `fc1`) falls back. `explain` reports that.

@@ -50,7 +50,8 @@ HOSTS = {
     )
     for folder in ("blocks.adapters", "nn")
 } | {"fastdeit.nn.vit_pytorch_distill": "vit_pytorch"}
-BESIDE_A_SCRIPT = ("fastdeit.nn.deit_blocks", "fastdeit.nn.deit_distilled")  # look for files of deit in sys.modules
+# Look for files of deit, DINO and I-JEPA in sys.modules.
+BESIDE_A_SCRIPT = tuple(f"fastdeit.nn.{name}" for name in ("deit_blocks", "deit_distilled", "dino", "dinov2", "ijepa"))
 NEED_TRITON = (*WITH_EXTRAS, *BESIDE_A_SCRIPT, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 

@@ -4,6 +4,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("version_matrix", ROOT / "tests" / "version_matrix.py")
 matrix = importlib.util.module_from_spec(spec)
@@ -35,3 +37,13 @@ def test_the_oldest_corner_has_the_lower_bounds_of_setup():
 def test_the_default_tests_are_those_of_test_fast():
     paths = matrix.fast_selection((ROOT / "Makefile").read_text())
     assert len(paths) > 5 and all((ROOT / path).exists() for path in paths)
+
+
+def test_a_python_that_does_not_run_is_named(tmp_path, monkeypatch):
+    shim = tmp_path / "python9.9"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path / "matrix")
+    with pytest.raises(SystemExit, match=r"no python9\.9 on the path that runs"):
+        matrix.environment("pinned", matrix.CORNERS["pinned"], "9.9")

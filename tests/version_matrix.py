@@ -72,8 +72,10 @@ def environment(name: str, corner: Corner, python: str) -> Path:
     if (folder / "complete").exists():
         return interpreter
     base = shutil.which(f"python{python}")
-    if base is None:
-        raise SystemExit(f"--python: there is no python{python} on the path")
+    if (
+        base is None or subprocess.run([base, "-c", ""], capture_output=True).returncode
+    ):  # pyenv has names that do not run
+        raise SystemExit(f"--python: there is no python{python} on the path that runs")
     subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
     limits = folder / "constraints.txt"
     limits.write_text(constraints((ROOT / "constraints.txt").read_text(), corner))

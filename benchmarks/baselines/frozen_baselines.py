@@ -1,4 +1,4 @@
-"""What people run a frozen vision transformer with, from timm's bf16 model: libraries that quantise or compile it, runtimes.
+"""What people run a frozen vision transformer with, from timm's bf16 model: libraries that quantize or compile it, runtimes.
 
 Each is made when it is first called, so that what is not installed, or not for this device, is a row that says so.
 """
@@ -38,7 +38,7 @@ class OnItsOwn(Made):
 
 
 def torchao(model: nn.Module, precision: str, compile_: bool = True) -> Made:
-    """torchao's dynamic quantisation of the linear layers in the blocks, one scale a token and output channel, and torch.compile.
+    """torchao's dynamic quantization of the linear layers in the blocks, one scale a token and output channel, and torch.compile.
 
     Args:
         precision: "fp8" or "int8".

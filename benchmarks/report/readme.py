@@ -101,8 +101,9 @@ def counted() -> str:
         for form, c in static_report.recorded().items()
     ]
     heading = (
-        "Counted without a GPU (`fastdeit bench evidence`): launches of a block, casts included; bytes per token and channel that "
-        "it saves for backward and, by arithmetic, moves:"
+        "Counted without a GPU (`fastdeit bench evidence`): launches of a block, casts included; bytes that it saves for backward "
+        "and, by arithmetic, moves, per token and channel. `amp` is autocast with fp32 weights, `bf16` a bf16 model; `eager` is "
+        "timm's implementation:"
     )
     return "\n\n".join([textwrap.fill(heading, WIDTH), table(counts)])
 

@@ -1,6 +1,6 @@
 """The GEMMs of a block's four linear layers and of their gradients, without what surrounds them: bf16 beside FP8.
 
-Operands are quantised beforehand: what that takes depends on the kernel that it becomes a part of.
+Operands are quantized beforehand: what that takes depends on the kernel that it becomes a part of.
 """
 
 import functools
@@ -28,11 +28,11 @@ CHECKED_IMAGES = 16  # FP8 products sum over a multiple of 16 elements, which ma
 
 @dataclass(frozen=True)
 class Operands:
-    """a (M, K) and b (N, K) of a product a b^T: in bf16 as the layer has them, and quantised by what has one scale."""
+    """a (M, K) and b (N, K) of a product a b^T: in bf16 as the layer has them, and quantized by what has one scale."""
 
     a: Tensor
     b: Tensor
-    quantised: dict[str, tuple[fp8.Quantised, fp8.Quantised]]
+    quantized: dict[str, tuple[fp8.Quantized, fp8.Quantized]]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Layer:
         else:
             a, b = randn(rows, self.outputs).t(), randn(rows, self.inputs).t()
         first = fp8.VALUE if self.direction == "forward" else fp8.GRADIENT
-        quantised = {
-            scaled: (fp8.quantise(a, first, scaled), fp8.quantise(b, fp8.VALUE, scaled))
+        quantized = {
+            scaled: (fp8.quantize(a, first, scaled), fp8.quantize(b, fp8.VALUE, scaled))
             for scaled in (fp8.PER_TENSOR, fp8.PER_ROW)
         }
-        return Operands(a, b, quantised)
+        return Operands(a, b, quantized)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -81,18 +81,18 @@ def test_gemm(compare, toy, case):
     def in_fp8(scaled):
         @functools.cache
         def check():
-            fp8.check(fp8.product, *layer.operands(CHECKED_IMAGES * tokens).quantised[scaled])
+            fp8.check(fp8.product, *layer.operands(CHECKED_IMAGES * tokens).quantized[scaled])
 
         def run(*given):
             check()
-            return fp8.product(*given[-1].quantised[scaled])
+            return fp8.product(*given[-1].quantized[scaled])
 
         return run
 
     def inputs():
         made = layer.operands(batch * tokens)
         # Sets are as many as the candidate needs that reads the fewest bytes: only tensors count.
-        return *(matrix.values for matrix in made.quantised[fp8.PER_TENSOR]), made
+        return *(matrix.values for matrix in made.quantized[fp8.PER_TENSOR]), made
 
     def expected(*given):
         return [given[-1].a[:COMPARED_ROWS].double() @ given[-1].b.double().t()]

@@ -33,7 +33,7 @@ COMMANDS = {
     "explain": Command("fastdeit.commands.explain", "list what of a model runs fused, and why the rest does not"),
     "verify": Command(
         "fastdeit.commands.verify",
-        "compare every layer with timm and float64 on your device and weights; measure speed and memory",
+        "compare every layer with its library's and with float64; measure speed and memory",
     ),
     "run": Command("fastdeit.commands.run", "run a script unedited, with its models accelerated"),
     "kernels": Command(

@@ -15,7 +15,7 @@ _SMALLEST_NORMAL, _SUBNORMAL_STEPS = (
 
 
 class InductorPairs:
-    """`Pairs` whose quantised activations are float32."""
+    """`Pairs` whose quantized activations are float32."""
 
     def stored(self, weight: Tensor) -> Tensor:
         return weight.view(torch.uint8) if weight.is_floating_point() else weight

@@ -1,4 +1,4 @@
-"""An optimized model for formats without 8-bit products: float32 or float16 arithmetic, 8 bits as quantise-dequantise pairs."""
+"""An optimized model for formats without 8-bit products: float32 or float16 arithmetic, 8 bits as quantize-dequantize pairs."""
 
 import copy
 import functools

@@ -12,9 +12,12 @@ from fastdeit.nn.unknown_attention import why_not_standard
 # The host's file -> ours that has the fused classes for it, and their names there.
 _HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "timm.models.cait": ("fastdeit.nn.cait", ("LayerScaleBlock", "LayerScaleBlockClassAttn")),
+    "dinov2.layers.block": ("fastdeit.nn.dinov2", ("Block", "NestedTensorBlock")),
     "models": ("fastdeit.nn.deit_distilled", ("DistilledVisionTransformer",)),
     "models_v2": ("fastdeit.nn.deit_blocks", ("Block", "LayerScaleBlock")),
+    "src.models.vision_transformer": ("fastdeit.nn.ijepa", ("Block",)),
     "torchvision.models.vision_transformer": ("fastdeit.nn.torchvision", ("EncoderBlock",)),
+    "vision_transformer": ("fastdeit.nn.dino", ("Block",)),
     "vit_pytorch.distill": ("fastdeit.nn.vit_pytorch_distill", ("DistillWrapper",)),
     "vit_pytorch.vit": ("fastdeit.nn.vit_pytorch", ("Transformer", "SimpleTransformer")),
     **{layer.module: ("fastdeit.nn.huggingface", (name,)) for name, layer in LAYERS.items()},
@@ -25,7 +28,8 @@ _OTHERS = {
         "its projections multiply by weights of three dimensions (LinearGeneral)"
     ),
 }
-_BESIDE_A_SCRIPT = ("models", "models_v2")  # of deit; other projects have files of these names
+# Of deit, DINO and I-JEPA; other projects have files of these names.
+_BESIDE_A_SCRIPT = ("models", "models_v2", "src.models.vision_transformer", "vision_transformer")
 _unusable: dict[str, str] = {}  # the host's file -> what its version lacks
 
 

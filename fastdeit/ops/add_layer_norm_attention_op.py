@@ -70,7 +70,7 @@ def add_layer_norm_attention(
 
     Args:
         x: (B, N, C), the residual stream, a float dtype, any strides.
-        branch: the shape of x but for branch_slots, a float dtype; None where nothing is to be added.
+        branch: the shape of x (except with branch_slots), a float dtype; None if there is nothing to add.
         norm_weight: (C,) or None.
         norm_bias: (C,) or None.
         eps: added to the variance, >= 0.
@@ -81,10 +81,10 @@ def add_layer_norm_attention(
         num_heads: H.
         gamma: (O,) or None, LayerScale. It is folded into proj_weight, so in fp16 it must not be far below 1.
         drop_path_scale: (B,) float32 or None, of `branch`, without gradient.
-        branch_slots: (B,) int64, a permutation, or None: branch is of a subset of the samples, (K, ...) for x (B, ...), and has a
-            sample in this place; from K on it has not, and nothing is added.
-        slots: (B,) int64 likewise: the samples with a place below `kept` are normalised, and out is of these, in their places.
-        kept: how many, with slots.
+        branch_slots: (B,) int64, a permutation of 0 to B - 1, or None. With it branch has K of the B samples, (K, ...): a sample's
+            slot is its index in branch. A sample whose slot is K or more is not in branch; nothing is added to it.
+        slots: (B,) int64 likewise, or None. With it out has `kept` of the B samples, each at its slot; the others are not computed.
+        kept: the number of samples in out, with slots.
 
     Returns:
         x_new (x itself without a branch), in the promoted dtype of x and branch; and out, (B, N, O), in the matmul dtype.

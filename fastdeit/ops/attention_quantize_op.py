@@ -26,12 +26,12 @@ from fastdeit.refusals import or_reference
 def attention_quantize(
     qkv: Tensor, num_heads: int, out_scale: Tensor, *, scale: float | None = None, dtype: torch.dtype
 ) -> Tensor:
-    """`attention` in 8 bits over a given scale, in one pass.
+    """`attention` with a result quantized to 8 bits by a given scale, in one pass.
 
     Args:
         qkv: (B, N, 3 * H * D), as `attention` takes it.
         num_heads: H, at least 1.
-        out_scale: (1,) float32, what one step of the result is worth.
+        out_scale: (1,) float32, the value of one step of the result.
         scale: factor on the logits, D**-0.5 by default.
         dtype: of the result, torch.float8_e4m3fn or torch.int8. What does not fit becomes its largest value; int8 has no NaN.
 
@@ -60,13 +60,13 @@ def attention_quantize(
 def attention_qkv_quantize(
     q: Tensor, k: Tensor, v: Tensor, out_scale: Tensor, *, scale: float | None = None, dtype: torch.dtype
 ) -> Tensor:
-    """`attention_qkv` in 8 bits over a given scale, in one pass.
+    """`attention_qkv` with a result quantized to 8 bits by a given scale, in one pass.
 
     Args:
         q: (B, N, H, D), any strides.
         k: (B, M, H, D), of q's dtype and device.
         v: (B, M, H, D), of q's dtype and device.
-        out_scale: (1,) float32, what one step of the result is worth.
+        out_scale: (1,) float32, the value of one step of the result.
         scale: factor on the logits, D**-0.5 by default.
         dtype: as in `attention_quantize`.
 

@@ -24,7 +24,7 @@ def augment(
     levels: Tensor | None = None,
     fill: Sequence[int] = (0, 0, 0),
 ) -> Tensor:
-    """Flips images, applies each one's operations in order, and replaces levels by what they stand for.
+    """Flips each image, applies its operations in order, and maps its levels through a table.
 
     Equal to Pillow's ImageOps, ImageEnhance, Image.transform and Image.rotate bit for bit.
 
@@ -32,8 +32,8 @@ def augment(
         images: (B, C, H, W) uint8 of 1 or 3 channels. Contiguous and channels-last tensors are read as they are.
         plan: (B, L, 8) float64, L operations for each image as `fastdeit.kernels.augment.operations` has them. L may be 0.
         flips: (B,) uint8: 0 for none, 1 from left to right, 2 from top to bottom, 3 both, before the first operation; or None.
-        levels: (C, 256) float32, what is returned in place of each level, such as its normalised value; or None.
-        fill: C levels for what an affine operation brings in from outside the image.
+        levels: (C, 256) float32, the result for each level, such as its normalised value; or None: the levels themselves.
+        fill: C levels, of the area that an affine operation brings in from outside the image.
 
     Returns:
         (B, C, H, W), contiguous: uint8, or float32 with levels.

@@ -57,8 +57,9 @@ def layer_norm_mlp(
         gamma: (O,) or None, LayerScale. It is folded into w2, so in fp16 it must not be far below 1.
         drop_path_scale: (x.shape[0],) float32 or None, without gradient.
         residual: (..., O) or None.
-        recompute: "preactivation" computes it again in backward rather than save it: one more GEMM, and of the 10 bytes 2 are left.
-        lean: the former spelling of that, deprecated.
+        recompute: None, or "preactivation": backward recomputes the pre-activation, which is then not saved. This takes one more
+            GEMM and saves 2 of the 10 bytes.
+        lean: deprecated; True is recompute="preactivation".
 
     Returns:
         (..., O), of the dtype that PyTorch's promotion gives the formula.

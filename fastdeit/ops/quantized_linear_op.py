@@ -24,16 +24,16 @@ def quantized_linear(
     scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """activation((q weight^T) * row_scale * column_scale + bias), in 8 bits over a given scale or in a float dtype.
+    """activation((q weight^T) * row_scale * column_scale + bias), quantized to 8 bits by a given scale or in a float dtype.
 
     Float8 products are `torch._scaled_mm`'s, which also applies the scales and adds the bias; int8 products are `torch._int_mm`'s,
     exact in int32, and `rescale` does the rest. Behind float8 products activation and cast are a kernel, `rescale` too.
 
     Args:
         q: (..., C), torch.float8_e4m3fn or torch.int8, such as `add_layer_norm_quantize` gives.
-        row_scale: (...) float32, what one step of each row is worth, or None where column_scale has it.
+        row_scale: (...) float32, the value of one step in each row of q; None if column_scale includes it.
         weight: (O, C) of q's dtype.
-        column_scale: (O,) float32, what one step of each row of weight is worth.
+        column_scale: (O,) float32, the value of one step in each row of weight.
         bias: (O,), a float dtype, or None.
         activation: as in `rescale`.
         scale: as in `rescale`.

@@ -27,7 +27,7 @@ def rescale(
     scale: Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """activation(z * row_scale * column_scale + bias), in 8 bits over a given scale or in a float dtype, in one pass.
+    """activation(z * row_scale * column_scale + bias), quantized to 8 bits by a given scale or in a float dtype, in one pass.
 
     Args:
         z: (..., N), a float dtype, or int32 as products of int8 have it; any strides.
@@ -35,7 +35,7 @@ def rescale(
         column_scale: (N,) float32 or None.
         bias: (N,), a float dtype, or None.
         activation: None, or as `mlp` takes it.
-        scale: (1,) float32, what one step of the result is worth, if out_dtype is torch.float8_e4m3fn or torch.int8; else None.
+        scale: (1,) float32, the value of one step of the result, if out_dtype is torch.float8_e4m3fn or torch.int8; else None.
         out_dtype: of the result. What does not fit an 8-bit format becomes its largest value; int8 has no NaN.
 
     Returns:

@@ -1,4 +1,4 @@
-"""FP8 products of the benchmarks: quantisation by the formats' definition, products held to float64, devices that have none."""
+"""FP8 products of the benchmarks: quantization by the formats' definition, products held to float64, devices that have none."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def operands(scaled):
     a, b = torch.randn(32, 48), torch.randn(64, 48)
     a[3] *= 1000
     b[5] = 0
-    return fp8.quantise(a, fp8.GRADIENT, scaled), fp8.quantise(b, fp8.VALUE, scaled)
+    return fp8.quantize(a, fp8.GRADIENT, scaled), fp8.quantize(b, fp8.VALUE, scaled)
 
 
 @pytest.mark.parametrize("scaled", SCALED)
@@ -26,7 +26,7 @@ def operands(scaled):
 def test_every_value_becomes_the_nearest_of_the_format(dtype, scaled):
     torch.manual_seed(0)
     matrix = torch.randn(8, 40) * torch.logspace(-6, 3, 8)[:, None]
-    got = fp8.quantise(matrix, dtype, scaled)
+    got = fp8.quantize(matrix, dtype, scaled)
     there_are = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     there_are = there_are[there_are.isfinite()].double()
     wanted = matrix.double() / got.scale.double()
@@ -39,7 +39,7 @@ def test_every_value_becomes_the_nearest_of_the_format(dtype, scaled):
 
 
 @pytest.mark.parametrize("scaled", SCALED)
-def test_a_product_is_held_to_the_quantised_operands(scaled):
+def test_a_product_is_held_to_the_quantized_operands(scaled):
     a, b = operands(scaled)
     fp8.check(fp8.product, a, b)
     assert fp8.product(a, b).dtype == torch.bfloat16
@@ -52,7 +52,7 @@ def test_a_product_is_held_to_the_quantised_operands(scaled):
 
 @pytest.mark.fake_device
 def test_a_gpu_gets_one_product_and_an_old_one_says_why_not(monkeypatch):
-    cuda = [fp8.Quantised(x.values.cuda(), x.scale.cuda()) for x in operands(fp8.PER_TENSOR)]
+    cuda = [fp8.Quantized(x.values.cuda(), x.scale.cuda()) for x in operands(fp8.PER_TENSOR)]
     fp8.product(*cuda)
     with fake_cuda.counting() as counts:
         assert fp8.product(*cuda).shape == (32, 64)

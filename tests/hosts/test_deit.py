@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastdeit
-from fastdeit.blocks.adapters import deit
+from fastdeit.blocks.adapters import deit, known_sources
 from fastdeit.nn import hosts as host_table
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -34,7 +34,7 @@ def files():
     for name in known:
         kind, method = name.split(".")
         file = made["models" if hasattr(made["models"], kind) else "models_v2"]
-        deit.KNOWN[name] = deit.source_digest(getattr(file, kind).__dict__[method])
+        deit.KNOWN[name] = known_sources.source_digest(getattr(file, kind).__dict__[method])
     yield made
     deit.KNOWN.update(known)
     for name, module in kept.items():
@@ -203,7 +203,7 @@ def test_files_of_the_same_names_are_left_alone(monkeypatch):
     fastdeit.accelerate(model)
     assert type(model.blocks[0]) is other.Block and type(model.blocks[0].mlp) is fastdeit.nn.Mlp
     assert host_table.why_no_class(other.Block) == "no fused class for Block"
-    assert deit.source_digest(print) is None
+    assert known_sources.source_digest(print) is None
 
 
 def test_layout_and_comments_do_not_change_a_digest(tmp_path):
@@ -218,5 +218,5 @@ def test_layout_and_comments_do_not_change_a_digest(tmp_path):
         path.write_text(text)
         names: dict = {}
         exec(compile(text, str(path), "exec"), names)
-        digests.append(deit.source_digest(names["f"]))
+        digests.append(known_sources.source_digest(names["f"]))
     assert digests[0] == digests[1] != digests[2] and digests[0] is not None

@@ -11,8 +11,16 @@ import fastdeit
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
 from transformers import (  # noqa: E402
+    AltCLIPVisionConfig,
+    AltCLIPVisionModel,
+    ASTConfig,
+    ASTModel,
     BeitConfig,
     BeitForImageClassification,
+    ChineseCLIPVisionConfig,
+    ChineseCLIPVisionModel,
+    CLIPSegVisionConfig,
+    CLIPSegVisionModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
@@ -26,16 +34,24 @@ from transformers import (  # noqa: E402
     Dinov2WithRegistersModel,
     IJepaConfig,
     IJepaModel,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    Tipsv2VisionConfig,
+    Tipsv2VisionModel,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
     ViTMAEModel,
     ViTMSNConfig,
     ViTMSNModel,
+    VivitConfig,
+    VivitModel,
+    YolosConfig,
+    YolosModel,
 )
 
 from fastdeit.nn import hosts as known_hosts  # noqa: E402
@@ -55,8 +71,19 @@ MODELS = {
     "BEiT": (BeitConfig, BeitForImageClassification),
     "CLIP": (CLIPVisionConfig, CLIPVisionModel),
     "SigLIP": (SiglipVisionConfig, SiglipVisionModel),
+    "AltCLIP": (AltCLIPVisionConfig, AltCLIPVisionModel),
+    "Chinese CLIP": (ChineseCLIPVisionConfig, ChineseCLIPVisionModel),
+    "CLIPSeg": (CLIPSegVisionConfig, CLIPSegVisionModel),
+    "MetaCLIP 2": (MetaClip2VisionConfig, MetaClip2VisionModel),
+    "TIPSv2": (Tipsv2VisionConfig, Tipsv2VisionModel),
+    "YOLOS": (lambda **k: YolosConfig(**k | {"image_size": [16, 16]}), YolosModel),
+    "AST": (lambda **k: ASTConfig(max_length=48, num_mel_bins=32, frequency_stride=8, time_stride=8, **k), ASTModel),
+    "ViViT": (lambda **k: VivitConfig(num_frames=2, tubelet_size=[2, 8, 8], **k), VivitModel),
 }
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+INPUTS = {"AST": X.view(1, 48, 32), "ViViT": torch.stack((X, X.flip(0)), dim=1)}  # sound, video
 
 
 @pytest.fixture
@@ -88,7 +115,7 @@ def test_other_models_layers_are_as_accurate(hosts, make, kernels_stood_in, name
         model.embeddings.random_masking = types.MethodType(
             lambda self, x, noise=None: (x, None, None), model.embeddings
         )
-    accelerated = hosts.assert_as_accurate(model, X)
+    accelerated = hosts.assert_as_accurate(model, INPUTS.get(name, X))
     assert not hosts.why_not(accelerated) and len(hosts.blocks_of(accelerated)) == 1
     assert kernels_stood_in["add_layer_norm_attention"] == kernels_stood_in["add_layer_norm_mlp"] == 1
 

@@ -42,6 +42,14 @@ MODELS = {  # config, model, options
     "BEiT without LayerScale": ("BeitConfig", "BeitForImageClassification", {"layer_scale_init_value": 0.0}),
     "CLIP": ("CLIPVisionConfig", "CLIPVisionModel", {}),
     "SigLIP": ("SiglipVisionConfig", "SiglipVisionModel", {}),
+    "MetaCLIP 2": ("MetaClip2VisionConfig", "MetaClip2VisionModel", {}),
+    "YOLOS": ("YolosConfig", "YolosModel", {"image_size": [16, 16]}),
+    "AST": (
+        "ASTConfig",
+        "ASTModel",
+        {"max_length": 48, "num_mel_bins": 32, "frequency_stride": 8, "time_stride": 8},
+    ),
+    "ViViT": ("VivitConfig", "VivitModel", {"num_frames": 2, "tubelet_size": [2, 8, 8]}),
 }
 STAND_INS = {  # class of layers, what its encoder passes beside the tokens
     "ViT": ("OldViTLayer", ()),
@@ -51,6 +59,7 @@ STAND_INS = {  # class of layers, what its encoder passes beside the tokens
     "CLIP": ("OldCLIPEncoderLayer", (None, None, False)),
 }
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+INPUTS = {"real AST": X.view(1, 48, 32), "real ViViT": torch.stack((X, X.flip(0)), dim=1)}  # sound, video
 installed = pytest.mark.skipif(not INSTALLED, reason=f"needs transformers 4.57, this is {transformers.__version__}")
 KINDS = [*STAND_INS, *(pytest.param(f"real {name}", marks=installed) for name in MODELS)]
 VITS = ["ViT", pytest.param("real ViT", marks=installed)]
@@ -101,7 +110,7 @@ def first_layer(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_are_as_accurate(hosts, make, kernels_stood_in, kind):
-    accelerated = hosts.assert_as_accurate(make(kind, layers=1), X)
+    accelerated = hosts.assert_as_accurate(make(kind, layers=1), INPUTS.get(kind, X))
     assert not hosts.why_not(accelerated) and len(hosts.blocks_of(accelerated)) == 1
     assert kernels_stood_in["add_layer_norm_attention"] == kernels_stood_in["add_layer_norm_mlp"] == 1
 

@@ -1,23 +1,16 @@
 """Where facebookresearch/deit keeps the parts of its models: of the distilled one in `models.py`, of blocks in `models_v2.py`.
 
-Both are files that lie beside a script, under names that other projects use too: a class is taken for deit's only if its methods
-are deit's, token by token.
+Both are files that lie beside a script, under names that other projects use too.
 """
 
-import hashlib
-import inspect
-import io
-import textwrap
-import tokenize
-from collections.abc import Callable
 from types import ModuleType
 
 import timm.layers
 from torch import nn
 
+from fastdeit.blocks.adapters.known_sources import register_known
 from fastdeit.blocks.adapters.timm import describe_blocks, describe_mlp, why_methods_replaced
 from fastdeit.blocks.fused_module import is_fused
-from fastdeit.blocks.snapshot import register_methods
 from fastdeit.blocks.spec import NOTHING, Affine, Attention, Block, Branch, Trunk
 
 # Digests of methods that the fused forward takes the place of: of the repository since 2022, to its last commit, 7e160fe.
@@ -28,7 +21,6 @@ KNOWN = {
     "Block.forward": "a2101522b68056d0",
     "Layer_scale_init_Block.forward": "164d1c1f5e01ac40",
 }
-_LAYOUT = (tokenize.COMMENT, tokenize.NL)
 
 
 def register(file: ModuleType, *methods: str) -> None:
@@ -37,28 +29,7 @@ def register(file: ModuleType, *methods: str) -> None:
     Raises:
         ImportError: one is not there, or is not deit's.
     """
-    for name in methods:
-        owner, method = name.split(".")
-        kind = getattr(file, owner, None)
-        found = None if kind is None else kind.__dict__.get(method)
-        if found is None or source_digest(found) != KNOWN[name]:
-            raise ImportError(f"{name} is not that of facebookresearch/deit")
-        register_methods(kind, method, host=True)
-
-
-def source_digest(function: Callable) -> str | None:
-    """A digest of the source's tokens without comments and blank lines; None where there is no source to read."""
-    try:
-        lines = io.StringIO(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError):
-        return None
-    words = []
-    for token in tokenize.generate_tokens(lines.readline):
-        if token.type == tokenize.INDENT or token.type == tokenize.DEDENT:
-            words.append(tokenize.tok_name[token.type])  # however wide
-        elif token.type not in _LAYOUT:
-            words.append(token.string)
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    register_known(file, methods, KNOWN, "facebookresearch/deit")
 
 
 def describe_block(module: nn.Module) -> Block:

@@ -36,6 +36,7 @@ register_activation(activations.GELUActivation, _gelu)
 register_activation(activations.GELUTanh, _gelu)
 register_activation(activations.QuickGELUActivation, "quick_gelu")
 register_activation(activations.NewGELUActivation, "gelu_tanh")
+register_activation(activations.FastGELUActivation, "gelu_tanh")
 register_activation(activations.SiLUActivation, "silu")
 
 try:

@@ -163,6 +163,7 @@ _BEIT_4 = _VIT_4._replace(
     config_dropout="attention_probs_dropout_prob",
     in_a_tuple=True,
 )
+_YOLOS = _VIT_4._replace(parameters=("hidden_states", "kwargs"))  # of version 5 too, which has not moved its parts
 _CLIP_4 = _CLIP._replace(
     parameters=("hidden_states", "attention_mask", "causal_attention_mask", "output_attentions"),
     in_a_tuple=True,
@@ -184,4 +185,12 @@ LAYERS = {
     "BeitLayer": _layer("beit", "Beit", _BEIT, _BEIT_4),
     "CLIPEncoderLayer": _layer("clip", "CLIP", _CLIP, _CLIP_4),
     "SiglipEncoderLayer": _layer("siglip", "Siglip", _CLIP),
+    "AltCLIPEncoderLayer": _layer("altclip", "AltCLIP", _CLIP),
+    "ChineseCLIPVisionLayer": _layer("chinese_clip", "ChineseCLIPVision", _CLIP),
+    "CLIPSegEncoderLayer": _layer("clipseg", "CLIPSeg", _CLIP),
+    "MetaClip2EncoderLayer": _layer("metaclip_2", "MetaClip2", _CLIP, _CLIP_4),
+    "Tipsv2VisionLayer": _layer("tipsv2", "Tipsv2Vision", _DINO),
+    "YolosLayer": _layer("yolos", "Yolos", _YOLOS, _VIT_4),
+    "ASTLayer": _layer("audio_spectrogram_transformer", "AST", _VIT, _VIT_4),
+    "VivitLayer": _layer("vivit", "Vivit", _VIT, _VIT_4),
 }

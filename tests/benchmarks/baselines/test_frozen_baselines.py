@@ -37,7 +37,7 @@ def test_onnx_runtime_gives_timms_logits(model, images):
 
 
 @torch.no_grad()
-def test_torchaos_quantisation_is_near_timms_logits(model, images):
+def test_torchaos_quantization_is_near_timms_logits(model, images):
     pytest.importorskip("torchao")
     candidate = baselines.torchao(model, "int8", compile_=False)
     assert 1e-4 < relative(candidate(images), model.double()(images.double())) < 0.06
