@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from fastdeit.testing.ptx.program import Instruction, Program, Register
+from fastdeit.testing.ptx.program import Instruction, Operand, Program, Register
 
 
 def successors(program: Program) -> dict[int, list[int]]:
@@ -27,12 +27,37 @@ def predecessors(program: Program) -> dict[int, list[int]]:
     return found
 
 
+def is_register(operand: Operand | None, register: Register) -> bool:
+    return isinstance(operand, Register) and operand.index == register.index
+
+
 def definition(program: Program, register: Register) -> Instruction | None:
     """The one instruction whose first operand is a register; None where several have it, or none."""
-    writing = [
-        x for x in program.instructions if x.operands and getattr(x.operands[0], "index", None) == register.index
-    ]
+    writing = [x for x in program.instructions if x.operands and is_register(x.operands[0], register)]
     return writing[0] if len(writing) == 1 else None
+
+
+def uses(program: Program, register: Register) -> list[Instruction]:
+    """Instructions that name a register other than as their first operand."""
+    return [x for x in program.instructions if any(is_register(o, register) for o in (*x.operands[1:], x.guard))]
+
+
+def governs_only_copies(program: Program, predicate: Register) -> bool:
+    """Whether a predicate only decides how many bytes asynchronous copies copy."""
+    todo, seen = [predicate], set[int]()
+    while todo:
+        register = todo.pop()
+        if register.index in seen:
+            continue
+        seen.add(register.index)
+        for user in uses(program, register):
+            if user.opcode.startswith(("cp.async.ca", "cp.async.cg")):
+                continue
+            target = user.operands[0]
+            if user.opcode not in ("selp.b32", "and.pred") or not isinstance(target, Register):
+                return False
+            todo.append(target)
+    return True
 
 
 def branches_past(program: Program, executed: set[int]) -> list[str]:

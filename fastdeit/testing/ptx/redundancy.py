@@ -7,13 +7,13 @@ between two barriers, at which wait each asynchronous operation completed, the v
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from fastdeit.testing.ptx.commits import CommitGroups
-from fastdeit.testing.ptx.control_flow import predecessors, successors
+from fastdeit.testing.ptx.control_flow import governs_only_copies, predecessors, successors, uses
 from fastdeit.testing.ptx.machine import IN_STEP, Machine
 from fastdeit.testing.ptx.program import Instruction, Pair, Program, Register, Vector
 from fastdeit.testing.ptx.shared import SharedMemory
@@ -113,20 +113,24 @@ class Record(Machine):
         completions: (operation, line of the wait) -> threads or warpgroups for which it completed there.
         digest: of the values that the instruction in that line gave.
         accesses: digest of every access of global and shared memory: instruction, threads and addresses, in order.
+        loaded: digest of what the loads gave that are not in that line.
+        target: register that the instruction in that line writes.
     """
 
     def __init__(self, program: Program, shared_bytes: int, line: int = 0) -> None:
         super().__init__(program, shared_bytes, IN_STEP)
-        self.watched = line
         self.touches: list[list[Touch]] = []  # of blocks that run together
         self.issued = 0  # asynchronous operations
         self.completions: Counter = Counter()
-        self.digest, self.accesses = hashlib.sha256(), hashlib.sha256()
-        self.observer = self
+        self.digest, self.accesses, self.loaded = (hashlib.sha256() for _ in range(3))
+        self.observer, self.target = self, None
         for at, instruction in enumerate(program.instructions):
+            step, group = self._code[at]
             if instruction.line == line:
-                step, group = self._code[at]
-                self._code[at] = self._watched(step, instruction), group
+                self.target = next((o for o in instruction.operands[:1] if isinstance(o, Register)), None)
+                self._code[at] = self._watched(step, instruction, self.digest), group
+            elif instruction.opcode.startswith(("ld.shared", "ld.global", "ldmatrix")):
+                self._code[at] = self._watched(step, instruction, self.loaded), group
 
     def start_memory(self, blocks: int, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
         self.touches.append([])
@@ -152,13 +156,13 @@ class Record(Machine):
     def line(self) -> int:
         return self.current.line if self.current else 0
 
-    def _watched(self, step: Callable[[], None], instruction: Instruction) -> Callable[[], None]:
+    def _watched(self, step: Callable[[], None], instruction: Instruction, digest: Any) -> Callable[[], None]:
         written = [r.index for o in instruction.operands[:1] for r in _registers(o)]
 
         def run() -> None:
             step()
             for index in written:
-                self.digest.update(np.ascontiguousarray(self.pick(self.registers[index])).tobytes())
+                digest.update(np.ascontiguousarray(self.pick(self.registers[index])).tobytes())
 
         return run
 
@@ -231,12 +235,20 @@ def same_values(original: Record, mutant: Record) -> str | None:
 
 def pass_accesses_nothing(original: Record, mutant: Record) -> str | None:
     """A loop's condition: the pass that the mutant adds reads and writes no memory, since masks of its own stop that."""
-    condition = next(x for x in original.program.instructions if x.line == original.watched)
-    guards = [x.guard for x in original.program.instructions if x.opcode == "bra"]
-    if condition.operands[0].index not in {guard.index for guard in guards if guard}:
+    condition = original.target
+    if condition is None or all(x.opcode != "bra" for x in uses(original.program, condition)):
         return None
     same = original.accesses.digest() == mutant.accesses.digest()
     return "redundant here: the pass that it adds to a loop accesses no memory" if same else None
+
+
+def copies_are_not_read(original: Record, mutant: Record) -> str | None:
+    """A mask of cp.async: what the mutant copies besides reaches no register. wgmma reads shared memory without one."""
+    mask = original.target
+    if original.matrix_registers or mask is None or not governs_only_copies(original.program, mask):
+        return None
+    same = original.loaded.digest() == mutant.loaded.digest()
+    return "redundant here: every load gives the same values, so that nothing reads what it lets copy" if same else None
 
 
 def completes_elsewhere(original: Record, mutant: Record) -> str | None:
@@ -375,8 +387,12 @@ def proof(kind: str, line: int, original: Record, mutant: Record) -> str | None:
         return completes_elsewhere(original, mutant)
     if kind == "initialisation dropped":  # both schedules have run it: garbage is NaN in one, random in the other
         return _GARBAGE
-    if "dropped" not in kind or kind == "mask dropped":
-        return same_values(original, mutant) or (
-            pass_accesses_nothing(original, mutant) if kind.startswith("mask") else None
+    if kind.startswith("mask"):
+        return (
+            same_values(original, mutant)
+            or pass_accesses_nothing(original, mutant)
+            or copies_are_not_read(original, mutant)
         )
+    if "dropped" not in kind:
+        return same_values(original, mutant)
     return None

@@ -4,22 +4,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastdeit.testing.ptx.control_flow import definition
+from fastdeit.testing.ptx.control_flow import definition, uses
 from fastdeit.testing.ptx.machine import Machine, Schedule
-from fastdeit.testing.ptx.program import Instruction, Program
+from fastdeit.testing.ptx.program import Instruction, Program, Register
+
+_FLOATS = {"selp.f32": "b32", "selp.b16": "b16"}  # no size or offset has 16 bits
 
 
 def selections(program: Program, line: int) -> list[int]:
-    """Numbers of the `selp.f32` that a comparison governs; none where its predicate governs anything else as well."""
+    """Numbers of the selections of floats that a comparison governs; none where its predicate governs anything else as well."""
     comparison = next(x for x in program.instructions if x.line == line)
-    predicate = comparison.operands[0].index
-    using = [
-        i
-        for i, x in enumerate(program.instructions)
-        if any(getattr(o, "index", None) == predicate for o in (*x.operands, x.guard)) and x is not comparison
-    ]
-    alone = definition(program, comparison.operands[0]) is comparison
-    return using if alone and all(program.instructions[i].opcode == "selp.f32" for i in using) else []
+    predicate = comparison.operands[0]
+    if not isinstance(predicate, Register) or definition(program, predicate) is not comparison:
+        return []
+    using = [i for i, x in enumerate(program.instructions) if x in uses(program, predicate)]
+    return using if all(program.instructions[i].opcode in _FLOATS for i in using) else []
 
 
 class Scrambled(Machine):
@@ -33,12 +32,15 @@ class Scrambled(Machine):
 
     def _scrambled(self, step: Callable[[], None], instruction: Instruction) -> Callable[[], None]:
         target, *_, condition = instruction.operands
-        read, kept = self.reader(target, "f32"), self.reader(condition, "pred")
-        write = self.writer(target, "f32")
+        kind = _FLOATS[instruction.opcode]
+        read, kept = self.reader(target, kind), self.reader(condition, "pred")
+        write = self.writer(target, kind)
 
         def run() -> None:
             step()
-            noise = self.random.normal(0, 4, self.lane_count).astype(np.float32)
+            noise = self.random.uniform(1, 9, self.lane_count).astype(np.float32).view(np.uint32)
+            if kind == "b16":  # finite as bfloat16, of which these are the first half, and as float16
+                noise = (noise >> 16).astype(np.uint16)
             write(np.where(kept(), read(), noise))
 
         return run

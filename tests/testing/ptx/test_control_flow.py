@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastdeit.testing.ptx.control_flow import branches_past, definition, predecessors, successors
+from fastdeit.testing.ptx.control_flow import branches_past, definition, governs_only_copies, predecessors, successors
 from fastdeit.testing.ptx.selections import Scrambled, selections
 from tests.testing.ptx.conftest import program_of
 
@@ -38,6 +38,21 @@ def test_the_ways_through_a_branch():
     assert definition(program, program.instructions[branch].guard).text == "setp.eq.s32 %p1, %r1, 7"
 
 
+MASKED_COPY = """setp.lt.s32 %p1, %r1, 5;
+    setp.lt.s32 %p2, %r1, 9;
+    and.pred %p3, %p1, %p2;
+    selp.b32 %r2, 4, 0, %p3;
+    shl.b32 %r30, %tid, 2;
+    cp.async.ca.shared.global [%r30], [%a0], 0x4, %r2;"""
+
+
+@pytest.mark.parametrize("more, only", [("", True), ("@%p1 mov.b32 %r3, 0;", False), ("add.s32 %r3, %r2, 1;", False)])
+def test_a_mask_of_copies_governs_nothing_else(more, only):
+    program = program_of(f"{MASKED_COPY}\n{more}", ["%r1"], [], 32)
+    mask = next(i.operands[0] for i in program.instructions if i.text.startswith("setp.lt.s32 %p1"))
+    assert governs_only_copies(program, mask) == only
+
+
 SELECT = """setp.lt.s32 %p1, %r1, 20;
     {other}
     cvt.rn.f32.s32 %r3, %r1;
@@ -49,6 +64,18 @@ SELECT = """setp.lt.s32 %p1, %r1, 20;
 def masked(kept, other=""):
     program = program_of(SELECT.format(kept=kept, other=other), ["%r1"], ["%r2"], 32)
     return program, next(i.line for i in program.instructions if i.text.startswith("setp.lt.s32 %p1"))
+
+
+def test_16_bits_are_random_too(execute):
+    body = "setp.lt.s32 %p1, %r1, 20;\nmov.b16 %rs1, 7;\nselp.b16 %rs2, %rs1, 0, %p1;"
+    line = next(i.line for i in program_of(body, ["%r1"], ["%rs2"], 32).instructions if i.opcode == "setp.lt.s32")
+
+    def scrambled(program, shared):
+        return Scrambled(program, shared, line, seed=0)
+
+    (found,) = execute(body, {"%r1": LANES}, ["%rs2"], make=scrambled)
+    assert (found[:20] == 7).all() and (found[20:] != 0).all()
+    assert np.isfinite(found.view(np.float16)).all() and ((found >> 7 & 0xFF) < 0xFF).all()  # bfloat16's exponent
 
 
 @pytest.mark.parametrize("kept, same", [(20, True), (21, False)])

@@ -107,6 +107,30 @@ def test_a_loop_may_make_a_pass_that_accesses_nothing(recorded, inside, proved):
     assert bool(redundancy.pass_accesses_nothing(runs["lt"], runs["le"])) == proved
 
 
+COPY = """setp.{compare}.s32 %p1, %r1, 5;
+    selp.b32 %r2, 4, 0, %p1;
+    shl.b32 %r30, %tid, 2;
+    cp.async.ca.shared.global [%r30], [%a0], 0x4, %r2;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    {behind}"""
+
+
+@pytest.mark.parametrize(
+    "behind, proved",
+    [
+        ("setp.lt.s32 %p2, %r1, 5;\n@%p2 ld.shared.b32 %r3, [%r30];", True),
+        ("ld.shared.b32 %r3, [%r30];", False),
+        ("selp.b32 %r3, 1, 0, %p1;\nadd.s32 %r4, %r3, 1;", False),  # the mask reaches a register
+    ],
+)
+def test_a_mask_of_copies_is_redundant_where_nothing_reads_them(recorded, behind, proved):
+    runs = {
+        name: recorded(COPY.format(compare=name, behind=behind), f"setp.{name}.s32 %p1")[0] for name in ("lt", "le")
+    }
+    assert bool(redundancy.copies_are_not_read(runs["lt"], runs["le"])) == proved
+
+
 def test_only_a_loop_makes_passes(recorded):
     narrow, _ = recorded("setp.lt.s32 %p1, %r1, 9;", "setp", outputs=["%p1"])
     wide, _ = recorded("setp.le.s32 %p1, %r1, 9;", "setp", outputs=["%p1"])
