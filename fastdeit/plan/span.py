@@ -20,7 +20,7 @@ from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packe
 
 _Tensors = Sequence[Tensor | None]
 _Layout = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a contiguous tensor
-_MOST_SAVED = 2  # allocations of a span for what forward leaves to backward: one more costs both passes microseconds
+_MOST_SAVED = 4  # allocations of a span for what forward leaves to backward: one more costs both passes microseconds
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 

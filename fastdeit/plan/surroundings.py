@@ -15,6 +15,7 @@ from fastdeit import backends
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_global_hook
 from fastdeit.blocks.checklist import TrunkVerdict
+from fastdeit.blocks.spans import most_gradients
 from fastdeit.kernels.attention.config import SDPA_PREFERRED
 from fastdeit.plan.tape import Tape
 
@@ -67,7 +68,7 @@ def key_of(x: Tensor, needs: tuple[bool, ...] = ()) -> tuple:
     Args:
         needs: whether x and each parameter need gradients, of a call with gradients.
     """
-    return (x.shape, x.stride(), x.dtype, *circumstances(x), needs)
+    return (x.shape, x.stride(), x.dtype, *circumstances(x), most_gradients() if needs else None, needs)
 
 
 def circumstances(x: Tensor) -> tuple:
