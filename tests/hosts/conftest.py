@@ -109,7 +109,9 @@ def adapt(model: nn.Module, kind: str, *endings: str) -> nn.Module:
     else:
         quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
         config = quantization.Int8WeightOnlyConfig()
+        before = torch.get_float32_matmul_precision()  # torchao before 0.18 allows TF32 in the whole process
         quantization.quantize_(model, config, filter_fn=lambda module, name: name in names)
+        torch.set_float32_matmul_precision(before)
     return model.eval()
 
 
@@ -179,10 +181,19 @@ def assert_training_agrees(model: nn.Module, x: Tensor) -> None:
 
 
 def assert_compiles_whole(model: nn.Module, x: Tensor, backend: str = "aot_eager") -> None:
-    """One graph, within the contract; "aot_eager" traces backward too, "eager" takes half the time."""
+    """One graph, within the contract; "aot_eager" traces backward too, "eager" takes half the time.
+
+    PyTorch 2.8 breaks the graph in some libraries' blocks. The test is skipped there with PyTorch's reason.
+    """
     torch.compiler.reset()
-    assert_as_accurate(model, x, forward=lambda m: torch.compile(m, backend=backend, fullgraph=True))
-    torch.compiler.reset()
+    try:
+        assert_as_accurate(model, x, forward=lambda m: torch.compile(m, backend=backend, fullgraph=True))
+    except torch._dynamo.exc.Unsupported as error:
+        if not torch.__version__.startswith("2.8."):
+            raise
+        pytest.skip(f"PyTorch {torch.__version__}: {str(error).partition(chr(10))[0]}")
+    finally:
+        torch.compiler.reset()
 
 
 @pytest.fixture
