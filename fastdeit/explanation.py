@@ -170,11 +170,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             rows.append(Row(name, cls.__name__, False, why_no_class(cls)))
         if isinstance(module, covering):
             explained += (name + "." if name else "",)
-    plans = [
-        f"calls{f' of {name}' if name else ''} with {line}"
-        for name, module in named.items()
-        for line in described(module)
-    ]
+    plans = _joint_lines({name: described(module) for name, module in named.items()})
     if batch_size is None:
         return Report(rows, plans=plans)
     from fastdeit.cost.view import forward_costs
@@ -223,6 +219,18 @@ def _around_index(name: str) -> tuple[str, str, str]:
     """
     found = re.fullmatch(r"((?:.*\.)?)(\d+)((?:\..*)?)", name) or re.fullmatch(r"(.*?_)(\d+)((?:\..*)?)", name)
     return (found[1], found[2], found[3]) if found else (name, "", "")
+
+
+def _joint_lines(described: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines on the calls of modules, by name, with one for those that differ in their index alone."""
+    groups: dict[tuple, list[str]] = {}
+    for name, lines in described.items():
+        before, _, after = _around_index(name)
+        for line in lines:
+            groups.setdefault((before, after, line), []).append(name)
+    return [
+        f"calls{f' of {_joint_name(names)}' if names[0] else ''} with {line}" for (*_, line), names in groups.items()
+    ]
 
 
 def _joint_name(names: list[str]) -> str:

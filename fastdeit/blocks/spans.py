@@ -25,7 +25,7 @@ class Span(NamedTuple):
     """A part of a model's run.
 
     Attributes:
-        run: (*tensors) -> tensors, x, branch and drop_path_scale of a `PendingResidual` with None for what it has not. The first
+        run: (*tensors) -> tensors, x, branch, drop_path_scale and slots of a `PendingResidual`, None for what it has not. The first
             span takes the images, the last gives the prefix tokens alone, or logits. None where timm's code is to run around
             everything.
         parameters: all that it may read.
@@ -57,14 +57,14 @@ def trunk_spans(trunk: spec.Trunk, verdict: TrunkVerdict, before: Span, after: S
                 return None
             call["fused"], pending = attention_fused(trunk, verdict, tokens), PendingResidual(tokens)
         else:
-            x, branch, drop_path_scale = given
-            pending = PendingResidual(x, branch, call["gamma"], drop_path_scale)
+            x, branch, drop_path_scale, slots = given
+            pending = PendingResidual(x, branch, call["gamma"], drop_path_scale, slots)
         pending = run_blocks(trunk, verdict, pending, call["fused"], indices)
         call["gamma"] = pending.gamma
         if indices.stop == len(verdict.blocks):
             tokens = run_final_norm(trunk, pending)
             return (tokens,) if after is None else after.run(tokens)
-        return pending.x, pending.branch, pending.drop_path_scale
+        return pending.x, pending.branch, pending.drop_path_scale, pending.slots
 
     blocks = blocks_of(trunk)
     spans = []

@@ -6,8 +6,9 @@ workspace by the values of its constants.
 
 import functools
 import itertools
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,20 @@ from fastdeit.plan.tape import Buffer, Descriptor, Launch, Operation, View
 from fastdeit.plan.workspace import aligned, bytes_at, tensor_at, view_of, views_of
 
 # Of torch, which take `out`.
-FUNCTIONS = ("mm", "addmm", "add", "div", "cat", "stack", "sum")
+FUNCTIONS = (
+    "mm",
+    "addmm",
+    "add",
+    "mul",
+    "div",
+    "cat",
+    "stack",
+    "sum",
+    "sort",
+    "index_select",
+    "index_add",
+    "index_copy",
+)
 
 
 class Unsupported(Exception):
@@ -31,6 +45,23 @@ def why_not_output(view: View, tensor: torch.Tensor) -> str | None:
         return "the output is in the memory of an input or a parameter"
     if view.offset or not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
         return "the output shares its memory"
+    return None
+
+
+def why_not_gradients(views: Sequence[View | None], tensors: Sequence[torch.Tensor | None]) -> str | None:
+    """Why a program cannot make gradients, seen as these views, anew: as `why_not_output`, but several may be parts of one buffer,
+    as those of weights that were concatenated are."""
+    parts: dict[Buffer, set[tuple[int, int, torch.dtype]]] = {}
+    for view, tensor in zip(views, tensors, strict=True):
+        if view is None or tensor is None or why_not_output(view, tensor) is None:
+            continue
+        if view.buffer.input is not None or view.buffer.address is not None or not tensor.is_contiguous():
+            return why_not_output(view, tensor)
+        parts.setdefault(view.buffer, set()).add((view.offset, view.offset + tensor.nbytes, view.dtype))
+    for found in parts.values():
+        ordered = sorted(found, key=lambda part: part[:2])
+        if any(end > start or dtype is not other for (_, end, dtype), (start, _, other) in itertools.pairwise(ordered)):
+            return "the output shares its memory"
     return None
 
 
@@ -77,7 +108,8 @@ class Program:
         events: in their order.
         places: of the buffers in the workspaces.
         inputs: buffers of tensors that each call is given; None for one that is not read.
-        outputs: contiguous views that fill their buffers; each call makes them anew. A view may come twice; None gives None.
+        outputs: contiguous views that fill their buffers, or parts of one that do not overlap; each call makes the buffers anew. A
+            view may come twice; None gives None.
         device: of everything.
         gives_back: each workspace is given back when its last event has been launched. The function then takes a list of their
             tensors before the inputs, which have no other owner.
@@ -101,11 +133,16 @@ class Program:
         for buffer, (workspace, offset) in places.items():
             self._sizes[workspace] = max(self._sizes.get(workspace, 0), offset + aligned(buffer))
         self._inputs = {buffer: f"in{i}" for i, buffer in enumerate(inputs) if buffer is not None}
-        made = {view: None for view in outputs if view is not None}
-        self._outputs = {view.buffer: f"out{i}" for i, view in enumerate(made)}
-        if len(self._outputs) < len(made) or any(view.buffer in self._inputs for view in made):
+        made: dict[Buffer, set[View]] = {}
+        for view in filter(None, outputs):
+            made.setdefault(view.buffer, set()).add(view)
+        self._outputs = {buffer: f"out{i}" for i, buffer in enumerate(made)}
+        self._whole = {buffer: _whole_of(buffer, views) for buffer, views in made.items()}
+        if any(
+            (len(views) > 1 and self._whole[buffer] in views) or buffer in self._inputs
+            for buffer, views in made.items()
+        ):
             raise Unsupported("an output shares its memory")
-        self._whole = {view.buffer: view for view in made}
         self._unmade = dict(self._whole)  # outputs that no line makes yet
         self._constants: dict[str, Any] = {}  # values by name
         self._unbound: dict[str, Any] = {}  # by name what becomes one by `_value`
@@ -123,7 +160,7 @@ class Program:
             self._lines += [f"workspaces[{workspace}] = None" for workspace in unused.get(at, ())]
         for view in list(self._unmade.values()):
             self._of_the_call(view)
-        self._result = ", ".join("None" if view is None else self._outputs[view.buffer] for view in outputs)
+        self._result = ", ".join("None" if view is None else self._tensor(view) for view in outputs)
         self._arguments = [*(["workspaces"] if gives_back else []), *(f"in{i}" for i in range(len(inputs)))]
 
     def bind(
@@ -201,7 +238,7 @@ class Program:
     def _operation(self, event: Operation) -> None:
         args = [self._operand(arg) for arg in event.args]
         args += [f"{name}={self._constant(value)}" for name, value in event.options]
-        out = self._tensor(event.out)
+        out = self._operand(event.out)
         if event.kind.endswith("_"):
             self._lines.append(f"{out}.{event.kind}({', '.join(args)})")
         else:
@@ -291,3 +328,12 @@ class Program:
             return view_of(memory[part.view.dtype], part.place.offset, part.view)
         shape, strides = part.descriptor.shape, part.descriptor.strides
         return tensor_map_arguments(base + part.place.offset, shape, strides, part.like)
+
+
+def _whole_of(buffer: Buffer, views: Iterable[View]) -> View:
+    """The view that fills a buffer of which these are views: one of them, or one of a single dimension."""
+    view = next(iter(views))
+    count = buffer.nbytes // view.dtype.itemsize
+    if view.offset == 0 and math.prod(view.shape) == count:
+        return view
+    return View(buffer, 0, view.dtype, (count,), (1,))

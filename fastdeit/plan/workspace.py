@@ -17,7 +17,7 @@ _ALIGNMENT = 512  # of the caching allocator's own
 def views_of(event: Launch | Operation) -> list[View]:
     """All tensors that an event reads or writes."""
     if isinstance(event, Operation):
-        return [*_views_among(event.args), event.out]
+        return _views_among((*event.args, event.out))
     views = (arg.view if isinstance(arg, Descriptor) else arg for arg in event.args)
     return [view for view in views if isinstance(view, View)]
 

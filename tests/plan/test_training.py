@@ -79,6 +79,8 @@ CASES = {
     "no qkv bias": (PLAIN, None, torch.bfloat16, dict(qkv_bias=False)),
     "drop path": (MODEL, None, torch.bfloat16, dict(drop_path_rate=0.3)),
     "drop path and LayerScale in bf16": (PLAIN, torch.bfloat16, None, dict(drop_path_rate=0.3, init_values=0.1)),
+    "drop path that skips": (MODEL, None, torch.bfloat16, dict(drop_path_rate=0.3, drop_path="skip")),
+    "drop path that skips, in bf16": (PLAIN, torch.bfloat16, None, dict(drop_path_rate=0.3, drop_path="skip", depth=3)),
     "lean": (MODEL, None, torch.bfloat16, dict(memory="lean")),
     "frozen blocks": (MODEL, None, torch.bfloat16, {}),
     "frozen biases": (MODEL, torch.bfloat16, None, {}),
