@@ -13,11 +13,12 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._dynamo import guards
+from torch._C import _dynamo
 
 from fastdeit.plan.tape import Buffer, Descriptor, Launch, Operation, View
 from fastdeit.plan.workspace import aligned, bytes_at, tensor_at, view_of, views_of
 
+_guards: Any = _dynamo.guards  # whose types name some of it
 # Of torch, which take `out`.
 FUNCTIONS = (
     "mm",
@@ -181,7 +182,7 @@ class Program:
         values = {name: self._value(value, bases, made, stream) for name, value in self._unbound.items()}
         functions = {name: getattr(torch, name) for name in FUNCTIONS}
         # What Inductor's code calls too: on the current device, in half the time of torch.empty_strided.
-        functions["empty"] = guards._empty_strided_cuda if output is None else lambda *_: output
+        functions["empty"] = _guards._empty_strided_cuda if output is None else lambda *_: output
         return FunctionType(self._code, self._constants | values | functions, "replay")
 
     # ---- writing
