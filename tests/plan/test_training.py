@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdeit
@@ -56,9 +57,9 @@ def keep_apart(monkeypatch):
 def keep_made(monkeypatch):
     """The list in which every tensor that a plan makes is kept from now on."""
     kept = []
-    for name in ("empty", "empty_strided"):
-        made = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: kept.append(made(*a, **k)) or kept[-1])
+    for where, name in ((torch, "empty"), (guards, "_empty_strided_cuda")):
+        made = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *a, made=made, **k: kept.append(made(*a, **k)) or kept[-1])
     return kept
 
 
