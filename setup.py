@@ -16,7 +16,7 @@ CORE = [
     "numpy>=2.2",
     "torch>=2.8",
     "triton>=3.4; sys_platform == 'linux'",
-    "timm>=1.0.31",
+    "timm>=1.0.26",
 ]
 TRAIN = [
     "torchvision>=0.23",
@@ -33,7 +33,7 @@ BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
 HOSTS = [
     "accelerate>=1.15",
     "peft>=0.21",
-    "torchao>=0.13",
+    "torchao>=0.16",  # PEFT 0.21 raises an error beside an older one
     "torchvision>=0.23",
     "transformers>=4.57",
     "vit-pytorch>=1.26",

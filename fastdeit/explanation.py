@@ -1,6 +1,7 @@
 """The report of what runs fused in a model."""
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,9 +122,8 @@ class Report:
     def _alike(self) -> list[list[Row]]:
         groups: dict[tuple, list[Row]] = {}
         for row in self.rows:
-            parts, place = _last_index(row.name)
-            name = row.name if place is None else (place, *parts[:place], *parts[place + 1 :])
-            groups.setdefault((name, *row[1:], self.costs.get(row.name)), []).append(row)
+            before, _, after = _around_index(row.name)
+            groups.setdefault((before, after, *row[1:], self.costs.get(row.name)), []).append(row)
         return list(groups.values())
 
 
@@ -170,11 +170,7 @@ def explain_modules(named: dict[str, nn.Module], batch_size: int | None = None) 
             rows.append(Row(name, cls.__name__, False, why_no_class(cls)))
         if isinstance(module, covering):
             explained += (name + "." if name else "",)
-    plans = [
-        f"calls{f' of {name}' if name else ''} with {line}"
-        for name, module in named.items()
-        for line in described(module)
-    ]
+    plans = _joint_lines({name: described(module) for name, module in named.items()})
     if batch_size is None:
         return Report(rows, plans=plans)
     from fastdeit.cost.view import forward_costs
@@ -217,19 +213,30 @@ def _why_not_embedded(model: nn.Module) -> str | None:
         return str(error)
 
 
-def _last_index(name: str) -> tuple[list[str], int | None]:
-    """The dotted name's parts and the place of the last number among them."""
-    parts = name.split(".")
-    return parts, max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
+def _around_index(name: str) -> tuple[str, str, str]:
+    """A dotted name around its index: the last part that is a number, as in blocks.11.attn, else the first number at the end of a
+    part, as in encoder_layer_11.ln_1. A name without an index has two empty ends.
+    """
+    found = re.fullmatch(r"((?:.*\.)?)(\d+)((?:\..*)?)", name) or re.fullmatch(r"(.*?_)(\d+)((?:\..*)?)", name)
+    return (found[1], found[2], found[3]) if found else (name, "", "")
+
+
+def _joint_lines(described: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines on the calls of modules, by name, with one for those that differ in their index alone."""
+    groups: dict[tuple, list[str]] = {}
+    for name, lines in described.items():
+        before, _, after = _around_index(name)
+        for line in lines:
+            groups.setdefault((before, after, line), []).append(name)
+    return [
+        f"calls{f' of {_joint_name(names)}' if names[0] else ''} with {line}" for (*_, line), names in groups.items()
+    ]
 
 
 def _joint_name(names: list[str]) -> str:
-    """Names that differ in their last index alone as one: blocks.0-11.attn."""
-    parts, place = _last_index(names[0])
-    if place is None:
-        return names[0]
-    numbers = [int(name.split(".")[place]) for name in names]
-    return ".".join((*parts[:place], _ranges(numbers), *parts[place + 1 :]))
+    """Names that differ in their index alone as one: blocks.0-11.attn."""
+    before, index, after = _around_index(names[0])
+    return f"{before}{_ranges([int(_around_index(name)[1]) for name in names])}{after}" if index else names[0]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -103,6 +103,14 @@ def test_only_the_innermost_index_is_joined():
     ]
 
 
+def test_an_index_at_the_end_of_a_name_is_joined_too():
+    """torchvision's layers are encoder_layer_0, encoder_layer_1, ..., each with ln_1 and ln_2."""
+    layers = {f"encoder_layer_{i}": nn.ModuleDict({"ln_1": nn.LayerNorm(8), "ln_2": nn.LayerNorm(8)}) for i in range(3)}
+    report = fastdeit.explain(nn.ModuleDict({"layers": nn.ModuleDict(layers), "norm_9": nn.LayerNorm(8)}))
+    names = [row[0] for row in report.cells()[1:]]
+    assert names == ["layers.encoder_layer_0-2.ln_1", "layers.encoder_layer_0-2.ln_2", "norm_9"]
+
+
 def test_a_model_of_which_only_norms_matched_is_told_so_once():
     model = fastdeit.accelerate(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4)))
     assert str(fastdeit.explain(model)).count("only LayerNorms were matched") == 1

@@ -83,6 +83,7 @@ def test_the_report_is_one_file_with_every_part(report_page):
     assert text.index("owl") < text.index("dog &amp; co, taken")  # the surest first
     for title in ("Who disagrees with whom", "Confusion matrix", "Speed"):
         assert f"<h2>{title}</h2>" in text
+    assert "Of both heads together. Each row has the shares" in text
 
 
 def test_cells_are_escaped_and_marked_rows_shaded():

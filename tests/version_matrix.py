@@ -30,11 +30,11 @@ class Corner(NamedTuple):
     constrained: bool
 
 
-# The oldest corner has setup.py's lower bounds, timm by constraints.txt: the Attention of 1.0.25 takes no `is_causal`.
+# The oldest corner has setup.py's lower bounds. The Attention of timm 1.0.25 takes no `is_causal`.
 CORNERS = {
     "oldest": Corner(
         "3.10",
-        {"torch": "2.8.0", "triton": "3.4.0", "torchvision": "0.23.0", "torchao": "0.13.0"},
+        {"torch": "2.8.0", "triton": "3.4.0", "torchvision": "0.23.0", "timm": "1.0.26", "torchao": "0.16.0"},
         constrained=True,
     ),
     "pinned": Corner("3.11", {}, constrained=True),

@@ -9,8 +9,11 @@ from unittest import mock
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastdeit
 from fastdeit import backends
@@ -44,6 +47,8 @@ _FREE = {
     "promote_types",
 }
 PRECISIONS = ("amp", "bf16")
+BATCHES = (8, 4)  # of what grows with the batch; the rate leaves whole samples of both
+RATE = 0.25
 
 
 def counts(name: str = "deit_base_distilled_patch16_224", img_size: int = 64) -> dict[str, dict[str, float]]:
@@ -74,6 +79,43 @@ def counts(name: str = "deit_base_distilled_patch16_224", img_size: int = 64) ->
     return found
 
 
+def counts_with_stochastic_depth(
+    name: str = "deit_base_distilled_patch16_224", img_size: int = 64
+) -> dict[str, dict[str, float]]:
+    """By precision and form what one block in the middle of a model adds where every branch drops a quarter of the samples.
+
+    The forms are timm, its mask in fused blocks, and branches that run on the samples that are left (`drop_path="skip"`). Counted
+    are millions of FLOPs per token of the batch, forward and backward, by PyTorch's FlopCounterMode, and bytes saved for backward
+    per token and channel. PyTorch counts no fused attention on a CPU: timm's is made of its matrix products here, four in backward,
+    where a fused one is counted with five.
+
+    Args:
+        name, img_size: as `counts` has them.
+    """
+    found = {}
+    for precision in PRECISIONS:
+        for form, mode in (("timm", None), ("mask", "mask"), ("skip", "skip")):
+            models = [_model(name, img_size, depth, precision, fused=mode is not None) for depth in (3, 2)]
+            for model in models:
+                for block in model.blocks:
+                    block.drop_path1, block.drop_path2 = DropPath(RATE), DropPath(RATE)
+                if mode is not None:
+                    fastdeit.accelerate(model, drop_path=mode)
+            with kernels_left_out():
+                kept = [[_saved_bytes(model, batch, img_size, precision) for batch in BATCHES] for model in models]
+            with kernels_left_out(registered=True), sdpa_kernel(SDPBackend.MATH):
+                flops = [_flops(model, BATCHES[-1], img_size, precision) for model in models]
+            (more, less), (more_without, less_without) = kept
+            tokens = BATCHES[-1] * models[0].pos_embed.shape[1]
+            forward, backward = (with_it - without for with_it, without in zip(*flops, strict=True))
+            found[f"{precision} {form}"] = dict(
+                mflop_forward=forward / tokens / 1e6,
+                mflop_backward=backward / tokens / 1e6,
+                saved_bytes=round((more - less - more_without + less_without) / tokens / models[0].embed_dim, 3),
+            )
+    return found
+
+
 def _model(name: str, img_size: int, depth: int, precision: str, *, fused: bool) -> nn.Module:
     model = timm.create_model(name, img_size=img_size, depth=depth, drop_path_rate=0.0)
     if fused:
@@ -82,8 +124,13 @@ def _model(name: str, img_size: int, depth: int, precision: str, *, fused: bool)
 
 
 @contextlib.contextmanager
-def kernels_left_out() -> Iterator[list[str]]:
-    """Ops take their kernels for tensors on the CPU and launch nothing; the names of the kernels are listed."""
+def kernels_left_out(*, registered: bool = False) -> Iterator[list[str]]:
+    """Ops take their kernels for tensors on the CPU and launch nothing; the names of the kernels are listed.
+
+    Args:
+        registered: under a dispatch mode ops are the registered ones, as anywhere else. Else they are not, since such a mode does
+            not see inside those.
+    """
     launched: list[str] = []
 
     def launch(kernel, *_):
@@ -95,8 +142,7 @@ def kernels_left_out() -> Iterator[list[str]]:
     with (
         cpu_launches(launch),
         backends.kernels_for_all_tensors(),
-        # whose insides a dispatch mode does not see
-        mock.patch.object(backends, "registered_path", lambda *tensors: False),
+        contextlib.nullcontext() if registered else mock.patch.object(backends, "registered_path", lambda *_: False),
         mock.patch.object(matmul, "product_in_float32", product_in_float32),
     ):
         yield launched
@@ -124,6 +170,25 @@ def _launches(model: nn.Module, img_size: int, precision: str, kernels: list[str
         out.backward(gradient)
     model.zero_grad(set_to_none=True)
     return forward, operations.count + len(kernels)
+
+
+class _NoModules(contextlib.nullcontext):
+    """Instead of FlopCounterMode's tracker of modules, whose hooks have every module called: with any hook nothing is fused."""
+
+    parents = frozenset({"Global"})
+
+
+def _flops(model: nn.Module, batch: int, img_size: int, precision: str) -> tuple[int, int]:
+    """Forward and backward."""
+    images = torch.zeros(batch, 3, img_size, img_size, dtype=_input_dtype(precision))
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    with counter:
+        out = _run(model, images, precision)
+        forward = counter.get_total_flops()
+        out.backward(torch.ones_like(out))
+    model.zero_grad(set_to_none=True)
+    return forward, counter.get_total_flops() - forward
 
 
 def _saved_bytes(model: nn.Module, batch: int, img_size: int, precision: str) -> int:

@@ -1,8 +1,8 @@
 """`fastdeit bench evidence`: what can be known without a GPU, beside what is on record.
 
-Three kinds: what the compiler made of every kernel (fastdeit/aot/resources.json), what a DeiT-B block launches and keeps
-for backward
-(counted, and held by record.json), and the host's time per launch as a ratio to a call of PyTorch (measured, on record, not held).
+Four kinds: what the compiler made of every kernel (fastdeit/aot/resources.json), what a DeiT-B block launches and keeps
+for backward (counted, and held by record.json), its FLOPs by PyTorch's counter with and without the samples that stochastic depth
+drops (counted, held by tests), and the host's time per launch as a ratio to a call of PyTorch (measured, on record, not held).
 """
 
 import argparse
@@ -37,10 +37,12 @@ def run(args: argparse.Namespace) -> int:
         new = {"block of DeiT-B": found, HOST: rounded(host) if host else old.get(HOST)}
         RECORD.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
     worse = worsened(found, recorded())
+    dropping = block_counts.counts_with_stochastic_depth()
     if args.json:
-        print(json.dumps({"block": found, "kernels": kernels(), "host": host, "worse": worse}, indent=2))
+        parts = {"block": found, "stochastic depth": dropping, "kernels": kernels(), "host": host, "worse": worse}
+        print(json.dumps(parts, indent=2))
     else:
-        print(report(found, host))
+        print(report(found, dropping, host))
         print("\n".join(f"worse than on record: {line}" for line in worse))
     return 1 if worse else 0
 
@@ -83,13 +85,28 @@ def worsened(found: Mapping[str, Mapping[str, float]], record: Mapping[str, Mapp
     return lines
 
 
-def report(found: Mapping[str, Mapping[str, float]], host: Mapping[str, float] | None) -> str:
-    """Markdown."""
-    rows = [{"block of DeiT-B": form, **counts} for form, counts in found.items()]
+def report(
+    found: Mapping[str, Mapping[str, float]],
+    dropping: Mapping[str, Mapping[str, float]],
+    host: Mapping[str, float] | None,
+) -> str:
+    """Markdown.
+
+    Args:
+        found: of `current`.
+        dropping: of `counts_with_stochastic_depth`.
+        host: of `host_ratios`.
+    """
+    rows, others = (
+        [{"block of DeiT-B": form, **counts} for form, counts in each.items()] for each in (found, dropping)
+    )
     parts = [
         "Launches of one block in a training step, under autocast those of its casts included; bytes that it keeps for backward, "
         "and at one image moves, weights among them, per token and channel:",
         table(rows),
+        f"The same block where stochastic depth drops {block_counts.RATE:.0%} of the samples: millions of FLOPs per token, images "
+        "of 64 pixels, by PyTorch's FlopCounterMode; in backward it counts four products of timm's attention, five of a fused one:",
+        table(others),
         "Kernels, over all their configurations:",
         table(kernels()),
     ]

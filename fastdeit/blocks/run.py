@@ -230,7 +230,8 @@ def settled(pending: PendingResidual) -> Tensor:
 def _tail(branch: spec.Branch, block: nn.Module, out: Tensor) -> Tensor:
     """LayerScale and stochastic depth as the host computes them: by their modules, or by the block with its own parameter."""
     scale = branch.layer_scale
-    return branch.drop_path(scale._parameters[branch.gamma] * out if scale is block else scale(out))
+    out = scale._parameters[branch.gamma] * out if scale is block else dropped_out(scale, out)
+    return dropped_out(branch.drop_path, out)
 
 
 def add_layer_norm(

@@ -6,6 +6,7 @@ Between two spans flows a `PendingResidual`.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdeit.blocks import spec
@@ -13,15 +14,18 @@ from fastdeit.blocks.call_rules import why_not_plain_call, why_not_trunk_call
 from fastdeit.blocks.checklist import TrunkVerdict
 from fastdeit.blocks.run import PendingResidual, attention_fused, blocks_of, read_gamma, run_blocks, run_final_norm
 
-# Bytes of gradients that a span of several blocks has at most: several spans fill a bucket of DDP, which has 25 MiB.
-MOST_GRADIENTS = 12 << 20
+# Bytes of gradients that a span of several blocks has at most. Autograd hands a span's gradients over together, so that this is
+# what adding to gradients that are there already takes beyond the ops' memory.
+MOST_GRADIENTS = 64 << 20
+# The same in a process group, where several spans fill a bucket of DDP, which has 25 MiB, and are reduced while others run.
+MOST_REDUCED_GRADIENTS = 12 << 20
 
 
 class Span(NamedTuple):
     """A part of a model's run.
 
     Attributes:
-        run: (*tensors) -> tensors, x, branch and drop_path_scale of a `PendingResidual` with None for what it has not. The first
+        run: (*tensors) -> tensors, x, branch, drop_path_scale and slots of a `PendingResidual`, None for what it has not. The first
             span takes the images, the last gives the prefix tokens alone, or logits. None where timm's code is to run around
             everything.
         parameters: all that it may read.
@@ -29,6 +33,11 @@ class Span(NamedTuple):
 
     run: Callable[..., tuple[Tensor | None, ...] | None]
     parameters: list[Tensor]
+
+
+def most_gradients() -> int:
+    """Bytes of gradients that a span of several blocks has at most in this process, as it is now."""
+    return MOST_REDUCED_GRADIENTS if dist.is_available() and dist.is_initialized() else MOST_GRADIENTS
 
 
 def trunk_spans(trunk: spec.Trunk, verdict: TrunkVerdict, before: Span, after: Span | None = None) -> list[Span]:
@@ -48,14 +57,14 @@ def trunk_spans(trunk: spec.Trunk, verdict: TrunkVerdict, before: Span, after: S
                 return None
             call["fused"], pending = attention_fused(trunk, verdict, tokens), PendingResidual(tokens)
         else:
-            x, branch, drop_path_scale = given
-            pending = PendingResidual(x, branch, call["gamma"], drop_path_scale)
+            x, branch, drop_path_scale, slots = given
+            pending = PendingResidual(x, branch, call["gamma"], drop_path_scale, slots)
         pending = run_blocks(trunk, verdict, pending, call["fused"], indices)
         call["gamma"] = pending.gamma
         if indices.stop == len(verdict.blocks):
             tokens = run_final_norm(trunk, pending)
             return (tokens,) if after is None else after.run(tokens)
-        return pending.x, pending.branch, pending.drop_path_scale
+        return pending.x, pending.branch, pending.drop_path_scale, pending.slots
 
     blocks = blocks_of(trunk)
     spans = []
@@ -74,10 +83,10 @@ def trunk_spans(trunk: spec.Trunk, verdict: TrunkVerdict, before: Span, after: S
 
 def _cut(blocks: Sequence[list[nn.Parameter]], embedding: Sequence[Tensor]) -> list[range]:
     """Neighbouring blocks whose gradients fit the limit together, or one."""
-    cut, start, total = [], 0, _gradient_bytes(embedding)
+    cut, start, total, most = [], 0, _gradient_bytes(embedding), most_gradients()
     for index, parameters in enumerate(blocks):
         size = _gradient_bytes(parameters)
-        if index > start and total + size > MOST_GRADIENTS:
+        if index > start and total + size > most:
             cut.append(range(start, index))
             start, total = index, 0
         total += size

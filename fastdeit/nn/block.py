@@ -14,6 +14,7 @@ from fastdeit.blocks.snapshot import looked_at
 from fastdeit.blocks.spec import Attention
 from fastdeit.blocks.spec import Block as Description
 from fastdeit.blocks.subsets import runs_on_subsets
+from fastdeit.plan.block import planned_block
 
 
 class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Block):
@@ -62,7 +63,7 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not isinstance(self, Block):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, x, attn_mask, is_causal)
-        description, verdict = looked_at(self)
+        answer = description, verdict = looked_at(self)
         subsets = runs_on_subsets(description)
         if subsets and attn_mask is not None:
             raise ValueError(
@@ -72,6 +73,8 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         if _why_not_call(verdict, x) is not None:
             return host_block_on_subsets(description, x, masks) if subsets else super().forward(x, attn_mask, is_causal)
         fused = attn_mask is None and not is_causal and _attention_runs(description, x)
+        if fused and not subsets:
+            return planned_block(self, answer, x)
         pending = PendingResidual(x)
         pending = run_block(description, verdict, pending, attention_fused=fused, defer=False, call_arguments=masks)
         if pending.slots is not None:

@@ -9,8 +9,8 @@ from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_not_all_fused_call
 from fastdeit.blocks.checklist import BlockVerdict, judge_block
 from fastdeit.blocks.fused_module import FusedModule
-from fastdeit.blocks.run import PendingResidual, run_block
 from fastdeit.blocks.snapshot import looked_at
+from fastdeit.plan.block import planned_block
 
 
 class HostBlock(FusedModule):
@@ -76,22 +76,18 @@ class HostBlock(FusedModule):
         if not isinstance(self, HostBlock):  # a bound method that someone kept from before `restore`
             return type(self).forward(self, *args, **kwargs)
         x, others, named = self._tokens(args, kwargs)
-        description, verdict = self._looked_at()
-        if (
-            self.why_not_arguments(others, named) is not None
-            or why_not_all_fused_call(description, verdict, x) is not None
-        ):
+        answer = self._looked_at()
+        if self.why_not_arguments(others, named) is not None or why_not_all_fused_call(*answer, x) is not None:
             return super().forward(*args, **kwargs)
-        pending = PendingResidual(self.enter(x, others, named))
-        return self.finish(run_block(description, verdict, pending, attention_fused=True, defer=False, keep=self.keep))
+        return self.finish(planned_block(self, answer, self.enter(x, others, named), self.keep))
 
     def enter(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The tokens that enter the block, from a call's."""
         return x
 
-    def finish(self, pending: PendingResidual) -> Tensor:
-        """The block's output, from its last addition."""
-        return pending.x + pending.branch
+    def finish(self, tokens: Tensor) -> Any:
+        """What the host returns of the block's output."""
+        return tokens
 
     def _looked_at(self) -> tuple[spec.Block, BlockVerdict]:
         return looked_at(self)

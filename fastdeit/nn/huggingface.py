@@ -6,13 +6,12 @@ Each class is made at its first access, which imports its file of transformers.
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdeit.blocks.adapters.huggingface import describe_layer, layer_class, layout_of, part, why_collected
 from fastdeit.blocks.adapters.huggingface_layers import LAYERS
-from fastdeit.blocks.run import PendingResidual
 from fastdeit.nn.host_block import HostBlock
 
 # Arguments that a model passes on to its layers, which ignore them; BEiT's layers use two for their bias alone.
@@ -42,8 +41,7 @@ class _Layer(HostBlock):
         for_the_layer = {key: value for key, value in named.items() if key not in _FOR_THE_MODEL}
         return why_collected(self) or super().why_not_arguments((), for_the_layer)
 
-    def finish(self, pending: PendingResidual) -> Any:
-        tokens = super().finish(pending)
+    def finish(self, tokens: Tensor) -> Any:
         return (tokens,) if layout_of(self).in_a_tuple else tokens
 
 

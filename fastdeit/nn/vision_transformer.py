@@ -13,11 +13,10 @@ from fastdeit.blocks.checklist import TrunkVerdict, judge_trunk, why_called
 from fastdeit.blocks.embedding import blank_image, embed, why_not_embedding, why_not_embedding_call
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
 from fastdeit.blocks.heads import Logits, head_parameters, run_heads, why_not_heads
-from fastdeit.blocks.run import blocks_of, dropped_out, run_trunk
+from fastdeit.blocks.run import dropped_out, run_trunk
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.blocks.spans import Span, trunk_spans
 from fastdeit.blocks.spec import Trunk
-from fastdeit.blocks.subsets import runs_on_subsets
 from fastdeit.plan.planned import planned
 from fastdeit.plan.surroundings import why_parts_called
 
@@ -108,8 +107,6 @@ class FusedTrunk(FusedModule):
         for name in ("pos_drop", "patch_drop", "norm_pre"):
             if why_called(getattr(self, name)) is not None:
                 embedding = embedding or f"{name} is called"
-        if any(map(runs_on_subsets, blocks_of(description))):
-            embedding = embedding or "stochastic depth skips samples, whose number a plan does not know"
         return verdict.model or embedding or verdict.norm or verdict.block or why_parts_called(description, verdict)
 
     def _logits(self, answer: _Answer, x: Tensor) -> Logits | None:

@@ -4,7 +4,6 @@ from torch import Tensor
 from vit_pytorch import simple_vit, vit
 
 from fastdeit.blocks.adapters.vit_pytorch import describe_transformer
-from fastdeit.blocks.run import PendingResidual
 from fastdeit.nn.host_block import HostBlock
 
 
@@ -17,8 +16,8 @@ class _Transformer(HostBlock):
 
     describe_parts = describe_transformer
 
-    def finish(self, pending: PendingResidual) -> Tensor:
-        return self.norm(super().finish(pending))
+    def finish(self, tokens: Tensor) -> Tensor:
+        return self.norm(tokens)
 
 
 class Transformer(_Transformer, vit.Transformer, source=vit.Transformer):

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastdeit import backends
 from fastdeit.ops import attention_op, launchers
 from fastdeit.ops.arguments import check_beside
+from fastdeit.ops.branch_flops import goes_into_head, layers_backward_flops, layers_flops
 from fastdeit.ops.branches import (
     GRADIENTS,
     HEAD_GRADIENTS,
@@ -286,6 +287,19 @@ def _fake(x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, 
     return (x.new_empty((batch, tokens, proj_weight.shape[0]), dtype=matmul_dtype), x_new), (*head, *attention, *used)
 
 
+def _flops(x, branch, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, *rest) -> int:
+    batch, tokens = x[0] if rest[-1] is None else rest[-1], x[1]
+    attention = attention_op.packed_flops((batch, tokens, qkv_weight[0]))
+    return layers_flops(batch * tokens, qkv_weight, proj_weight) + attention
+
+
+def _backward_flops(grads, saved, options, grad_dtypes) -> int:
+    batch, tokens, _ = saved.qkv
+    attention = attention_op.packed_flops(saved.qkv, products=5) if goes_into_head(grad_dtypes) else 0
+    weights = saved.qkv_weight, saved.proj_weight
+    return layers_backward_flops(batch * tokens, *weights, grad_dtypes, saved.x_hat is not None) + attention
+
+
 add_layer_norm_attention_unchecked = Op(
     "add_layer_norm_attention",
     outputs=("out", "x_new"),
@@ -296,4 +310,5 @@ add_layer_norm_attention_unchecked = Op(
     backward=_backward,
     fake=_fake,
     added=("drop_path_scale", "branch_slots"),
+    flops=(_flops, _backward_flops),
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastdeit import backends
 from fastdeit.ops import launchers
 from fastdeit.ops.arguments import check_recompute, instead_of_lean
+from fastdeit.ops.branch_flops import layers_backward_flops, layers_flops, rows_of
 from fastdeit.ops.branches import (
     GRADIENTS,
     HEAD_GRADIENTS,
@@ -288,6 +289,18 @@ def _fake(x, branch, norm_weight, norm_bias, w1, b1, w2, b2, gamma, *rest):
     return (x.new_empty((*shape, w2.shape[0]), dtype=matmul_dtype), x_new), (*head, z, *used)
 
 
+def _flops(x, branch, norm_weight, norm_bias, w1, b1, w2, *rest) -> int:
+    return layers_flops(rows_of(x, rest[-1]), w1, w2)
+
+
+def _backward_flops(grads, saved, options, grad_dtypes) -> int:
+    (rows,), w1, w2 = saved.rstd, saved.w1, saved.w2
+    flops = layers_backward_flops(rows, w1, w2, grad_dtypes, saved.x_hat is not None)
+    if saved.z is None and flops:  # the pre-activation is computed again
+        flops += 2 * rows * math.prod(w1)
+    return flops
+
+
 add_layer_norm_mlp_unchecked = Op(
     "add_layer_norm_mlp",
     outputs=("out", "x_new"),
@@ -298,4 +311,5 @@ add_layer_norm_mlp_unchecked = Op(
     backward=_backward,
     fake=_fake,
     added=("drop_path_scale", "branch_slots"),
+    flops=(_flops, _backward_flops),
 )

@@ -220,14 +220,14 @@ def _fake(qkv, num_heads, scale):
     return (qkv.new_empty((batch, tokens, width // 3)),), (lse,)
 
 
-def packed_flops(products: int):
-    """Multiply-adds counted twice, as PyTorch counts its own attention; shapes stand for tensors."""
+def packed_flops(qkv, *_, products: int = 2, **__) -> int:
+    """Of that many products, multiply-adds counted twice, as PyTorch counts its own attention; shapes stand for tensors."""
+    batch, tokens, width = qkv
+    return 2 * products * batch * tokens * tokens * (width // 3)
 
-    def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
-        batch, tokens, width = shapes_and_arguments[products == 5]  # backward's first argument is dout
-        return 2 * products * batch * tokens * tokens * (width // 3)
 
-    return flops
+def _backward_flops(grads, saved, options, grad_dtypes) -> int:
+    return packed_flops(saved.qkv, products=5)
 
 
 attention_unchecked = Op(
@@ -239,7 +239,7 @@ attention_unchecked = Op(
     save=_save,
     backward=_backward,
     fake=_fake,
-    flops=(packed_flops(2), packed_flops(5)),
+    flops=(packed_flops, _backward_flops),
 )
 
 
@@ -281,12 +281,14 @@ def _separate_fake_backward(saved, grad_dtypes):
     return tuple(None if dtype is None else torch.empty_like(t) for t, dtype in inputs)
 
 
-def separate_flops(products: int):
-    def flops(*shapes_and_arguments, out_shape=None, **_) -> int:
-        (batch, queries, heads, head_dim), (_, keys, *_) = shapes_and_arguments[products == 5 :][:2]
-        return 2 * products * batch * heads * queries * keys * head_dim
+def separate_flops(q, k, *_, products: int = 2, **__) -> int:
+    """`packed_flops` of separate q and k."""
+    batch, queries, heads, head_dim = q
+    return 2 * products * batch * heads * queries * k[1] * head_dim
 
-    return flops
+
+def _separate_backward_flops(grads, saved, options, grad_dtypes) -> int:
+    return separate_flops(saved.q, saved.k, products=5)
 
 
 attention_qkv_unchecked = Op(
@@ -299,5 +301,5 @@ attention_qkv_unchecked = Op(
     backward=_separate_backward,
     fake=_separate_fake,
     fake_backward=_separate_fake_backward,
-    flops=(separate_flops(2), separate_flops(5)),
+    flops=(separate_flops, _separate_backward_flops),
 )

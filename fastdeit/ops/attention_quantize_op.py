@@ -1,5 +1,8 @@
 """Attention in front of an 8-bit product: its kernel casts the output. There is no gradient."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -161,7 +164,7 @@ def _(q, k, v, out_scale, scale, dtype):
     return q.new_empty(q.shape, dtype=dtype)
 
 
-_FLOPS = {
-    torch.ops.fastdeit.attention_quantize: packed_flops(2),
-    torch.ops.fastdeit.attention_qkv_quantize: separate_flops(2),
+_FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.fastdeit.attention_quantize: packed_flops,
+    torch.ops.fastdeit.attention_qkv_quantize: separate_flops,
 }

@@ -1,5 +1,6 @@
 """A linear layer and what follows it in a transformer block, by the fastest backend on record."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -210,6 +211,16 @@ def _fake(x, weight, bias, gamma, drop_path_scale, residual, activation, matmul_
     return (out, shown), (low, hidden)
 
 
+def _flops(x, weight, *_) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+def _backward_flops(grads, saved, options, grad_dtypes) -> int:
+    dx, dweight, _, dgamma, *_ = (dtype is not None for dtype in grad_dtypes)
+    of_weight = dweight or (dgamma and saved.z is None)  # LayerScale's comes from the weight's without an activation
+    return 2 * math.prod(grads[0][:-1]) * (dx + of_weight) * math.prod(saved.weight)
+
+
 linear_unchecked = Op(
     "linear",
     outputs=("out", "z"),
@@ -221,4 +232,5 @@ linear_unchecked = Op(
     fake=_fake,
     passed_on="residual",
     constant=("z",),
+    flops=(_flops, _backward_flops),
 )

@@ -1,5 +1,6 @@
 """The two-layer perceptron of a transformer block: GEMMs with what surrounds them, by the fastest backend on record."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -160,6 +161,16 @@ def _fake(x, w1, b1, w2, b2, activation, matmul_dtype):
     return (x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=matmul_dtype),), (low, z)
 
 
+def _flops(x, w1, b1, w2, *_) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(w1) + math.prod(w2))
+
+
+def _backward_flops(grads, saved, options, grad_dtypes) -> int:
+    dx, dw1, db1, dw2, _ = (dtype is not None for dtype in grad_dtypes)
+    of_w1, of_w2 = dx + dw1, (dx or dw1 or db1) + dw2
+    return 2 * saved.z[0] * (of_w1 * math.prod(saved.w1) + of_w2 * math.prod(saved.w2))
+
+
 mlp_unchecked = Op(
     "mlp",
     outputs=("y",),
@@ -169,4 +180,5 @@ mlp_unchecked = Op(
     save=_save,
     backward=_backward,
     fake=_fake,
+    flops=(_flops, _backward_flops),
 )

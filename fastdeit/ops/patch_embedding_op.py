@@ -1,5 +1,6 @@
 """A vision transformer's embedding: patches of images to tokens, with positions and prefix tokens."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -220,6 +221,18 @@ def _fake(images, weight, bias, positions, class_token, more_tokens, matmul_dtyp
     return (images.new_empty(tokens, dtype=dtype),), (patches,)
 
 
+def _flops(images, weight, *_) -> int:
+    (batch, _, height, width), (rows, columns) = images, weight[2:]
+    return 2 * batch * (height // rows) * (width // columns) * math.prod(weight)
+
+
+def _backward_flops(grads, saved, options, grad_dtypes) -> int:
+    dimages, dweight, *_ = (dtype is not None for dtype in grad_dtypes)
+    batch, tokens, _ = grads[0]
+    prefix = sum(token[1] for token in (saved.class_token, saved.more_tokens) if token is not None)
+    return 2 * batch * (tokens - prefix) * (dimages + dweight) * math.prod(saved.weight)
+
+
 patch_embedding_unchecked = Op(
     "patch_embedding",
     outputs=("tokens",),
@@ -229,4 +242,5 @@ patch_embedding_unchecked = Op(
     save=_save,
     backward=_backward,
     fake=_fake,
+    flops=(_flops, _backward_flops),
 )

@@ -53,7 +53,8 @@ class Op:
             and both gradients have one dtype they are one tensor, and backward is asked for the first alone.
         passed_on: the tensor that is added to the first output, whose gradient it gets. Backward is not asked for it.
         constant: outputs that have no gradient.
-        flops: formulas of forward and backward for PyTorch's FLOP counter, of which shapes stand for tensors.
+        flops: formulas for PyTorch's FLOP counter, (*tensors, *options) of forward and (grads, saved, options, grad_dtypes) of
+            backward, in which shapes stand for tensors.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Op:
         self._registered_forward = getattr(torch.ops.fastdeit, f"{name}_forward").default
         self._registered_backward = getattr(torch.ops.fastdeit, f"{name}_backward").default
         both = self._registered_forward.overloadpacket, self._registered_backward.overloadpacket
-        self._flops = None if flops is None else dict(zip(both, flops, strict=True))
+        self._flops = None if flops is None else dict(zip(both, self._formulas(*flops), strict=True))
 
     def __call__(self, *inputs: Any) -> tuple[Tensor | None, ...]:
         tensors = inputs[: self._tensors]
@@ -218,6 +219,18 @@ class Op:
         each = zip(shapes, grad_dtypes, strict=True)
         input_grads = (None if dtype is None else like.new_empty(shape, dtype=dtype) for shape, dtype in each)
         return list(_tensors(input_grads, like=like))
+
+    def _formulas(self, forward: Callable[..., int], backward: Callable[..., int]) -> tuple[Callable[..., int], ...]:
+        """Formulas as PyTorch calls them: with the registered ops' arguments and the shape of what they return."""
+
+        def of_forward(*arguments, out_shape=None):
+            return forward(*arguments[:-1])
+
+        def of_backward(*arguments, out_shape=None):
+            grads, saved, grad_dtypes, _, options = self._split(arguments)
+            return backward(grads, saved, options, grad_dtypes)
+
+        return of_forward, of_backward
 
     def _split(self, arguments):
         """The registered backward's arguments, split: grads of the outputs, saved, grad_dtypes, shapes of the tensors, options."""

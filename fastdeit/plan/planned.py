@@ -191,6 +191,7 @@ def planned(
     x: Tensor,
     why_called: Callable[[], str | None],
     spans: Callable[[Tensor], Sequence[Span] | None] | None = None,
+    captured: bool = True,
 ) -> Output | None:
     """run(x), from a plan where there is one.
 
@@ -201,6 +202,7 @@ def planned(
         x: its only input.
         why_called: why `run` calls modules, so that it is not recorded; None if it launches alone.
         spans: what do together what `run` does of x, for calls with gradients; None if nothing does.
+        captured: the plan may become a graph, which copies x and the output: worth it for a model, not for one of its blocks.
     """
     if torch.compiler.is_compiling() or why_not_plannable(x) is not None:
         return run(x)
@@ -212,7 +214,7 @@ def planned(
     key = key_of(x, needs if any(needs) else ())
     entry = plans.find(key)
     if isinstance(entry, (Plan, TrainingPlan)):
-        return entry(x)
+        return entry(x) if captured or isinstance(entry, TrainingPlan) else entry.launch(x)
     if entry is None:
         plans.put(key, why_called() or SEEN)
     elif entry is SEEN and plans.recording.acquire(blocking=False):

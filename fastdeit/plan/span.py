@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from fastdeit.blocks.spans import Span
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.plan.bound import Bound
-from fastdeit.plan.code import Place, Program, Unsupported, why_not_output
+from fastdeit.plan.code import Place, Program, Unsupported, why_not_gradients, why_not_output
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.surroundings import nothing_called
 from fastdeit.plan.tape import Buffer, Tape, View
@@ -20,7 +20,7 @@ from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packe
 
 _Tensors = Sequence[Tensor | None]
 _Layout = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a contiguous tensor
-_MOST_SAVED = 2  # allocations of a span for what forward leaves to backward: one more costs both passes microseconds
+_MOST_SAVED = 4  # allocations of a span for what forward leaves to backward: one more costs both passes microseconds
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -112,7 +112,7 @@ class Recording:
         learned = [p for p, g in zip(self._parameters, of_parameters, strict=False) if g is not None]
         made = [*of_inputs, *(g for g in of_parameters if g is not None)]
         views = [t if t is None else tape.view(t) for t in made]
-        reason = tape.refused or self._refused or _why_not_outputs(views, made)
+        reason = tape.refused or self._refused or why_not_gradients(views, made)
         if reason is None:
             events = tape.events[: self._events], tape.events[self._events :]
             try:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastdeit import backends
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_global_hook
-from fastdeit.blocks.checklist import TrunkVerdict
+from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict
+from fastdeit.blocks.spans import most_gradients
 from fastdeit.kernels.attention.config import SDPA_PREFERRED
 from fastdeit.plan.tape import Tape
 
@@ -67,7 +68,7 @@ def key_of(x: Tensor, needs: tuple[bool, ...] = ()) -> tuple:
     Args:
         needs: whether x and each parameter need gradients, of a call with gradients.
     """
-    return (x.shape, x.stride(), x.dtype, *circumstances(x), needs)
+    return (x.shape, x.stride(), x.dtype, *circumstances(x), most_gradients() if needs else None, needs)
 
 
 def circumstances(x: Tensor) -> tuple:
@@ -157,7 +158,12 @@ def _is_tritons(file: str) -> bool:
 def why_parts_called(trunk: spec.Trunk, verdict: TrunkVerdict) -> str | None:
     """Why a module inside the blocks is called in a run that carries the residual through them."""
     for name, judged in zip(trunk.blocks, verdict.blocks, strict=True):
-        reason = next(filter(None, (*judged.parts, *judged.called, *judged.out_dropouts)), None)
+        reason = why_parts_of_block_called(judged)
         if reason is not None:
             return f"block {name}: {reason}"
     return None
+
+
+def why_parts_of_block_called(verdict: BlockVerdict) -> str | None:
+    """Why a module inside a block is called where the block runs fused."""
+    return next(filter(None, (*verdict.parts, *verdict.called, *verdict.out_dropouts)), None)

@@ -21,7 +21,7 @@ _ALLOCATIONS |= {"aten::empty_like"}
 _COMPOSITES = {
     f"aten::{name}" for name in ("reshape", "contiguous", "to.dtype", "to.dtype_layout", "flatten.using_ints")
 }
-_COMPOSITES |= {f"aten::{name}" for name in ("unflatten.int", "split.sizes", "view_as", "promote_types")}
+_COMPOSITES |= {f"aten::{name}" for name in ("unflatten.int", "split.sizes", "view_as", "promote_types", "argsort")}
 # Operations that are repeated, by how: `code` writes them. Each makes one tensor, or writes to its first argument.
 _COPIES = {"aten::_to_copy", "aten::clone", "aten::copy_"}
 _PRODUCTS = {"aten::mm", "aten::mm.dtype", "aten::addmm"}
@@ -33,8 +33,20 @@ _FUNCTIONS = {  # with what may be said of them by keyword
     "aten::cat": ("cat", ()),
     "aten::stack": ("stack", ()),
     "aten::sum.dim_IntList": ("sum", ("dtype",)),
+    "aten::mul.Tensor": ("mul", ()),
+    "aten::sort": ("sort", ()),
+    "aten::index_select": ("index_select", ()),
+    "aten::index_add": ("index_add", ()),
+    "aten::index_copy": ("index_copy", ()),
 }
-_METHODS = {"aten::add_.Tensor": "add_", "aten::zero_": "zero_", "aten::bernoulli_.float": "bernoulli_"}
+# Allocations that are filled, by the method that fills them, with the argument that says by what.
+_FILLED = {"aten::rand": ("uniform_", None), "aten::new_full": ("fill_", 2), "aten::new_zeros": ("zero_", None)}
+_METHODS = {
+    "aten::add_.Tensor": "add_",
+    "aten::mul_.Tensor": "mul_",
+    "aten::zero_": "zero_",
+    "aten::bernoulli_.float": "bernoulli_",
+}
 
 
 class Buffer:
@@ -74,25 +86,32 @@ class Launch(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """A function of torch's into `out`, or a method of `out` that writes to it, whose name ends in an underscore."""
+    """A function of torch's into `out`, one tensor or several, or a method of it that writes to it, whose name ends in `_`."""
 
     kind: str
     args: tuple  # views, tuples of views, numbers
-    out: View
+    out: View | tuple[View, ...]
     options: tuple[tuple[str, Any], ...] = ()
 
 
 class _Kind(NamedTuple):
-    """Facts about an operation: its name, whether it is composed of other operations, and whether it writes to an argument."""
+    """Facts about an operation: its name, whether it is composed of other operations, whether it writes to an argument, and whether
+    it gives views alone."""
 
     name: str
     composite: bool
     writes: bool
+    views: bool
 
 
-@functools.cache
+_kinds: dict[int, tuple[Any, _Kind]] = {}  # by id: an operation computes its hash in Python
+
+
 def _kind(func: Any) -> _Kind:
-    return _Kind(func.name(), func._can_decompose(), func._schema.is_mutable)
+    if (known := _kinds.get(id(func))) is None:
+        kind = _Kind(func.name(), func._can_decompose(), func._schema.is_mutable, func.is_view)
+        known = _kinds[id(func)] = func, kind
+    return known[1]
 
 
 def _untraced(method: Callable[..., None]) -> Callable[..., None]:
@@ -221,11 +240,17 @@ class Tape(LaunchObserver):
     @_untraced
     def _note(self, kind: "_Kind", args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         name = kind.name
+        if kind.views and isinstance(result, Tensor) and result.is_cuda and result.layout is torch.strided:
+            return
         results = result if isinstance(result, (tuple, list)) else (result,)
         if not all(isinstance(made, Tensor) and made.is_cuda and made.layout is torch.strided for made in results):
             self.refuse(f"{name} is called")
         elif name in _ALLOCATIONS:
             self._make(result)
+        elif name in _FILLED:
+            method, position = _FILLED[name]
+            self._make(result)
+            self.events.append(Operation(method, () if position is None else (args[position],), self.view(result)))
         elif name in _COPIES:
             self._copy(kind, args, result)
         elif name == "aten::slice_backward":
@@ -277,9 +302,11 @@ class Tape(LaunchObserver):
             self.refuse(f"{name} is called with {', '.join(kwargs) or 'numbers'}")
             return
         read = tuple(map(self._read, args))
-        if not kind.writes:
-            self._make(result)
-        self.events.append(Operation(repeated, read, self.view(result), tuple(kwargs.items())))
+        results = result if isinstance(result, tuple) else (result,)
+        for made in () if kind.writes else results:
+            self._make(made)
+        views = tuple(map(self.view, results))
+        self.events.append(Operation(repeated, read, views if len(views) > 1 else views[0], tuple(kwargs.items())))
 
     def _read(self, arg: Any) -> Any:
         if isinstance(arg, Tensor):

@@ -33,6 +33,7 @@ TIMM_SETS = {  # by prefix, the packages that timm's reader of them imports
     "tfds": ("tensorflow", "tensorflow_datasets"),
     "torch": (),
 }
+SETS_SINCE = (1, 0, 31)  # the timm whose readers of those packages are known to work
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,11 @@ def _timm_data(mode: str, config: Config) -> Data:
 
 def _check_packages(data: str) -> None:
     """Raises ImportError that says what to install for a set of timm's."""
-    for package in TIMM_SETS[data.partition("/")[0].lower()]:
+    packages = TIMM_SETS[data.partition("/")[0].lower()]
+    if packages and tuple(map(int, timm.__version__.split(".")[:3])) < SETS_SINCE:
+        needed = ".".join(map(str, SETS_SINCE))
+        raise ImportError(f"data: {data} needs timm {needed} or newer, this is {timm.__version__}: pip install -U timm")
+    for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:

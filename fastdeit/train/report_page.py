@@ -45,7 +45,9 @@ def write_page(
     for section in sections(results, repetitions(folder, results)):
         parts += [heading(section.title), *([paragraph(section.text)] if section.text else [])]
         parts += [table(*section.table)] if section.table else []
-    parts += [heading("Confusion matrix"), picture(_matrix(counts, classes), "true class by predicted class")]
+    judged = "Of both heads together. " if any("both" in column for column in results["top1"].values()) else ""
+    parts += [heading("Confusion matrix"), paragraph(f"{judged}Each row has the shares of one true class.")]
+    parts += [picture(_matrix(counts, classes), "true class by predicted class")]
     wrong = int(counts.sum() - counts.diagonal().sum())
     text = f"{wrong:,} of {int(counts.sum()):,} validation images are in a wrong class; those of which the model is surest:"
     parts += [heading("The most confident mistakes"), paragraph(text)]
@@ -77,7 +79,8 @@ def _matrix(counts: Tensor, classes: Sequence[str]) -> bytes:
     figure.colorbar(axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1), label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true")
     if len(classes) <= _NAMED_CLASSES:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        long = any(len(name) > 3 for name in classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if long else 0)
         axes.set_yticks(range(len(classes)), classes)
     return _png(figure)
 

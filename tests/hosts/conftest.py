@@ -109,7 +109,9 @@ def adapt(model: nn.Module, kind: str, *endings: str) -> nn.Module:
     else:
         quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
         config = quantization.Int8WeightOnlyConfig()
+        before = torch.get_float32_matmul_precision()  # torchao before 0.18 allows TF32 in the whole process
         quantization.quantize_(model, config, filter_fn=lambda module, name: name in names)
+        torch.set_float32_matmul_precision(before)
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from fastdeit.plan.workspace import Allocation
 MODEL = "deit_tiny_distilled_patch16_224"
 PLAIN = "deit_tiny_patch16_224"
 SMALL = dict(depth=2, img_size=64)
+USUAL = "usual", "mask"
 
 needs_plans = pytest.mark.skipif(WHY_NO_RAW_LAUNCHES is not None, reason=str(WHY_NO_RAW_LAUNCHES))
 
@@ -27,9 +28,9 @@ def _built(name, **options):
         return fastdeit.accelerate(timm.create_model(name, **SMALL | options).eval())
 
 
-def build(name=MODEL, dtype=None, memory="usual", **options):
-    model = copy.deepcopy(_built(name, **options))
-    return fastdeit.accelerate(model.to(dtype), memory=memory) if memory != "usual" else model.to(dtype)
+def build(name=MODEL, dtype=None, memory="usual", drop_path="mask", **options):
+    model = copy.deepcopy(_built(name, **options)).to(dtype)
+    return fastdeit.accelerate(model, memory=memory, drop_path=drop_path) if (memory, drop_path) != USUAL else model
 
 
 def images(model, batch=2):

@@ -6,10 +6,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.blocks import spans
+from fastdeit.plan.training import TrainingPlan
 from fastdeit.testing import fake_cuda
 from tests.plan.events import KINDS, of_parameters, precision, recorded
-from tests.plan.models import build, images, needs_plans, only_plan, plan_it
-from tests.plan.test_training import unplanned
+from tests.plan.models import build, images, needs_plans, only_plan, plan_it, plans
+from tests.plan.test_training import outputs_step, unplanned
 
 pytestmark = [pytest.mark.fake_device, needs_plans]
 
@@ -54,7 +55,7 @@ def step(wrapped, x):
 @pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
 @pytest.mark.filterwarnings("error:Grad strides do not match")
 def test_buckets_are_reduced_while_other_spans_run(group, options, monkeypatch):
-    monkeypatch.setattr(spans, "MOST_GRADIENTS", 2 << 20)
+    monkeypatch.setattr(spans, "MOST_REDUCED_GRADIENTS", 2 << 20)
     seen = []
     wrapped = wrapped_model(seen, **options)
     model, x = wrapped.module, images(wrapped.module)
@@ -76,3 +77,27 @@ def test_buckets_are_reduced_while_other_spans_run(group, options, monkeypatch):
     ours = lambda events: [event for event in of_parameters(events, model) if event.kind in ("triton_launch", "gemm")]  # noqa: E731
     assert ours(planned) == ours(ops)
     only_plan(model)
+
+
+def test_spans_are_those_of_a_process_group_only_while_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(spans, "MOST_REDUCED_GRADIENTS", 2 << 20)
+    model = build(depth=4).train()
+    x, counts = images(model), []
+
+    def planned_spans():
+        plan_it(lambda: outputs_step(model, x, torch.bfloat16))
+        ran = []
+        with monkeypatch.context() as patch:
+            call = TrainingPlan.__call__
+            patch.setattr(TrainingPlan, "__call__", lambda plan, x: ran.append(len(plan._spans)) or call(plan, x))
+            outputs_step(model, x, torch.bfloat16)
+        counts.append(*ran)
+
+    planned_spans()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        planned_spans()
+    finally:
+        dist.destroy_process_group()
+    planned_spans()
+    assert counts == [1, 4, 1] and len(plans(model)) == 2

@@ -29,7 +29,7 @@ def launched():
 
 
 def main(rank: int, folder: Path) -> None:
-    spans.MOST_GRADIENTS = 2 << 20
+    spans.MOST_REDUCED_GRADIENTS = 2 << 20
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     with fake_cuda.moved_data():

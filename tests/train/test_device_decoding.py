@@ -21,8 +21,10 @@ from fastdeit.train.decoders import Box, is_installed
 from fastdeit.train.device_decoding import create_device_decoder, resized
 from fastdeit.train.dry_run import describe
 from fastdeit.train.encoded_images import Part
+from fastdeit.train.engine import Trainer
 from fastdeit.train.image_files import UnreadableImageError
 from fastdeit.train.loading import TrainLoader
+from fastdeit.train.phases import config_at
 from fastdeit.train.sampling import EpochBatches
 from fastdeit.train.transform_errors import TransformError
 
@@ -239,6 +241,41 @@ def test_a_run_depends_on_where_it_decodes_and_not_on_workers(config, tmp_path):
     assert all(torch.equal(again["model"][name], tensor) for name, tensor in whole["model"].items())
     with pytest.raises(ValueError, match=r"another configuration: decode_on \('device' there, 'cpu' now\)$"):
         check_same_run(whole, config.replace(decode_on="cpu"), tmp_path)
+
+
+SIZES = [[0, 16], [1, 32]]
+
+
+def test_crops_have_the_size_of_the_phase(config):
+    config = config.replace(img_size_schedule=SIZES)
+    for epoch, size in SIZES:
+        current = config_at(config, epoch)
+        there, here = epoch_of(current, epoch), epoch_of(current.replace(decode_on="cpu"), epoch)
+        assert there[0][0].shape == (4, 3, size, size) and near(there, here)
+
+
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_a_run_at_growing_sizes_goes_on_across_a_change(config, tmp_path, monkeypatch, step):
+    """Interrupted before the last of six updates at 16 pixels, and before the first and the second of six at 32."""
+    plain = dict(aa=AUGMENTED, teacher_epochs=0, distillation_type="none", warmup_epochs=0)
+    config = config.replace(img_size_schedule=SIZES, epochs=2, checkpoint_steps=1, **plain)
+    shown, train_step = [], Trainer._train_step
+
+    def interrupted(trainer, epoch, images, classes):
+        shown.append(images.shape[-1])
+        if len(shown) == 12 + step + 1:
+            raise SystemExit
+        train_step(trainer, epoch, images, classes)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    run.train(config, tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        run.train(config, tmp_path / "run")
+    run.train(config, tmp_path / "run", resume=True)
+    sizes = [16] * 6 + [32] * 6
+    assert shown == sizes + sizes[: step + 1] + sizes[step:]
+    whole, found = (load_state(tmp_path / name / "last.state.pt") for name in ("whole", "run"))
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in whole["model"].items())
 
 
 def test_stages(config):

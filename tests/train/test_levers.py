@@ -1,6 +1,7 @@
 """What a run costs with and without each way of doing less: the arithmetic, and that the options do less."""
 
 import csv
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,6 +11,9 @@ from torch import nn
 from fastdeit.cost.models import parts, seconds
 from fastdeit.train import epoch_results, run
 from fastdeit.train.checkpoints import STATE, load_state
+from fastdeit.train.config import load_config
+from fastdeit.train.datasets import load_data
+from fastdeit.train.dry_run import describe
 from fastdeit.train.engine import Trainer
 from fastdeit.train.estimate import BYTES_PER_SECOND, FLOPS_PER_SECOND, gpu_hours, teacher_gpu_hours
 from fastdeit.train.levers import Estimate, describe_levers
@@ -104,6 +108,24 @@ def test_the_table_of_a_dry_run(estimate):
     assert describe_levers(config, nn.Linear(2, 2), 3, 30, IMAGES) == []
     with pytest.raises(ValueError, match="costs are known for plain vision transformers, not for a Linear"):
         Estimate(config, nn.Linear(2, 2), 3, 30, IMAGES)
+
+
+def test_a_dry_run_ends_with_the_table(make_small_config):
+    config = make_small_config(model="deit_tiny_patch16_224", drop_path=0.4, epochs=12)
+    config = config.replace(distillation_type="none", teacher_model=None, teacher_epochs=0)
+    found = describe(config).splitlines()
+    data = load_data(config)
+    updates = config.epochs * -(-len(data.train) // config.batch_size)
+    assert found[-5:] == describe_levers(config, create_student(config, 3, CPU), 3, updates, len(data.val))
+    assert [line.split()[2] for line in found[-3:]] == ["drop_path_mode:", "eval_every:", "eval_ema:"]
+
+
+def test_the_table_of_the_documentation_is_that_of_a_dry_run():
+    """Of the recipe on ImageNet: 1,281,167 images in batches of 1024, 50,000 to evaluate on."""
+    config = load_config("deit_base_distilled")
+    model = create_student(config, 1000, CPU)
+    text = (Path(__file__).parents[2] / "docs/less-time.md").read_text()
+    assert "\n".join(describe_levers(config, model, 1000, config.epochs * (1281167 // 1024), 50000)) in text
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,7 @@ def test_hours_and_memory_are_those_of_the_phases(config):
     assert gpu_hours(config, model, 100) == pytest.approx(expected)
     assert gpu_hours(small, model, 100) < gpu_hours(large, model, 100)
     assert memory(config, model)["activations"] == memory(large, model)["activations"]
+    assert memory(small, model)["activations"] < memory(large, model)["activations"]
     parts = config.replace(img_size_schedule=[[0, 8, 1], [1, 16, 4]], grad_accum_steps=4)
     assert memory(parts, model)["activations"] == memory(small, model)["activations"]
 

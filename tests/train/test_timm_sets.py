@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 
 from fastdeit.train.config import Config
-from fastdeit.train.datasets import load_data
+from fastdeit.train.datasets import SETS_SINCE, load_data
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.sampling import EpochBatches, eval_loader
 
+OLD_TIMM = tuple(map(int, timm.__version__.split(".")[:3])) < SETS_SINCE
+pytestmark = pytest.mark.skipif(OLD_TIMM, reason="fastdeit refuses these sets with this version of timm")
 CPU = torch.device("cpu")
 TRAIN, VAL = 40, 11
 FEATURES = {"image": object(), "label": SimpleNamespace(names=[f"class {i}" for i in range(4)])}
@@ -377,3 +379,11 @@ def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch, prefix, 
         pytest.skip(f"{package} is installed")
     with pytest.raises(ImportError, match=rf"data: {prefix}/x needs the package {package}: pip install {package}"):
         load_data(Config(data=f"{prefix}/x", repeated_aug=1))
+
+
+def test_a_timm_whose_readers_are_older_is_named_with_how_to_replace_it(monkeypatch):
+    monkeypatch.setattr(timm, "__version__", "1.0.30")
+    with pytest.raises(
+        ImportError, match=r"data: hfds/x needs timm 1\.0\.31 or newer, this is 1\.0\.30: pip install -U timm"
+    ):
+        load_data(Config(data="hfds/x", repeated_aug=1))

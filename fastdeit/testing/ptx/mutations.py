@@ -17,10 +17,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeit.testing.ptx.cases import Case
 from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_to_ptx
+from fastdeit.testing.ptx.control_flow import branches_past
 from fastdeit.testing.ptx.harness import execute, executing, run_on, storage_of, variant_of
 from fastdeit.testing.ptx.machine import IN_STEP, Fault, Schedule
 from fastdeit.testing.ptx.program import Program, PtxError
 from fastdeit.testing.ptx.redundancy import Record, proof
+from fastdeit.testing.ptx.selections import Scrambled, selections
 
 SHUFFLED = Schedule(seed=11, shuffled=True)
 
@@ -176,9 +178,25 @@ def why_redundant(launches: list[Launch], mutant: Mutant, arch: int) -> str | No
                 run_on(record, compiled, launch.grid, launch.args)
             records.append(record)
         found = proof(mutant.kind, mutant.line, *records)
+        if found is None and mutant.kind.startswith("mask"):
+            found = _why_unread(launch, _compiled(launch, ptx, arch), mutant.line)
         if found is None:
             return None
     return found
+
+
+def _why_unread(launch: Launch, original: Compiled, line: int) -> str | None:
+    """The reason why no result depends on what a mask keeps out."""
+    if not selections(original.program, line):
+        return None
+    expected = results(launch, original, IN_STEP)
+    for seed in (0, 1):
+        machine = Scrambled(original.program, original.shared_bytes, line, seed)
+        with _restored(launch) as storages:
+            run_on(machine, original, launch.grid, launch.args)
+            if not all(map(torch.equal, storages, expected)):
+                return None
+    return "redundant for finite numbers: the results have the same bits with random ones where the mask selects zeros"
 
 
 def _storages(args: tuple) -> list[torch.Tensor]:
@@ -188,7 +206,7 @@ def _storages(args: tuple) -> list[torch.Tensor]:
 def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable[[str], None] = print) -> Counter:
     """Makes mutants of every kernel that these cases launch, and runs each in all of its launches until one catches it.
 
-    Code that the cases do not reach gets none: how much of each kernel they execute is printed.
+    Code that the cases do not reach gets none: how much of each kernel they execute is printed, and which branches pass the rest.
 
     Returns how often each (kind, outcome) happened: what caught it, or "redundant" with a proof, or "hole".
     """
@@ -205,6 +223,8 @@ def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable
         expected, executed = [found for found, _ in runs], set[int]().union(*(lines for _, lines in runs))
         instructions = len(original[0].program.instructions)
         print_line(f"sm_{arch} {variant.kernel.__name__}: {len(executed)} of {instructions} instructions are executed")
+        for branch in branches_past(original[0].program, executed):
+            print_line(f"sm_{arch} {variant.kernel.__name__}: the others are behind {branch}")
         for mutant in mutants(ptx, executed, most, random):
             caught = next(
                 filter(None, (judge(s, mutant.text, arch, e) for s, e in zip(launches, expected, strict=True))), None

@@ -5,14 +5,15 @@ between two barriers, at which wait each asynchronous operation completed, the v
 """
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from fastdeit.testing.ptx.commits import CommitGroups
+from fastdeit.testing.ptx.control_flow import governs_only_copies, predecessors, successors, uses
 from fastdeit.testing.ptx.machine import IN_STEP, Machine
 from fastdeit.testing.ptx.program import Instruction, Pair, Program, Register, Vector
 from fastdeit.testing.ptx.shared import SharedMemory
@@ -111,6 +112,9 @@ class Record(Machine):
         touches: every access to shared memory, in order.
         completions: (operation, line of the wait) -> threads or warpgroups for which it completed there.
         digest: of the values that the instruction in that line gave.
+        accesses: digest of every access of global and shared memory: instruction, threads and addresses, in order.
+        loaded: digest of what the loads gave that are not in that line.
+        target: register that the instruction in that line writes.
     """
 
     def __init__(self, program: Program, shared_bytes: int, line: int = 0) -> None:
@@ -118,11 +122,15 @@ class Record(Machine):
         self.touches: list[list[Touch]] = []  # of blocks that run together
         self.issued = 0  # asynchronous operations
         self.completions: Counter = Counter()
-        self.digest = hashlib.sha256()
+        self.digest, self.accesses, self.loaded = (hashlib.sha256() for _ in range(3))
+        self.observer, self.target = self, None
         for at, instruction in enumerate(program.instructions):
+            step, group = self._code[at]
             if instruction.line == line:
-                step, group = self._code[at]
-                self._code[at] = self._watched(step, instruction), group
+                self.target = next((o for o in instruction.operands[:1] if isinstance(o, Register)), None)
+                self._code[at] = self._watched(step, instruction, self.digest), group
+            elif instruction.opcode.startswith(("ld.shared", "ld.global", "ldmatrix")):
+                self._code[at] = self._watched(step, instruction, self.loaded), group
 
     def start_memory(self, blocks: int, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
         self.touches.append([])
@@ -137,16 +145,24 @@ class Record(Machine):
         words = np.broadcast_to(words, (len(lanes), words.shape[-1]))
         self.touches[-1].append(Touch(kind, self.line(), lanes, words, writes, ends))
 
+    def access(self, instruction: Instruction, lanes: ndarray, address: ndarray, nbytes: int, space: str = "") -> None:
+        """What an observer is told."""
+        for numbers in (np.array([instruction.line, len(lanes)]), lanes, address):
+            self.accesses.update(np.ascontiguousarray(numbers).tobytes())
+
+    def tensor_copy(self, instruction: Instruction, nbytes: int) -> None:
+        self.accesses.update(np.array([instruction.line, nbytes]).tobytes())
+
     def line(self) -> int:
         return self.current.line if self.current else 0
 
-    def _watched(self, step: Callable[[], None], instruction: Instruction) -> Callable[[], None]:
+    def _watched(self, step: Callable[[], None], instruction: Instruction, digest: Any) -> Callable[[], None]:
         written = [r.index for o in instruction.operands[:1] for r in _registers(o)]
 
         def run() -> None:
             step()
             for index in written:
-                self.digest.update(np.ascontiguousarray(self.pick(self.registers[index])).tobytes())
+                digest.update(np.ascontiguousarray(self.pick(self.registers[index])).tobytes())
 
         return run
 
@@ -217,6 +233,24 @@ def same_values(original: Record, mutant: Record) -> str | None:
     return "redundant here: it gives the same values in every execution" if same else None
 
 
+def pass_accesses_nothing(original: Record, mutant: Record) -> str | None:
+    """A loop's condition: the pass that the mutant adds reads and writes no memory, since masks of its own stop that."""
+    condition = original.target
+    if condition is None or all(x.opcode != "bra" for x in uses(original.program, condition)):
+        return None
+    same = original.accesses.digest() == mutant.accesses.digest()
+    return "redundant here: the pass that it adds to a loop accesses no memory" if same else None
+
+
+def copies_are_not_read(original: Record, mutant: Record) -> str | None:
+    """A mask of cp.async: what the mutant copies besides reaches no register. wgmma reads shared memory without one."""
+    mask = original.target
+    if original.matrix_registers or mask is None or not governs_only_copies(original.program, mask):
+        return None
+    same = original.loaded.digest() == mutant.loaded.digest()
+    return "redundant here: every load gives the same values, so that nothing reads what it lets copy" if same else None
+
+
 def completes_elsewhere(original: Record, mutant: Record) -> str | None:
     """Operations still complete; the machine has checked that nothing touches what they use before."""
     if original.completions == mutant.completions:
@@ -285,8 +319,8 @@ def copy_is_not_read(original: Record, line: int) -> str | None:
 def registers_were_fenced(program: Program, line: int) -> str | None:
     """On every path no other instruction than wgmma names, since the fence before, a register that a wgmma behind this one uses."""
     at = next(i for i, instruction in enumerate(program.instructions) if instruction.line == line)
-    following = [i for i in _reach(program, at, _successors(program)) if _is_wgmma(program.instructions[i])]
-    before = _reach(program, at, _predecessors(program))
+    following = [i for i in _reach(program, at, successors(program)) if _is_wgmma(program.instructions[i])]
+    before = _reach(program, at, predecessors(program))
     used = {
         r.index: _role(program.instructions[i], r) for i in following for r in _all_registers(program.instructions[i])
     }
@@ -314,26 +348,6 @@ def _all_registers(instruction: Instruction) -> list[Register]:
 
 def _role(instruction: Instruction, register: Register) -> tuple[str, bool]:
     return instruction.opcode, any(r.index == register.index for r in _registers(instruction.operands[0]))
-
-
-def _successors(program: Program) -> dict[int, list[int]]:
-    found = {}
-    for i, instruction in enumerate(program.instructions):
-        following = [] if instruction.opcode in ("ret", "exit", "brx.idx", "bra.uni") else [i + 1]
-        if instruction.opcode in ("bra", "bra.uni"):
-            following = ([i + 1] if instruction.guard else []) + [program.target(instruction)]
-        elif instruction.opcode == "brx.idx":
-            following = program.listed_targets(instruction)
-        found[i] = following
-    return found
-
-
-def _predecessors(program: Program) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = defaultdict(list)
-    for i, following in _successors(program).items():
-        for j in following:
-            found[j].append(i)
-    return found
 
 
 def _reach(program: Program, at: int, edges: dict[int, list[int]]) -> set[int]:
@@ -373,6 +387,12 @@ def proof(kind: str, line: int, original: Record, mutant: Record) -> str | None:
         return completes_elsewhere(original, mutant)
     if kind == "initialisation dropped":  # both schedules have run it: garbage is NaN in one, random in the other
         return _GARBAGE
-    if "dropped" not in kind or kind == "mask dropped":
+    if kind.startswith("mask"):
+        return (
+            same_values(original, mutant)
+            or pass_accesses_nothing(original, mutant)
+            or copies_are_not_read(original, mutant)
+        )
+    if "dropped" not in kind:
         return same_values(original, mutant)
     return None

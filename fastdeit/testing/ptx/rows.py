@@ -29,7 +29,7 @@ class Ran:
     """One case: what it launched, its errors, and what went wrong.
 
     executions: key of each shipped row that it launched -> what the row did; none if the case failed. instructions: of all
-    launches, in warps. failure: None, or the error's text. seconds: of processor time. opcodes: that were executed.
+    launches, in warps. failure: None, or the error's text. seconds: of processor time.
     """
 
     case: str
@@ -37,7 +37,6 @@ class Ran:
     instructions: int = 0
     errors: Errors = dataclasses.field(default_factory=dict)
     failure: str | None = None
-    opcodes: set[str] = dataclasses.field(default_factory=set)
     seconds: float = 0.0
 
     @property
@@ -57,8 +56,6 @@ def run_case(case: Case, arch: int, *, thorough: bool) -> Ran:
         ran.instructions += int(launched.machine.executed.sum())
         if (key := keys_of(arch).get(launched.variant)) is not None:
             counts[key] = counts.get(key, Counts()) + launched.counts
-        instructions = launched.machine.program.instructions
-        ran.opcodes |= {i.opcode for i, n in zip(instructions, launched.machine.executed, strict=True) if n}
 
     runs: Sequence[Sequence[Schedule]] = ((IN_STEP, SHUFFLED), (PERTURBED,)) if thorough else ((IN_STEP,),)
     try:

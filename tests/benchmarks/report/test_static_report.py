@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastdeit.benchmarks.report import readme, static_report
+from fastdeit.benchmarks.report import block_counts, readme, static_report
 from fastdeit.benchmarks.report.roofline_table import GROUPS, by_group, rooflines
 from fastdeit.commands import cli
 from fastdeit.cost.models import DEIT, EXECUTIONS, parts, total
@@ -50,6 +50,25 @@ def test_a_fused_block_keeps_less_and_launches_no_more_forward(found):
         assert fused["bytes_forward"] + fused["bytes_backward"] < eager["bytes_forward"] + eager["bytes_backward"]
 
 
+def test_flops_are_counted_where_branches_run_on_the_samples_that_stochastic_depth_keeps():
+    """PyTorch's count of what kernels compute, against arithmetic: 18 tokens of 192 channels, three quarters of the samples."""
+    found = block_counts.counts_with_stochastic_depth("deit_tiny_distilled_patch16_224")
+    layers, attention = 24 * 192**2 / 1e6, 2 * 18 * 192 / 1e6
+    for precision in ("amp", "bf16"):
+        timms, mask, skip = (found[f"{precision} {form}"] for form in ("timm", "mask", "skip"))
+        for counts in (timms, mask):
+            assert counts["mflop_forward"] == pytest.approx(layers + 2 * attention, rel=1e-9)
+        assert timms["mflop_backward"] == pytest.approx(2 * layers + 4 * attention, rel=1e-9)
+        assert mask["mflop_backward"] == pytest.approx(2 * layers + 5 * attention, rel=1e-9)
+        for name in ("mflop_forward", "mflop_backward"):
+            assert skip[name] == pytest.approx(0.75 * mask[name], rel=1e-9)
+        stream = (
+            0 if precision == "amp" else 2 * 2
+        )  # bytes that both branches save of all samples: what they normalise again
+        expected = 0.75 * (mask["saved_bytes"] - stream) + stream
+        assert skip["saved_bytes"] == pytest.approx(expected, abs=0.05)
+
+
 def test_the_groups_are_all_of_a_step():
     for execution in EXECUTIONS:
         rows = by_group("S", 8, "amp", 1e30, 1e12)  # traffic alone
@@ -83,11 +102,14 @@ def test_numbers_that_are_none_are_refused(option, value, capsys):
 
 
 def test_evidence_puts_on_record_and_says_what_is_worse(tmp_path, monkeypatch, capsys, found):
+    dropping = {"amp skip": dict(mflop_forward=10.625, mflop_backward=21.25, saved_bytes=15.1)}
+    monkeypatch.setattr(block_counts, "counts_with_stochastic_depth", lambda: dropping)
     monkeypatch.setattr(static_report, "RECORD", tmp_path / "record.json")
     monkeypatch.setattr(static_report, "current", lambda: found)
     assert cli.main(["bench", "evidence", "--update", "--no-host"]) == 0
     out = capsys.readouterr().out
     assert "attention_forward_descriptor_kernel" in out and "worse" not in out
+    assert "drops 25% of the samples" in out and "| amp skip " in out and " 10.6 " in out
     assert static_report.recorded() == found
     more = {form: {**counts, "saved_bytes": 99.0} for form, counts in found.items()}
     monkeypatch.setattr(static_report, "current", lambda: more)

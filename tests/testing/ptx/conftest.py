@@ -68,7 +68,7 @@ def execute() -> Callable[..., list[np.ndarray]]:
         inputs = inputs or {}
         program = program_of(body, list(inputs), outputs, threads, maps=len(maps))
         machine = make(program, shared) if make else Machine(program, shared, schedule)
-        machine.observer = observer
+        machine.observer = observer or machine.observer
         memory = GlobalMemory(machine.fault)
         tensors = []
         for register, value in inputs.items():

@@ -89,6 +89,54 @@ def test_a_widened_mask_is_redundant_where_no_thread_meets_the_bound(recorded, b
     assert bool(redundancy.same_values(narrow, wide)) == same
 
 
+LOOP = """mov.b32 %r30, 0;
+    $L__BB0_1:
+    setp.lt.s32 %p2, %r30, {inside};
+    @%p2 st.global.b32 [%a0], %r1;
+    add.s32 %r30, %r30, 1;
+    setp.{compare}.s32 %p1, %r30, 3;
+    @%p1 bra $L__BB0_1;"""
+
+
+@pytest.mark.parametrize("inside, proved", [(3, True), (4, False)])
+def test_a_loop_may_make_a_pass_that_accesses_nothing(recorded, inside, proved):
+    runs = {
+        name: recorded(LOOP.format(inside=inside, compare=name), f"setp.{name}.s32 %p1")[0] for name in ("lt", "le")
+    }
+    assert redundancy.same_values(runs["lt"], runs["le"]) is None
+    assert bool(redundancy.pass_accesses_nothing(runs["lt"], runs["le"])) == proved
+
+
+COPY = """setp.{compare}.s32 %p1, %r1, 5;
+    selp.b32 %r2, 4, 0, %p1;
+    shl.b32 %r30, %tid, 2;
+    cp.async.ca.shared.global [%r30], [%a0], 0x4, %r2;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    {behind}"""
+
+
+@pytest.mark.parametrize(
+    "behind, proved",
+    [
+        ("setp.lt.s32 %p2, %r1, 5;\n@%p2 ld.shared.b32 %r3, [%r30];", True),
+        ("ld.shared.b32 %r3, [%r30];", False),
+        ("selp.b32 %r3, 1, 0, %p1;\nadd.s32 %r4, %r3, 1;", False),  # the mask reaches a register
+    ],
+)
+def test_a_mask_of_copies_is_redundant_where_nothing_reads_them(recorded, behind, proved):
+    runs = {
+        name: recorded(COPY.format(compare=name, behind=behind), f"setp.{name}.s32 %p1")[0] for name in ("lt", "le")
+    }
+    assert bool(redundancy.copies_are_not_read(runs["lt"], runs["le"])) == proved
+
+
+def test_only_a_loop_makes_passes(recorded):
+    narrow, _ = recorded("setp.lt.s32 %p1, %r1, 9;", "setp", outputs=["%p1"])
+    wide, _ = recorded("setp.le.s32 %p1, %r1, 9;", "setp", outputs=["%p1"])
+    assert redundancy.pass_accesses_nothing(narrow, wide) is None
+
+
 MBARRIER = """setp.eq.b32 %p1, %tid, 0;
     mov.b32 %r40, 512;
     @%p1 mbarrier.init.shared::cta.b64 [%r40], 1;

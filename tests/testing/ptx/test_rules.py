@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-from fastdeit.testing.ptx.machine import IN_STEP, Fault, Schedule
+from fastdeit.testing.ptx.global_memory import GlobalMemory
+from fastdeit.testing.ptx.machine import IN_STEP, Fault, Machine, Schedule
 from fastdeit.testing.ptx.program import Program, PtxError
 
 LANES = np.arange(64, dtype=np.uint32)
@@ -43,6 +45,33 @@ def test_vectors_of_64_bits_and_16_bits(execute):
     inputs = {"%rd1": np.uint64(1 << 33), "%rd2": np.uint64(7), "%rs1": np.uint16(3), "%rs2": np.uint16(4)}
     found = execute(body, inputs, ["%rd3", "%rd4", "%r1"], shared=512)
     assert [int(f[0]) for f in found] == [1 << 33, 7, 0x40003]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_vectors_of_global_memory(execute, count):
+    """Every second or fourth thread turns its vector round, in place."""
+    registers = [f"%r{30 + i}" for i in range(count)]
+    body = f"""and.b32 %r20, %tid, {count - 1};
+        setp.eq.b32 %p1, %r20, 0;
+        @%p1 ld.global.v{count}.b32 {{{", ".join(registers)}}}, [%a0];
+        @%p1 st.global.v{count}.b32 [%a0], {{{", ".join(reversed(registers))}}};
+        ld.global.b32 %r2, [%a0];"""
+    (found,) = execute(body, {"%r1": LANES + 9}, ["%r2"], threads=64)
+    assert (found == (LANES ^ (count - 1)) + 9).all()
+
+
+def test_parameters_of_32_and_64_bits():
+    program = Program(
+        ".version 8.7\n.target sm_90a\n.address_size 64\n.visible .entry test(\n"
+        "\t.param .u64 out,\n\t.param .u32 narrow,\n\t.param .u64 wide\n)\n.reqntid 32\n{\n"
+        "\t.reg .b32 \t%r<4>;\n\t.reg .b64 \t%rd<4>;\n\tld.param.b64 \t%rd1, [out];\n"
+        "\tld.param.b64 \t%rd2, [wide];\n\tld.param.b32 \t%r1, [narrow];\n\tld.param.s32 \t%r2, [narrow];\n"
+        "\tst.global.b32 \t[%rd1], %r1;\n\tst.global.b32 \t[%rd1+4], %r2;\n\tst.global.b64 \t[%rd1+8], %rd2;\n\tret;\n}\n"
+    )
+    machine, out = Machine(program, 0), torch.zeros(2, dtype=torch.int64)
+    memory = GlobalMemory(machine.fault)
+    machine.launch((1,), {"out": memory.add(out), "narrow": -5, "wide": -1 << 40}, memory)
+    assert out.view(torch.int32)[:2].tolist() == [-5, -5] and out[1] == -1 << 40
 
 
 HALVES = (  # of each word, the first by a thread of one warp, the second by one of another

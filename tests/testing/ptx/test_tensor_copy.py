@@ -103,15 +103,21 @@ STORE = """mov.b64 %rd30, map0;
     setp.eq.b32 %p1, %tid, 0;
     mov.b32 %r41, 0;
     mov.b32 %r43, 6;
-    @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd31, {{%r41, %r43}}], [%r41];
+    @%p1 cp.async.bulk.tensor.{dims}d.global.shared::cta.bulk_group [%rd31, {{{corner}}}], [%r41];
     @%p1 cp.async.bulk.commit_group;
     {wait}
     bar.sync 0;
     st.shared.b32 [%r50], %r1;"""
 
 
-def store(fence="fence.proxy.async.shared::cta;", barrier="bar.sync 0;", wait="@%p1 cp.async.bulk.wait_group.read 0;"):
-    return STORE.format(fence=fence, barrier=barrier, wait=wait)
+def store(
+    fence="fence.proxy.async.shared::cta;",
+    barrier="bar.sync 0;",
+    wait="@%p1 cp.async.bulk.wait_group.read 0;",
+    dims=2,
+    corner="%r41, %r43",
+):
+    return STORE.format(fence=fence, barrier=barrier, wait=wait, dims=dims, corner=corner)
 
 
 def run_store(execute, body, schedule=IN_STEP):
@@ -132,6 +138,16 @@ def run_store(execute, body, schedule=IN_STEP):
 def test_a_store_is_clipped_at_the_edge(execute, schedule):
     tensor = run_store(execute, store(), schedule)
     assert not tensor[:6].any() and tensor[6:].reshape(-1).tolist() == list(range(1, 33))
+
+
+def test_a_store_of_four_dimensions(execute):
+    whole = torch.zeros(2, 12, 3, 16, dtype=torch.int32)
+    tensor = whole.transpose(1, 2)  # (2, 3, 12, 16)
+    body = "mov.b32 %r44, 2;\nmov.b32 %r45, 1;\n" + store(dims=4, corner="%r41, %r43, %r44, %r45")
+    values = np.arange(64, dtype=np.uint32) + 1
+    execute(body, {"%r1": values}, [], threads=64, shared=1024, maps=[(tensor, (1, 1, 4, 16), 0)])
+    assert (tensor[1, 2, 6:10].reshape(-1).numpy() == values).all()
+    assert whole.count_nonzero() == 64
 
 
 @pytest.mark.parametrize(

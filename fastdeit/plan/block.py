@@ -1,0 +1,57 @@
+"""A block that its host calls by itself, from a plan of its own."""
+
+import functools
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastdeit.blocks import spec
+from fastdeit.blocks.checklist import BlockVerdict, why_called
+from fastdeit.blocks.run import PendingResidual, run_block
+from fastdeit.blocks.spans import Span
+from fastdeit.plan.planned import planned
+from fastdeit.plan.surroundings import why_parts_of_block_called
+
+_Answer = tuple[spec.Block, BlockVerdict]  # what `looked_at` gives for a block
+
+
+def planned_block(module: nn.Module, answer: _Answer, tokens: Tensor, keep: int | None = None) -> Tensor:
+    """The block's output (B, N, C) for tokens (B, N, C) that it runs fused for; (B, keep, C) where `keep` is given.
+
+    No graph is captured: it would copy the tokens of each block twice.
+    """
+
+    run = functools.partial(_run, answer, keep)
+    if torch.compiler.is_compiling() or not tokens.is_cuda or _gathered():
+        return run(tokens)
+
+    def spans(_: Tensor) -> list[Span]:
+        return [Span(lambda given: (run(given),), list(module.parameters()))]
+
+    called = functools.partial(_why_called, answer)
+    return cast(Tensor, planned(module, answer, run, tokens, called, spans, captured=False))
+
+
+def _run(answer: _Answer, keep: int | None, tokens: Tensor) -> Any:
+    pending = run_block(*answer, PendingResidual(tokens), attention_fused=True, defer=False, keep=keep)
+    return pending.x + cast(Tensor, pending.branch)
+
+
+def _why_called(answer: _Answer) -> str | None:
+    """Why a module inside the block is called."""
+    description, verdict = answer
+    if (reason := why_parts_of_block_called(verdict)) is not None:
+        return reason
+    last = description.branches[-1]
+    for what, module in (("LayerScale", last.layer_scale), ("drop path", last.drop_path)):
+        if why_called(module) is not None:
+            return f"its last {what} is called"
+    return None
+
+
+def _gathered() -> bool:
+    """Whether `fully_shard` may give a block's weights other memory at each call, and between forward and backward."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    return states is not None and bool(states._module_state_mapping)

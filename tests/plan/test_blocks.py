@@ -1,0 +1,296 @@
+"""Blocks that a model calls one by one, other libraries' and timm's, launch from plans what the ops launch. On the fake runtime."""
+
+import copy
+import functools
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import fastdeit
+from fastdeit.nn.block import Block
+from fastdeit.nn.host_block import HostBlock
+from fastdeit.plan import planned as planning
+from fastdeit.plan.planned import Plan, described
+from fastdeit.plan.training import TrainingPlan
+from tests.plan.changes import LoRA, hidden_hook, own_forward, replaced_data
+from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded
+from tests.plan.models import apart, needs_plans, plan_it, plans
+from tests.plan.test_training import keep_apart, keep_made, unplanned
+
+torchvision = pytest.importorskip("torchvision", reason="needs torchvision")
+transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
+pytestmark = [pytest.mark.fake_device, needs_plans]
+
+
+def torchvisions(**options):
+    sizes = dict(image_size=64, patch_size=16, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=768)
+    return torchvision.models.VisionTransformer(**sizes | options)
+
+
+def hugging_faces(config="ViTConfig", model="ViTForImageClassification", **options):
+    sizes = dict(hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=768, image_size=64)
+    return getattr(transformers, model)(getattr(transformers, config)(patch_size=16, **sizes | options))
+
+
+def pooled(**options):
+    """timm's, which calls its blocks one by one as its head reads the mean of all tokens."""
+    return timm.create_model("vit_tiny_patch16_224", global_pool="avg", depth=2, img_size=64, **options)
+
+
+MODELS = {
+    "timm": pooled,
+    "timm with LayerScale": functools.partial(pooled, init_values=0.1),
+    "torchvision": torchvisions,
+    "ViT": hugging_faces,
+    "ViT without biases": functools.partial(hugging_faces, qkv_bias=False),
+    "CLIP": functools.partial(hugging_faces, "CLIPVisionConfig", "CLIPVisionModel"),
+    "DINOv2": functools.partial(hugging_faces, "Dinov2Config", "Dinov2Model"),
+}
+CASES = {
+    "timm": ("timm", None, torch.bfloat16, "usual"),
+    "torchvision": ("torchvision", None, torch.bfloat16, "usual"),
+    "torchvision in bf16": ("torchvision", torch.bfloat16, None, "usual"),
+    "ViT": ("ViT", None, torch.bfloat16, "usual"),
+    "ViT in bf16": ("ViT", torch.bfloat16, None, "usual"),
+    "ViT in fp16": ("ViT", None, torch.float16, "usual"),
+    "lean": ("ViT", None, torch.bfloat16, "lean"),
+    "no biases": ("ViT without biases", None, torch.bfloat16, "usual"),
+    "CLIP": ("CLIP", torch.bfloat16, None, "usual"),
+}
+
+
+@functools.cache
+def _built(name):
+    with torch.device("cuda"):
+        return fastdeit.accelerate(MODELS[name]().eval())
+
+
+def build(name, dtype=None, memory="usual"):
+    return fastdeit.accelerate(copy.deepcopy(_built(name)).to(dtype), memory=memory)
+
+
+def images(model):
+    return torch.zeros(2, 3, 64, 64, device="cuda", dtype=next(model.parameters()).dtype)
+
+
+def blocks_of(model):
+    return [module for module in model.modules() if isinstance(module, (HostBlock, Block))]
+
+
+def block_and_tokens(name, dtype, memory="usual"):
+    block = blocks_of(build(name, dtype, memory))[1]
+    return block, torch.zeros(2, 17, 192, device="cuda", dtype=dtype, requires_grad=True)
+
+
+def called(block, x):
+    """A block's tokens."""
+    out = block(x, None) if type(block).__name__.startswith(("ViT", "CLIP")) else block(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def output(model, **options):
+    made = model(images(model), **options)
+    return made if isinstance(made, torch.Tensor) else made[0]
+
+
+def step(model, autocast=torch.bfloat16, **options):
+    model.zero_grad(set_to_none=True)
+    with precision(autocast):
+        made = output(model, **options)
+    made.square().sum().backward()
+
+
+def planned_kinds(model):
+    return [[type(entry) for entry in plans(block)] for block in blocks_of(model)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(case, monkeypatch):
+    name, dtype, autocast, memory = CASES[case]
+    block, x = block_and_tokens(name, dtype, memory)
+    keep_apart(monkeypatch)
+    monkeypatch.setattr(planning, "packed", apart)
+
+    def forward():
+        with torch.no_grad(), precision(autocast):
+            return called(block, x)
+
+    plan_it(forward)
+    assert [type(entry) for entry in plans(block)] == [Plan]
+    planned = recorded(forward)
+    with KeepsAll():
+        ops = recorded(forward)
+    assert len(planned) >= 7 and dataflow(planned) == dataflow(ops)
+    assert of_parameters(planned, block) == of_parameters(ops, block)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_with_gradients_launches_what_the_ops_launch_on_the_same_tensors(case, monkeypatch):
+    name, dtype, autocast, memory = CASES[case]
+    block, x = block_and_tokens(name, dtype, memory)
+    keep_apart(monkeypatch)
+
+    def forward_and_backward():
+        with precision(autocast):
+            made = called(block, x)
+        return made, torch.autograd.grad(made, [x, *block.parameters()], torch.ones_like(made))
+
+    for _ in range(2):
+        forward_and_backward()
+    assert [type(entry) for entry in plans(block)] == [TrainingPlan]
+    kept = keep_made(monkeypatch)
+    kept.append(forward_and_backward())
+    planned = recorded(lambda: kept.append(forward_and_backward()))
+    monkeypatch.undo()
+    with KeepsAll():
+        ops = recorded(forward_and_backward)
+    assert len(planned) >= 20 and dataflow(planned) == dataflow(ops)
+    assert of_parameters(planned, block) == of_parameters(ops, block)
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision", "ViT"])
+def test_a_model_trains_and_infers_from_the_plans_of_its_blocks(name, monkeypatch):
+    model = build(name).train()
+    plan_it(lambda: step(model))
+    assert planned_kinds(model) == [[TrainingPlan]] * 2
+    planned = recorded(lambda: step(model))
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert of_parameters(planned, model) == of_parameters(unplanned(monkeypatch, lambda: step(model)), model)
+    model.eval()
+    fastdeit.set_graphs("auto")
+    with torch.no_grad(), precision(torch.bfloat16):
+        for _ in range(10):  # more than the calls after which a model's plan is captured
+            output(model)
+        planned = recorded(lambda: output(model))
+        with KeepsAll():
+            ops = recorded(lambda: output(model))
+    assert planned_kinds(model) == [[Plan]] * 2
+    assert of_parameters(planned, model) == of_parameters(ops, model)
+    assert {line.rpartition(": ")[2] for block in blocks_of(model) for line in described(block)} == {
+        "planned, launched"
+    }
+    lines = [line for line in fastdeit.explain(model).plans if line.endswith("planned, launched")]
+    of_both = {
+        "timm": ["blocks.0-1"],
+        "torchvision": ["layers.encoder_layer_0-1"],
+        "ViT": ["vit.layers.0-1"],
+    }[name]
+    assert len(lines) == len(of_both)
+    assert all(f"{each} with 2 x 17 x 192 float32" in line for each, line in zip(of_both, lines, strict=True))
+
+
+def test_gradients_of_weights_that_are_packed_share_memory_as_without_a_plan(monkeypatch):
+    model = build("ViT").train()
+    attention = model.vit.layers[1].attention
+    for _ in range(4):
+        step(model)
+        grads = [getattr(attention, name).weight.grad for name in ("q_proj", "k_proj", "v_proj")]
+        assert len({grad.untyped_storage().data_ptr() for grad in grads}) == 1
+        assert [grad.storage_offset() for grad in grads] == [0, 192 * 192, 2 * 192 * 192]
+    assert planned_kinds(model) == [[TrainingPlan]] * 2
+
+
+def change_config(model, **values):
+    for name, value in values.items():
+        setattr(model.config, name, value)
+
+
+def users_attention(model):
+    sdpa = transformers.AttentionInterface()["sdpa"]
+    transformers.AttentionInterface.register("of_a_test", lambda *a, **k: sdpa(*a, **k))
+    change_config(model, _attn_implementation="of_a_test")
+
+
+CHANGES = {
+    "a hook on a projection": lambda m: m.vit.layers[1].attention.q_proj.register_forward_hook(lambda *_: None),
+    "a hook before a block": lambda m: m.vit.layers[1].register_forward_pre_hook(lambda *_: None),
+    "a hook that changes what leaves a block": lambda m: m.vit.layers[0].register_forward_hook(lambda *a: a[2] * 2),
+    "a hook on inactive dropout": lambda m: m.vit.layers[1].dropout.register_forward_hook(lambda *_: None),
+    "a hook in another dictionary": lambda m: hidden_hook(m.vit.layers[1].mlp.fc1),
+    "LoRA": lambda m: setattr(m.vit.layers[1].attention, "k_proj", LoRA(m.vit.layers[1].attention.k_proj)),
+    "a forward on the instance": lambda m: own_forward(m.vit.layers[1].attention.o_proj),
+    "a parametrization": lambda m: nn.utils.parametrize.register_parametrization(
+        m.vit.layers[1].mlp.fc2, "weight", nn.Identity()
+    ),
+    "another parameter": lambda m: setattr(
+        m.vit.layers[1].layernorm_before, "weight", nn.Parameter(torch.ones(192, device="cuda"))
+    ),
+    "other data": lambda m: replaced_data(m.vit.layers[1].attention.v_proj.weight),
+    "weights in bf16": lambda m: m.vit.layers.bfloat16(),
+    "another block": lambda m: m.vit.layers.__setitem__(1, copy.deepcopy(m.vit.layers[0])),
+    "active dropout": lambda m: setattr(m.vit.layers[1].dropout, "p", 0.1) or m.vit.layers[1].dropout.train(),
+    "active dropout of attention": lambda m: (
+        setattr(m.vit.layers[1].attention, "attention_dropout", 0.1) or m.vit.layers[1].train()
+    ),
+    "another epsilon": lambda m: setattr(m.vit.layers[1].layernorm_after, "eps", 1e-3),
+    "eager attention": lambda m: change_config(m, _attn_implementation="eager"),
+    "attention of the user's": users_attention,
+    "a frozen block": lambda m: m.vit.layers[1].requires_grad_(False),
+    "memory": lambda m: fastdeit.accelerate(m, memory="lean"),
+    "an excluded part": lambda m: fastdeit.accelerate(m, exclude="vit.layers.1.mlp"),
+    "restore": fastdeit.restore,
+    "hidden states": {"output_hidden_states": True},
+    "attentions": {"output_attentions": True},
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_at_the_next_call(change, gradients, monkeypatch):
+    model = build("ViT").train(gradients)
+
+    def call(model, **options):
+        if gradients:
+            return step(model, **options)
+        with torch.no_grad(), precision(torch.bfloat16):
+            return output(model, **options)
+
+    plan_it(lambda: call(model))
+    assert planned_kinds(model) == [[TrainingPlan if gradients else Plan]] * 2
+    apply = CHANGES[change]
+    options = apply if isinstance(apply, dict) else {}
+    twin = copy.deepcopy(model)
+    if not options:
+        apply(twin)
+        apply(model)
+    call(twin, **options)  # compiles kernels
+    first = of_parameters(recorded(lambda: call(model, **options)), model)
+    expected = of_parameters(unplanned(monkeypatch, lambda: call(model, **options)), model)
+    later = [of_parameters(recorded(lambda: call(model, **options)), model) for _ in range(3)]
+    assert first == expected and all(events == expected for events in later)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_launch_what_the_ops_launch(reentrant, monkeypatch):
+    model = build("ViT").train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected = unplanned(monkeypatch, lambda: step(model))
+    expected = of_parameters(unplanned(monkeypatch, lambda: step(model)), model)
+    for _ in range(4):
+        assert of_parameters(recorded(lambda: step(model)), model) == expected
+    # PyTorch's hooks on saved tensors stand around the forward pass where it is not reentrant.
+    assert planned_kinds(model) == ([[Plan, TrainingPlan]] * 2 if reentrant else [[]] * 2)
+
+
+@pytest.mark.parametrize("name", ["DINOv2", "timm with LayerScale"])
+def test_a_block_whose_parts_are_called_says_so(name):
+    model = build(name)
+    with torch.no_grad(), precision(torch.bfloat16):
+        plan_it(lambda: output(model))
+    assert [plans(block) for block in blocks_of(model)] == [["its last LayerScale is called"]] * 2
+
+
+def test_nothing_is_planned_where_weights_are_sharded(tmp_path):
+    model = build("ViT").train()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        other = fully_shard(nn.Linear(4, 4), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        plan_it(lambda: step(model))
+        assert planned_kinds(model) == [[]] * 2
+        del other
+    finally:
+        dist.destroy_process_group()
