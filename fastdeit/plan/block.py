@@ -1,7 +1,6 @@
 """A block that its host calls by itself, from a plan of its own."""
 
 import functools
-import sys
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,7 @@ def planned_block(module: nn.Module, answer: _Answer, tokens: Tensor, keep: int 
     """
 
     run = functools.partial(_run, answer, keep)
-    if torch.compiler.is_compiling() or not tokens.is_cuda or _gathered():
+    if torch.compiler.is_compiling() or not tokens.is_cuda:
         return run(tokens)
 
     def spans(_: Tensor) -> list[Span]:
@@ -49,9 +48,3 @@ def _why_called(answer: _Answer) -> str | None:
         if why_called(module) is not None:
             return f"its last {what} is called"
     return None
-
-
-def _gathered() -> bool:
-    """Whether `fully_shard` may give a block's weights other memory at each call, and between forward and backward."""
-    states = sys.modules.get("torch.distributed._composable_state")
-    return states is not None and bool(states._module_state_mapping)

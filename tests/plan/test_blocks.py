@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 
 import pytest
 import timm
@@ -285,12 +286,16 @@ def test_a_block_whose_parts_are_called_says_so(name):
 
 
 def test_nothing_is_planned_where_weights_are_sharded(tmp_path):
-    model = build("ViT").train()
+    model, whole = build("ViT").train(), fastdeit.accelerate(timm.create_model("deit_tiny_patch16_224", depth=2).cuda())
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         other = fully_shard(nn.Linear(4, 4), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
         plan_it(lambda: step(model))
-        assert planned_kinds(model) == [[]] * 2
+        plan_it(lambda: whole(torch.zeros(2, 3, 224, 224, device="cuda")).sum().backward())
+        assert planned_kinds(model) == [[]] * 2 and not plans(whole)
         del other
     finally:
         dist.destroy_process_group()
+    gc.collect()
+    plan_it(lambda: whole(torch.zeros(2, 3, 224, 224, device="cuda")).sum().backward())
+    assert plans(whole)
