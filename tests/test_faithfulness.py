@@ -176,6 +176,7 @@ def test_fullgraph_compilation_gives_timms_result(mode):
         torch.testing.assert_close(got, timms)
 
 
+@pytest.mark.one_graph
 @pytest.mark.parametrize("init_values", [None, 0.1])
 def test_the_fused_path_compiles_to_one_graph(kernels_stood_in, init_values):
     model = fastdeit.accelerate(small("deit_tiny_patch16_224", drop_path_rate=0.3, init_values=init_values).eval())

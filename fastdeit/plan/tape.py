@@ -95,16 +95,23 @@ class Operation(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """Facts about an operation: its name, whether it is composed of other operations, and whether it writes to an argument."""
+    """Facts about an operation: its name, whether it is composed of other operations, whether it writes to an argument, and whether
+    it gives views alone."""
 
     name: str
     composite: bool
     writes: bool
+    views: bool
 
 
-@functools.cache
+_kinds: dict[int, tuple[Any, _Kind]] = {}  # by id: an operation computes its hash in Python
+
+
 def _kind(func: Any) -> _Kind:
-    return _Kind(func.name(), func._can_decompose(), func._schema.is_mutable)
+    if (known := _kinds.get(id(func))) is None:
+        kind = _Kind(func.name(), func._can_decompose(), func._schema.is_mutable, func.is_view)
+        known = _kinds[id(func)] = func, kind
+    return known[1]
 
 
 def _untraced(method: Callable[..., None]) -> Callable[..., None]:
@@ -233,6 +240,8 @@ class Tape(LaunchObserver):
     @_untraced
     def _note(self, kind: "_Kind", args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         name = kind.name
+        if kind.views and isinstance(result, Tensor) and result.is_cuda and result.layout is torch.strided:
+            return
         results = result if isinstance(result, (tuple, list)) else (result,)
         if not all(isinstance(made, Tensor) and made.is_cuda and made.layout is torch.strided for made in results):
             self.refuse(f"{name} is called")

@@ -1,7 +1,9 @@
 """Memory of a plan's intermediate results: offsets in one allocation, and tensors that do not own the memory at their address."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from bisect import insort
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -56,7 +58,8 @@ def packed(lives: dict[Buffer, tuple[int, int]]) -> Allocation:
     offsets: dict[Buffer, int] = {}
     placed: list[_Placed] = []
     for buffer, life in _largest_first(lives):
-        offsets[buffer] = _place(buffer, life, placed)
+        offsets[buffer] = _lowest_gap(buffer, life, placed)
+        _place(buffer, life, offsets[buffer], placed)
     return Allocation(offsets, max((each.end for each in placed), default=0))
 
 
@@ -83,16 +86,19 @@ def packed_into(
     Returns:
         Offsets in each allocation, and the buffers for which there is no place.
     """
-    placed = [[_Placed(*taken[b], at, at + aligned(b)) for b, at in each.offsets.items()] for each in allocations]
+    placed: list[list[_Placed]] = [[] for _ in allocations]
+    for others, allocation in zip(placed, allocations, strict=True):
+        for buffer, offset in allocation.offsets.items():
+            _place(buffer, taken[buffer], offset, others)
     inside: list[dict[Buffer, int]] = [{} for _ in allocations]
     rest: dict[Buffer, tuple[int, int]] = {}
     for buffer, life in _largest_first(lives):
         for offsets, others, allocation in reversed(list(zip(inside, placed, allocations, strict=True))):
-            offset = _place(buffer, life, others)
+            offset = _lowest_gap(buffer, life, others)
             if offset + aligned(buffer) <= allocation.size:
                 offsets[buffer] = offset
+                _place(buffer, life, offset, others)
                 break
-            others.pop()
         else:
             rest[buffer] = life
     return inside, rest
@@ -131,20 +137,19 @@ def aligned(buffer: Buffer) -> int:
     return max(-(-buffer.nbytes // _ALIGNMENT), 1) * _ALIGNMENT
 
 
-def _place(buffer: Buffer, life: tuple[int, int], placed: list[_Placed]) -> int:
-    """The lowest offset that is free for that long, which `placed` then holds too."""
-    (first, last), size = life, aligned(buffer)
-    offset = _lowest_gap(size, ((each.start, each.end) for each in placed if each.first <= last and first <= each.last))
-    placed.append(_Placed(first, last, offset, offset + size))
-    return offset
+def _place(buffer: Buffer, life: tuple[int, int], offset: int, placed: list[_Placed]) -> None:
+    """Adds a buffer to those that are placed, which are in the order of their offsets."""
+    insort(placed, _Placed(*life, offset, offset + aligned(buffer)), key=attrgetter("start"))
 
 
-def _lowest_gap(size: int, taken: Iterable[tuple[int, int]]) -> int:
-    offset = 0
-    for low, high in sorted(taken):
-        if low - offset >= size:
-            break
-        offset = max(offset, high)
+def _lowest_gap(buffer: Buffer, life: tuple[int, int], placed: list[_Placed]) -> int:
+    """The lowest offset that is free for that long."""
+    (first, last), size, offset = life, aligned(buffer), 0
+    for begins, ends, start, end in placed:
+        if begins <= last and first <= ends:
+            if start - offset >= size:
+                break
+            offset = max(offset, end)
     return offset
 
 

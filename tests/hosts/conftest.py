@@ -181,19 +181,10 @@ def assert_training_agrees(model: nn.Module, x: Tensor) -> None:
 
 
 def assert_compiles_whole(model: nn.Module, x: Tensor, backend: str = "aot_eager") -> None:
-    """One graph, within the contract; "aot_eager" traces backward too, "eager" takes half the time.
-
-    PyTorch 2.8 breaks the graph in some libraries' blocks. The test is skipped there with PyTorch's reason.
-    """
+    """One graph, within the contract; "aot_eager" traces backward too, "eager" takes half the time."""
     torch.compiler.reset()
-    try:
-        assert_as_accurate(model, x, forward=lambda m: torch.compile(m, backend=backend, fullgraph=True))
-    except torch._dynamo.exc.Unsupported as error:
-        if not torch.__version__.startswith("2.8."):
-            raise
-        pytest.skip(f"PyTorch {torch.__version__}: {str(error).partition(chr(10))[0]}")
-    finally:
-        torch.compiler.reset()
+    assert_as_accurate(model, x, forward=lambda m: torch.compile(m, backend=backend, fullgraph=True))
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_hooks_in_blocks_are_called(hosts, host, kernels_stood_in):
     hosts.assert_hooks_are_called(host.make(), "blocks.1.norm2", X)
 
 
+@pytest.mark.one_graph
 def test_blocks_compile_to_one_graph(hosts, host, kernels_stood_in):
     hosts.assert_compiles_whole(host.make(depth=1), X, backend="eager")
 

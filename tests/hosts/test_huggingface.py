@@ -227,6 +227,7 @@ def test_training_and_checkpoints_agree(hosts, make, kernels_stood_in):
     hosts.assert_training_agrees(make(), X)
 
 
+@pytest.mark.one_graph
 def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in):
     hosts.assert_compiles_whole(make(layers=1), X, backend="eager")
 

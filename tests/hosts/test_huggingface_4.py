@@ -279,6 +279,7 @@ def test_training_and_checkpoints_agree(hosts, make, kernels_stood_in, kind):
     hosts.assert_training_agrees(make(kind), X)
 
 
+@pytest.mark.one_graph
 @pytest.mark.parametrize("kind", [*VITS, "BEiT"])
 def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in, kind):
     hosts.assert_compiles_whole(make(kind, layers=1), X, backend="eager")

@@ -8,6 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdeit.nn
 
+pytestmark = pytest.mark.one_graph
+
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled():
