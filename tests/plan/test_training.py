@@ -234,6 +234,16 @@ def test_a_backward_pass_that_another_may_follow_writes_over_nothing_that_is_kep
     assert ran[count:] == ["_backward"] * count
 
 
+def test_code_is_compiled_by_the_first_call_that_repeats_it():
+    model = build(dtype=torch.bfloat16).train()
+    for _ in range(2):
+        step(model, images(model))
+    bound = [each for span in only_plan(model)._spans for each in (span._forward, span._backward.bound)]
+    assert not any("_code" in vars(each._program) for each in bound)
+    step(model, images(model))
+    assert all("_code" in vars(each._program) for each in bound)
+
+
 def test_gradients_are_received_as_launches_read_them():
     device, layout = torch.device("cuda", 0), ((2, 4, 8), torch.bfloat16)
     shifted = torch.empty(65, device=device, dtype=torch.bfloat16)[1:].view(2, 4, 8)

@@ -18,13 +18,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastdeit.testing.ptx.cases import Case
 from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_to_ptx
 from fastdeit.testing.ptx.control_flow import branches_past
-from fastdeit.testing.ptx.harness import execute, executing, run_on, storage_of, variant_of
-from fastdeit.testing.ptx.machine import IN_STEP, Fault, Schedule
+from fastdeit.testing.ptx.harness import executing, run_on, storage_of, variant_of
+from fastdeit.testing.ptx.machine import IN_STEP, Fault, Machine, Schedule
 from fastdeit.testing.ptx.program import Program, PtxError
 from fastdeit.testing.ptx.redundancy import Record, proof
 from fastdeit.testing.ptx.selections import Scrambled, selections
 
 SHUFFLED = Schedule(seed=11, shuffled=True)
+_MOST_BRANCHES = 20_000  # of a launch: a mutant without a loop's condition would go on for ever
 
 
 class Mutant(NamedTuple):
@@ -144,7 +145,9 @@ def results(launch: Launch, compiled: Compiled, schedule: Schedule) -> list[torc
 def _results_and_lines(launch: Launch, compiled: Compiled, schedule: Schedule) -> tuple[list[torch.Tensor], set[int]]:
     """The same, and the lines of the PTX that were executed."""
     with _restored(launch) as storages:
-        machine = execute(compiled, launch.grid, launch.args, schedule)
+        machine = Machine(compiled.program, compiled.shared_bytes, schedule)
+        machine.most_branches = _MOST_BRANCHES
+        run_on(machine, compiled, launch.grid, launch.args)
         executed = zip(compiled.program.instructions, machine.executed.tolist(), strict=True)
         return [s.clone() for s in storages], {instruction.line for instruction, warps in executed if warps}
 

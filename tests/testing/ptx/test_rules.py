@@ -74,6 +74,21 @@ def test_parameters_of_32_and_64_bits():
     assert out.view(torch.int32)[:2].tolist() == [-5, -5] and out[1] == -1 << 40
 
 
+def test_a_launch_may_be_given_an_end(execute):
+    def with_end(most):
+        def make(program, shared):
+            machine = Machine(program, shared)
+            machine.most_branches = most
+            return machine
+
+        return make
+
+    body = "mov.b32 %r30, 0;\n$L__BB0_1:\nadd.s32 %r30, %r30, 1;\nsetp.lt.s32 %p1, %r30, 9;\n@%p1 bra $L__BB0_1;"
+    execute(body, make=with_end(9))
+    with pytest.raises(Fault, match="endless loop: more than 8 branches"):
+        execute(body, make=with_end(8))
+
+
 HALVES = (  # of each word, the first by a thread of one warp, the second by one of another
     "and.b32 %r30, %tid, 31;\nshr.u32 %r31, %tid, 5;\nshl.b32 %r30, %r30, 2;\nshl.b32 %r31, %r31, 1;\n"
     "add.s32 %r30, %r30, %r31;\nst.shared.b16 [%r30], %rs1;"
