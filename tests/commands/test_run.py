@@ -45,7 +45,8 @@ def main():
     ema.update(model)
     if args.rank == 0:
         CheckpointSaver(model, optimizer, args, ema, checkpoint_dir=args.output).save_checkpoint(0, 1.0)
-    print(args.rank, type(model).__module__, type(ema.module.blocks[0]).__module__)
+    # In one piece: two processes write to one pipe.
+    print(" ".join((str(args.rank), type(model).__module__, type(ema.module.blocks[0]).__module__)) + "\\n", end="")
     if args.distributed:
         torch.distributed.destroy_process_group()
 
