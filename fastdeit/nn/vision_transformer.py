@@ -150,8 +150,8 @@ class FusedTrunk(FusedModule):
         return self.norm(self.blocks(tokens))
 
 
-def _looked_at(model: FusedTrunk) -> _Answer:
-    return looked_at(cast(nn.Module, model))
+def _looked_at(model: Any) -> _Answer:  # no cast: each call of a planned model passes here
+    return looked_at(model)
 
 
 def _reads_tokens(answer: _Answer) -> bool:

@@ -350,8 +350,7 @@ class _Labeller:
         self.ranks = ranks
         self.file = file
         self.augment = BatchAugmentation(config, len(data.classes), device)
-        share = config.batch_size // ranks
-        self.share = EpochBatches(len(data.train), share, config.seed, 0, ranks, config.repeated_aug)
+        self.share = EpochBatches(len(data.train), config.batch_size // ranks, config.seed, 0, ranks, config.repeated_aug)
         self.updates = len(self.share)
         self.dataset = data.train
         self.current: Config | None = None
