@@ -346,11 +346,11 @@ class _Labeller:
     ) -> None:
         self.config = config
         self.teacher = teacher
-        self.device = device
-        self.ranks = ranks
+        self.device, self.ranks = device, ranks
         self.file = file
         self.augment = BatchAugmentation(config, len(data.classes), device)
-        self.share = EpochBatches(len(data.train), config.batch_size // ranks, config.seed, 0, ranks, config.repeated_aug)
+        share = config.batch_size // ranks
+        self.share = EpochBatches(len(data.train), share, config.seed, 0, ranks, config.repeated_aug)
         self.updates = len(self.share)
         self.dataset = data.train
         self.current: Config | None = None
