@@ -28,10 +28,15 @@ RATE = 0.2  # at which skipping is compared with the mask; the recipe's own 0.05
 
 def recipes(epochs: int) -> dict[str, dict[str, object]]:
     """By name, what differs from the shipped `digits`."""
-    sizes = [[0, 16], [2 * epochs // 5, 24], [7 * epochs // 10, 32]]
+    late, early = 7 * epochs // 10, epochs // 4  # the first epoch at full size
+    sizes = {
+        f"16, 24, 32 from epoch {late}": [[0, 16], [2 * epochs // 5, 24], [late, 32]],
+        f"24, 32 from epoch {late}": [[0, 24], [late, 32]],
+        f"24, 32 from epoch {early}": [[0, 24], [early, 32]],
+    }
     return {
         "full recipe": {},
-        "img_size_schedule": dict(img_size_schedule=sizes),
+        **{f"img_size_schedule {name}": dict(img_size_schedule=schedule) for name, schedule in sizes.items()},
         f"drop_path {RATE}, mask": dict(drop_path=RATE),
         f"drop_path {RATE}, skip": dict(drop_path=RATE, drop_path_mode="skip"),
     }
