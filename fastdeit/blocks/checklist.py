@@ -7,7 +7,7 @@ they read of modules is compared before every call (`snapshot`); rules on the ca
 
 from collections.abc import Callable, Iterable
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm.layers
 import timm.layers.activations as timm_activations
@@ -129,6 +129,16 @@ def why_not_inactive_dropout(dropout: nn.Module | float) -> str | None:
 def why_called(dropout: nn.Module) -> str | None:
     """None if a dropout gives its input back and calling it would do nothing else: the call costs the host as much as a launch."""
     return why_not_inactive_dropout(dropout) or why_not_bypassed((dropout,))
+
+
+def acting(drop_path: Any, kind: type[nn.Module]) -> nn.Module:
+    """A host's own stochastic depth, of class kind, where it does something or a call of it would be seen, else nothing."""
+    inactive = type(drop_path) is kind and (not drop_path.drop_prob or not drop_path.training)
+    return (
+        spec.NOTHING
+        if inactive and why_replaced(kind) is None and why_not_bypassed((drop_path,)) is None
+        else drop_path
+    )
 
 
 def activation_name(activation: nn.Module) -> str | None:

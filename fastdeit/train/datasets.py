@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import timm.data
 from PIL import Image
+from torch.torch_version import TorchVersion
 from torch.utils.data import Dataset, IterableDataset
 
 from fastdeit.train.config import Config
@@ -33,7 +34,7 @@ TIMM_SETS = {  # by prefix, the packages that timm's reader of them imports
     "tfds": ("tensorflow", "tensorflow_datasets"),
     "torch": (),
 }
-SETS_SINCE = (1, 0, 31)  # the timm whose readers of those packages are known to work
+SETS_SINCE = "1.0.31"  # the timm whose readers of those packages are known to work
 
 
 @dataclass(frozen=True)
@@ -283,9 +284,10 @@ def _timm_data(mode: str, config: Config) -> Data:
 def _check_packages(data: str) -> None:
     """Raises ImportError that says what to install for a set of timm's."""
     packages = TIMM_SETS[data.partition("/")[0].lower()]
-    if packages and tuple(map(int, timm.__version__.split(".")[:3])) < SETS_SINCE:
-        needed = ".".join(map(str, SETS_SINCE))
-        raise ImportError(f"data: {data} needs timm {needed} or newer, this is {timm.__version__}: pip install -U timm")
+    if packages and TorchVersion(timm.__version__) < SETS_SINCE:
+        raise ImportError(
+            f"data: {data} needs timm {SETS_SINCE} or newer, this is {timm.__version__}: pip install -U timm"
+        )
     for package in packages:
         try:
             importlib.import_module(package)

@@ -54,26 +54,12 @@ def distilled(files, hosts):
     return make
 
 
-class Stack(nn.Module):
-    """Blocks in a model that fastdeit does not know."""
-
-    def __init__(self, *blocks):
-        super().__init__()
-        self.stem, self.blocks = nn.Conv2d(3, 64, 16, 16), nn.ModuleList(blocks)
-
-    def forward(self, x):
-        x = self.stem(x).flatten(2).mT
-        for block in self.blocks:
-            x = block(x)
-        return x.mean(1)
-
-
 @pytest.fixture(params=["Block", "Layer_scale_init_Block"])
 def stack(request, files, hosts):
     def make(depth=2, **options):
         torch.manual_seed(0)
         kind = getattr(files["models_v2"], request.param)
-        return hosts.shaken(Stack(*(kind(64, 2, **options) for _ in range(depth))))
+        return hosts.shaken(hosts.Stack(*(kind(64, 2, **options) for _ in range(depth))))
 
     return make
 
@@ -189,7 +175,7 @@ def test_what_is_in_a_blocks_place_is_called_and_a_replaced_method_is_kept(disti
     torch.testing.assert_close(accelerated(X), (model.head(ones) + model.head_dist(ones)) / 2)
 
 
-def test_files_of_the_same_names_are_left_alone(monkeypatch):
+def test_files_of_the_same_names_are_left_alone(hosts, monkeypatch):
     """Another project's `models`, and another version of deit's: their blocks run their own code."""
     for name in NAMES:
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
@@ -199,7 +185,7 @@ def test_files_of_the_same_names_are_left_alone(monkeypatch):
     known = dict.fromkeys(deit.KNOWN, "0" * 16)
     monkeypatch.setattr(deit, "KNOWN", known)
     other = load("models_v2")
-    model = Stack(other.Block(64, 2))
+    model = hosts.Stack(other.Block(64, 2))
     fastdeit.accelerate(model)
     assert type(model.blocks[0]) is other.Block and type(model.blocks[0].mlp) is fastdeit.nn.Mlp
     assert host_table.why_no_class(other.Block) == "no fused class for Block"

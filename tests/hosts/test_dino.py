@@ -65,20 +65,6 @@ def files():
     forget()
 
 
-class Stack(nn.Module):
-    """Blocks behind a stem; fastdeit does not know the hosts' models."""
-
-    def __init__(self, *blocks):
-        super().__init__()
-        self.stem, self.blocks = nn.Conv2d(3, 64, 16, 16), nn.ModuleList(blocks)
-
-    def forward(self, x):
-        x = self.stem(x).flatten(2).mT
-        for block in self.blocks:
-            x = block(x)
-        return x.mean(1)
-
-
 @pytest.fixture(params=[*FILES, "Block of DINOv2"])
 def host(request, files, hosts):
     """A host's blocks: `make(depth, **options)` and whether they are DINOv2's."""
@@ -88,7 +74,7 @@ def host(request, files, hosts):
 
     def make(depth=2, **options):
         torch.manual_seed(0)
-        return hosts.shaken(Stack(*(kind(64, 2, **options) for _ in range(depth))))
+        return hosts.shaken(hosts.Stack(*(kind(64, 2, **options) for _ in range(depth))))
 
     return SimpleNamespace(make=make, kind=kind, v2=name == LAYERS[0])
 
@@ -227,7 +213,7 @@ def test_of_dinov2_nested_tensors_are_the_hosts_and_layer_scale_may_be_missing(h
     torch.testing.assert_close(accelerated(short), block(short))
 
 
-def test_files_of_the_same_names_are_left_alone(monkeypatch):
+def test_files_of_the_same_names_are_left_alone(hosts, monkeypatch):
     """Another project's file, and a version that is not known: their blocks run their own code."""
     for name in (*FILES, *LAYERS, *PACKAGES):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
@@ -239,7 +225,7 @@ def test_files_of_the_same_names_are_left_alone(monkeypatch):
     for name in FILES:
         kind = load(name).Block
         with pytest.warns(UserWarning, match="only LayerNorms"):
-            model = fastdeit.accelerate(Stack(kind(64, 2)))
+            model = fastdeit.accelerate(hosts.Stack(kind(64, 2)))
         assert type(model.blocks[0]) is kind
         reason = host_table.why_no_class(kind)
         assert ("(Block.forward is not that of facebookresearch/dinov2)" in reason) == (name == LAYERS[0])

@@ -15,13 +15,14 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from torch.torch_version import TorchVersion
 
 from fastdeit.train.config import Config
 from fastdeit.train.datasets import SETS_SINCE, load_data
 from fastdeit.train.loading import TrainLoader
 from fastdeit.train.sampling import EpochBatches, eval_loader
 
-OLD_TIMM = tuple(map(int, timm.__version__.split(".")[:3])) < SETS_SINCE
+OLD_TIMM = TorchVersion(timm.__version__) < SETS_SINCE
 pytestmark = pytest.mark.skipif(OLD_TIMM, reason="fastdeit refuses these sets with this version of timm")
 CPU = torch.device("cpu")
 TRAIN, VAL = 40, 11

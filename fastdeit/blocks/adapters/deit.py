@@ -9,9 +9,10 @@ import timm.layers
 from torch import nn
 
 from fastdeit.blocks.adapters.known_sources import register_known
+from fastdeit.blocks.adapters.packed_attention import describe_attention
 from fastdeit.blocks.adapters.timm import describe_blocks, describe_mlp, why_methods_replaced
 from fastdeit.blocks.fused_module import is_fused
-from fastdeit.blocks.spec import NOTHING, Affine, Attention, Block, Branch, Trunk
+from fastdeit.blocks.spec import NOTHING, Affine, Block, Branch, Trunk
 
 # Digests of methods that the fused forward takes the place of: of the repository since 2022, to its last commit, 7e160fe.
 KNOWN = {
@@ -40,21 +41,12 @@ def describe_block(module: nn.Module) -> Block:
     """
     children, drop_path = module._modules, module._modules["drop_path"]
     attn, mlp = children["attn"], children["mlp"]
-    attention = _describe_attention(attn) if type(attn) is module.attention else None
+    attention = describe_attention(attn) if type(attn) is module.attention else None
     perceptron = describe_mlp(mlp) if is_fused(mlp) and isinstance(mlp, timm.layers.Mlp) else None
     scale = module if module.scales else NOTHING
     first = Branch(Affine(children["norm1"]), attn, attention, scale, drop_path, gamma="gamma_1")
     second = Branch(Affine(children["norm2"]), mlp, perceptron, scale, drop_path, gamma="gamma_2")
     return Block(module, module.source, (first, second), module.memory)
-
-
-def _describe_attention(attn: nn.Module) -> Attention:
-    children = attn._modules
-    proj, drop = children["proj"], children["attn_drop"]
-    head_dim = proj.in_features // attn.num_heads
-    beyond = None if attn.scale == head_dim**-0.5 else f"its logits are scaled by {attn.scale}"
-    heads = attn.num_heads, head_dim
-    return Attention(Affine(children["qkv"]), Affine(proj), *heads, (drop,), drop, children["proj_drop"], beyond)
 
 
 def describe_distilled(model: nn.Module) -> Trunk:

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdeit.blocks.adapters.known_sources import register_known
-from fastdeit.blocks.checklist import activation_name, register_layer_scale, why_not_bypassed, why_replaced
-from fastdeit.blocks.spec import NOTHING, Affine, Attention, Block, Branch, Mlp
+from fastdeit.blocks.adapters.packed_attention import describe_attention
+from fastdeit.blocks.checklist import acting, activation_name, register_layer_scale
+from fastdeit.blocks.spec import NOTHING, Affine, Block, Branch, Mlp
 
 # Digests of methods that the fused forward takes the place of. DINO's to its last commit, 7c446df, and I-JEPA's, 52c1ae9.
 KNOWN = {
@@ -67,7 +68,7 @@ def describe_block(module: Any) -> Block:
         module: its drop-in, which knows the file's classes of parts.
     """
     children = module._modules
-    drop_path = _acting(children["drop_path"], module.drop_path_class)
+    drop_path = acting(children["drop_path"], module.drop_path_class)
     attn = children["attn"]
     first, second = _branches(module, (NOTHING, NOTHING), drop_path, partial(_tokens_of, attn))
     return Block(module, module.source, (first, second), module.memory)
@@ -89,7 +90,7 @@ def _branches(
 ) -> tuple[Branch, Branch]:
     children = module._modules
     attn, mlp = children["attn"], children["mlp"]
-    attention = _describe_attention(attn) if type(attn) in module.attention_classes else None
+    attention = describe_attention(attn) if type(attn) in module.attention_classes else None
     perceptron = _describe_mlp(mlp) if type(mlp) is module.mlp_class else None
     first = Branch(Affine(children["norm1"]), attn, attention, scales[0], drop_path, call=attend)
     return first, Branch(Affine(children["norm2"]), mlp, perceptron, scales[1], drop_path)
@@ -97,24 +98,6 @@ def _branches(
 
 def _tokens_of(attn: nn.Module, x: Tensor) -> Tensor:
     return attn(x)[0]
-
-
-def _acting(drop_path: Any, kind: type[nn.Module]) -> nn.Module:
-    """DINO's stochastic depth where it does something or a call of it would be seen, else nothing."""
-    inactive = type(drop_path) is kind and (not drop_path.drop_prob or not drop_path.training)
-    return NOTHING if inactive and why_replaced(kind) is None and why_not_bypassed((drop_path,)) is None else drop_path
-
-
-def _describe_attention(attn: Any) -> Attention:
-    children = attn._modules
-    proj, drop = children["proj"], children.get("attn_drop")
-    head_dim = proj.in_features // attn.num_heads
-    beyond = None if attn.scale == head_dim**-0.5 else f"its logits are scaled by {attn.scale}"
-    between = () if drop is None else (drop,)
-    if drop is None:  # of DINOv2 since June 2025
-        drop = attn.attn_drop if attn.training else 0.0
-    heads = attn.num_heads, head_dim
-    return Attention(Affine(children["qkv"]), Affine(proj), *heads, between, drop, children["proj_drop"], beyond)
 
 
 def _describe_mlp(mlp: Any) -> Mlp:

@@ -13,10 +13,10 @@ from transformers import activations
 from fastdeit.blocks.adapters.huggingface_layers import LAYERS, Layer, Layout
 from fastdeit.blocks.checklist import (
     PASSIVE_HOOKS,
+    acting,
     activation_name,
     register_activation,
     register_layer_scale,
-    why_not_bypassed,
     why_replaced,
 )
 from fastdeit.blocks.snapshot import register_methods
@@ -135,7 +135,7 @@ def describe_layer(module: nn.Module) -> Block:
     attn, mlp = part(module, layout.attention), part(module, layout.mlp)
     attention = None if unknown & {layout.attention, layout.core} else _describe_attention(module, layout)
     perceptron = None if layout.mlp in unknown else _describe_mlp(module, layout)
-    drop_path = NOTHING if layout.drop_path is None else _acting(part(module, layout.drop_path), parts.drop_path)
+    drop_path = NOTHING if layout.drop_path is None else acting(part(module, layout.drop_path), parts.drop_path)
     scales: list[nn.Module] = [NOTHING, NOTHING]
     gammas, beyond = layout.own_scales or ("lambda1", "lambda1"), _why_others(module, parts, unknown)
     if layout.layer_scales is not None:
@@ -170,12 +170,6 @@ def _why_others(module: nn.Module, parts: _Parts, unknown: set[str]) -> str | No
         if (reason := f"a {kind.__name__} is called" if path in unknown else why_replaced(kind)) is not None:
             return reason
     return None
-
-
-def _acting(drop_path: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """transformers' stochastic depth where it does something or a call of it would be seen, else nothing."""
-    inactive = type(drop_path) is kind and (drop_path.drop_prob == 0.0 or not drop_path.training)
-    return NOTHING if inactive and why_replaced(kind) is None and why_not_bypassed((drop_path,)) is None else drop_path
 
 
 def _describe_attention(module: nn.Module, layout: Layout) -> Attention:
