@@ -15,7 +15,9 @@ import fastdeit
 from fastdeit.nn.block import Block
 from fastdeit.nn.host_block import HostBlock
 from fastdeit.plan import planned as planning
+from fastdeit.plan.code import why_not_gradients
 from fastdeit.plan.planned import Plan, described
+from fastdeit.plan.tape import Buffer, View
 from fastdeit.plan.training import TrainingPlan
 from tests.plan.changes import LoRA, hidden_hook, own_forward, replaced_data
 from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded
@@ -299,3 +301,24 @@ def test_nothing_is_planned_where_weights_are_sharded(tmp_path):
     gc.collect()
     plan_it(lambda: whole(torch.zeros(2, 3, 224, 224, device="cuda")).sum().backward())
     assert plans(whole)
+
+
+@pytest.mark.parametrize(
+    ("places", "dtype", "refused"),
+    [
+        (((0, 4), (4, 8)), torch.float32, False),
+        (((0, 4), (0, 4)), torch.float32, False),  # one gradient of two parameters
+        (((0, 4), (3, 7)), torch.float32, True),
+        (((1, 8), (2, 4)), torch.float32, True),
+        (((0, 4), (4, 8)), torch.int32, True),
+    ],
+)
+def test_gradients_may_be_parts_of_one_buffer_that_do_not_overlap(places, dtype, refused):
+    memory = torch.zeros(8)
+    tensors = [memory[places[0][0] : places[0][1]], memory.view(dtype)[places[1][0] : places[1][1]]]
+    buffer = Buffer(memory.nbytes)
+    views = [View(buffer, 4 * start, t.dtype, t.shape, (1,)) for (start, _), t in zip(places, tensors, strict=True)]
+    assert (why_not_gradients(views, tensors) is not None) == refused
+    assert why_not_gradients([None, *views[:1]], [None, *tensors[:1]]) is None
+    of_input = views[0]._replace(buffer=Buffer(memory.nbytes, input=0))
+    assert "an input" in why_not_gradients([of_input], tensors[:1])
