@@ -4,6 +4,7 @@ The code is compiled once, when it is first bound, so that a recording does not 
 workspace by the values of its constants.
 """
 
+import builtins
 import functools
 import itertools
 import math
@@ -161,7 +162,7 @@ class Program:
             self._lines += [f"workspaces[{workspace}] = None" for workspace in unused.get(at, ())]
         for view in list(self._unmade.values()):
             self._of_the_call(view)
-        self._result = ", ".join("None" if view is None else self._tensor(view) for view in outputs)
+        self._result = "".join(f"{None if view is None else self._tensor(view)}, " for view in outputs)
         self._arguments = [*(["workspaces"] if gives_back else []), *(f"in{i}" for i in range(len(inputs)))]
 
     def bind(
@@ -180,7 +181,8 @@ class Program:
             made = {at: self._parts_at(at, base) for at, base in ((_NOWHERE, 0), *enumerate(bases))}
         stream = self._stream if stream is None else stream
         values = {name: self._value(value, bases, made, stream) for name, value in self._unbound.items()}
-        functions = {name: getattr(torch, name) for name in FUNCTIONS}
+        functions: dict[str, Any] = {name: getattr(torch, name) for name in FUNCTIONS}
+        functions["__builtins__"] = builtins  # where a dispatch mode looks on, PyTorch imports from within these functions
         # What Inductor's code calls too: on the current device, in half the time of torch.empty_strided.
         functions["empty"] = _guards._empty_strided_cuda if output is None else lambda *_: output
         return FunctionType(self._code, self._constants | values | functions, "replay")
@@ -201,7 +203,7 @@ class Program:
 
     @functools.cached_property
     def _code(self) -> CodeType:
-        body = "\n".join(f"    {line}" for line in (*self._lines, f"return ({self._result},)"))
+        body = "\n".join(f"    {line}" for line in (*self._lines, f"return ({self._result})"))
         module = compile(f"def replay({', '.join(self._arguments)}):\n{body}\n", "<fastdeit plan>", "exec")
         return next(constant for constant in module.co_consts if isinstance(constant, CodeType))
 
