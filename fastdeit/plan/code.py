@@ -182,7 +182,7 @@ class Program:
         stream = self._stream if stream is None else stream
         values = {name: self._value(value, bases, made, stream) for name, value in self._unbound.items()}
         functions: dict[str, Any] = {name: getattr(torch, name) for name in FUNCTIONS}
-        functions["__builtins__"] = builtins  # where a dispatch mode looks on, PyTorch imports from within these functions
+        functions["__builtins__"] = builtins  # PyTorch imports from within the code where a dispatch mode looks on
         # What Inductor's code calls too: on the current device, in half the time of torch.empty_strided.
         functions["empty"] = _guards._empty_strided_cuda if output is None else lambda *_: output
         return FunctionType(self._code, self._constants | values | functions, "replay")

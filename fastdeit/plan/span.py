@@ -153,16 +153,15 @@ def _in_two(
     events: list, read: set[Buffer], places: dict, inputs: list, outputs: list, results: Sequence[View | None], device
 ) -> tuple[Bound, Bound]:
     """Forward cut behind the last event that may write to what backward reads of it. The second part writes to given outputs."""
-    made = {buffer for buffer in read if buffer in places or buffer in outputs}
-    cut = 1 + max((at for at, event in enumerate(events) if made & _written(event)), default=-1)
+    cut = 1 + max((at for at, event in enumerate(events) if read & _written(event)), default=-1)
     second = _bound(events[cut:], places, [*inputs, *outputs], [], device)
     return _bound(events[:cut], places, inputs, results, device), second
 
 
 def _written(event: Launch | Operation) -> set[Buffer]:
-    """All that an event may write to: of what a kernel is given it is not known."""
+    """All that an event may write to: of a kernel everything that it is given, but inputs and parameters."""
     if isinstance(event, Launch):
-        return {view.buffer for view in views_of(event)}
+        return set(lifetimes([event]))
     return {view.buffer for view in (event.out if isinstance(event.out[0], View) else (event.out,))}
 
 

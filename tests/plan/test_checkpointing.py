@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import gc
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from fastdeit.blocks.snapshot import KEY
 from fastdeit.plan import planned as planning
 from fastdeit.plan.planned import Plan, described
+from fastdeit.plan.span import SpanPlan
 from fastdeit.plan.training import TrainingPlan
 from tests.plan import models as whole_models
 from tests.plan.changes import replaced_data
@@ -320,6 +323,45 @@ def test_where_something_else_looks_on_the_ops_run(call, monkeypatch):
         torch.autograd.grad(made, [x, *block.parameters()], torch.ones_like(made))
 
 
+def test_a_plan_of_tokens_that_are_not_contiguous_does_not_run_in_a_checkpoint(monkeypatch):
+    block, x = block_and_tokens("ViT", torch.bfloat16)
+    transposed = x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    for _ in range(2):
+        torch.autograd.grad(called(block, transposed), transposed, torch.ones_like(x))
+    assert [type(entry) for entry in plans(block)] == [TrainingPlan]
+    monkeypatch.setattr(TrainingPlan, "__call__", lambda *_: pytest.fail("the plan ran"))
+    in_each([block], transposed).sum().backward()
+
+
+def test_contiguous_tokens_may_come_back_with_other_strides():
+    def in_copies(blocks, x):
+        copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+        with torch.autograd.graph.saved_tensors_hooks(copy, lambda packed: packed):
+            return in_each(blocks, x)
+
+    block, _ = block_and_tokens("ViT", torch.bfloat16)
+    x = torch.zeros(1, 20, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)[:, :17]
+    for _ in range(3):
+        gradients(in_copies, [block], x)
+    assert x.is_contiguous() and x.stride() != x.clone(memory_format=torch.contiguous_format).stride()
+    assert [type(entry) for entry in plans(block)] == [TrainingPlan]
+
+
+@pytest.mark.parametrize("forward", [in_each, in_one])
+def test_backward_alone_has_the_workspaces_of_a_recomputation(forward, monkeypatch):
+    """So that it gives each back before it is through."""
+    block, x, _ = checkpointed_block()
+    owners, backward = [], SpanPlan.backward
+
+    def watched(plan, saved, received):
+        owners.extend((each._use_count(), sys.getrefcount(each)) for each in saved)
+        return backward(plan, saved, received)
+
+    monkeypatch.setattr(SpanPlan, "backward", watched)
+    gradients(forward, [block], x)
+    assert owners == [(1, 3)] * len(owners) and len(owners) == 3  # by the list, and by the two names here
+
+
 def test_tokens_that_are_not_contiguous_say_so():
     block, x = block_and_tokens("ViT", torch.bfloat16)
     for _ in range(3):
@@ -387,6 +429,7 @@ def test_a_step_takes_no_more_memory_than_the_ops(dtype, autocast, batch, monkey
         return requested_bytes("peak") - before
 
     peak()
+    gc.collect()
     at_rest = requested_bytes()
     rehearsed, planned = peak(), peak()
     assert planned_kinds(model) == [[TrainingPlan]] * 12 and requested_bytes() == at_rest
