@@ -47,11 +47,15 @@ def pooled(**options):
 MODELS = {
     "timm": pooled,
     "timm with LayerScale": functools.partial(pooled, init_values=0.1),
+    "timm with drop path": functools.partial(pooled, drop_path_rate=0.3),
+    "timm with both": functools.partial(pooled, init_values=0.1, drop_path_rate=0.3),
+    "CaiT": functools.partial(timm.create_model, "cait_xxs24_224", depth=1, img_size=64, drop_path_rate=0.3),
     "torchvision": torchvisions,
     "ViT": hugging_faces,
     "ViT without biases": functools.partial(hugging_faces, qkv_bias=False),
     "CLIP": functools.partial(hugging_faces, "CLIPVisionConfig", "CLIPVisionModel"),
     "DINOv2": functools.partial(hugging_faces, "Dinov2Config", "Dinov2Model"),
+    "BEiT": functools.partial(hugging_faces, "BeitConfig", "BeitModel", drop_path_rate=0.0),
 }
 CASES = {
     "timm": ("timm", None, torch.bfloat16, "usual"),
@@ -63,6 +67,17 @@ CASES = {
     "lean": ("ViT", None, torch.bfloat16, "lean"),
     "no biases": ("ViT without biases", None, torch.bfloat16, "usual"),
     "CLIP": ("CLIP", torch.bfloat16, None, "usual"),
+    "LayerScale": ("timm with LayerScale", None, torch.bfloat16, "usual"),
+    "LayerScale in bf16": ("timm with LayerScale", torch.bfloat16, None, "usual"),
+    "drop path": ("timm with drop path", None, torch.bfloat16, "usual"),
+    "drop path in bf16": ("timm with drop path", torch.bfloat16, None, "usual"),
+    "both": ("timm with both", None, torch.bfloat16, "lean"),
+    "both in bf16": ("timm with both", torch.bfloat16, None, "usual"),
+    "class token": ("CaiT", None, torch.bfloat16, "usual"),
+    "DINOv2": ("DINOv2", None, torch.bfloat16, "usual"),
+    "DINOv2 in bf16": ("DINOv2", torch.bfloat16, None, "usual"),
+    "BEiT": ("BEiT", None, torch.bfloat16, "usual"),
+    "BEiT in bf16": ("BEiT", torch.bfloat16, None, "usual"),
 }
 
 
@@ -85,13 +100,17 @@ def blocks_of(model):
 
 
 def block_and_tokens(name, dtype, memory="usual"):
-    block = blocks_of(build(name, dtype, memory))[1]
+    """The second block, in training mode."""
+    block = blocks_of(build(name, dtype, memory))[1].train()
     return block, torch.zeros(2, 17, 192, device="cuda", dtype=dtype, requires_grad=True)
 
 
 def called(block, x):
     """A block's tokens."""
-    out = block(x, None) if type(block).__name__.startswith(("ViT", "CLIP")) else block(x)
+    kind = type(block).__name__
+    if "ClassAttn" in kind:
+        return block(x[:, 1:], x[:, :1])
+    out = block(x, None) if kind.startswith(("ViT", "CLIP")) else block(x)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -155,13 +174,15 @@ def test_a_plan_with_gradients_launches_what_the_ops_launch_on_the_same_tensors(
     assert of_parameters(planned, block) == of_parameters(ops, block)
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision", "ViT"])
+@pytest.mark.parametrize("name", ["timm", "timm with both", "torchvision", "ViT", "DINOv2"])
 def test_a_model_trains_and_infers_from_the_plans_of_its_blocks(name, monkeypatch):
     model = build(name).train()
     plan_it(lambda: step(model))
     assert planned_kinds(model) == [[TrainingPlan]] * 2
     planned = recorded(lambda: step(model))
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert all(
+        p.grad is not None for name, p in model.named_parameters() if "mask_token" not in name and p.requires_grad
+    )
     assert of_parameters(planned, model) == of_parameters(unplanned(monkeypatch, lambda: step(model)), model)
     model.eval()
     fastdeit.set_graphs("auto")
@@ -179,6 +200,8 @@ def test_a_model_trains_and_infers_from_the_plans_of_its_blocks(name, monkeypatc
     lines = [line for line in fastdeit.explain(model).plans if line.endswith("planned, launched")]
     of_both = {
         "timm": ["blocks.0-1"],
+        "timm with both": ["blocks.0-1"],
+        "DINOv2": ["encoder.layer.0-1"],
         "torchvision": ["layers.encoder_layer_0-1"],
         "ViT": ["vit.layers.0-1"],
     }[name]
@@ -279,12 +302,38 @@ def test_checkpointed_blocks_launch_what_the_ops_launch(reentrant, monkeypatch):
     assert planned_kinds(model) == ([[Plan, TrainingPlan]] * 2 if reentrant else [[]] * 2)
 
 
-@pytest.mark.parametrize("name", ["DINOv2", "timm with LayerScale"])
-def test_a_block_whose_parts_are_called_says_so(name):
-    model = build(name)
-    with torch.no_grad(), precision(torch.bfloat16):
-        plan_it(lambda: output(model))
-    assert [plans(block) for block in blocks_of(model)] == [["its last LayerScale is called"]] * 2
+TAILS = {
+    "a hook is registered on its LayerScale": lambda block: block.ls2.register_forward_hook(lambda *_: None),
+    "a hook is registered on its DropPath": lambda block: block.drop_path2.register_forward_pre_hook(lambda *_: None),
+    "its LayerScale has a forward of its own": lambda block: own_forward(block.ls2),
+    "its LayerScale is a LayerScale that works in place": lambda block: setattr(block.ls2, "inplace", True),
+    "its drop path is a StochasticDepth": lambda block: setattr(
+        block, "drop_path2", torchvision.ops.StochasticDepth(0.3, "row")
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", TAILS)
+def test_a_last_layer_scale_or_drop_path_that_may_do_more_is_called_and_said(reason, monkeypatch):
+    block, x = block_and_tokens("timm with both", None)
+    called_parts = []
+
+    def call():
+        with torch.no_grad(), precision(torch.bfloat16):
+            block(x)
+
+    plan_it(call)
+    assert [type(entry) for entry in plans(block)] == [Plan]
+    TAILS[reason](block)
+    for part in (block.ls2, block.drop_path2):
+        monkeypatch.setattr(part, "_call_impl", functools.partial(_noted, part, called_parts))
+    plan_it(call)
+    assert plans(block) == [reason] and called_parts == [block.ls2, block.drop_path2] * 3
+
+
+def _noted(part, called_parts, *args):
+    called_parts.append(part)
+    return nn.Module._call_impl(part, *args)
 
 
 def test_nothing_is_planned_where_weights_are_sharded(tmp_path):
