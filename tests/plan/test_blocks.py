@@ -20,7 +20,7 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.tape import Buffer, View
 from fastdeit.plan.training import TrainingPlan
 from tests.plan.changes import LoRA, hidden_hook, own_forward, replaced_data
-from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded
+from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes
 from tests.plan.models import apart, needs_plans, plan_it, plans
 from tests.plan.test_training import keep_apart, keep_made, unplanned
 
@@ -334,6 +334,34 @@ def test_a_last_layer_scale_or_drop_path_that_may_do_more_is_called_and_said(rea
 def _noted(part, called_parts, *args):
     called_parts.append(part)
     return nn.Module._call_impl(part, *args)
+
+
+@pytest.mark.parametrize("dtype, autocast", [(None, torch.bfloat16), (torch.bfloat16, None)])
+@pytest.mark.parametrize("name", ["ViT", "DINOv2"])
+@pytest.mark.parametrize("gradients, most", [(False, 1.01), (True, 1.06)])
+def test_blocks_take_no_more_memory_than_the_ops(name, dtype, autocast, gradients, most, monkeypatch):
+    with torch.device("cuda"):
+        model = fastdeit.accelerate(MODELS[name](num_hidden_layers=6, image_size=96).to(dtype))
+    x = torch.zeros(64, 3, 96, 96, device="cuda", dtype=dtype or torch.float32)
+
+    def call():
+        with torch.set_grad_enabled(gradients), precision(autocast):
+            made = model(x)[0]
+        if gradients:
+            made.sum().backward()
+
+    def peak():
+        model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = requested_bytes()
+        call()
+        return requested_bytes("peak") - before
+
+    plan_it(call)
+    assert planned_kinds(model) == [[TrainingPlan if gradients else Plan]] * 6
+    planned = peak()
+    monkeypatch.setattr(planning, "why_not_plannable", lambda _: "a test")
+    assert planned / peak() <= most
 
 
 def test_nothing_is_planned_where_weights_are_sharded(tmp_path):
