@@ -3,7 +3,7 @@
 Callers have checked the block with `checklist`; nothing is checked here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +129,7 @@ def run_block(
         elif isinstance(body, spec.Mlp):
             out = run_mlp(body, tokens) if called is None else run_mlp_called(body, tokens)
         elif keep is None:
-            out = run_attention(body, tokens) if called is None else run_attention_called(body, tokens)
+            out = run_attention(body, tokens, ops.linear) if called is None else run_attention_called(body, tokens)
         else:
             x, out, keep = x[:, :keep], _run_attention_prefix(body, tokens, keep), None
         if subset is not None:
@@ -213,6 +213,13 @@ def _pending_subset(
     return PendingResidual(x, _scaled(branch, block, out, calls_scale), None, subset.scale, subset.slots)
 
 
+def added(pending: PendingResidual) -> Tensor:
+    """The stream after the addition that `run_block` leaves where it defers nothing."""
+    if pending.slots is not None:
+        return settled(pending)
+    return pending.x if pending.branch is None else pending.x + pending.branch
+
+
 def settled(pending: PendingResidual) -> Tensor:
     """The stream after its addition, by PyTorch's operations."""
     x, branch, gamma, scale, slots = pending
@@ -267,10 +274,10 @@ def run_layer_norm(norm: spec.Affine, x: Tensor) -> Tensor:
     return ops.layer_norm(x, *_read(norm), norm.module.eps)
 
 
-def run_attention(body: spec.Attention, x: Tensor) -> Tensor:
-    """(B, N, C) -> (B, N, C_out)."""
-    out = ops.attention(F.linear(x, *_packed(body.qkv)), body.num_heads)
-    return dropped_out(body.out_dropout, F.linear(out, *_read(body.proj)))
+def run_attention(body: spec.Attention, x: Tensor, linear: Callable[..., Any] = F.linear) -> Tensor:
+    """(B, N, C) -> (B, N, C_out), with projections by a function of input, weight and bias."""
+    out = ops.attention(linear(x, *_packed(body.qkv)), body.num_heads)
+    return dropped_out(body.out_dropout, linear(out, *_read(body.proj)))
 
 
 def run_attention_called(body: spec.Attention, x: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """A block that its host calls by itself, from a plan of its own."""
 
 import functools
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastdeit.blocks import spec
 from fastdeit.blocks.checklist import BlockVerdict
-from fastdeit.blocks.run import PendingResidual, run_block
+from fastdeit.blocks.run import PendingResidual, added, run_block
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.planned import planned
 from fastdeit.plan.surroundings import why_parts_of_block_called
@@ -33,6 +33,5 @@ def planned_block(module: nn.Module, answer: _Answer, tokens: Tensor, keep: int 
     return cast(Tensor, planned(module, answer, run, tokens, called, spans, captured=False))
 
 
-def _run(answer: _Answer, keep: int | None, tokens: Tensor) -> Any:
-    pending = run_block(*answer, PendingResidual(tokens), attention_fused=True, defer=False, keep=keep)
-    return pending.x + cast(Tensor, pending.branch)
+def _run(answer: _Answer, keep: int | None, tokens: Tensor) -> Tensor:
+    return added(run_block(*answer, PendingResidual(tokens), attention_fused=True, defer=False, keep=keep))

@@ -49,6 +49,7 @@ MODELS = {
     "timm with LayerScale": functools.partial(pooled, init_values=0.1),
     "timm with drop path": functools.partial(pooled, drop_path_rate=0.3),
     "timm with both": functools.partial(pooled, init_values=0.1, drop_path_rate=0.3),
+    "timm that skips": functools.partial(pooled, init_values=0.1, drop_path_rate=0.6),
     "CaiT": functools.partial(timm.create_model, "cait_xxs24_224", depth=1, img_size=64, drop_path_rate=0.3),
     "torchvision": torchvisions,
     "ViT": hugging_faces,
@@ -69,6 +70,10 @@ CASES = {
     "CLIP": ("CLIP", torch.bfloat16, None, "usual"),
     "LayerScale": ("timm with LayerScale", None, torch.bfloat16, "usual"),
     "LayerScale in bf16": ("timm with LayerScale", torch.bfloat16, None, "usual"),
+    "LayerScale in fp16": ("timm with LayerScale", None, torch.float16, "usual"),
+    "DINOv2 in fp16": ("DINOv2", torch.float16, None, "usual"),
+    "drop path that skips": ("timm that skips", None, torch.bfloat16, "usual"),
+    "drop path that skips, in fp16": ("timm that skips", torch.float16, None, "lean"),
     "drop path": ("timm with drop path", None, torch.bfloat16, "usual"),
     "drop path in bf16": ("timm with drop path", torch.bfloat16, None, "usual"),
     "both": ("timm with both", None, torch.bfloat16, "lean"),
@@ -88,7 +93,8 @@ def _built(name):
 
 
 def build(name, dtype=None, memory="usual"):
-    return fastdeit.accelerate(copy.deepcopy(_built(name)).to(dtype), memory=memory)
+    drop_path = "skip" if "skips" in name else "mask"
+    return fastdeit.accelerate(copy.deepcopy(_built(name)).to(dtype), memory=memory, drop_path=drop_path)
 
 
 def images(model):
