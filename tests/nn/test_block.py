@@ -294,5 +294,6 @@ def test_a_small_layer_scale_survives_fp16(gamma):
             out = block(x) - x
         out.sum().backward()
         results.append((out, block.ls1.gamma.grad, block.attn.proj.weight.grad))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+    roundings = 0.0, 0.0, 2.0**-25  # timm's gradient of a weight is rounded to fp16
+    for got, expected, rounding in zip(*results, roundings, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item() + rounding)
