@@ -10,10 +10,11 @@ from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.plan.bound import Bound
-from fastdeit.plan.code import Place, Program
+from fastdeit.plan.code import Place, Unsupported, why_not_code
+from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.tape import Buffer, Launch, Operation, View
-from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked, views_of
+from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked
 
 _Tensors = Sequence[Tensor | None]
 _Layout = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a contiguous tensor
@@ -59,7 +60,7 @@ class SpanPlan:
             None if buffer is None or view is None else (view.shape, view.dtype)
             for buffer, view in zip(gradients, results, strict=True)
         ]
-        again = {view.buffer for event in second for view in views_of(event)}
+        again = {buffer for event in second for buffer in event.buffers}
         self.inputs_read = [i for i, view in enumerate(given) if view is not None and view.buffer in again]
         self.results_read = [i for i, view in enumerate(results) if view is not None and view.buffer in again]
         self.saved = Reads(second, read).parameters
@@ -76,14 +77,15 @@ class SpanPlan:
         passing = packed({buffer: life for buffer, life in in_forward.items() if buffer not in kept})
         self.saved_sizes, self._passing_size = [each.size for each in saved], passing.size
         self._forward = _bound(first, _places(*saved, passing), inputs, results, device)
+        for code in ((first, inputs, results), (second, received, made)):
+            if (reason := why_not_code(*code)) is not None:
+                raise Unsupported(reason)
+        # Made when needed first, so that a recording does not wait for them.
         self._make_parts = functools.partial(
             _in_two, first, again, _places(*saved, passing), inputs, outputs, results, device
         )
-        # What is read for the last time leaves its place to others, unless another backward pass is to follow.
         later = {buffer: life for buffer, life in in_backward.items() if buffer not in kept}
-        inside, rest = packed_into(later, {buffer: (0, last) for buffer, last in kept.items()}, saved)
-        shared = [Allocation({**each.offsets, **more}, each.size) for each, more in zip(saved, inside, strict=True)]
-        self._backward = _backward_in(shared, rest, second, received, made, device)
+        self._make_backward = functools.partial(_backward_after, saved, kept, later, second, received, made, device)
         self._make_repeatable = functools.partial(_backward_in, saved, later, second, received, made, device)
 
     def __call__(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -106,9 +108,14 @@ class SpanPlan:
         if _keeps_graph():
             workspaces, code = list(saved), self.repeatable
         else:
-            workspaces, code = saved, self._backward
+            workspaces, code = saved, self.once
         workspaces += map(self._empty, code.sizes)
         return code.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
+
+    @functools.cached_property
+    def once(self) -> "_Backward":
+        """Backward after which there is no other: what is read for the last time leaves its place to others."""
+        return self._make_backward()
 
     @functools.cached_property
     def repeatable(self) -> "_Backward":
@@ -170,6 +177,13 @@ class _Backward(NamedTuple):
 
     bound: Bound
     sizes: list[int]
+
+
+def _backward_after(saved: list[Allocation], kept: dict[Buffer, int], later: dict, *rest: Any) -> _Backward:
+    """Backward with its own buffers in the place of those kept for it, after the last event that reads them, where they fit."""
+    inside, others = packed_into(later, {buffer: (0, last) for buffer, last in kept.items()}, saved)
+    shared = [Allocation({**each.offsets, **more}, each.size) for each, more in zip(saved, inside, strict=True)]
+    return _backward_in(shared, others, *rest)
 
 
 def _backward_in(

@@ -14,8 +14,8 @@ from fastdeit import ops
 from fastdeit.blocks.snapshot import KEY
 from fastdeit.plan import planned as planning
 from fastdeit.plan import surroundings
-from fastdeit.plan.code import MOST_ADDRESSES
 from fastdeit.plan.planned import Plan, described
+from fastdeit.plan.program import MOST_ADDRESSES
 from fastdeit.plan.tape import Tape
 from tests.plan.changes import CHANGES, LoRA
 from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes
@@ -38,6 +38,7 @@ CASES = {
     "registers": (PLAIN, None, torch.bfloat16, dict(reg_tokens=3)),
     "LayerScale": (PLAIN, None, torch.bfloat16, dict(init_values=0.1)),
     "LayerScale in bf16": (PLAIN, torch.bfloat16, None, dict(init_values=0.1)),
+    "LayerScale in fp16": (PLAIN, None, torch.float16, dict(init_values=0.1)),
     "no qkv bias": (PLAIN, None, torch.bfloat16, dict(qkv_bias=False)),
     "positions of patches alone": (PLAIN, None, torch.bfloat16, dict(no_embed_class=True)),
     "drop path, inactive": (PLAIN, None, torch.bfloat16, dict(drop_path_rate=0.3)),
