@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.fake_device, needs_plans]
 
 def checkpointed_model(name="ViT", memory="usual", reentrant=False, **options):
     model = build(name, memory=memory).train()
-    if name == "timm":
+    if name.startswith("timm"):
         model.set_grad_checkpointing()
     else:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant, **options})
@@ -137,6 +137,9 @@ MODELS = {
     "transformers": ("ViT", "usual"),
     "timm": ("timm", "usual"),
     "lean": ("ViT", "lean"),
+    "LayerScale": ("timm with LayerScale", "usual"),
+    "drop path": ("timm with drop path", "usual"),
+    "both": ("timm with both", "usual"),
 }
 
 
@@ -148,9 +151,13 @@ def test_a_step_launches_what_the_ops_launch(case, monkeypatch):
     plan_it(one)
     assert planned_kinds(model) == [[TrainingPlan]] * 2
     assert {line.rpartition(": ")[2] for block in blocks_of(model) for line in described(block)} == {"planned"}
+    offset, starts = torch.cuda.default_generators[0].get_offset, []
+    starts.append(offset())
     planned = of_parameters(recorded(one), model)
-    ops = of_parameters(ops_step(monkeypatch, one), model)
+    starts.append(offset())
+    ops = of_parameters(unplanned(monkeypatch, one), model)
     assert without_casts(planned) == without_casts(without_unread(ops, memory))
+    assert offset() - starts[1] == starts[1] - starts[0] and (starts[1] > starts[0]) is (case in ("drop path", "both"))
 
 
 def test_the_blocks_of_a_model_that_is_planned_as_a_whole_otherwise(monkeypatch):
