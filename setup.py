@@ -32,6 +32,7 @@ BENCH = ["matplotlib>=3.10", "pytest>=9.0", "pytest-benchmark>=5.2"]
 # Libraries whose models are accelerated too (docs/hosts.md), for the tests of that; none is needed to import fastdeit.
 HOSTS = [
     "accelerate>=1.15",
+    "open_clip_torch>=3.3",
     "peft>=0.21",
     "torchao>=0.16",  # PEFT 0.21 raises an error beside an older one
     "torchvision>=0.23",

@@ -106,13 +106,17 @@ def _call(model: nn.Module, precision: str, passed: str, images: Tensor) -> Call
         with context():
             model(images)
 
+    if passed == "forward":
+        return forward
+    optimizer = torch.optim.AdamW(model.parameters())
+
     def step() -> None:
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad()  # as training loops do: model.zero_grad finds the parameters by walking all modules
         with context():
             outputs = model(images)
         sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
 
-    return forward if passed == "forward" else step
+    return step
 
 
 def _captured(call: Callable[[], Any], images: Tensor) -> Callable[[], None]:

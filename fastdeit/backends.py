@@ -116,7 +116,7 @@ def settings(x: Tensor, products: bool = True) -> tuple | None:
     """
     if torch._C._functorch.peek_interpreter_stack() is not None or refusals.refused:
         return None
-    kind = "cuda" if x.is_cuda else x.device.type
+    kind = _autocast_device(x)
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     tf32 = products and autocast is None and x.dtype is torch.float32 and _tf32_allowed()
     return _backend, _supposes_gpu, _takes_all, autocast, tf32, torch.is_grad_enabled(), refusals.generation
@@ -159,16 +159,24 @@ def in_functional_transform() -> bool:
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product of x runs in: under autocast the low precision that PyTorch's own products take."""
-    kind = "cuda" if x.is_cuda else x.device.type
+    kind = _autocast_device(x)
     if torch.is_autocast_enabled(kind) and x.dtype in KERNEL_DTYPES:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
+def _autocast_device(x: Tensor) -> str:
+    """The device whose autocast x is under. Meta tensors, which have none, are judged under any: a machine without CUDA has no
+    autocast of its."""
+    if x.is_meta:
+        return "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    return "cuda" if x.is_cuda else x.device.type
+
+
 def check_multiplied(x: Tensor, name: str, tensor: Tensor) -> None:
     """Raises TypeError where PyTorch's matrix product of x would refuse a weight or bias: of another dtype, with autocast off."""
-    kind = "cuda" if x.is_cuda else x.device.type
-    if tensor.dtype != x.dtype and (kind == "meta" or not torch.is_autocast_enabled(kind)):
+    kind = _autocast_device(x)
+    if tensor.dtype != x.dtype and (x.is_meta or not torch.is_autocast_enabled(kind)):
         raise TypeError(f"{name}: expected {x.dtype} as x has, or autocast, got {tensor.dtype}")
 
 

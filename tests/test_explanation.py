@@ -81,6 +81,15 @@ def test_models_without_memory_or_parameters_can_be_explained(device):
     assert fastdeit.explain(model).as_dict()["norm"]["reason"] == f"tensors on {device}"
 
 
+def test_a_model_without_memory_is_judged_under_autocast():
+    with torch.device("meta"):
+        model = fastdeit.accelerate(tiny())
+    ieee = "float32 matrix products run on the libraries unless TF32 is allowed"
+    assert fastdeit.explain(model, on_gpu=True).as_dict()["blocks.0.attn"]["reason"] == ieee
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fastdeit.explain(model, on_gpu=True).as_dict()["blocks.0.attn"]["fused"]
+
+
 def test_the_table_joins_modules_that_fare_the_same():
     rows = [Row(f"blocks.{i}.attn", "Attention", i != 1, "" if i != 1 else "a mask") for i in range(5)]
     table = str(Report([Row("", "VisionTransformer", False, "no"), *rows, Row("norm", "LayerNorm", True, "")]))

@@ -46,6 +46,7 @@ HOSTS = {
     for name, library in (
         ("torchvision", "torchvision"),
         ("huggingface", "transformers"),
+        ("open_clip", "open_clip"),
         ("vit_pytorch", "vit_pytorch"),
     )
     for folder in ("blocks.adapters", "nn")
@@ -129,7 +130,7 @@ def test_fastdeit_brings_no_library_before_it_is_used_and_no_host_because_it_kno
         "assert {fastdeit.ops.layer_norm, fastdeit.nn.Block, fastdeit.losses.DistillationLoss}\n"
         "import timm.layers\n"
         "fastdeit.explain(fastdeit.accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2))))\n"
-        "print([m for m in ('transformers', 'vit_pytorch') if m in sys.modules or 'fastdeit.nn.' + m in sys.modules])"
+        "print([m for m in ('open_clip', 'transformers', 'vit_pytorch') if m in sys.modules or 'fastdeit.nn.' + m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]" and result.returncode == 0, result.stderr

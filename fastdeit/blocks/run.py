@@ -248,8 +248,8 @@ def add_layer_norm(
     return ops.add_layer_norm(x, branch, weight, bias, norm.module.eps, **options)
 
 
-def run_layer_norm(norm: spec.Affine, x: Tensor) -> Tensor:
-    return ops.layer_norm(x, *_read(norm), norm.module.eps)
+def run_layer_norm(norm: spec.Affine, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return ops.layer_norm(x, *_read(norm), norm.module.eps, out_dtype=out_dtype)
 
 
 def run_attention(body: spec.Attention, x: Tensor) -> Tensor:

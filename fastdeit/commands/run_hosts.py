@@ -12,6 +12,7 @@ from torch import nn
 
 # File -> class, and its methods that make a model, or are its constructor.
 _MAKERS = {
+    "open_clip.transformer": ("VisionTransformer", ("__init__",)),
     "torchvision.models.vision_transformer": ("VisionTransformer", ("__init__",)),
     "transformers.modeling_utils": ("PreTrainedModel", ("from_pretrained", "_from_config")),
     "vit_pytorch.simple_vit": ("SimpleViT", ("__init__",)),

@@ -15,6 +15,7 @@ _HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dinov2.layers.block": ("fastdeit.nn.dinov2", ("Block", "NestedTensorBlock")),
     "models": ("fastdeit.nn.deit_distilled", ("DistilledVisionTransformer",)),
     "models_v2": ("fastdeit.nn.deit_blocks", ("Block", "LayerScaleBlock")),
+    "open_clip.transformer": ("fastdeit.nn.open_clip", ("ResidualAttentionBlock", "LayerNorm", "LayerNormFp32")),
     "src.models.vision_transformer": ("fastdeit.nn.ijepa", ("Block",)),
     "torchvision.models.vision_transformer": ("fastdeit.nn.torchvision", ("EncoderBlock",)),
     "vision_transformer": ("fastdeit.nn.dino", ("Block",)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdeit.plan.code import MOST_ADDRESSES, Program
+from fastdeit.plan.program import MOST_ADDRESSES, Program
 
 
 class Bound:
@@ -24,7 +24,8 @@ class Bound:
 
     def fixed(self, address: int, output: Tensor, stream: int) -> Callable[..., tuple[Any, ...]]:
         """As `Program.bind`, for the caller to keep."""
-        return self._program.bind(address, output=output, stream=stream)
+        with self._changing:
+            return self._program.bind(address, output=output, stream=stream)
 
     def _bind(self, addresses: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
         with self._changing:

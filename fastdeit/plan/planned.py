@@ -15,8 +15,9 @@ from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.bound import Bound
-from fastdeit.plan.code import Place, Program, Unsupported, why_not_output
+from fastdeit.plan.code import Place, Unsupported, why_not_code, why_not_output
 from fastdeit.plan.graphs import AutomaticGraph
+from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.surroundings import (
     is_training,
@@ -53,14 +54,16 @@ class Plan:
         if isinstance(output, tuple):
             raise Unsupported(f"{len(output)} tensors are returned")
         out = tape.view(output)
-        if (reason := tape.refused or why_not_output(out, output)) is not None:
+        given = tape.view(x).buffer
+        reason = tape.refused or why_not_output(out, output) or why_not_code(tape.events, [given], [out])
+        if reason is not None:
             raise Unsupported(reason)
         lives = lifetimes(tape.events)
         lives.pop(out.buffer, None)
         offsets, self._bytes = packed(lives)
         places = {buffer: Place(0, offset) for buffer, offset in offsets.items()}
         with torch.inference_mode(False), torch.no_grad():
-            program = Program(tape.events, places, [tape.view(x).buffer], [out], output.device)
+            program = Program(tape.events, places, [given], [out], output.device)
         self.still_holds = Reads(tape.events, parameters).still_hold
         self._bound, self._device = Bound(program), output.device
         self._output = output.shape, output.dtype

@@ -12,7 +12,8 @@ from torch.autograd.graph import get_gradient_edge
 from fastdeit.blocks.spans import Span
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.plan.bound import Bound
-from fastdeit.plan.code import Place, Program, Unsupported, why_not_gradients, why_not_output
+from fastdeit.plan.code import Place, Unsupported, why_not_code, why_not_gradients, why_not_output
+from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.surroundings import nothing_called
 from fastdeit.plan.tape import Buffer, Tape, View
@@ -229,11 +230,12 @@ class SpanPlan:
         passing = packed({buffer: life for buffer, life in in_forward.items() if buffer not in kept})
         self.saved_sizes, self._passing_size = [each.size for each in saved], passing.size
         self._forward = _bound(first, _places(*saved, passing), inputs, results, device)
-        # What is read for the last time leaves its place to others, unless another backward pass is to follow.
+        for code in ((first, inputs, results), (second, received, made)):
+            if (reason := why_not_code(*code)) is not None:
+                raise Unsupported(reason)
+        # Made when needed first, so that a recording does not wait for them.
         later = {buffer: life for buffer, life in in_backward.items() if buffer not in kept}
-        inside, rest = packed_into(later, {buffer: (0, last) for buffer, last in kept.items()}, saved)
-        shared = [Allocation({**each.offsets, **more}, each.size) for each, more in zip(saved, inside, strict=True)]
-        self._backward = _backward_in(shared, rest, second, received, made, device)
+        self._make_backward = functools.partial(_backward_after, saved, kept, later, second, received, made, device)
         self._make_repeatable = functools.partial(_backward_in, saved, later, second, received, made, device)
 
     def __call__(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -248,9 +250,14 @@ class SpanPlan:
         if _keeps_graph():
             workspaces, code = list(saved), self.repeatable
         else:
-            workspaces, code = saved, self._backward
+            workspaces, code = saved, self.once
         workspaces += map(self._empty, code.sizes)
         return code.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
+
+    @functools.cached_property
+    def once(self) -> "_Backward":
+        """Backward after which there is no other: what is read for the last time leaves its place to others."""
+        return self._make_backward()
 
     @functools.cached_property
     def repeatable(self) -> "_Backward":
@@ -270,6 +277,13 @@ class _Backward(NamedTuple):
 
     bound: Bound
     sizes: list[int]
+
+
+def _backward_after(saved: list[Allocation], kept: dict[Buffer, int], later: dict, *rest: Any) -> _Backward:
+    """Backward with its own buffers in the place of those kept for it, after the last event that reads them, where they fit."""
+    inside, others = packed_into(later, {buffer: (0, last) for buffer, last in kept.items()}, saved)
+    shared = [Allocation({**each.offsets, **more}, each.size) for each, more in zip(saved, inside, strict=True)]
+    return _backward_in(shared, others, *rest)
 
 
 def _backward_in(

@@ -203,6 +203,10 @@ class Tape(LaunchObserver):
 
     @_untraced
     def launched(self, launch: Any) -> None:
+        from fastdeit.kernels.runtime.raw_launch import raw_launcher
+
+        if raw_launcher(launch) is None:
+            self.refuse(f"{launch.kernel.__name__} needs memory of its own")
         args = tuple(map(self._argument, launch.args))
         self.events.append(Launch(launch._replace(args=()), args))
 

@@ -243,7 +243,7 @@ def test_a_script_that_is_not_there_is_named(capsys, argv, message):
 
 OTHERS = """
 import sys
-assert not {"transformers", "vit_pytorch"} & set(sys.modules)
+assert not {"open_clip", "transformers", "vit_pytorch"} & set(sys.modules)
 from torchvision.models import VisionTransformer
 from vit_pytorch import ViT, SimpleViT
 from transformers import AutoModelForImageClassification, ViTConfig
@@ -256,13 +256,16 @@ models = [
 models[3].save_pretrained("saved")
 models.append(AutoModelForImageClassification.from_pretrained("saved"))
 models.append(AutoModelForImageClassification.from_pretrained("saved", output_loading_info=True)[0])
+import open_clip
+sizes = dict(vision_cfg=dict(image_size=16, patch_size=8, width=64, layers=1), text_cfg=dict(width=64, heads=1, layers=1))
+models.append(open_clip.CLIP(embed_dim=8, **sizes))
 for model in models:
     print(type(model).__name__, any(type(part).__module__.startswith("fastdeit.nn") for part in model.modules()))
 """
 
 
 def test_models_of_other_libraries_are_accelerated_where_they_are_made(script, tmp_path):
-    for library in ("torchvision", "vit_pytorch", "transformers"):
+    for library in ("open_clip", "torchvision", "vit_pytorch", "transformers"):
         pytest.importorskip(library, reason=f"needs {library}")
     command = [sys.executable, "-m", "fastdeit", "run", script(OTHERS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
@@ -271,8 +274,9 @@ def test_models_of_other_libraries_are_accelerated_where_they_are_made(script, t
         "ViT True",
         "SimpleViT True",
         *["ViTForImageClassification True"] * 3,
+        "CLIP True",
     ], done.stderr
-    assert done.stderr.count("is accelerated: ") == 6
+    assert done.stderr.count("is accelerated: ") == 7
 
 
 def test_other_libraries_have_their_constructors_back():

@@ -29,10 +29,15 @@ def vit_pytorch_model(name: str) -> nn.Module:
     return getattr(pytest.importorskip("vit_pytorch"), name)(**sizes)
 
 
+def open_clips_vision_model(name: str) -> nn.Module:
+    return pytest.importorskip("open_clip").create_model(name, device="meta").visual
+
+
 MAKERS: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": torchvision_model,
     "transformers": transformers_model,
     "vit-pytorch": vit_pytorch_model,
+    "open_clip": open_clips_vision_model,
     "timm": timm.create_model,
 }
 
@@ -43,7 +48,7 @@ def rows() -> list[tuple[str, str, str, str, str]]:
     found = []
     for line in table.splitlines()[2:]:
         model, counts, blocks, norms = (cell.strip() for cell in line.strip("|").split("|"))
-        names = re.findall(r"`([\w.]+)(?:\(\))?`", model)
+        names = re.findall(r"`([\w.-]+)(?:\(\))?`", model)
         found += [
             (model.split()[0], name, count, blocks, norms)
             for name, count in zip(names, counts.split(", "), strict=True)

@@ -14,8 +14,8 @@ from fastdeit import ops
 from fastdeit.blocks.snapshot import KEY
 from fastdeit.plan import planned as planning
 from fastdeit.plan import surroundings
-from fastdeit.plan.code import MOST_ADDRESSES
 from fastdeit.plan.planned import Plan, described
+from fastdeit.plan.program import MOST_ADDRESSES
 from fastdeit.plan.tape import Tape
 from tests.plan.changes import CHANGES, LoRA
 from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes

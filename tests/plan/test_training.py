@@ -224,24 +224,24 @@ def test_a_backward_pass_that_another_may_follow_writes_over_nothing_that_is_kep
     ran = []
     for span in only_plan(model)._spans:
         assert "repeatable" not in vars(span)  # made at its first use
-        for name in ("_backward", "repeatable"):
+        for name in ("once", "repeatable"):
             bound = getattr(span, name).bound
             monkeypatch.setattr(bound, "at", lambda *a, name=name, at=bound.at: ran.append(name) or at(*a))
     count = len(only_plan(model)._spans)
     loss.backward(retain_graph=True)
     assert ran == ["repeatable"] * count
     loss.backward()
-    assert ran[count:] == ["_backward"] * count
+    assert ran[count:] == ["once"] * count
 
 
-def test_code_is_compiled_by_the_first_call_that_repeats_it():
+def test_code_is_written_by_the_first_call_that_repeats_it():
     model = build(dtype=torch.bfloat16).train()
     for _ in range(2):
         step(model, images(model))
-    bound = [each for span in only_plan(model)._spans for each in (span._forward, span._backward.bound)]
-    assert not any("_code" in vars(each._program) for each in bound)
+    spans = only_plan(model)._spans
+    assert not any("_written" in vars(span._forward._program) or "once" in vars(span) for span in spans)
     step(model, images(model))
-    assert all("_code" in vars(each._program) for each in bound)
+    assert all("_written" in vars(each._program) for span in spans for each in (span._forward, span.once.bound))
 
 
 def test_gradients_are_received_as_launches_read_them():
