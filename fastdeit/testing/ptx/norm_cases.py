@@ -45,7 +45,7 @@ def ragged(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     """The same kernels with sizes that leave a rest everywhere; sm_89 and sm_100 have the code of sm_80 and sm_90 here."""
     if arch not in (80, 90):
         return
-    sizes = dict(zip(("samples", "tokens"), _RAGGED, strict=True))
+    sizes: dict[str, Any] = dict(zip(("samples", "tokens"), _RAGGED, strict=True))
     yield "ragged layer_norm C=384 bf16", functools.partial(_layer_norm, 384, **sizes)
     yield "ragged add_layer_norm C=384 autocast", functools.partial(_add_layer_norm, 384, **sizes)
     folded = functools.partial(functools.partial, _add_layer_norm_mlp, 384, _RAGGED_HIDDEN, **sizes)
