@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from fastdeit.plan.tape import Buffer, Descriptor, Launch, Operation, View
-from fastdeit.plan.workspace import tensor_at, views_of
+from fastdeit.plan.workspace import tensor_at
 
 # Of torch, which take `out`.
 FUNCTIONS = (
@@ -159,8 +159,8 @@ class Code:
         """The workspaces that are no longer touched after an event, by its number."""
         last = {}
         for at, event in enumerate(events):
-            for view in views_of(event):
-                if (place := self._places.get(view.buffer)) is not None:
+            for buffer in event.buffers:
+                if (place := self._places.get(buffer)) is not None:
                     last[place.workspace] = at
         unused: dict[int, list[int]] = {}
         for workspace, at in last.items():

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 from fastdeit.plan.tape import Launch, Operation
-from fastdeit.plan.workspace import views_of
 
 _FACTS = (attrgetter("dtype"), attrgetter("shape"), Tensor.stride, attrgetter("device"))
 
@@ -24,7 +23,7 @@ class Reads:
     """
 
     def __init__(self, events: Sequence[Launch | Operation], tensors: Sequence[Tensor]) -> None:
-        read = {view.buffer.address for event in events for view in views_of(event)}
+        read = {buffer.address for event in events for buffer in event.buffers}
         self.parameters = [p for p in tensors if p.untyped_storage().data_ptr() in read]
         self._addresses = list(map(Tensor.data_ptr, self.parameters))
         self._found, self._guard = _facts(self.parameters), None

@@ -17,7 +17,7 @@ from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.surroundings import nothing_called
 from fastdeit.plan.tape import Buffer, Tape, View
-from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked, views_of
+from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked
 
 _Tensors = Sequence[Tensor | None]
 _Layout = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a contiguous tensor
@@ -213,7 +213,7 @@ class SpanPlan:
             None if buffer is None or view is None else (view.shape, view.dtype)
             for buffer, view in zip(gradients, results, strict=True)
         ]
-        again = {view.buffer for event in second for view in views_of(event)}
+        again = {buffer for event in second for buffer in event.buffers}
         self.inputs_read = [i for i, view in enumerate(given) if view is not None and view.buffer in again]
         self.results_read = [i for i, view in enumerate(results) if view is not None and view.buffer in again]
         self.saved = Reads(second, read).parameters

@@ -6,7 +6,7 @@ repeat makes the recording unusable (`Tape.refused`) and leaves the run unchange
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +44,13 @@ _FILLED = {"aten::rand": ("uniform_", None), "aten::new_full": ("fill_", 2), "at
 _METHODS = {
     "aten::add_.Tensor": "add_",
     "aten::mul_.Tensor": "mul_",
+    "aten::div_.Tensor": "div_",
     "aten::zero_": "zero_",
     "aten::bernoulli_.float": "bernoulli_",
 }
+
+
+_NUMBERS = {int, float, bool, type(None)}  # and what stands in the place of a pointer that is not given
 
 
 class Buffer:
@@ -78,20 +82,52 @@ class Descriptor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class Launch(NamedTuple):
-    """A kernel launch; tensors and descriptors among its arguments are `View` and `Descriptor`."""
+class Launch:
+    """A kernel launch.
 
-    made: Any  # launch.DirectLaunch without its tensors
-    args: tuple
+    Args:
+        made: launch.DirectLaunch without its tensors.
+        args: of it. Tensors and descriptors among them are `View` and `Descriptor`.
+
+    Attributes:
+        buffers: all that it reads or writes.
+    """
+
+    __slots__ = ("args", "buffers", "made")
+
+    def __init__(self, made: Any, args: tuple) -> None:
+        self.made, self.args = made, args
+        self.buffers = tuple(dict.fromkeys(_buffers_of(args)))
 
 
-class Operation(NamedTuple):
-    """A function of torch's into `out`, one tensor or several, or a method of it that writes to it, whose name ends in `_`."""
+class Operation:
+    """A function of torch's into `out`, one tensor or several, or a method of it that writes to it, whose name ends in `_`.
 
-    kind: str
-    args: tuple  # views, tuples of views, numbers
-    out: View | tuple[View, ...]
-    options: tuple[tuple[str, Any], ...] = ()
+    Args:
+        args: views, tuples of views, numbers.
+
+    Attributes:
+        buffers: all that it reads or writes.
+    """
+
+    __slots__ = ("args", "buffers", "kind", "options", "out")
+
+    def __init__(
+        self, kind: str, args: tuple, out: View | tuple[View, ...], options: tuple[tuple[str, Any], ...] = ()
+    ) -> None:
+        self.kind, self.args, self.out, self.options = kind, args, out, options
+        self.buffers = tuple(dict.fromkeys(_buffers_of((*args, out))))
+
+
+def _buffers_of(args: tuple) -> Iterator[Buffer]:
+    for arg in args:
+        kind = type(arg)
+        if kind is View:
+            yield arg.buffer
+        elif kind is Descriptor:
+            yield arg.view.buffer
+        elif kind is tuple:
+            yield from _buffers_of(arg)
 
 
 class _Kind(NamedTuple):
@@ -188,15 +224,16 @@ class Tape(LaunchObserver):
 
     def view(self, tensor: Tensor) -> View:
         """Where a tensor lies, of all that the recording has seen and that still is."""
-        storage = tensor.untyped_storage().data_ptr()
+        address = tensor.data_ptr()
+        storage = address - int(tensor.storage_offset()) * tensor.element_size()
         buffer = self._buffers.get(storage)
-        if buffer is None or not storage or not self._lives(buffer):
+        if buffer is None or not address or not self._lives(buffer):
             self.refuse("a tensor comes from elsewhere")
             buffer = Buffer(0)
             self._add(storage, buffer)
         if buffer.input is not None and tensor.dtype != self._input_dtypes[buffer.input]:
             self.refuse("an input is read in another dtype")
-        offset = tensor.data_ptr() - self._starts[buffer]
+        offset = address - self._starts[buffer]
         return View(buffer, offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
     # ---- launches
@@ -216,7 +253,7 @@ class Tape(LaunchObserver):
     def _argument(self, arg: Any) -> Any:
         if isinstance(arg, Tensor):
             return self.view(arg)
-        if hasattr(arg, "block_shape"):
+        if type(arg) not in _NUMBERS and hasattr(arg, "block_shape"):
             if arg.padding != "zero":
                 self.refuse("a tensor descriptor pads with NaN")
             return Descriptor(self.view(arg.base), tuple(arg.shape), tuple(arg.strides))

@@ -9,35 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeit.plan.tape import Buffer, Descriptor, Launch, Operation, View
+from fastdeit.plan.tape import Buffer, Launch, Operation, View
 
 _ALIGNMENT = 512  # of the caching allocator's own
-
-
-def views_of(event: Launch | Operation) -> list[View]:
-    """All tensors that an event reads or writes."""
-    if isinstance(event, Operation):
-        return _views_among((*event.args, event.out))
-    views = (arg.view if isinstance(arg, Descriptor) else arg for arg in event.args)
-    return [view for view in views if isinstance(view, View)]
-
-
-def _views_among(args: tuple) -> list[View]:
-    views: list[View] = []
-    for arg in args:
-        if isinstance(arg, View):
-            views.append(arg)
-        elif isinstance(arg, tuple):
-            views += _views_among(arg)
-    return views
 
 
 def lifetimes(events: Sequence[Launch | Operation]) -> dict[Buffer, tuple[int, int]]:
     """The first and the last event that touches each buffer, of those that are neither inputs nor parameters."""
     found: dict[Buffer, tuple[int, int]] = {}
     for at, event in enumerate(events):
-        for view in views_of(event):
-            buffer = view.buffer
+        for buffer in event.buffers:
             if buffer.input is None and buffer.address is None:
                 found[buffer] = (found[buffer][0] if buffer in found else at, at)
     return found

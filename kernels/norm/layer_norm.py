@@ -10,7 +10,7 @@ lost speed on a TMA load that feeds a reduction.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -22,6 +22,7 @@ from fastdeit.kernels.runtime.column_sums import Table, sum_later
 from fastdeit.kernels.runtime.launch import cdiv, launch, next_power_of_2
 
 MAX_CHANNELS = 8192
+_promoted = cache(torch.promote_types)  # which is a call of an operator
 _IN_FLIGHT = 32768  # bytes that loads should keep in flight on a multiprocessor: HBM's bandwidth times its latency
 
 
@@ -117,7 +118,7 @@ def layer_norm_forward(
     y = x.new_empty(*y_shape, dtype=out_dtype)
     x_new = mean = rstd = None
     if branch is not None:
-        x_new = x.new_empty(*shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+        x_new = x.new_empty(*shape, dtype=_promoted(x.dtype, branch.dtype))
     if keep_statistics:
         mean, rstd = x.new_empty(y_rows, dtype=torch.float32), x.new_empty(y_rows, dtype=torch.float32)
     if rows == 0:
