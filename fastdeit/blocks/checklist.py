@@ -209,6 +209,7 @@ class BlockVerdict(NamedTuple):
         parts: of each branch, why its module is called, None if it runs fused without a call.
         called: of each branch, why the projections of what is fused are called, None if their weights are read.
         out_dropouts: of each branch, why the dropout after its body is called, None if that would give its input back.
+        tail: why the last LayerScale and stochastic depth are called, None if their operations may take their place.
         pruned: why the block may not be run for the first tokens alone.
         gammas: parameters of LayerScale in all branches but the last.
         last_gamma: of the last one, which a deferred addition applies.
@@ -219,6 +220,7 @@ class BlockVerdict(NamedTuple):
     parts: tuple[str | None, ...]
     called: tuple[str | None, ...]
     out_dropouts: tuple[str | None, ...]
+    tail: str | None
     pruned: str | None
     gammas: tuple[Gamma, ...]
     last_gamma: tuple[Gamma, ...]
@@ -236,7 +238,7 @@ def judge_block(block: spec.Block) -> BlockVerdict:
     """What its modules allow."""
     if block.beyond is not None:
         each = (block.beyond,) * len(block.branches)
-        return BlockVerdict(block.beyond, block.beyond, each, each, each, block.beyond, (), ())
+        return BlockVerdict(block.beyond, block.beyond, each, each, each, block.beyond, block.beyond, (), ())
     *inner, last = block.branches
     reason = why_replaced(block.source)
     for branch in block.branches:
@@ -247,10 +249,11 @@ def judge_block(block: spec.Block) -> BlockVerdict:
     called = tuple(None if branch.body is None else why_projections_called(branch.body) for branch in block.branches)
     if block.all_fused:
         reason = reason or _first(parts)
-    deferred = why_not_bypassed((block.module,)) or reason or _why_not_tail(last, block.module)
+    tail = _why_not_tail(last, block.module)
+    deferred = why_not_bypassed((block.module,)) or reason or tail
     dropouts = tuple(None if branch.body is None else why_called(branch.body.out_dropout) for branch in block.branches)
     pruned = _why_not_pruned(block, parts) or called[0]
-    return BlockVerdict(reason, deferred, parts, called, dropouts, pruned, _gammas(inner), _gammas([last]))
+    return BlockVerdict(reason, deferred, parts, called, dropouts, tail, pruned, _gammas(inner), _gammas([last]))
 
 
 def _why_not_norm_of(branch: spec.Branch) -> str | None:
@@ -261,7 +264,7 @@ def _why_not_norm_of(branch: spec.Branch) -> str | None:
 
 
 def _why_not_tail(branch: spec.Branch, block: nn.Module) -> str | None:
-    """Why LayerScale and stochastic depth may not be made part of the residual addition."""
+    """Why LayerScale and stochastic depth are called, and not made part of the residual addition."""
     scale, drop_path, own = branch.layer_scale, branch.drop_path, branch.layer_scale is block
     reason = why_not_bypassed((drop_path,) if own else (scale, drop_path))
     if reason is None and type(scale) is not nn.Identity:

@@ -3,8 +3,7 @@
 Callers have checked the block with `checklist`; nothing is checked here.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from fastdeit.backends import matmul_dtype
 from fastdeit.blocks import spec
 from fastdeit.blocks.call_rules import why_not_attention_call, why_not_plain_call
 from fastdeit.blocks.checklist import BlockVerdict, TrunkVerdict, exported, why_called
+from fastdeit.blocks.drop_path import drop_path_scale, dropped_path
 from fastdeit.blocks.subsets import Subset, draw_subset, runs_on_subsets
 from fastdeit.kernels.attention.config import SDPA_PREFERRED
 from fastdeit.ops.skipped_samples import gathered, samples_of
@@ -97,7 +97,7 @@ def run_block(
         block: described, and judged by verdict.
         pending: what enters the block.
         attention_fused: attention whose modules are in order runs fused for this call.
-        defer: leave the last LayerScale and stochastic depth to that addition too, else call their modules.
+        defer: leave the last LayerScale and stochastic depth to that addition too, else compute them as the host does.
         keep: compute the first `keep` tokens alone, which attend to all as ever; attention must run fused.
         call_arguments: keyword arguments of a module that takes the block's mask, where it is called.
     """
@@ -107,11 +107,11 @@ def run_block(
     for branch, reason, called, dropout in judged:
         body = branch.body
         fused = reason is None and (attention_fused or not isinstance(body, spec.Attention))
-        folds_tail = defer or branch is not last
+        folds_tail, calls_tail = defer or branch is not last, branch is last and verdict.tail is not None
         reads_weights = fused and called is None
         subset = draw_subset(branch.drop_path, pending.x) if skips else None
         if reads_weights and keep is None and pending.gamma is None:
-            joint = _run_joint(block, branch, pending, folds_tail, dropout is not None, subset)
+            joint = _run_joint(block, branch, pending, folds_tail, calls_tail, dropout is not None, subset)
             if joint is not None:
                 pending = joint
                 continue
@@ -129,18 +129,18 @@ def run_block(
         elif isinstance(body, spec.Mlp):
             out = run_mlp(body, tokens) if called is None else run_mlp_called(body, tokens)
         elif keep is None:
-            out = run_attention(body, tokens) if called is None else run_attention_called(body, tokens)
+            out = run_attention(body, tokens, ops.linear) if called is None else run_attention_called(body, tokens)
         else:
             x, out, keep = x[:, :keep], _run_attention_prefix(body, tokens, keep), None
         if subset is not None:
-            pending = _pending_subset(branch, block.module, x, out, subset)
+            pending = _pending_subset(branch, block.module, x, out, subset, calls_tail)
         elif not folds_tail:
-            pending = PendingResidual(x, _tail(branch, block.module, out))
+            pending = PendingResidual(x, _tail(branch, block.module, out, calls_tail))
         elif (type(out) is Tensor or exported(out)) and out.shape == x.shape:
             gamma = read_gamma(branch)
             pending = PendingResidual(x, out, gamma, drop_path_scale(branch.drop_path, out, gamma))
         else:  # what a module of another library gives, which PyTorch's addition takes
-            pending = PendingResidual(x + _tail(branch, block.module, out))
+            pending = PendingResidual(x + _tail(branch, block.module, out, calls_tail))
     return pending
 
 
@@ -149,6 +149,7 @@ def _run_joint(
     branch: spec.Branch,
     pending: PendingResidual,
     folds_tail: bool,
+    calls_tail: bool,
     drops_out: bool,
     subset: Subset | None,
 ) -> PendingResidual | None:
@@ -183,11 +184,11 @@ def _run_joint(
     if drops_out:
         out = body.out_dropout(out)
     if subset is not None and not folds_tail:
-        return _pending_subset(branch, block.module, x, out, subset)
+        return _pending_subset(branch, block.module, x, out, subset, calls_tail)
     if subset is not None:
         return PendingResidual(x, out, None, subset.scale, subset.slots)
     if not folds_tail:
-        return PendingResidual(x, _tail(branch, block.module, out))
+        return PendingResidual(x, _tail(branch, block.module, out, calls_tail))
     return PendingResidual(x, out, None, drop_path_scale(branch.drop_path, out, gamma))
 
 
@@ -199,16 +200,24 @@ def host_block_on_subsets(block: spec.Block, x: Tensor, call_arguments: Mapping[
         call = branch.module if branch.call is None else branch.call
         out = call(tokens, **call_arguments) if branch.takes_mask else call(tokens)
         if subset is None:
-            x = x + _tail(branch, block.module, out)
+            x = x + _tail(branch, block.module, out, calls=True)
         else:
-            x = settled(_pending_subset(branch, block.module, x, out, subset))
+            x = settled(_pending_subset(branch, block.module, x, out, subset, calls_scale=True))
     return x
 
 
-def _pending_subset(branch: spec.Branch, block: nn.Module, x: Tensor, out: Tensor, subset: Subset) -> PendingResidual:
+def _pending_subset(
+    branch: spec.Branch, block: nn.Module, x: Tensor, out: Tensor, subset: Subset, calls_scale: bool
+) -> PendingResidual:
     """The addition to x of what a branch's body made of a subset, after LayerScale."""
-    out = _tail(replace(branch, drop_path=spec.NOTHING), block, out)
-    return PendingResidual(x, out, None, subset.scale, subset.slots)
+    return PendingResidual(x, _scaled(branch, block, out, calls_scale), None, subset.scale, subset.slots)
+
+
+def added(pending: PendingResidual) -> Tensor:
+    """The stream after the addition that `run_block` leaves where it defers nothing."""
+    if pending.slots is not None:
+        return settled(pending)
+    return pending.x if pending.branch is None else pending.x + pending.branch
 
 
 def settled(pending: PendingResidual) -> Tensor:
@@ -227,11 +236,24 @@ def settled(pending: PendingResidual) -> Tensor:
     return x + branch if samples is None else x.index_add(0, samples, branch)
 
 
-def _tail(branch: spec.Branch, block: nn.Module, out: Tensor) -> Tensor:
-    """LayerScale and stochastic depth as the host computes them: by their modules, or by the block with its own parameter."""
-    scale = branch.layer_scale
-    out = scale._parameters[branch.gamma] * out if scale is block else dropped_out(scale, out)
-    return dropped_out(branch.drop_path, out)
+def _tail(branch: spec.Branch, block: nn.Module, out: Tensor, calls: bool) -> Tensor:
+    """LayerScale and stochastic depth as the host computes them.
+
+    Args:
+        calls: their modules are called, which may do more. Otherwise the same operations take their place.
+    """
+    out = _scaled(branch, block, out, calls)
+    return dropped_out(branch.drop_path, out) if calls else dropped_path(branch.drop_path, out)
+
+
+def _scaled(branch: spec.Branch, block: nn.Module, out: Tensor, calls: bool) -> Tensor:
+    """LayerScale as the host computes it, of a parameter of the block or of a module."""
+    scale, gamma = branch.layer_scale, read_gamma(branch)
+    if calls and scale is not block:
+        return dropped_out(scale, out)
+    if gamma is None:
+        return out
+    return gamma * out if scale is block else out * gamma
 
 
 def add_layer_norm(
@@ -252,10 +274,10 @@ def run_layer_norm(norm: spec.Affine, x: Tensor, out_dtype: torch.dtype | None =
     return ops.layer_norm(x, *_read(norm), norm.module.eps, out_dtype=out_dtype)
 
 
-def run_attention(body: spec.Attention, x: Tensor) -> Tensor:
-    """(B, N, C) -> (B, N, C_out)."""
-    out = ops.attention(F.linear(x, *_packed(body.qkv)), body.num_heads)
-    return dropped_out(body.out_dropout, F.linear(out, *_read(body.proj)))
+def run_attention(body: spec.Attention, x: Tensor, linear: Callable[..., Any] = F.linear) -> Tensor:
+    """(B, N, C) -> (B, N, C_out), with projections by a function of input, weight and bias."""
+    out = ops.attention(linear(x, *_packed(body.qkv)), body.num_heads)
+    return dropped_out(body.out_dropout, linear(out, *_read(body.proj)))
 
 
 def run_attention_called(body: spec.Attention, x: Tensor) -> Tensor:
@@ -339,21 +361,6 @@ def _packed(qkv: spec.Affine | tuple[spec.Affine, ...]) -> tuple[Tensor, Tensor 
 def dropped_out(dropout: nn.Module, x: Tensor) -> Tensor:
     """dropout(x), without the call where that would give x back."""
     return x if why_called(dropout) is None else dropout(x)
-
-
-def drop_path_scale(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
-    """Stochastic depth's factor per sample, (B,) float32: 0, or 1/keep in full precision. None if it does nothing.
-
-    The mask is drawn by timm's operations on a tensor of the shape and dtype that timm would draw it for (the branch after
-    LayerScale), so that it and the generator's state afterwards are timm's.
-    """
-    if type(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
-        return None
-    keep = 1 - drop_path.drop_prob
-    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
-    mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1), dtype=dtype).bernoulli_(keep)
-    scale = mask.to(torch.float32).reshape(-1)
-    return scale / keep if keep > 0.0 and drop_path.scale_by_keep else scale
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

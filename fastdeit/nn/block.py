@@ -9,7 +9,7 @@ from fastdeit.blocks.adapters.timm import describe_block
 from fastdeit.blocks.call_rules import why_global_hook, why_not_attention_call, why_not_block_call, why_not_plain_call
 from fastdeit.blocks.checklist import BlockVerdict, judge_block
 from fastdeit.blocks.fused_module import FUSED_CLASSES, FusedModule
-from fastdeit.blocks.run import PendingResidual, host_block_on_subsets, run_block, settled
+from fastdeit.blocks.run import PendingResidual, added, host_block_on_subsets, run_block
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.blocks.spec import Attention
 from fastdeit.blocks.spec import Block as Description
@@ -73,13 +73,10 @@ class Block(FusedModule, vision_transformer.Block, source=vision_transformer.Blo
         if _why_not_call(verdict, x) is not None:
             return host_block_on_subsets(description, x, masks) if subsets else super().forward(x, attn_mask, is_causal)
         fused = attn_mask is None and not is_causal and _attention_runs(description, x)
-        if fused and not subsets:
+        if fused:
             return planned_block(self, answer, x)
         pending = PendingResidual(x)
-        pending = run_block(description, verdict, pending, attention_fused=fused, defer=False, call_arguments=masks)
-        if pending.slots is not None:
-            return settled(pending)
-        return pending.x if pending.branch is None else pending.x + pending.branch
+        return added(run_block(*answer, pending, attention_fused=False, defer=False, call_arguments=masks))
 
     def forward_deferred(self, pending: PendingResidual) -> PendingResidual:
         """What enters the block through it, with the addition of its last branch left to the caller.

@@ -1,14 +1,14 @@
 """A block that its host calls by itself, from a plan of its own."""
 
 import functools
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastdeit.blocks import spec
-from fastdeit.blocks.checklist import BlockVerdict, why_called
-from fastdeit.blocks.run import PendingResidual, run_block
+from fastdeit.blocks.checklist import BlockVerdict
+from fastdeit.blocks.run import PendingResidual, added, run_block
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.planned import planned
 from fastdeit.plan.surroundings import why_parts_of_block_called
@@ -29,22 +29,9 @@ def planned_block(module: nn.Module, answer: _Answer, tokens: Tensor, keep: int 
     def spans(_: Tensor) -> list[Span]:
         return [Span(lambda given: (run(given),), list(module.parameters()))]
 
-    called = functools.partial(_why_called, answer)
+    called = functools.partial(why_parts_of_block_called, answer[1])
     return cast(Tensor, planned(module, answer, run, tokens, called, spans, captured=False))
 
 
-def _run(answer: _Answer, keep: int | None, tokens: Tensor) -> Any:
-    pending = run_block(*answer, PendingResidual(tokens), attention_fused=True, defer=False, keep=keep)
-    return pending.x + cast(Tensor, pending.branch)
-
-
-def _why_called(answer: _Answer) -> str | None:
-    """Why a module inside the block is called."""
-    description, verdict = answer
-    if (reason := why_parts_of_block_called(verdict)) is not None:
-        return reason
-    last = description.branches[-1]
-    for what, module in (("LayerScale", last.layer_scale), ("drop path", last.drop_path)):
-        if why_called(module) is not None:
-            return f"its last {what} is called"
-    return None
+def _run(answer: _Answer, keep: int | None, tokens: Tensor) -> Tensor:
+    return added(run_block(*answer, PendingResidual(tokens), attention_fused=True, defer=False, keep=keep))

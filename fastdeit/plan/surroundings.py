@@ -174,4 +174,4 @@ def why_parts_called(trunk: spec.Trunk, verdict: TrunkVerdict) -> str | None:
 
 def why_parts_of_block_called(verdict: BlockVerdict) -> str | None:
     """Why a module inside a block is called where the block runs fused."""
-    return next(filter(None, (*verdict.parts, *verdict.called, *verdict.out_dropouts)), None)
+    return next(filter(None, (*verdict.parts, *verdict.called, *verdict.out_dropouts, verdict.tail)), None)

@@ -44,6 +44,7 @@ _FILLED = {"aten::rand": ("uniform_", None), "aten::new_full": ("fill_", 2), "at
 _METHODS = {
     "aten::add_.Tensor": "add_",
     "aten::mul_.Tensor": "mul_",
+    "aten::div_.Tensor": "div_",
     "aten::zero_": "zero_",
     "aten::bernoulli_.float": "bernoulli_",
 }

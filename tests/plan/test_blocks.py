@@ -20,7 +20,7 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.tape import Buffer, View
 from fastdeit.plan.training import TrainingPlan
 from tests.plan.changes import LoRA, hidden_hook, own_forward, replaced_data
-from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded
+from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes
 from tests.plan.models import apart, needs_plans, plan_it, plans
 from tests.plan.test_training import keep_apart, keep_made, unplanned
 
@@ -47,11 +47,16 @@ def pooled(**options):
 MODELS = {
     "timm": pooled,
     "timm with LayerScale": functools.partial(pooled, init_values=0.1),
+    "timm with drop path": functools.partial(pooled, drop_path_rate=0.3),
+    "timm with both": functools.partial(pooled, init_values=0.1, drop_path_rate=0.3),
+    "timm that skips": functools.partial(pooled, init_values=0.1, drop_path_rate=0.6),
+    "CaiT": functools.partial(timm.create_model, "cait_xxs24_224", depth=1, img_size=64, drop_path_rate=0.3),
     "torchvision": torchvisions,
     "ViT": hugging_faces,
     "ViT without biases": functools.partial(hugging_faces, qkv_bias=False),
     "CLIP": functools.partial(hugging_faces, "CLIPVisionConfig", "CLIPVisionModel"),
     "DINOv2": functools.partial(hugging_faces, "Dinov2Config", "Dinov2Model"),
+    "BEiT": functools.partial(hugging_faces, "BeitConfig", "BeitModel", drop_path_rate=0.0),
 }
 CASES = {
     "timm": ("timm", None, torch.bfloat16, "usual"),
@@ -63,6 +68,21 @@ CASES = {
     "lean": ("ViT", None, torch.bfloat16, "lean"),
     "no biases": ("ViT without biases", None, torch.bfloat16, "usual"),
     "CLIP": ("CLIP", torch.bfloat16, None, "usual"),
+    "LayerScale": ("timm with LayerScale", None, torch.bfloat16, "usual"),
+    "LayerScale in bf16": ("timm with LayerScale", torch.bfloat16, None, "usual"),
+    "LayerScale in fp16": ("timm with LayerScale", None, torch.float16, "usual"),
+    "DINOv2 in fp16": ("DINOv2", torch.float16, None, "usual"),
+    "drop path that skips": ("timm that skips", None, torch.bfloat16, "usual"),
+    "drop path that skips, in fp16": ("timm that skips", torch.float16, None, "lean"),
+    "drop path": ("timm with drop path", None, torch.bfloat16, "usual"),
+    "drop path in bf16": ("timm with drop path", torch.bfloat16, None, "usual"),
+    "both": ("timm with both", None, torch.bfloat16, "lean"),
+    "both in bf16": ("timm with both", torch.bfloat16, None, "usual"),
+    "class token": ("CaiT", None, torch.bfloat16, "usual"),
+    "DINOv2": ("DINOv2", None, torch.bfloat16, "usual"),
+    "DINOv2 in bf16": ("DINOv2", torch.bfloat16, None, "usual"),
+    "BEiT": ("BEiT", None, torch.bfloat16, "usual"),
+    "BEiT in bf16": ("BEiT", torch.bfloat16, None, "usual"),
 }
 
 
@@ -73,7 +93,8 @@ def _built(name):
 
 
 def build(name, dtype=None, memory="usual"):
-    return fastdeit.accelerate(copy.deepcopy(_built(name)).to(dtype), memory=memory)
+    drop_path = "skip" if "skips" in name else "mask"
+    return fastdeit.accelerate(copy.deepcopy(_built(name)).to(dtype), memory=memory, drop_path=drop_path)
 
 
 def images(model):
@@ -85,13 +106,17 @@ def blocks_of(model):
 
 
 def block_and_tokens(name, dtype, memory="usual"):
-    block = blocks_of(build(name, dtype, memory))[1]
+    """The second block, in training mode."""
+    block = blocks_of(build(name, dtype, memory))[1].train()
     return block, torch.zeros(2, 17, 192, device="cuda", dtype=dtype, requires_grad=True)
 
 
 def called(block, x):
     """A block's tokens."""
-    out = block(x, None) if type(block).__name__.startswith(("ViT", "CLIP")) else block(x)
+    kind = type(block).__name__
+    if "ClassAttn" in kind:
+        return block(x[:, 1:], x[:, :1])
+    out = block(x, None) if kind.startswith(("ViT", "CLIP")) else block(x)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -155,13 +180,15 @@ def test_a_plan_with_gradients_launches_what_the_ops_launch_on_the_same_tensors(
     assert of_parameters(planned, block) == of_parameters(ops, block)
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision", "ViT"])
+@pytest.mark.parametrize("name", ["timm", "timm with both", "torchvision", "ViT", "DINOv2"])
 def test_a_model_trains_and_infers_from_the_plans_of_its_blocks(name, monkeypatch):
     model = build(name).train()
     plan_it(lambda: step(model))
     assert planned_kinds(model) == [[TrainingPlan]] * 2
     planned = recorded(lambda: step(model))
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert all(
+        p.grad is not None for name, p in model.named_parameters() if "mask_token" not in name and p.requires_grad
+    )
     assert of_parameters(planned, model) == of_parameters(unplanned(monkeypatch, lambda: step(model)), model)
     model.eval()
     fastdeit.set_graphs("auto")
@@ -179,6 +206,8 @@ def test_a_model_trains_and_infers_from_the_plans_of_its_blocks(name, monkeypatc
     lines = [line for line in fastdeit.explain(model).plans if line.endswith("planned, launched")]
     of_both = {
         "timm": ["blocks.0-1"],
+        "timm with both": ["blocks.0-1"],
+        "DINOv2": ["encoder.layer.0-1"],
         "torchvision": ["layers.encoder_layer_0-1"],
         "ViT": ["vit.layers.0-1"],
     }[name]
@@ -267,24 +296,66 @@ def test_a_change_is_seen_at_the_next_call(change, gradients, monkeypatch):
     assert first == expected and all(events == expected for events in later)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_blocks_launch_what_the_ops_launch(reentrant, monkeypatch):
-    model = build("ViT").train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    expected = unplanned(monkeypatch, lambda: step(model))
-    expected = of_parameters(unplanned(monkeypatch, lambda: step(model)), model)
-    for _ in range(4):
-        assert of_parameters(recorded(lambda: step(model)), model) == expected
-    # PyTorch's hooks on saved tensors stand around the forward pass where it is not reentrant.
-    assert planned_kinds(model) == ([[Plan, TrainingPlan]] * 2 if reentrant else [[]] * 2)
+TAILS = {
+    "a hook is registered on its LayerScale": lambda block: block.ls2.register_forward_hook(lambda *_: None),
+    "a hook is registered on its DropPath": lambda block: block.drop_path2.register_forward_pre_hook(lambda *_: None),
+    "its LayerScale has a forward of its own": lambda block: own_forward(block.ls2),
+    "its LayerScale is a LayerScale that works in place": lambda block: setattr(block.ls2, "inplace", True),
+    "its drop path is a StochasticDepth": lambda block: setattr(
+        block, "drop_path2", torchvision.ops.StochasticDepth(0.3, "row")
+    ),
+}
 
 
-@pytest.mark.parametrize("name", ["DINOv2", "timm with LayerScale"])
-def test_a_block_whose_parts_are_called_says_so(name):
-    model = build(name)
-    with torch.no_grad(), precision(torch.bfloat16):
-        plan_it(lambda: output(model))
-    assert [plans(block) for block in blocks_of(model)] == [["its last LayerScale is called"]] * 2
+@pytest.mark.parametrize("reason", TAILS)
+def test_a_last_layer_scale_or_drop_path_that_may_do_more_is_called_and_said(reason, monkeypatch):
+    block, x = block_and_tokens("timm with both", None)
+    called_parts = []
+
+    def call():
+        with torch.no_grad(), precision(torch.bfloat16):
+            block(x)
+
+    plan_it(call)
+    assert [type(entry) for entry in plans(block)] == [Plan]
+    TAILS[reason](block)
+    for part in (block.ls2, block.drop_path2):
+        monkeypatch.setattr(part, "_call_impl", functools.partial(_noted, part, called_parts))
+    plan_it(call)
+    assert plans(block) == [reason] and called_parts == [block.ls2, block.drop_path2] * 3
+
+
+def _noted(part, called_parts, *args):
+    called_parts.append(part)
+    return nn.Module._call_impl(part, *args)
+
+
+@pytest.mark.parametrize("dtype, autocast", [(None, torch.bfloat16), (torch.bfloat16, None)])
+@pytest.mark.parametrize("name", ["ViT", "DINOv2"])
+@pytest.mark.parametrize("gradients, most", [(False, 1.01), (True, 1.06)])
+def test_blocks_take_no_more_memory_than_the_ops(name, dtype, autocast, gradients, most, monkeypatch):
+    with torch.device("cuda"):
+        model = fastdeit.accelerate(MODELS[name](num_hidden_layers=6, image_size=96).to(dtype))
+    x = torch.zeros(64, 3, 96, 96, device="cuda", dtype=dtype or torch.float32)
+
+    def call():
+        with torch.set_grad_enabled(gradients), precision(autocast):
+            made = model(x)[0]
+        if gradients:
+            made.sum().backward()
+
+    def peak():
+        model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = requested_bytes()
+        call()
+        return requested_bytes("peak") - before
+
+    plan_it(call)
+    assert planned_kinds(model) == [[TrainingPlan if gradients else Plan]] * 6
+    planned = peak()
+    monkeypatch.setattr(planning, "why_not_plannable", lambda _: "a test")
+    assert planned / peak() <= most
 
 
 def test_nothing_is_planned_where_weights_are_sharded(tmp_path):

@@ -38,6 +38,7 @@ CASES = {
     "registers": (PLAIN, None, torch.bfloat16, dict(reg_tokens=3)),
     "LayerScale": (PLAIN, None, torch.bfloat16, dict(init_values=0.1)),
     "LayerScale in bf16": (PLAIN, torch.bfloat16, None, dict(init_values=0.1)),
+    "LayerScale in fp16": (PLAIN, None, torch.float16, dict(init_values=0.1)),
     "no qkv bias": (PLAIN, None, torch.bfloat16, dict(qkv_bias=False)),
     "positions of patches alone": (PLAIN, None, torch.bfloat16, dict(no_embed_class=True)),
     "drop path, inactive": (PLAIN, None, torch.bfloat16, dict(drop_path_rate=0.3)),

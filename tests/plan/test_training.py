@@ -9,6 +9,7 @@ from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdeit
+from fastdeit import ops
 from fastdeit.blocks import spans
 from fastdeit.blocks.snapshot import looked_at
 from fastdeit.plan import planned as planning
@@ -79,7 +80,21 @@ CASES = {
     "no qkv bias": (PLAIN, None, torch.bfloat16, dict(qkv_bias=False)),
     "drop path": (MODEL, None, torch.bfloat16, dict(drop_path_rate=0.3)),
     "drop path and LayerScale in bf16": (PLAIN, torch.bfloat16, None, dict(drop_path_rate=0.3, init_values=0.1)),
+    "LayerScale in fp16": (PLAIN, None, torch.float16, dict(init_values=0.1)),
+    "drop path and LayerScale in fp16": (PLAIN, torch.float16, None, dict(drop_path_rate=0.3, init_values=0.1)),
     "drop path that skips": (MODEL, None, torch.bfloat16, dict(drop_path_rate=0.6, drop_path="skip", depth=3)),
+    "drop path that skips, and LayerScale": (
+        PLAIN,
+        None,
+        torch.bfloat16,
+        dict(drop_path_rate=0.6, drop_path="skip", depth=3, init_values=0.1),
+    ),
+    "drop path that skips, and LayerScale in fp16": (
+        PLAIN,
+        torch.float16,
+        None,
+        dict(drop_path_rate=0.6, drop_path="skip", depth=3, init_values=0.1),
+    ),
     "drop path that skips, in bf16": (PLAIN, torch.bfloat16, None, dict(drop_path_rate=0.6, drop_path="skip", depth=3)),
     "lean": (MODEL, None, torch.bfloat16, dict(memory="lean")),
     "frozen blocks": (MODEL, None, torch.bfloat16, {}),
@@ -140,8 +155,9 @@ def test_a_step_has_the_launches_of_the_ops(dtype, autocast, monkeypatch):
     assert of_parameters(planned, model) == of_parameters(ops, model)
 
 
-def test_a_model_that_is_not_planned_says_why():
+def test_a_model_that_is_not_planned_says_why(monkeypatch):
     model = build(PLAIN, init_values=0.1).train()  # in fp16 LayerScale is not part of a product
+    monkeypatch.setattr(ops, "linear", torch.nn.functional.linear)
     plan_it(lambda: step(model, images(model), torch.float16))
     assert described(model) == [
         "2 x 3 x 64 x 64 float32 with gradients: not planned: a matrix product outside of our ops"
@@ -453,3 +469,20 @@ def test_hooks_on_gradients_run_once():
     model.blocks[0].norm1.eps = 1e-5  # another model, whose steps are not recorded while there is a hook
     plan_it(lambda: step(model, x, torch.bfloat16))
     assert seen == [weight.shape] * 8 and plans(model) == ["a hook is registered on a parameter"]
+
+
+def test_a_dispatch_mode_around_the_backward_pass_sees_the_products_of_the_plan():
+    model, loss = planned_loss()
+    seen = []
+
+    class Sees(Looks):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    model.zero_grad()
+    expected = recorded(lambda: loss.backward(retain_graph=True))
+    model.zero_grad()
+    with Sees():
+        found = recorded(loss.backward)
+    assert of_parameters(found, model) == of_parameters(expected, model) and "aten::mm" in seen
