@@ -25,8 +25,8 @@ class ResidualAttentionBlock(HostBlock, _file.ResidualAttentionBlock, source=_fi
         return tokens.transpose(0, 1)
 
     def _tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
-        x, *others = super()._tokens(args, kwargs)
-        return x.transpose(0, 1) if type(x) is Tensor and x.dim() == 3 else x, *others
+        x, others, named = super()._tokens(args, kwargs)
+        return x.transpose(0, 1) if type(x) is Tensor and x.dim() == 3 else x, others, named
 
 
 class LayerNorm(FusedLayerNorm, _file.LayerNorm, source=_file.LayerNorm):
