@@ -394,6 +394,14 @@ def test_a_span_of_one_block_gives_back_what_its_second_half_does_not_need(dtype
     assert relative_peak(3, size, batch, dtype, autocast, monkeypatch) <= 1.01
 
 
+def test_what_forward_leaves_to_backward_is_in_four_allocations():
+    """However many blocks a span has."""
+    model = build(dtype=torch.bfloat16, depth=6).train()
+    for _ in range(3):
+        step(model, images(model))
+    assert [len(span.saved_sizes) for span in only_plan(model)._spans] == [4]
+
+
 def test_without_backward_passes_nothing_is_recorded_for_long():
     model = build().train()
     x = images(model)
