@@ -51,8 +51,10 @@ HOSTS = {
     )
     for folder in ("blocks.adapters", "nn")
 } | {"fastdeit.nn.vit_pytorch_distill": "vit_pytorch"}
-# Look for files of deit, DINO and I-JEPA in sys.modules.
-BESIDE_A_SCRIPT = tuple(f"fastdeit.nn.{name}" for name in ("deit_blocks", "deit_distilled", "dino", "dinov2", "ijepa"))
+# Look for files of CLIP, deit, DINO and I-JEPA in sys.modules.
+BESIDE_A_SCRIPT = tuple(
+    f"fastdeit.nn.{name}" for name in ("clip", "deit_blocks", "deit_distilled", "dino", "dinov2", "ijepa")
+)
 NEED_TRITON = (*WITH_EXTRAS, *BESIDE_A_SCRIPT, "fastdeit.aot", "fastdeit.testing.ptx", "fastdeit.__")
 
 

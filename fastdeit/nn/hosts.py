@@ -12,6 +12,7 @@ from fastdeit.nn.unknown_attention import why_not_standard
 # The host's file -> ours that has the fused classes for it, and their names there.
 _HOSTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "timm.models.cait": ("fastdeit.nn.cait", ("LayerScaleBlock", "LayerScaleBlockClassAttn")),
+    "clip.model": ("fastdeit.nn.clip", ("ResidualAttentionBlock", "LayerNorm")),
     "dinov2.layers.block": ("fastdeit.nn.dinov2", ("Block", "NestedTensorBlock")),
     "models": ("fastdeit.nn.deit_distilled", ("DistilledVisionTransformer",)),
     "models_v2": ("fastdeit.nn.deit_blocks", ("Block", "LayerScaleBlock")),
@@ -29,8 +30,8 @@ _OTHERS = {
         "its projections multiply by weights of three dimensions (LinearGeneral)"
     ),
 }
-# Of deit, DINO and I-JEPA; other projects have files of these names.
-_BESIDE_A_SCRIPT = ("models", "models_v2", "src.models.vision_transformer", "vision_transformer")
+# Of openai/CLIP, deit, DINO and I-JEPA; other projects have files of these names.
+_BESIDE_A_SCRIPT = ("clip.model", "models", "models_v2", "src.models.vision_transformer", "vision_transformer")
 _unusable: dict[str, str] = {}  # the host's file -> what its version lacks
 
 

@@ -149,9 +149,9 @@ class Code:
             self._lines += [f"workspaces[{workspace}] = None" for workspace in unused.get(at, ())]
         for view in list(self._unmade.values()):
             self._of_the_call(view)
-        result = ", ".join("None" if view is None else self._tensor(view) for view in outputs)
+        result = "".join(f"{None if view is None else self._tensor(view)}, " for view in outputs)
         arguments = [*(["workspaces"] if gives_back else []), *(f"in{i}" for i in range(len(inputs)))]
-        body = "\n".join(f"    {line}" for line in (*self._lines, f"return ({result},)"))
+        body = "\n".join(f"    {line}" for line in (*self._lines, f"return ({result})"))
         module = compile(f"def replay({', '.join(arguments)}):\n{body}\n", "<fastdeit plan>", "exec")
         self.code = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
 

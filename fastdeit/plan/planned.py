@@ -1,5 +1,6 @@
 """Runs of ops from plans: recorded at the second call of their kind, repeated from the third on."""
 
+import functools
 import threading
 import weakref
 from collections import OrderedDict
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.bound import Bound
+from fastdeit.plan.checkpointing import can_rehearse, checkpointed_call, rehearsing
 from fastdeit.plan.code import Place, Unsupported, why_not_code, why_not_output
 from fastdeit.plan.graphs import AutomaticGraph
 from fastdeit.plan.program import Program
@@ -90,6 +93,7 @@ class Plan:
 
 
 _Run = Callable[[Tensor], Output | None]
+_Spans = Callable[[Tensor], Sequence[Span] | None]
 
 
 class Plans:
@@ -149,6 +153,19 @@ class Plans:
         self.put(key, weakref.ref(attempt))
         return attempt(x)
 
+    def rehearse(self, key: tuple, spans: Sequence[Span], x: Tensor) -> None:
+        """Makes the plan at once, by a run forward and backward whose results are thrown away."""
+        with rehearsing(x) as given:
+            out = self.record_training(key, spans, given)
+            made = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None and t.requires_grad]
+            ends = list(map(get_gradient_edge, made))
+            zeros = [t.new_zeros(()).expand(t.shape) for t in made]  # which backward makes tensors of, and gives back
+            del out, made
+            wanted = [t for t in (given, *self.parameters) if t.requires_grad]
+            if ends:
+                with torch.autocast("cuda", enabled=False):
+                    torch.autograd.grad(ends, wanted, zeros, allow_unused=True)
+
     def _finish(self, key: tuple, plan: TrainingPlan | str) -> None:
         if isinstance(self.entries.get(key), weakref.ref):
             self.put(key, plan)
@@ -193,7 +210,7 @@ def planned(
     run: _Run,
     x: Tensor,
     why_called: Callable[[], str | None],
-    spans: Callable[[Tensor], Sequence[Span] | None] | None = None,
+    spans: _Spans | None = None,
     captured: bool = True,
 ) -> Output | None:
     """run(x), from a plan where there is one.
@@ -207,12 +224,20 @@ def planned(
         spans: what do together what `run` does of x, for calls with gradients; None if nothing does.
         captured: the plan may become a graph, which copies x and the output: worth it for a model, not for one of its blocks.
     """
-    if torch.compiler.is_compiling() or why_not_plannable(x) is not None:
+    if torch.compiler.is_compiling() or (why_not_plannable(x) is not None and not _recomputes(x)):
         return run(x)
     plans: Plans = made_from(root, answer, lambda: Plans(root))
     needs: tuple[bool, ...] = ()
     if torch.is_grad_enabled() and any(needs := tuple(map(_needs_gradient, (x, *plans.parameters)))):
-        if spans is None or why_not_trainable() is not None:
+        if spans is None:
+            return run(x)
+        if (call := checkpointed_call()) is not None:
+            key = key_of(x, needs)
+            # Strides are no part of it: contiguous tokens that a hook around the checkpoint saved may come back with others.
+            here = root, key[0], *key[2:]
+            plan = call.plan(here, functools.partial(_rehearsed, plans, key, spans, x, why_called))
+            return run(x) if plan is None else plan.recompute(x) if call.recomputes else plan(x)
+        if why_not_trainable() is not None:
             return run(x)
     key = key_of(x, needs if any(needs) else ())
     entry = plans.find(key)
@@ -228,6 +253,35 @@ def planned(
         if out is not None:
             return out
     return run(x)
+
+
+def _recomputes(x: Tensor) -> bool:
+    """Whether the call is of a recomputation, which does what its forward pass did even where something else looks on."""
+    return x.is_cuda and (call := checkpointed_call()) is not None and call.recomputes
+
+
+def _rehearsed(
+    plans: Plans, key: tuple, spans: _Spans, x: Tensor, why_called: Callable[[], str | None]
+) -> TrainingPlan | None:
+    """The plan for a checkpointed call, made at the second one; None for the ops.
+
+    It cannot be recorded as others are: the backward pass that follows is of the nodes of this call, not of its recomputation's.
+    """
+    if torch.is_anomaly_enabled():
+        return None
+    entry = plans.find(key)
+    if entry is None:
+        plans.put(key, why_called() or (SEEN if x.is_contiguous() else "checkpointed tokens that are not contiguous"))
+    elif entry is SEEN and x.is_contiguous() and can_rehearse() and plans.recording.acquire(blocking=False):
+        try:
+            if (made := spans(x)) is None:
+                plans.put(key, "timm's code makes the tokens")
+            else:
+                plans.rehearse(key, made, x)
+        finally:
+            plans.recording.release()
+        entry = plans.find(key)
+    return entry if isinstance(entry, TrainingPlan) and x.is_contiguous() else None
 
 
 def _recorded(plans: Plans, key: tuple, run: _Run, spans: Callable | None, x: Tensor) -> Output | None:

@@ -1,5 +1,6 @@
 """Code bound to addresses of the workspaces, where its tensors and tensor maps are made."""
 
+import builtins
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,8 @@ class Program:
             made = {at: self._parts_at(at, base) for at, base in ((NOWHERE, 0), *enumerate(bases))}
         stream = self._stream if stream is None else stream
         values = {name: self._value(value, bases, made, stream) for name, value in self._written.unbound.items()}
-        functions = {name: getattr(torch, name) for name in FUNCTIONS}
+        functions: dict[str, Any] = {name: getattr(torch, name) for name in FUNCTIONS}
+        functions["__builtins__"] = builtins  # PyTorch imports from within the code where a dispatch mode looks on
         # What Inductor's code calls too: on the current device, in half the time of torch.empty_strided.
         functions["empty"] = _guards._empty_strided_cuda if output is None else lambda *_: output
         return FunctionType(self._written.code, self._written.constants | values | functions, "replay")

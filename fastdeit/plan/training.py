@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.reads import Reads
-from fastdeit.plan.span import NotFused, Recording, SpanPlan
+from fastdeit.plan.recording import NotFused, Recording
+from fastdeit.plan.span import SpanPlan
 
 Output = Tensor | tuple[Tensor, ...]
 
@@ -31,6 +32,13 @@ class TrainingPlan:
         tensors: tuple[Tensor | None, ...] = (x,)
         for span in self._spans:
             tensors = span(*tensors)
+        return _output(tensors)
+
+    def recompute(self, x: Tensor) -> Output | None:
+        """As a call, in a recomputation, which PyTorch may stop by an exception once all is saved that backward needs."""
+        tensors: tuple[Tensor | None, ...] = (x.contiguous(),)
+        for span in self._spans:
+            tensors = span.recompute(*tensors)
         return _output(tensors)
 
 

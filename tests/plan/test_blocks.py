@@ -299,18 +299,6 @@ def test_a_change_is_seen_at_the_next_call(change, gradients, monkeypatch):
     assert first == expected and all(events == expected for events in later)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_blocks_launch_what_the_ops_launch(reentrant, monkeypatch):
-    model = build("ViT").train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    expected = unplanned(monkeypatch, lambda: step(model))
-    expected = of_parameters(unplanned(monkeypatch, lambda: step(model)), model)
-    for _ in range(4):
-        assert of_parameters(recorded(lambda: step(model)), model) == expected
-    # PyTorch's hooks on saved tensors stand around the forward pass where it is not reentrant.
-    assert planned_kinds(model) == ([[Plan, TrainingPlan]] * 2 if reentrant else [[]] * 2)
-
-
 TAILS = {
     "a hook is registered on its LayerScale": lambda block: block.ls2.register_forward_hook(lambda *_: None),
     "a hook is registered on its DropPath": lambda block: block.drop_path2.register_forward_pre_hook(lambda *_: None),

@@ -469,3 +469,20 @@ def test_hooks_on_gradients_run_once():
     model.blocks[0].norm1.eps = 1e-5  # another model, whose steps are not recorded while there is a hook
     plan_it(lambda: step(model, x, torch.bfloat16))
     assert seen == [weight.shape] * 8 and plans(model) == ["a hook is registered on a parameter"]
+
+
+def test_a_dispatch_mode_around_the_backward_pass_sees_the_products_of_the_plan():
+    model, loss = planned_loss()
+    seen = []
+
+    class Sees(Looks):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    model.zero_grad()
+    expected = recorded(lambda: loss.backward(retain_graph=True))
+    model.zero_grad()
+    with Sees():
+        found = recorded(loss.backward)
+    assert of_parameters(found, model) == of_parameters(expected, model) and "aten::mm" in seen

@@ -7,12 +7,18 @@ from fastdeit.blocks.checklist import why_not_inactive_dropout
 from fastdeit.blocks.spec import Affine, Attention
 
 
-def describe_multihead_attention(attn: nn.MultiheadAttention, out_dropout: nn.Module) -> Attention:
-    """Attention of a block that calls it with its tokens as query, key and value, and then out_dropout."""
+def describe_multihead_attention(
+    attn: nn.MultiheadAttention, out_dropout: nn.Module, batch_first: bool = True
+) -> Attention:
+    """Attention of a block that calls it with its tokens as query, key and value, and then out_dropout.
+
+    Args:
+        batch_first: whether the block gives it (B, N, C), or (N, B, C).
+    """
     # Its output lies in memory with the tokens before the batch, and dropout draws its mask in that order.
     beyond, out_proj = why_not_inactive_dropout(out_dropout), attn.out_proj
-    if not attn.batch_first:
-        beyond = "its tokens come before the batch"
+    if attn.batch_first is not batch_first:
+        beyond = "its tokens come before the batch" if batch_first else "its batch comes before the tokens"
     elif not attn._qkv_same_embed_dim:
         beyond = "keys or values have another width"
     elif attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:

@@ -19,17 +19,16 @@ from fastdeit.kernels.attention import forward as attention
 from fastdeit.kernels.gemm.config import EPILOGUES, candidates, use_gemm
 from fastdeit.kernels.gemm.fused_mlp import candidates as fused_mlp_candidates
 from fastdeit.kernels.gemm.fused_mlp import use_fused_mlp
-from fastdeit.kernels.norm.subsets import SUBSET_WIDTHS
 from fastdeit.kernels.runtime import column_sums
 from fastdeit.kernels.runtime.architecture import has_descriptors
 from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, assert_close_to_oracle, poisoned_memory
 from fastdeit.testing.ptx.augmentation_cases import augmentation
 from fastdeit.testing.ptx.case_inputs import BF16, FP16, FP32, mlp_weights, norm_weights, randn, scales, under_autocast
+from fastdeit.testing.ptx.norm_cases import normalisation, ragged
 from fastdeit.testing.ptx.quantization_cases import eight_bit
 from fastdeit.testing.ptx.tf32 import in_tf32_products, tf32
 
 Errors = Mapping[str, tuple[Error, Error]]  # of outputs and gradients: maximum, RMS
-WIDTHS = (192, 384, 768, 1024, 1280, 8192)
 TOKENS = 134  # two blocks of 64, or four of 32, and a tail of 6
 
 
@@ -57,121 +56,18 @@ _LEFT_OUT = (
 
 def cases(arch: int) -> Iterator[Case]:
     """Every case for an architecture; to be run under `harness.executing(arch)`, with a seed set."""
-    groups = (_layer_norms, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding, augmentation, eight_bit)
-    for group in (*groups, _column_sums):
+    groups = (normalisation, _residual_linears, _attention, _losses, _gemms, _mlps, _fused_mlps, _embedding)
+    for group in (*groups, augmentation, eight_bit, _column_sums, ragged):
         for name, function in group(arch):
             yield Case(name, function)
 
 
-# ---- normalisation, and the branches around it
+# ---- linear layers with a residual
 
 
-def _layer_norms(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
-    for channels in WIDTHS:
-        if channels != WIDTHS[-1]:
-            yield f"layer_norm C={channels} bf16", functools.partial(_layer_norm, channels)
-        yield f"add_layer_norm C={channels} autocast", functools.partial(_add_layer_norm, channels)
-        hidden = 256 if channels == 192 else 32
-        yield f"add_layer_norm_mlp C={channels} autocast", functools.partial(_add_layer_norm_mlp, channels, hidden)
-    folded = functools.partial(functools.partial, _add_layer_norm_mlp, 384)
-    yield "add_layer_norm_mlp without LayerScale, autocast", folded(256, scaled=False)
-    yield "add_layer_norm_mlp, pre-activation recomputed, autocast", folded(32, lean=True)
-    yield "add_layer_norm_mlp, first layer bf16, autocast", folded(256, first=BF16)
-    yield "add_layer_norm_mlp bf16", _add_layer_norm_mlp_bf16
-    for channels in SUBSET_WIDTHS:
-        yield f"add_layer_norm_mlp on subsets, C={channels} autocast", functools.partial(_on_subsets, channels)
-    yield "layer_norm_mlp autocast", _layer_norm_mlp
+def _residual_linears(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     yield "linear, residual branch, bf16", functools.partial(_residual_linear, BF16)
     yield "linear, residual branch, autocast", functools.partial(_residual_linear, FP32)
-
-
-def _layer_norm(channels: int) -> Errors:
-    x, weight, bias = randn(2, 9, channels), randn(channels, scale=0.3, shift=1), randn(channels, scale=0.2)
-    return assert_as_accurate_as_eager(ops.layer_norm, ops.layer_norm_reference, x, weight, bias, 1e-6)
-
-
-def _add_layer_norm(channels: int) -> Errors:
-    x, branch = randn(4, 5, channels, dtype=FP32), randn(4, 5, channels)
-    weight, bias = randn(channels, dtype=FP32, scale=0.3, shift=1), randn(channels, dtype=FP32, scale=0.2)
-    gamma = randn(channels, dtype=FP32, scale=0.2, shift=0.7)
-    pair = (
-        under_autocast(
-            lambda *args, f=f: f(*args[:4], 1e-6, gamma=args[4], drop_path_scale=args[5], out_dtype=_low(args[1]))
-        )
-        for f in (ops.add_layer_norm, ops.add_layer_norm_reference)
-    )
-    return assert_as_accurate_as_eager(*pair, x, branch, weight, bias, gamma, scales(4), frozen=(5,))
-
-
-def _low(branch: Tensor) -> torch.dtype:
-    """The dtype of the norm's output: that of the products, or the oracle's."""
-    return torch.float64 if branch.dtype == torch.float64 else BF16
-
-
-def _add_layer_norm_mlp(
-    channels: int, hidden: int, scaled: bool = True, lean: bool = False, first: torch.dtype = FP32
-) -> Errors:
-    """LayerNorm and LayerScale folded into the weights, behind a branch with a drop-path factor.
-
-    scaled: with LayerScale. lean: backward makes the pre-activation again. first: the first layer's dtype.
-    """
-    x, branch = randn(4, 3, channels, dtype=FP32, scale=2, shift=1), randn(4, 3, channels)
-    weights = [*norm_weights(first, channels), *mlp_weights(FP32, channels, hidden)]
-    weights[2:4] = (weight.to(first) for weight in weights[2:4])
-    gamma = randn(channels, dtype=FP32, scale=0.2, shift=0.7) if scaled else None
-
-    def call(
-        op: Callable, x: Tensor, branch: Tensor, g: Tensor, b: Tensor, *rest: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        *layers, gamma, scale = rest
-        options = dict(recompute="preactivation") if lean and op is ops.add_layer_norm_mlp else {}
-        return op(x, branch, g, b, 1e-6, *layers, gamma=gamma, drop_path_scale=scale, **options)
-
-    pair = (
-        under_autocast(functools.partial(call, op)) for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
-    )
-    return assert_as_accurate_as_eager(*pair, x, branch, *weights, gamma, scales(4), frozen=(9,))
-
-
-def _on_subsets(channels: int) -> Errors:
-    """Three of five samples have a branch to add, two enter the next, and one is in neither."""
-    x, branch = randn(5, 3, channels, dtype=FP32, scale=2, shift=1), randn(3, 3, channels)
-    weights = [*norm_weights(FP32, channels), *mlp_weights(FP32, channels, 32)]
-    subsets = dict(branch_slots=torch.tensor([2, 4, 0, 3, 1]), slots=torch.tensor([1, 3, 4, 2, 0]), kept=2)
-
-    def call(op: Callable, x: Tensor, branch: Tensor, g: Tensor, b: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        *layers, scale = rest
-        return op(x, branch, g, b, 1e-6, *layers, drop_path_scale=scale, **subsets)
-
-    pair = (
-        under_autocast(functools.partial(call, op)) for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
-    )
-    return assert_as_accurate_as_eager(*pair, x, branch, *weights, torch.full((5,), 5 / 3), frozen=(8,))
-
-
-def _add_layer_norm_mlp_bf16() -> Errors:
-    """The same of a bf16 model, in which nothing is folded."""
-    x, branch, *weights = randn(4, 3, 192), randn(4, 3, 192), *norm_weights(BF16, 192), *mlp_weights(BF16, 192, 256)
-    pair = (
-        lambda x, branch, g, b, *layers, op=op: op(x, branch, g, b, 1e-6, *layers)
-        for op in (ops.add_layer_norm_mlp, ops.add_layer_norm_mlp_reference)
-    )
-    return assert_as_accurate_as_eager(*pair, x, branch, *weights)
-
-
-def _layer_norm_mlp() -> Errors:
-    """A whole branch: LayerNorm folded into the weights, LayerScale, drop path and residual behind."""
-    x = randn(4, 3, 192, dtype=FP32, scale=2, shift=1)
-    weights = [*norm_weights(FP32, 192), *mlp_weights(FP32, 192, 256), randn(192, dtype=FP32, scale=0.2, shift=0.7)]
-    pair = (
-        under_autocast(
-            lambda x, g, b, w1, b1, w2, b2, gamma, scale, f=f: f(
-                x, g, b, 1e-6, w1, b1, w2, b2, gamma=gamma, drop_path_scale=scale, residual=x
-            )
-        )
-        for f in (ops.layer_norm_mlp, ops.layer_norm_mlp_reference)
-    )
-    return assert_as_accurate_as_eager(*pair, x, *weights, scales(4), frozen=(8,))
 
 
 def _linear(function: Callable, autocast: bool, activation: str | None = None, residual: bool = True) -> Callable:
@@ -205,8 +101,8 @@ def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     yield "add_layer_norm_attention autocast", _add_layer_norm_attention
     for case in attention_config.aot_cases(arch):
         yield f"attention {case.label}", functools.partial(_attend, case)
-        if case.head_dim == 64 and case.dtype == "bf16" and case.tail == 16:  # a tail of 9
-            yield f"attention {case.label}, scores far below 0", functools.partial(_attend, case, None, 73, True)
+        if case.head_dim in (64, 80) and case.dtype == "bf16" and case.tail == 16:
+            yield f"attention {case.label}, scores far below 0", functools.partial(_attend_below, case)
     if has_descriptors(arch):
         home = next(c for c in attention_config.aot_cases(arch) if c.config.descriptors and c.head_dim == 64)
         for keys in (128, 256):
@@ -245,6 +141,13 @@ def _attend(case: attention_config.Case, whole: Any = None, tokens: int = 0, bel
     eager = in_tf32_products if dtype == FP32 else None
     with mock.patch.object(attention, "select_config", lambda *_: config), tf32(dtype == FP32):
         return assert_as_accurate_as_eager(ops.attention, ops.attention_reference, qkv, heads, eager=eager)
+
+
+def _attend_below(case: attention_config.Case) -> Errors:
+    """Scores far below 0 and three tails: with that of `_attend` each of a thread's four columns is the first past the end."""
+    tails = (3, 9, 12) if case.head_dim == 64 else (3, 6, 12)
+    calls = {tail: _attend(case, tokens=64 + tail, below=True) for tail in tails}
+    return {f"{name}, tail of {tail}": errors for tail, found in calls.items() for name, errors in found.items()}
 
 
 # ---- losses

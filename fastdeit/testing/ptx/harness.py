@@ -131,7 +131,7 @@ def executing(
     schedules: Sequence[Schedule] = (IN_STEP,),
     *,
     multiprocessors: int = 2,
-    before_launch: Callable[..., None] | None = None,
+    before_launch: Callable[[Variant, tuple, tuple], None] | None = None,
     on_launch: Callable[[Launched], None] | None = None,
 ) -> Iterator[None]:
     """In it CPU tensors count as a GPU's: ops choose kernels for `arch`, which are compiled and executed by the machine.
@@ -141,7 +141,7 @@ def executing(
         schedules: each launch runs under every one of them from the same memory, and the results must be the same bits; those of
             the last one stay.
         multiprocessors: of the supposed GPU; few of them keep persistent grids small.
-        before_launch: called before each launch with what `kernels.runtime.launch.launch` takes.
+        before_launch: called before each launch with what it compiles, its grid and its arguments.
         on_launch: called after each launch, whose accesses are then counted under the first schedule.
 
     Raises:
@@ -160,9 +160,9 @@ def executing(
         fp_fusion: bool = True,
         maxnreg: int | None = None,  # which ptxas alone heeds
     ) -> None:
-        if before_launch:
-            before_launch(kernel, grid, args, constexprs, num_warps, num_stages)
         variant = variant_of(kernel, args, constexprs, num_warps, num_stages, fp_fusion)
+        if before_launch:
+            before_launch(variant, grid, args)
         compiled = compile_variant(variant, arch)
         storages = [storage_of(t) for t in args if isinstance(t, torch.Tensor | TensorDescriptor)]
         before = [s.clone() for s in storages] if len(schedules) > 1 else []

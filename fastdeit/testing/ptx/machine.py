@@ -80,6 +80,7 @@ class Machine(Threads):
     Attributes:
         executed: warps that executed each instruction, over all launches.
         observer: receives every memory access, or None (see counts.py).
+        branches: that groups of threads took or passed in the last launch.
         most_branches: of a launch, before it counts as one that does not end; None for any number.
     """
 
@@ -94,6 +95,7 @@ class Machine(Threads):
         self.random = np.random.default_rng(schedule.seed)
         self.executed = np.zeros(len(program.instructions), np.int64)
         self.observer: Any = None
+        self.branches = 0
         self.most_branches: int | None = None
         self.current: Instruction | None = None
         self.operations = scalar.table(Approximations(schedule.seed if schedule.perturbed else None))
@@ -118,7 +120,7 @@ class Machine(Threads):
             PtxError: it holds something unknown.
         """
         self.arguments, self.memory, self.grid = arguments, memory, (*grid, 1, 1)[:3]
-        memory.fault, self._branches = self.fault, 0
+        memory.fault, self.branches = self.fault, 0
         blocks = np.arange(np.prod(self.grid))
         if self.schedule.shuffled:
             self.random.shuffle(blocks)
@@ -248,8 +250,8 @@ class Machine(Threads):
 
     def _branch(self, instruction: Instruction, at: int) -> int | None:
         target = self.program.target(instruction)
-        self._branches += 1
-        if self.most_branches and self._branches > self.most_branches:
+        self.branches += 1
+        if self.most_branches and self.branches > self.most_branches:
             self.fault("endless loop", f"more than {self.most_branches} branches")
         polls, self.poll_failed = self.poll_failed and target < at, False
         taken = self.mask() if instruction.guard is None else self.guarded(instruction.guard)

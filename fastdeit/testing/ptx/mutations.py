@@ -6,10 +6,12 @@ where redundancy.py proves it so, else a hole.
 """
 
 import contextlib
+import functools
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +20,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastdeit.testing.ptx.cases import Case
 from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_to_ptx
 from fastdeit.testing.ptx.control_flow import branches_past
-from fastdeit.testing.ptx.harness import executing, run_on, storage_of, variant_of
+from fastdeit.testing.ptx.harness import executing, run_on, storage_of
 from fastdeit.testing.ptx.machine import IN_STEP, Fault, Machine, Schedule
 from fastdeit.testing.ptx.program import Program, PtxError
 from fastdeit.testing.ptx.redundancy import Record, proof
 from fastdeit.testing.ptx.selections import Scrambled, selections
 
 SHUFFLED = Schedule(seed=11, shuffled=True)
-_MOST_BRANCHES = 20_000  # of a launch: a mutant without a loop's condition would go on for ever
+_MORE_BRANCHES = 20  # times those of the kernel: a mutant without a loop's condition would go on for ever
 
 
 class Mutant(NamedTuple):
@@ -105,12 +107,13 @@ class Launch(NamedTuple):
 
 
 def launches_of(case: Case, arch: int) -> list[Launch]:
-    """The launches of a case with what memory held, a kernel once."""
-    found: dict[Variant, Launch] = {}
+    """The launches of a case with what memory held, one of each kernel and grid and of the numbers it is given."""
+    found: dict[tuple, Launch] = {}
 
-    def keep(kernel: Any, grid: tuple, args: tuple, constexprs: tuple, num_warps: int, num_stages: int) -> None:
-        variant = variant_of(kernel, args, constexprs, num_warps, num_stages)
-        found.setdefault(variant, Launch(variant, grid, args, [s.clone() for s in _storages(args)]))
+    def keep(variant: Variant, grid: tuple, args: tuple) -> None:
+        sizes = (variant, grid, *(a for a in args if isinstance(a, int | float)))
+        if sizes not in found:
+            found[sizes] = Launch(variant, grid, args, [s.clone() for s in _storages(args)])
 
     torch.manual_seed(0)
     with executing(arch, multiprocessors=1, before_launch=keep):
@@ -118,38 +121,45 @@ def launches_of(case: Case, arch: int) -> list[Launch]:
     return list(found.values())
 
 
-def judge(launch: Launch, mutant: str, arch: int, expected: list[torch.Tensor]) -> str | None:
+class Run(NamedTuple):
+    results: list[torch.Tensor]  # the storages after the launch
+    lines: set[int]  # of the PTX that were executed
+    branches: int
+
+
+def judge(launch: Launch, mutant: str, arch: int, original: Run) -> str | None:
     """How a mutant is caught: the fault's kind, "other bits", or None. It is first executed in step, then shuffled."""
     for schedule in (IN_STEP, SHUFFLED):
         try:
-            found = results(launch, _compiled(launch, mutant, arch), schedule)
+            run = _run(launch, _compiled(launch, mutant, arch), schedule, _MORE_BRANCHES * original.branches)
         except Fault as fault:
             return fault.kind
         except PtxError:
             return "not executable"
-        if not all(map(torch.equal, found, expected)):
+        if not all(map(torch.equal, run.results, original.results)):
             return "other bits"
     return None
 
 
 def _compiled(launch: Launch, text: str, arch: int) -> Compiled:
     _, shared_bytes, maps = compile_to_ptx(launch.variant, arch)
-    return Compiled(Program(text), shared_bytes, tuple(maps))
+    return Compiled(_parsed(text), shared_bytes, tuple(maps))
 
 
-def results(launch: Launch, compiled: Compiled, schedule: Schedule) -> list[torch.Tensor]:
-    """The storages after a launch, which are then as before it."""
-    return _results_and_lines(launch, compiled, schedule)[0]
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> Program:
+    return Program(text)
 
 
-def _results_and_lines(launch: Launch, compiled: Compiled, schedule: Schedule) -> tuple[list[torch.Tensor], set[int]]:
-    """The same, and the lines of the PTX that were executed."""
+def _run(launch: Launch, compiled: Compiled, schedule: Schedule, most_branches: int | None = None) -> Run:
+    """Executes a launch; its storages are then as before it."""
     with _restored(launch) as storages:
         machine = Machine(compiled.program, compiled.shared_bytes, schedule)
-        machine.most_branches = _MOST_BRANCHES
+        machine.most_branches = most_branches
         run_on(machine, compiled, launch.grid, launch.args)
         executed = zip(compiled.program.instructions, machine.executed.tolist(), strict=True)
-        return [s.clone() for s in storages], {instruction.line for instruction, warps in executed if warps}
+        lines = {instruction.line for instruction, warps in executed if warps}
+        return Run([s.clone() for s in storages], lines, machine.branches)
 
 
 @contextlib.contextmanager
@@ -192,7 +202,7 @@ def _why_unread(launch: Launch, original: Compiled, line: int) -> str | None:
     """The reason why no result depends on what a mask keeps out."""
     if not selections(original.program, line):
         return None
-    expected = results(launch, original, IN_STEP)
+    expected = _run(launch, original, IN_STEP).results
     for seed in (0, 1):
         machine = Scrambled(original.program, original.shared_bytes, line, seed)
         with _restored(launch) as storages:
@@ -213,7 +223,6 @@ def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable
 
     Returns how often each (kind, outcome) happened: what caught it, or "redundant" with a proof, or "hole".
     """
-    random = np.random.default_rng(seed)
     outcomes: Counter = Counter()
     by_variant: dict[Variant, list[Launch]] = {}
     for case in cases:
@@ -221,16 +230,17 @@ def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable
             by_variant.setdefault(launch.variant, []).append(launch)
     for variant, launches in by_variant.items():
         ptx = compile_to_ptx(variant, arch)[0]
+        random = np.random.default_rng([seed, _number(variant)])
         original = [_compiled(launch, ptx, arch) for launch in launches]
-        runs = [_results_and_lines(*pair, IN_STEP) for pair in zip(launches, original, strict=True)]
-        expected, executed = [found for found, _ in runs], set[int]().union(*(lines for _, lines in runs))
+        runs = [_run(*pair, IN_STEP) for pair in zip(launches, original, strict=True)]
+        executed = set[int]().union(*(run.lines for run in runs))
         instructions = len(original[0].program.instructions)
         print_line(f"sm_{arch} {variant.kernel.__name__}: {len(executed)} of {instructions} instructions are executed")
         for branch in branches_past(original[0].program, executed):
             print_line(f"sm_{arch} {variant.kernel.__name__}: the others are behind {branch}")
         for mutant in mutants(ptx, executed, most, random):
             caught = next(
-                filter(None, (judge(s, mutant.text, arch, e) for s, e in zip(launches, expected, strict=True))), None
+                filter(None, (judge(s, mutant.text, arch, r) for s, r in zip(launches, runs, strict=True))), None
             )
             if caught is None:
                 reason = why_redundant(launches, mutant, arch) or "hole: nothing catches it"
@@ -239,6 +249,11 @@ def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable
                 print_line(f"{place}: {mutant.kind}, {reason}: {mutant.before[:80]}")
             outcomes[mutant.kind, caught] += 1
     return outcomes
+
+
+def _number(variant: Variant) -> int:
+    """Of a kernel, so that it gets the same mutants whichever others are chosen."""
+    return zlib.crc32(repr((variant.kernel.__name__, sorted(variant.unaligned), variant.types, *variant[3:])).encode())
 
 
 def table(outcomes: Counter) -> list[str]:

@@ -1,0 +1,96 @@
+"""Calls inside a function that PyTorch checkpoints: its recomputation must save what its forward pass saved.
+
+Non-reentrant checkpointing hands the tensors that a recomputation saves to the nodes of the forward pass, by their number. So a
+module that ran from a plan does so again, from the same one, and one that did not does not. Reentrant checkpointing needs nothing
+of this: its forward pass is a call without gradients, and its recomputation one with gradients, whose backward pass follows.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils import checkpoint as torchs
+
+from fastdeit.plan.training import TrainingPlan
+
+_hooks: Any = torch._C._autograd
+
+
+def _code_of(hooks: Any) -> CodeType | None:
+    """The code of the function with which these hooks pack a tensor, None where this version of PyTorch has another."""
+    constants = hooks.__init__.__code__.co_consts
+    return next((each for each in constants if isinstance(each, CodeType) and each.co_name == "pack_hook"), None)
+
+
+_FORWARD, _RECOMPUTATION = _code_of(torchs._checkpoint_hook), _code_of(torchs._recomputation_hook)
+# By frame, which is what PyTorch keeps of one call of a checkpointed function, and by module and key, what ran there.
+_ran: WeakKeyDictionary[Any, dict[tuple, TrainingPlan | None]] = WeakKeyDictionary()
+
+
+class Checkpointed(NamedTuple):
+    """A call of a checkpointed function.
+
+    Attributes:
+        recomputes: whether it repeats the call of a forward pass.
+    """
+
+    frame: Any
+    recomputes: bool
+
+    def plan(self, key: tuple, choose: Callable[[], TrainingPlan | None]) -> TrainingPlan | None:
+        """The plan to run from, None for the ops: what `choose` gives at the first call with this key of a forward pass.
+
+        Raises:
+            RuntimeError: the forward pass ran from a plan that can no longer run.
+        """
+        if not self.recomputes:
+            ran = _ran.setdefault(self.frame, {})
+            if key not in ran:
+                ran[key] = choose()
+            return ran[key]
+        plan = _ran.get(self.frame, {}).get(key)
+        if plan is not None and not plan.still_holds():
+            raise RuntimeError(
+                "checkpointing: a parameter was given other memory between the forward pass and its recomputation"
+            )
+        return plan
+
+
+def checkpointed_call() -> Checkpointed | None:
+    """The call of a checkpointed function inside which this is; None under no hook on saved tensors, or under another one."""
+    hooks = _hooks._top_saved_tensors_default_hooks(True)
+    if hooks is None or not isinstance(pack := hooks[0], FunctionType) or pack.__closure__ is None:
+        return None
+    inside = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
+    if pack.__code__ is _FORWARD and "frame" in inside:
+        return Checkpointed(inside["frame"].cell_contents, recomputes=False)
+    if pack.__code__ is _RECOMPUTATION and "target_frame_ref" in inside:
+        frame = inside["target_frame_ref"].cell_contents()
+        return None if frame is None else Checkpointed(frame, recomputes=True)
+    return None
+
+
+def can_rehearse() -> bool:
+    """Whether work may be launched here of which nothing stays: in no capture, and in no backward pass."""
+    return torch._C._current_graph_task_id() == -1 and not torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def rehearsing(x: Tensor) -> Iterator[Tensor]:
+    """x without its history, for a run forward and backward of which nothing stays: no hook sees what it saves, and the next random
+    numbers of x's device are those that would have been drawn without it."""
+    generator = torch.cuda.default_generators[x.get_device()]
+    state, found = generator.get_state(), []
+    while (pair := _hooks._top_saved_tensors_default_hooks(True)) is not None:
+        found.append(pair)
+        _hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield x.detach().requires_grad_(x.requires_grad)
+    finally:
+        for pair in reversed(found):
+            _hooks._push_saved_tensors_default_hooks(*pair)
+        generator.set_state(state)
