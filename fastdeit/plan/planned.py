@@ -1,6 +1,5 @@
 """Runs of ops from plans: recorded at the second call of their kind, repeated from the third on."""
 
-import functools
 import threading
 import weakref
 from collections import OrderedDict
@@ -27,6 +26,7 @@ from fastdeit.plan.surroundings import (
     is_training,
     key_of,
     nothing_called,
+    place_of,
     why_not_plannable,
     why_not_recorded,
     why_not_trainable,
@@ -229,7 +229,14 @@ def planned(
         spans: what do together what `run` does of x, for calls with gradients; None if nothing does.
         captured: the plan may become a graph, which copies x and the output: worth it for a model, not for one of its blocks.
     """
-    if torch.compiler.is_compiling() or (why_not_plannable(x) is not None and not _recomputes(x)):
+    if torch.compiler.is_compiling():
+        return run(x)
+    call = checkpointed_call() if spans is not None and torch.is_grad_enabled() and x.is_cuda else None
+    # Strides are no part of it: contiguous tokens that a hook around the checkpoint saved may come back with others.
+    ran = None if call is None else call.ran(root, (x.shape, x.dtype, *place_of(x)))
+    if ran is not None and ran.plan is not None:  # what its forward pass did, even where something else looks on
+        return ran.plan.recompute(x)
+    if why_not_plannable(x) is not None:
         return run(x)
     plans: Plans = made_from(root, answer, lambda: Plans(root))
     if (plans.gathered and captured) or not plans.followed:  # of sharded models blocks alone have plans
@@ -238,12 +245,10 @@ def planned(
     if torch.is_grad_enabled() and any(needs := tuple(map(_needs_gradient, (x, *plans.parameters)))):
         if spans is None:
             return run(x)
-        if (call := checkpointed_call()) is not None:
-            key = key_of(x, needs)
-            # Strides are no part of it: contiguous tokens that a hook around the checkpoint saved may come back with others.
-            here = root, key[0], *key[2:]
-            plan = call.plan(here, functools.partial(_rehearsed, plans, key, spans, x, why_called, True))
-            return run(x) if plan is None else plan.recompute(x) if call.recomputes else plan(x)
+        if call is not None and ran is not None:
+            if not call.recomputes:
+                ran.plan = _rehearsed(plans, key_of(x, needs), spans, x, why_called, True)
+            return run(x) if ran.plan is None else ran.plan(x)
         if why_not_trainable() is not None:
             return run(x)
         if plans.gathered:
@@ -263,11 +268,6 @@ def planned(
         if out is not None:
             return out
     return run(x)
-
-
-def _recomputes(x: Tensor) -> bool:
-    """Whether the call is of a recomputation, which does what its forward pass did even where something else looks on."""
-    return x.is_cuda and (call := checkpointed_call()) is not None and call.recomputes
 
 
 def _rehearsed(

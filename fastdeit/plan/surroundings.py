@@ -76,15 +76,19 @@ def circumstances(x: Tensor) -> tuple:
     from fastdeit.kernels.gemm.config import gemm_in_force
     from fastdeit.kernels.gemm.fused_mlp import fused_mlp_in_force
 
-    device = x.get_device()
     return (
-        device,
-        torch._C._cuda_getCurrentRawStream(device),
+        *place_of(x),
         backends.settings(x),
         gemm_in_force(),
         fused_mlp_in_force(),
         tuple(SDPA_PREFERRED.items()),
     )
+
+
+def place_of(x: Tensor) -> tuple[int, int]:
+    """The input's device, and the current stream on it as an integer."""
+    device = x.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
 
 
 def is_training(key: tuple) -> bool:

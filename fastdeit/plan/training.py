@@ -37,7 +37,8 @@ class TrainingPlan:
 
     def recompute(self, x: Tensor) -> Output | None:
         """As a call, in a recomputation, which PyTorch may stop by an exception once all is saved that backward needs."""
-        tensors: tuple[Tensor | None, ...] = (x.contiguous(), *self._gathered)
+        x = x.contiguous()  # as it was when saved; a hook may have given it back otherwise, at any address
+        tensors: tuple[Tensor | None, ...] = (x.clone() if x.data_ptr() % 16 else x, *self._gathered)
         for span in self._spans:
             tensors = span.recompute(*tensors)
         return _output(tensors)

@@ -53,6 +53,7 @@ MODELS = {
     "ViT without biases": functools.partial(hugging_faces, qkv_bias=False),
     "CLIP": functools.partial(hugging_faces, "CLIPVisionConfig", "CLIPVisionModel"),
     "DINOv2": functools.partial(hugging_faces, "Dinov2Config", "Dinov2Model"),
+    "BEiT with drop path": functools.partial(hugging_faces, "BeitConfig", "BeitModel", drop_path_rate=0.3),
     "BEiT": functools.partial(hugging_faces, "BeitConfig", "BeitModel", drop_path_rate=0.0),
 }
 CASES = {
@@ -79,6 +80,8 @@ CASES = {
     "DINOv2": ("DINOv2", None, torch.bfloat16, "usual"),
     "DINOv2 in bf16": ("DINOv2", torch.bfloat16, None, "usual"),
     "BEiT": ("BEiT", None, torch.bfloat16, "usual"),
+    "BEiT with drop path": ("BEiT with drop path", None, torch.bfloat16, "usual"),
+    "BEiT with drop path, in bf16": ("BEiT with drop path", torch.bfloat16, None, "lean"),
     "BEiT in bf16": ("BEiT", torch.bfloat16, None, "usual"),
 }
 
