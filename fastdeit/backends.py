@@ -116,7 +116,7 @@ def settings(x: Tensor, products: bool = True) -> tuple | None:
     """
     if torch._C._functorch.peek_interpreter_stack() is not None or refusals.refused:
         return None
-    kind = _autocast_device(x)
+    kind = "cuda" if x.is_cuda else _autocast_device(x)  # no call on a GPU
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     tf32 = products and autocast is None and x.dtype is torch.float32 and _tf32_allowed()
     return _backend, _supposes_gpu, _takes_all, autocast, tf32, torch.is_grad_enabled(), refusals.generation
@@ -159,7 +159,7 @@ def in_functional_transform() -> bool:
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product of x runs in: under autocast the low precision that PyTorch's own products take."""
-    kind = _autocast_device(x)
+    kind = "cuda" if x.is_cuda else _autocast_device(x)  # no call on a GPU
     if torch.is_autocast_enabled(kind) and x.dtype in KERNEL_DTYPES:
         return torch.get_autocast_dtype(kind)
     return x.dtype
@@ -170,7 +170,7 @@ def _autocast_device(x: Tensor) -> str:
     autocast of its."""
     if x.is_meta:
         return "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
-    return "cuda" if x.is_cuda else x.device.type
+    return x.device.type
 
 
 def check_multiplied(x: Tensor, name: str, tensor: Tensor) -> None:

@@ -6,7 +6,8 @@ their references, for this process alone; each rank of a distributed run decides
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -99,12 +100,27 @@ def _compile_backward(op: str, result: Any, inputs: tuple) -> None:
         handles.append(node.register_hook(lambda inputs, grads: held.end()))
     try:
         grads = [torch.zeros_like(y) for y in outputs]
-        torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True)
+        with _without_hooks(wanted):
+            torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True)
     finally:
         held.close()
         for handle in handles:
             handle.remove()
     _compiled.add(key)
+
+
+@contextmanager
+def _without_hooks(tensors: list[Tensor]) -> Iterator[None]:
+    """Hooks on the tensors' gradients are not called: this is no backward pass, as which FSDP2's hooks would take it."""
+    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
+    before = list(map(dict, hooks))
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, those in zip(hooks, before, strict=True):
+            each.update(those)
 
 
 def _inside_something() -> bool:

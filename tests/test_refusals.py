@@ -203,3 +203,15 @@ def test_a_thread_s_first_work_may_be_a_descriptor():
     thread.start()
     thread.join()
     assert not found["before"] and found["after"]
+
+
+def test_hooks_on_tensors_do_not_see_the_pass_that_compiles_backward():
+    x = torch.zeros(2, 17, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = (torch.zeros(192, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    tokens, seen = x * 1, []
+    for tensor in (tokens, weight):
+        tensor.register_hook(lambda gradient: seen.append(gradient.shape))
+    made = ops.layer_norm(tokens, weight, bias, 1e-6)
+    assert refusals._compiled and seen == []
+    made.sum().backward()
+    assert set(seen) == {weight.shape, tokens.shape} and len(seen) == 2

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastdeit.blocks import spec
+from fastdeit.blocks.drop_path import DROP_PATHS
 from fastdeit.blocks.fused_module import has_own_forward, is_fused
 from fastdeit.blocks.snapshot import OWN_METHODS, register_methods
 
@@ -275,9 +276,9 @@ def _why_not_tail(branch: spec.Branch, block: nn.Module) -> str | None:
         weight = f"a weight is a {type(gamma).__name__}" if gamma is None else why_not_weight(gamma)
         reason = (None if own else why_replaced(kind)) or weight
     if reason is None and type(drop_path) is not nn.Identity:
-        if type(drop_path) is not timm.layers.DropPath:
+        if type(drop_path) not in DROP_PATHS:
             return f"its drop path is a {type(drop_path).__name__}"
-        reason = why_replaced(timm.layers.DropPath)
+        reason = why_replaced(type(drop_path))
     return reason
 
 

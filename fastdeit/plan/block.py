@@ -27,7 +27,7 @@ def planned_block(module: nn.Module, answer: _Answer, tokens: Tensor, keep: int 
         return run(tokens)
 
     def spans(_: Tensor) -> list[Span]:
-        return [Span(lambda given: (run(given),), list(module.parameters()))]
+        return [Span(lambda given, *gathered: (run(given),), list(module.parameters()))]  # run reads those itself
 
     called = functools.partial(why_parts_of_block_called, answer[1])
     return cast(Tensor, planned(module, answer, run, tokens, called, spans, captured=False))

@@ -5,8 +5,9 @@ module that ran from a plan does so again, from the same one, and one that did n
 of this: its forward pass is a call without gradients, and its recomputation one with gradients, whose backward pass follows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,37 +28,67 @@ def _code_of(hooks: Any) -> CodeType | None:
 
 
 _FORWARD, _RECOMPUTATION = _code_of(torchs._checkpoint_hook), _code_of(torchs._recomputation_hook)
-# By frame, which is what PyTorch keeps of one call of a checkpointed function, and by module and key, what ran there.
-_ran: WeakKeyDictionary[Any, dict[tuple, TrainingPlan | None]] = WeakKeyDictionary()
+
+
+@dataclass
+class Ran:
+    """What a module's call ran from: a plan, or the ops.
+
+    Attributes:
+        kind: of its input, as its plan needs it.
+    """
+
+    kind: tuple
+    plan: TrainingPlan | None = None
+
+
+class _Calls(NamedTuple):
+    """The calls of modules inside one call of a checkpointed function."""
+
+    ran: dict[Any, list[Ran]]  # by module, in their order
+    repeated: dict[tuple, int]  # how many of them, by recomputation and module
+
+
+# By frame, which is what PyTorch keeps of one call of a checkpointed function.
+_calls: WeakKeyDictionary[Any, _Calls] = WeakKeyDictionary()
 
 
 class Checkpointed(NamedTuple):
     """A call of a checkpointed function.
 
     Attributes:
-        recomputes: whether it repeats the call of a forward pass.
+        recomputation: its number, if it repeats the call of a forward pass.
     """
 
     frame: Any
-    recomputes: bool
+    recomputation: Any = None
 
-    def plan(self, key: tuple, choose: Callable[[], TrainingPlan | None]) -> TrainingPlan | None:
-        """The plan to run from, None for the ops: what `choose` gives at the first call with this key of a forward pass.
+    @property
+    def recomputes(self) -> bool:
+        """Whether it repeats the call of a forward pass."""
+        return self.recomputation is not None
+
+    def ran(self, root: Any, kind: tuple) -> Ran:
+        """What this call of a module runs from: in a forward pass for the caller to fill in, in a recomputation what the call that
+        it repeats ran from. That one is found by its number: settings may be others by now, or parameters frozen.
 
         Raises:
-            RuntimeError: the forward pass ran from a plan that can no longer run.
+            RuntimeError: it ran from a plan that can no longer run.
         """
+        calls = _calls.setdefault(self.frame, _Calls({}, {}))
+        ran = calls.ran.setdefault(root, [])
         if not self.recomputes:
-            ran = _ran.setdefault(self.frame, {})
-            if key not in ran:
-                ran[key] = choose()
-            return ran[key]
-        plan = _ran.get(self.frame, {}).get(key)
-        if plan is not None and not plan.still_holds():
+            ran.append(Ran(kind))
+            return ran[-1]
+        at = calls.repeated.get((self.recomputation, root), 0)
+        calls.repeated[self.recomputation, root] = at + 1
+        if at >= len(ran) or ran[at].kind != kind:
+            return Ran(kind)
+        if (plan := ran[at].plan) is not None and not plan.still_holds():
             raise RuntimeError(
                 "checkpointing: a parameter was given other memory between the forward pass and its recomputation"
             )
-        return plan
+        return ran[at]
 
 
 def checkpointed_call() -> Checkpointed | None:
@@ -67,10 +98,10 @@ def checkpointed_call() -> Checkpointed | None:
         return None
     inside = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
     if pack.__code__ is _FORWARD and "frame" in inside:
-        return Checkpointed(inside["frame"].cell_contents, recomputes=False)
-    if pack.__code__ is _RECOMPUTATION and "target_frame_ref" in inside:
+        return Checkpointed(inside["frame"].cell_contents)
+    if pack.__code__ is _RECOMPUTATION and {"target_frame_ref", "gid"} <= inside.keys():
         frame = inside["target_frame_ref"].cell_contents()
-        return None if frame is None else Checkpointed(frame, recomputes=True)
+        return None if frame is None else Checkpointed(frame, inside["gid"].cell_contents)
     return None
 
 

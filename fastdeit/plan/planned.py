@@ -1,6 +1,5 @@
 """Runs of ops from plans: recorded at the second call of their kind, repeated from the third on."""
 
-import functools
 import threading
 import weakref
 from collections import OrderedDict
@@ -22,10 +21,12 @@ from fastdeit.plan.code import Place, Unsupported, why_not_code, why_not_output
 from fastdeit.plan.graphs import AutomaticGraph
 from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
+from fastdeit.plan.sharding import gathered, managed_otherwise
 from fastdeit.plan.surroundings import (
     is_training,
     key_of,
     nothing_called,
+    place_of,
     why_not_plannable,
     why_not_recorded,
     why_not_trainable,
@@ -45,20 +46,21 @@ class Plan:
 
     Args:
         tape: the recording.
-        parameters: all tensors that it may have read beside its input.
-        x: that.
+        parameters: all tensors that it may have read beside its input, but for
+        gathered: parameters whose memory is other at each call.
+        x: the input.
         output: what the run gave.
 
     Raises:
         Unsupported: it cannot be repeated; the text says why.
     """
 
-    def __init__(self, tape: Tape, parameters: list[Tensor], x: Tensor, output: Output) -> None:
+    def __init__(self, tape: Tape, parameters: list[Tensor], gathered: list[Tensor], x: Tensor, output: Output) -> None:
         if isinstance(output, tuple):
             raise Unsupported(f"{len(output)} tensors are returned")
         out = tape.view(output)
-        given = tape.view(x).buffer
-        reason = tape.refused or why_not_output(out, output) or why_not_code(tape.events, [given], [out])
+        given = [tape.view(tensor).buffer for tensor in (x, *gathered)]
+        reason = tape.refused or why_not_output(out, output) or why_not_code(tape.events, given, [out])
         if reason is not None:
             raise Unsupported(reason)
         lives = lifetimes(tape.events)
@@ -66,9 +68,9 @@ class Plan:
         offsets, self._bytes = packed(lives)
         places = {buffer: Place(0, offset) for buffer, offset in offsets.items()}
         with torch.inference_mode(False), torch.no_grad():
-            program = Program(tape.events, places, [given], [out], output.device)
+            program = Program(tape.events, places, given, [out], output.device)
         self.still_holds = Reads(tape.events, parameters).still_hold
-        self._bound, self._device = Bound(program), output.device
+        self._bound, self._device, self._gathered = Bound(program), output.device, gathered
         self._output = output.shape, output.dtype
         self.graph = AutomaticGraph()
 
@@ -78,7 +80,7 @@ class Plan:
     def launch(self, x: Tensor) -> Tensor:
         """The output, a new tensor, by a launch after the other."""
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-        (out,) = self._bound.at(workspace.data_ptr())(x)
+        (out,) = self._bound.at(workspace.data_ptr())(x, *self._gathered)
         return out
 
     def receive(self, x: Tensor) -> Tensor:
@@ -102,14 +104,17 @@ class Plans:
     Attributes:
         entries: by key a plan, the attempt to make one whose backward pass is still to come, or in words what stands in the place
             of one.
-        tensors: the module's parameters and buffers.
-        parameters: the former.
+        parameters: the module's.
+        gathered: those whose memory is other at each call.
+        followed: it is known which those are.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self.parameters = list(root.parameters())
-        self.tensors = [*self.parameters, *root.buffers()]
+        self.gathered, self.followed = gathered(self.parameters), not managed_otherwise()
+        moving = set(map(id, self.gathered))
+        self._tensors = [*(p for p in self.parameters if id(p) not in moving), *root.buffers()]
         self.recording = threading.Lock()
         self._attempts: dict[tuple, int] = {}
         self._changing = threading.Lock()
@@ -132,14 +137,14 @@ class Plans:
 
     def record(self, key: tuple, run: _Run, x: Tensor) -> Output | None:
         """run(x). What is kept is its plan, or the reason why there is none."""
-        tape = Tape(self.tensors, [x])
+        tape = Tape(self._tensors, [x, *self.gathered])
         with nothing_called(tape), torch._C._AutoDispatchBelowAutograd(), tape:
             out = run(x)
         if out is None:
             self.put(key, "timm's code runs around everything")
             return None
         try:
-            self.put(key, Plan(tape, self.tensors, x, out))
+            self.put(key, Plan(tape, self._tensors, self.gathered, x, out))
         except Unsupported as reason:
             self.put(key, str(reason))
         return out
@@ -149,7 +154,7 @@ class Plans:
         if (reason := why_not_recorded(self.parameters)) is not None:
             self.put(key, reason)
             return None
-        attempt = Attempt(spans, self.tensors, lambda plan: self._finish(key, plan))
+        attempt = Attempt(spans, self._tensors, self.gathered, lambda plan: self._finish(key, plan))
         self.put(key, weakref.ref(attempt))
         return attempt(x)
 
@@ -224,21 +229,31 @@ def planned(
         spans: what do together what `run` does of x, for calls with gradients; None if nothing does.
         captured: the plan may become a graph, which copies x and the output: worth it for a model, not for one of its blocks.
     """
-    if torch.compiler.is_compiling() or (why_not_plannable(x) is not None and not _recomputes(x)):
+    if torch.compiler.is_compiling():
+        return run(x)
+    call = checkpointed_call() if spans is not None and torch.is_grad_enabled() and x.is_cuda else None
+    # Strides are no part of it: contiguous tokens that a hook around the checkpoint saved may come back with others.
+    ran = None if call is None else call.ran(root, (x.shape, x.dtype, *place_of(x)))
+    if ran is not None and ran.plan is not None:  # what its forward pass did, even where something else looks on
+        return ran.plan.recompute(x)
+    if why_not_plannable(x) is not None:
         return run(x)
     plans: Plans = made_from(root, answer, lambda: Plans(root))
+    if (plans.gathered and captured) or not plans.followed:  # of sharded models blocks alone have plans
+        return run(x)
     needs: tuple[bool, ...] = ()
     if torch.is_grad_enabled() and any(needs := tuple(map(_needs_gradient, (x, *plans.parameters)))):
         if spans is None:
             return run(x)
-        if (call := checkpointed_call()) is not None:
-            key = key_of(x, needs)
-            # Strides are no part of it: contiguous tokens that a hook around the checkpoint saved may come back with others.
-            here = root, key[0], *key[2:]
-            plan = call.plan(here, functools.partial(_rehearsed, plans, key, spans, x, why_called))
-            return run(x) if plan is None else plan.recompute(x) if call.recomputes else plan(x)
+        if call is not None and ran is not None:
+            if not call.recomputes:
+                ran.plan = _rehearsed(plans, key_of(x, needs), spans, x, why_called, True)
+            return run(x) if ran.plan is None else ran.plan(x)
         if why_not_trainable() is not None:
             return run(x)
+        if plans.gathered:
+            plan = _rehearsed(plans, key_of(x, needs), spans, x, why_called, False)
+            return run(x) if plan is None else plan(x)
     key = key_of(x, needs if any(needs) else ())
     entry = plans.find(key)
     if isinstance(entry, (Plan, TrainingPlan)):
@@ -255,24 +270,21 @@ def planned(
     return run(x)
 
 
-def _recomputes(x: Tensor) -> bool:
-    """Whether the call is of a recomputation, which does what its forward pass did even where something else looks on."""
-    return x.is_cuda and (call := checkpointed_call()) is not None and call.recomputes
-
-
 def _rehearsed(
-    plans: Plans, key: tuple, spans: _Spans, x: Tensor, why_called: Callable[[], str | None]
+    plans: Plans, key: tuple, spans: _Spans, x: Tensor, why_called: Callable[[], str | None], checkpointed: bool
 ) -> TrainingPlan | None:
-    """The plan for a checkpointed call, made at the second one; None for the ops.
+    """The plan for a call that is checkpointed or reads gathered parameters, made at the second one; None for the ops.
 
-    It cannot be recorded as others are: the backward pass that follows is of the nodes of this call, not of its recomputation's.
+    It cannot be recorded as others are: the backward pass that follows is of the nodes of this call, not of its recomputation's, or
+    reads the parameters elsewhere.
     """
+    fits = not checkpointed or x.is_contiguous()
     if torch.is_anomaly_enabled():
         return None
     entry = plans.find(key)
     if entry is None:
-        plans.put(key, why_called() or (SEEN if x.is_contiguous() else "checkpointed tokens that are not contiguous"))
-    elif entry is SEEN and x.is_contiguous() and can_rehearse() and plans.recording.acquire(blocking=False):
+        plans.put(key, why_called() or (SEEN if fits else "checkpointed tokens that are not contiguous"))
+    elif entry is SEEN and fits and can_rehearse() and plans.recording.acquire(blocking=False):
         try:
             if (made := spans(x)) is None:
                 plans.put(key, "timm's code makes the tokens")
@@ -281,7 +293,7 @@ def _rehearsed(
         finally:
             plans.recording.release()
         entry = plans.find(key)
-    return entry if isinstance(entry, TrainingPlan) and x.is_contiguous() else None
+    return entry if isinstance(entry, TrainingPlan) and fits else None
 
 
 def _recorded(plans: Plans, key: tuple, run: _Run, spans: Callable | None, x: Tensor) -> Output | None:

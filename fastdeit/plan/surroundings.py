@@ -48,15 +48,7 @@ def why_not_plannable(x: Tensor) -> str | None:
         return "inside a torch.func transform, or a kernel was refused"
     if type(x) is not Tensor or x.is_neg() or x.is_conj() or x.numel() == 0 or x.data_ptr() % 16:
         return "the input is not a plain aligned tensor"
-    if _any_sharded():
-        return "fully_shard gives weights other memory at each call, and between forward and backward"
     return why_global_hook() or _why_not_launchable(x.get_device())
-
-
-def _any_sharded() -> bool:
-    """Whether `fully_shard` was applied to a module of this process that still lives."""
-    states = sys.modules.get("torch.distributed._composable_state")
-    return states is not None and bool(states._module_state_mapping)
 
 
 def _why_not_launchable(device: int) -> str | None:
@@ -84,15 +76,19 @@ def circumstances(x: Tensor) -> tuple:
     from fastdeit.kernels.gemm.config import gemm_in_force
     from fastdeit.kernels.gemm.fused_mlp import fused_mlp_in_force
 
-    device = x.get_device()
     return (
-        device,
-        torch._C._cuda_getCurrentRawStream(device),
+        *place_of(x),
         backends.settings(x),
         gemm_in_force(),
         fused_mlp_in_force(),
         tuple(SDPA_PREFERRED.items()),
     )
+
+
+def place_of(x: Tensor) -> tuple[int, int]:
+    """The input's device, and the current stream on it as an integer."""
+    device = x.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
 
 
 def is_training(key: tuple) -> bool:

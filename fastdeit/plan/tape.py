@@ -45,6 +45,7 @@ _METHODS = {
     "aten::add_.Tensor": "add_",
     "aten::mul_.Tensor": "mul_",
     "aten::div_.Tensor": "div_",
+    "aten::floor_": "floor_",
     "aten::zero_": "zero_",
     "aten::bernoulli_.float": "bernoulli_",
 }

@@ -19,24 +19,26 @@ class TrainingPlan:
 
     Args:
         spans: in their order.
-        read: all tensors that they may read beside their inputs.
+        read: all tensors that they may read beside their inputs, but for
+        gathered: parameters whose memory is other at each call, inputs of the only span.
     """
 
-    def __init__(self, spans: Sequence[SpanPlan], read: Sequence[Tensor]) -> None:
-        self._spans = spans
+    def __init__(self, spans: Sequence[SpanPlan], read: Sequence[Tensor], gathered: Sequence[Tensor]) -> None:
+        self._spans, self._gathered = spans, gathered
         self.still_holds = Reads([event for span in spans for event in span.events], read).still_hold
         for span in spans:
             span.events = []
 
     def __call__(self, x: Tensor) -> Output | None:
-        tensors: tuple[Tensor | None, ...] = (x,)
+        tensors: tuple[Tensor | None, ...] = (x, *self._gathered)
         for span in self._spans:
             tensors = span(*tensors)
         return _output(tensors)
 
     def recompute(self, x: Tensor) -> Output | None:
         """As a call, in a recomputation, which PyTorch may stop by an exception once all is saved that backward needs."""
-        tensors: tuple[Tensor | None, ...] = (x.contiguous(),)
+        x = x.contiguous()  # as it was when saved; a hook may have given it back otherwise, at any address
+        tensors: tuple[Tensor | None, ...] = (x.clone() if x.data_ptr() % 16 else x, *self._gathered)
         for span in self._spans:
             tensors = span.recompute(*tensors)
         return _output(tensors)
@@ -47,19 +49,24 @@ class Attempt:
 
     Args:
         spans: of the call.
-        read: all tensors that they may read beside their inputs.
+        read: all tensors that they may read beside their inputs, but for
+        gathered: parameters whose memory is other at each call. With some there is one span.
         finish: called with the plan, or with the reason why there is none, once that is known.
     """
 
     def __init__(
-        self, spans: Sequence[Span], read: Sequence[Tensor], finish: Callable[[TrainingPlan | str], None]
+        self,
+        spans: Sequence[Span],
+        read: Sequence[Tensor],
+        gathered: Sequence[Tensor],
+        finish: Callable[[TrainingPlan | str], None],
     ) -> None:
-        self._spans, self._read, self._finish = spans, read, finish
+        self._spans, self._read, self._gathered, self._finish = spans, read, gathered, finish
         self._plans: list[SpanPlan | None] = [None] * len(spans)
 
     def __call__(self, x: Tensor) -> Output | None:
         """The last span's output or outputs, None where the spans may not run."""
-        tensors: tuple[Tensor | None, ...] = (x,)
+        tensors: tuple[Tensor | None, ...] = (x, *map(Tensor.detach, self._gathered))
         try:
             for i, span in enumerate(self._spans):
                 tensors = Recording(span, self._read, functools.partial(self._found, i))(*tensors)
@@ -75,7 +82,7 @@ class Attempt:
         self._plans[index] = plan
         found = [plan for plan in self._plans if plan is not None]
         if len(found) == len(self._plans):
-            self._finish(TrainingPlan(found, self._read))
+            self._finish(TrainingPlan(found, self._read, self._gathered))
 
 
 def _output(tensors: tuple[Tensor | None, ...]) -> Output | None:

@@ -13,7 +13,7 @@ class DropPath(nn.Module):
         if not self.drop_prob or not self.training:
             return x
         kept = 1 - self.drop_prob
-        return x / kept * (torch.rand(len(x), 1, 1) < kept)
+        return x / kept * (torch.rand(len(x), 1, 1, dtype=x.dtype) + kept).floor()
 
 
 class Mlp(nn.Module):

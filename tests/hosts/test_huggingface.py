@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastdeit
+from fastdeit.blocks.drop_path import DROP_PATHS, register_drop_path
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
 from transformers import (  # noqa: E402
@@ -80,6 +81,7 @@ MODELS = {
     "AST": (lambda **k: ASTConfig(max_length=48, num_mel_bins=32, frequency_stride=8, time_stride=8, **k), ASTModel),
     "ViViT": (lambda **k: VivitConfig(num_frames=2, tubelet_size=[2, 8, 8], **k), VivitModel),
 }
+LAYERS = {"BEiT": "layers.1", "DINOv2": "encoder.layer.1"}
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
@@ -327,7 +329,9 @@ CHANGES_OF_BEIT = {
         layer, "relative_position_bias", nn.Identity()
     ),
     "its branches are scaled by 0.5": lambda layer: delattr(layer, "lambda_2") or setattr(layer, "lambda_2", 0.5),
-    "its drop path is a BeitDropPath": lambda layer: setattr(layer.drop_path, "drop_prob", 0.5),
+    "its drop path is a Other": lambda layer: setattr(
+        layer.drop_path, "__class__", type("Other", (type(layer.drop_path),), {})
+    ),
 }
 
 
@@ -340,6 +344,36 @@ def test_a_layer_of_beit_that_is_not_standard_is_left_alone(hosts, make, kernels
     assert not hosts.why_not(model)
     CHANGES_OF_BEIT[reason](layer)
     assert hosts.why_not(model) == {reason}
+
+
+@pytest.mark.parametrize("kind", ["BEiT", "DINOv2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stochastic_depth_draws_transformers_masks(hosts, make, kernels_stood_in, kind, dtype):
+    stock = make(kind, drop_path_rate=0.4).to(dtype).train()
+    accelerated, results, x = fastdeit.accelerate(copy.deepcopy(stock)), [], torch.randn(64, 5, 32, dtype=dtype)
+    assert not hosts.why_not(accelerated)
+    for model in (accelerated, stock):
+        torch.manual_seed(3)
+        results.append((model.base_model.get_submodule(LAYERS[kind])(x) - x, torch.get_rng_state()))
+    (got, state), (expected, expected_state) = results
+    assert torch.equal(state, expected_state) and kernels_stood_in["add_layer_norm_attention"] == 1
+    dropped = (expected == 0).flatten(1).all(1)  # both branches
+    assert 0 < dropped.sum() < 64 and torch.equal((got == 0).flatten(1).all(1), dropped)
+    if dtype is torch.float32:
+        torch.testing.assert_close(got, expected)
+
+
+def test_stochastic_depth_that_draws_otherwise_is_its_own():
+    class Drops(nn.Module):
+        def __init__(self, drop_prob):
+            super().__init__()
+            self.drop_prob = drop_prob
+
+        def forward(self, x):
+            return x / (1 - self.drop_prob) * (torch.rand(len(x), 1, 1) >= self.drop_prob)
+
+    register_drop_path(Drops)
+    assert Drops not in DROP_PATHS and len(DROP_PATHS) > 1
 
 
 def test_beit_with_its_relative_position_bias_is_transformers(hosts, make, kernels_stood_in):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
+import fastdeit
 from fastdeit.blocks.snapshot import KEY
 from fastdeit.plan import planned as planning
 from fastdeit.plan.planned import Plan, described
@@ -260,6 +261,7 @@ CHANGES_BETWEEN = {
     "other plans": lambda block: block.__dict__[KEY].made[1].entries.clear(),
     "an attribute": lambda block: setattr(block, "of_the_user", 1),
     "a dispatch mode": lambda block: Looks(),
+    "another backend": lambda block: fastdeit.use_backend("triton"),
 }
 
 
@@ -273,6 +275,46 @@ def test_the_recomputation_runs_from_the_plan_of_its_forward_pass(change):
     expected, made = of_parameters(backward(call(x)), block), call(x)
     with CHANGES_BETWEEN[change](block) or contextlib.nullcontext():
         assert of_parameters(backward(made), block) == expected
+
+
+def test_a_parameter_may_be_frozen_before_the_recomputation():
+    block, x, call = checkpointed_block()
+    made, frozen = call(x), block.mlp.fc1.weight.requires_grad_(False)
+    made.sum().backward()
+    assert frozen.grad is None and x.grad is not None
+
+
+def test_calls_of_one_block_inside_of_a_checkpoint_repeat_each_their_own():
+    block, x, _ = checkpointed_block()
+    ran = []
+
+    def twice(x):
+        with torch.device("cuda"):  # by ops
+            x = called(block, x)
+        return called(block, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("__call__", "recompute"):
+            original = getattr(TrainingPlan, method)
+            patch.setattr(TrainingPlan, method, lambda *args, run=original, name=method: ran.append(name) or run(*args))
+        made = checkpoint(twice, x, use_reentrant=False)
+        for retain in (True, False):
+            made.sum().backward(retain_graph=retain)
+    assert ran == ["__call__", "recompute", "recompute"]
+
+
+def test_tokens_may_come_back_at_an_address_that_is_not_aligned(monkeypatch):
+    _, x, call = checkpointed_block()
+    seen, run = [], SpanPlan.recompute
+    monkeypatch.setattr(SpanPlan, "recompute", lambda plan, x: seen.append(x.data_ptr() % 16) or run(plan, x))
+
+    def elsewhere(packed):
+        return x.new_empty(packed.numel() + 1)[1:].view_as(packed).copy_(packed).requires_grad_()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), elsewhere):
+        made = call(x)
+    made.sum().backward()
+    assert seen == [0]
 
 
 def test_a_parameter_with_other_memory_at_the_recomputation_is_noticed():

@@ -1,8 +1,5 @@
 """Where the self-supervised models of facebookresearch keep the parts of a block: DINO and I-JEPA, whose blocks are the same text,
-and DINOv2.
-
-Their own stochastic depth draws other random numbers than timm's, so that a block runs their code where it is active.
-"""
+and DINOv2. A block of DINOv2 runs its code where its stochastic depth is active."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from fastdeit.blocks.adapters.known_sources import register_known
 from fastdeit.blocks.adapters.packed_attention import describe_attention
 from fastdeit.blocks.checklist import acting, activation_name, register_layer_scale
+from fastdeit.blocks.drop_path import register_drop_path
 from fastdeit.blocks.spec import NOTHING, Affine, Block, Branch, Mlp
 
 # Digests of methods that the fused forward takes the place of. DINO's to its last commit, 7c446df, and I-JEPA's, 52c1ae9.
@@ -46,6 +44,7 @@ def register(file: ModuleType, mlp: str) -> None:
     """
     methods = [f"{name}.forward" for name in ("Attention", "Block", "DropPath", mlp)]
     register_known(file, methods, KNOWN, "facebookresearch/dino or ijepa")
+    register_drop_path(file.DropPath)
 
 
 def register_v2(block: ModuleType, attention: ModuleType, mlp: ModuleType, layer_scale: ModuleType) -> None:

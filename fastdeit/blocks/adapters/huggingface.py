@@ -19,6 +19,7 @@ from fastdeit.blocks.checklist import (
     register_layer_scale,
     why_replaced,
 )
+from fastdeit.blocks.drop_path import register_drop_path
 from fastdeit.blocks.snapshot import register_methods
 from fastdeit.blocks.spec import NOTHING, Affine, Attention, Block, Branch, Mlp
 
@@ -70,6 +71,8 @@ class _Parts:
             kinds.append(self.drop_path)
         for kind in kinds:
             register_methods(kind, "forward", host=True)
+        if self.drop_path is not None:
+            register_drop_path(self.drop_path)
         if self.layout.layer_scales is not None:
             register_layer_scale(getattr(file, layer.prefix + "LayerScale"))
 

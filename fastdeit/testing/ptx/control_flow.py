@@ -60,6 +60,24 @@ def governs_only_copies(program: Program, predicate: Register) -> bool:
     return True
 
 
+def governs_only_branches(program: Program, predicate: Register) -> bool:
+    """Whether a predicate only decides where branches lead, by itself or through the bound that a loop's condition compares."""
+    todo, seen = [predicate], set[int]()
+    while todo:
+        register = todo.pop()
+        if register.index in seen:
+            continue
+        seen.add(register.index)
+        for user in uses(program, register):
+            if user.opcode == "bra":
+                continue
+            target = user.operands[0]
+            if not user.opcode.startswith(("selp.b32", "setp.")) or not isinstance(target, Register):
+                return False
+            todo.append(target)
+    return True
+
+
 def branches_past(program: Program, executed: set[int]) -> list[str]:
     """The branches of a run that always went one way, past code that it did not execute, each with its condition.
 

@@ -206,7 +206,10 @@ def _why_unread(launch: Launch, original: Compiled, line: int) -> str | None:
     for seed in (0, 1):
         machine = Scrambled(original.program, original.shared_bytes, line, seed)
         with _restored(launch) as storages:
-            run_on(machine, original, launch.grid, launch.args)
+            try:
+                run_on(machine, original, launch.grid, launch.args)
+            except Fault:
+                return None
             if not all(map(torch.equal, storages, expected)):
                 return None
     return "redundant for finite numbers: the results have the same bits with random ones where the mask selects zeros"
@@ -238,6 +241,7 @@ def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable
         print_line(f"sm_{arch} {variant.kernel.__name__}: {len(executed)} of {instructions} instructions are executed")
         for branch in branches_past(original[0].program, executed):
             print_line(f"sm_{arch} {variant.kernel.__name__}: the others are behind {branch}")
+        found: Counter = Counter()
         for mutant in mutants(ptx, executed, most, random):
             caught = next(
                 filter(None, (judge(s, mutant.text, arch, r) for s, r in zip(launches, runs, strict=True))), None
@@ -247,7 +251,10 @@ def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable
                 caught = reason.split(":")[0].split()[0]
                 place = f"sm_{arch} {variant.kernel.__name__} line {mutant.line}"
                 print_line(f"{place}: {mutant.kind}, {reason}: {mutant.before[:80]}")
-            outcomes[mutant.kind, caught] += 1
+            found[mutant.kind, caught] += 1
+        left = sum(n for (_, outcome), n in found.items() if outcome in ("redundant", "hole"))
+        print_line(f"sm_{arch} {variant.kernel.__name__}: {found.total() - left} of {found.total()} mutants are caught")
+        outcomes += found
     return outcomes
 
 

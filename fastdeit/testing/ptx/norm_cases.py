@@ -58,7 +58,8 @@ def ragged(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
         "ragged add_layer_norm_mlp on subsets, C=768 autocast",
         functools.partial(_on_subsets, 768, _RAGGED_HIDDEN, tokens=_RAGGED[1]),
     )
-    yield "ragged layer_norm_mlp autocast", functools.partial(_layer_norm_mlp, _RAGGED_HIDDEN, **sizes)
+    # The last program's second step has fewer rows than a step adds, and no third one follows.
+    yield "ragged layer_norm_mlp autocast", functools.partial(_layer_norm_mlp, _RAGGED_HIDDEN, samples=3, tokens=13)
     yield "ragged partial sums of layer_norm's gradients", _partial_sums
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from fastdeit.testing.ptx.commits import CommitGroups
-from fastdeit.testing.ptx.control_flow import governs_only_copies, predecessors, successors, uses
+from fastdeit.testing.ptx.control_flow import governs_only_branches, governs_only_copies, predecessors, successors
 from fastdeit.testing.ptx.machine import IN_STEP, Machine
 from fastdeit.testing.ptx.program import Instruction, Pair, Program, Register, Vector
 from fastdeit.testing.ptx.shared import SharedMemory
@@ -234,9 +234,9 @@ def same_values(original: Record, mutant: Record) -> str | None:
 
 
 def pass_accesses_nothing(original: Record, mutant: Record) -> str | None:
-    """A loop's condition: the pass that the mutant adds reads and writes no memory, since masks of its own stop that."""
+    """A loop's condition or bound: passes that the mutant adds read and write no memory, since masks of their own stop that."""
     condition = original.target
-    if condition is None or all(x.opcode != "bra" for x in uses(original.program, condition)):
+    if condition is None or not governs_only_branches(original.program, condition):
         return None
     same = original.accesses.digest() == mutant.accesses.digest()
     return "redundant here: the pass that it adds to a loop accesses no memory" if same else None

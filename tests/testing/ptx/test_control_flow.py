@@ -93,6 +93,17 @@ def test_random_numbers_in_place_of_zeros_show_whether_they_matter(execute, kept
     assert (plain[:20] == other[:20]).all()  # what the mask lets through stays
 
 
+def test_warps_with_the_same_elements_get_the_same_random_numbers(execute):
+    elements = np.tile(LANES, 2)  # as in a tile that two warps hold, which both store it
+    line = masked(20)[1]
+
+    def scrambled(program, shared):
+        return Scrambled(program, shared, line, seed=0)
+
+    (found,) = execute(SELECT.format(kept=99, other=""), {"%r1": elements}, ["%r2"], threads=64, make=scrambled)
+    assert (found[:32] == found[32:]).all() and len(set(found[20:32].tolist())) == 12
+
+
 def test_a_mask_that_governs_more_than_selections_is_not_scrambled():
     program, line = masked(20, "@%p1 mov.b32 %r5, 0;")
     assert selections(program, line) == []

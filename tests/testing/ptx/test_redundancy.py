@@ -107,6 +107,34 @@ def test_a_loop_may_make_a_pass_that_accesses_nothing(recorded, inside, proved):
     assert bool(redundancy.pass_accesses_nothing(runs["lt"], runs["le"])) == proved
 
 
+BOUND = """setp.{compare}.s32 %p1, %r1, 9;
+    selp.b32 %r31, 3, 0, %p1;
+    mov.b32 %r30, 0;
+    setp.lt.s32 %p2, %r31, 1;
+    @%p2 bra $L__BB0_2;
+    $L__BB0_1:
+    setp.lt.s32 %p3, %r1, {inside};
+    @%p3 st.global.b32 [%a0], %r30;
+    add.s32 %r30, %r30, 1;
+    setp.lt.s32 %p4, %r30, %r31;
+    @%p4 bra $L__BB0_1;
+    $L__BB0_2:
+    {behind}"""
+
+
+@pytest.mark.parametrize(
+    "inside, behind, proved",
+    [(9, "", True), (10, "", False), (9, "selp.b32 %r32, 1, 0, %p1;\nadd.s32 %r33, %r32, 1;", False)],
+)
+def test_a_loop_may_be_entered_where_it_accesses_nothing(recorded, inside, behind, proved):
+    runs = {
+        name: recorded(BOUND.format(inside=inside, compare=name, behind=behind), f"setp.{name}.s32 %p1")[0]
+        for name in ("lt", "le")
+    }
+    assert redundancy.same_values(runs["lt"], runs["le"]) is None
+    assert bool(redundancy.pass_accesses_nothing(runs["lt"], runs["le"])) == proved
+
+
 COPY = """setp.{compare}.s32 %p1, %r1, 5;
     selp.b32 %r2, 4, 0, %p1;
     shl.b32 %r30, %tid, 2;
