@@ -79,6 +79,22 @@ def test_buckets_are_reduced_while_other_spans_run(group, options, monkeypatch):
     only_plan(model)
 
 
+def test_each_bucket_of_checkpointed_blocks_is_reduced_once_a_step(group):
+    """Also in the step that makes their plans by a run of its own."""
+    seen = []
+    wrapped = wrapped_model(seen)
+    model, x = wrapped.module, images(wrapped.module)
+    model.set_grad_checkpointing()
+    with fake_cuda.moved_data():
+        step(wrapped, x)
+        for _ in range(3):
+            seen.clear()
+            step(wrapped, x)
+            reduced = [parameter for _, bucket in seen for parameter in bucket]
+            assert sorted(reduced) == sorted(map(id, model.parameters()))
+    assert [[type(entry) for entry in plans(block)] for block in model.blocks] == [[TrainingPlan]] * 6
+
+
 def test_spans_are_those_of_a_process_group_only_while_there_is_one(tmp_path, monkeypatch):
     monkeypatch.setattr(spans, "MOST_REDUCED_GRADIENTS", 2 << 20)
     model = build(depth=4).train()
