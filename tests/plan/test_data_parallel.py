@@ -10,6 +10,7 @@ from fastdeit.plan.training import TrainingPlan
 from fastdeit.testing import fake_cuda
 from tests.plan.events import KINDS, of_parameters, precision, recorded
 from tests.plan.models import build, images, needs_plans, only_plan, plan_it, plans
+from tests.plan.test_checkpointing import own_work, without_unread
 from tests.plan.test_training import outputs_step, unplanned
 
 pytestmark = [pytest.mark.fake_device, needs_plans]
@@ -77,6 +78,24 @@ def test_buckets_are_reduced_while_other_spans_run(group, options, monkeypatch):
     ours = lambda events: [event for event in of_parameters(events, model) if event.kind in ("triton_launch", "gemm")]  # noqa: E731
     assert ours(planned) == ours(ops)
     only_plan(model)
+
+
+def test_each_bucket_of_checkpointed_blocks_is_reduced_once_a_step(group, monkeypatch):
+    """Also in the step that makes their plans by a run of its own."""
+    seen = []
+    wrapped = wrapped_model(seen)
+    model, x = wrapped.module, images(wrapped.module)
+    model.set_grad_checkpointing()
+    with fake_cuda.moved_data():
+        step(wrapped, x)
+        for _ in range(3):
+            seen.clear()
+            step(wrapped, x)
+            reduced = [parameter for _, bucket in seen for parameter in bucket]
+            assert sorted(reduced) == sorted(map(id, model.parameters()))
+        assert [[type(entry) for entry in plans(block)] for block in model.blocks] == [[TrainingPlan]] * 6
+        planned = own_work(recorded(lambda: step(wrapped, x)), model)
+        assert planned == without_unread(own_work(unplanned(monkeypatch, lambda: step(wrapped, x)), model))
 
 
 def test_spans_are_those_of_a_process_group_only_while_there_is_one(tmp_path, monkeypatch):
