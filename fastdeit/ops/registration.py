@@ -138,7 +138,9 @@ class Op:
 
     def _make_function(self, name: str) -> type[torch.autograd.Function]:
         def forward(ctx, *inputs):
-            outputs, made = self._forward(*inputs, saves=True)
+            # There a reshaped tensor is no view; one that a Function returns may not be changed in place.
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                outputs, made = self._forward(*inputs, saves=True)
             self._remember(ctx, inputs, outputs, self._save(inputs, outputs, made, ctx.needs_input_grad))
             if self._constant:
                 ctx.mark_non_differentiable(*(outputs[i] for i in self._constant if outputs[i] is not None))
