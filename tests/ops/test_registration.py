@@ -108,6 +108,23 @@ ADDED = {
 }
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "mlp", "linear", "add_layer_norm_attention", "add_layer_norm_mlp"])
+def test_what_backward_does_not_read_may_be_changed_in_place(name):
+    """As LayerScale that works in place changes what a branch gives."""
+    torch.manual_seed(0)
+    call, arguments = CALLS[name]()
+    learned = [t.requires_grad_() for t in arguments]
+
+    def gradients(doubled):
+        outputs = call(*learned)
+        *others, last = outputs if isinstance(outputs, tuple) else (outputs,)
+        total = sum(result.float().sum() for result in (*others, doubled(last)))
+        return torch.autograd.grad(total, learned)
+
+    with backends.use_backend("triton"):
+        torch.testing.assert_close(gradients(lambda t: t.mul_(2)), gradients(lambda t: t * 2))
+
+
 @pytest.mark.parametrize("registered", [False, True], ids=["eager", "registered"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("name", ADDED)
