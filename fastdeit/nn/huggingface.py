@@ -37,7 +37,10 @@ class _Layer(HostBlock):
             return f'its attention is {name!r}, not transformers\' "sdpa" or "eager"'
         if self.training and layout.config_dropout is not None and getattr(config, layout.config_dropout) != 0.0:
             return "dropout is active"
-        named = dict(zip(layout.parameters[1:], args, strict=False)) | dict(kwargs)
+        given = layout.parameters[
+            1 : len(args) + 1
+        ]  # the Dynamo of PyTorch 2.8 does not trace `zip` with `strict=False`
+        named = {name: args[i] for i, name in enumerate(given)} | dict(kwargs)
         for_the_layer = {key: value for key, value in named.items() if key not in _FOR_THE_MODEL}
         return why_collected(self) or super().why_not_arguments((), for_the_layer)
 

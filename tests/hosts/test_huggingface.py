@@ -234,6 +234,17 @@ def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in):
     hosts.assert_compiles_whole(make(layers=1), X, backend="eager")
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_it_compiles(hosts, make, kernels_stood_in, train):
+    """With any version of PyTorch, in however many graphs: an exception from Dynamo would end the program."""
+    torch.compiler.reset()
+    model = fastdeit.accelerate(make(layers=1)).train(train)
+    compiled = hosts.step(model, X, torch.compile(model, backend="eager"))
+    torch.testing.assert_close(compiled, hosts.step(fastdeit.restore(copy.deepcopy(model)), X))
+    torch.compiler.reset()
+
+
+@pytest.mark.one_graph
 def test_a_layer_compiled_without_its_model(hosts, make, kernels_stood_in):
     """Whether transformers collects outputs is read from a context, which Dynamo cannot trace."""
     torch.compiler.reset()

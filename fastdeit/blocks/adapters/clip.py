@@ -51,9 +51,9 @@ def describe_block(module: Any, attend: Callable[[Tensor], Tensor], batch_first:
     if type(mlp) is nn.Sequential and len(mlp) == 3:
         fc1, act, fc2 = mlp._modules.values()
         perceptron = Mlp(Affine(fc1), act, activation_name(act), Affine(fc2), (), NOTHING, NOTHING)
-    scales = (children.get(name, NOTHING) for name in ("ls_1", "ls_2"))
-    first = Branch(Affine(children["ln_1"]), attn, attention, next(scales), NOTHING, call=attend)
-    second = Branch(Affine(children["ln_2"]), mlp, perceptron, next(scales), NOTHING)
+    scales = children.get("ls_1", NOTHING), children.get("ls_2", NOTHING)
+    first = Branch(Affine(children["ln_1"]), attn, attention, scales[0], NOTHING, call=attend)
+    second = Branch(Affine(children["ln_2"]), mlp, perceptron, scales[1], NOTHING)
     return Block(module, kind, (first, second), module.memory)
 
 

@@ -116,8 +116,10 @@ def why_collected(layer: Any) -> str | None:
     ):  # compiled without its model, whose setting cannot be traced
         hooked = any(part(layer, path)._forward_hooks for path in layout_of(layer).classes)
         return "it is compiled alone, with hooks by which transformers collects outputs" if hooked else None
-    parts = (name for name in collector.get() or () if name not in _OF_LAYERS)
-    return next((f"transformers collects its {name}" for name in parts), None)
+    for name in collector.get() or ():  # the Dynamo of PyTorch 2.8 does not trace `next` with a default
+        if name not in _OF_LAYERS:
+            return f"transformers collects its {name}"
+    return None
 
 
 def part(layer: Any, path: str) -> Any:
@@ -145,9 +147,9 @@ def describe_layer(module: nn.Module) -> Block:
         scales = [part(module, path) for path in layout.layer_scales]
     elif layout.own_scales is not None:
         scales = [module if name in module._parameters else NOTHING for name in gammas]
-        others = (getattr(module, name) for name, scale in zip(gammas, scales, strict=True) if scale is NOTHING)
-        scaled = (f"its branches are scaled by {scale}" for scale in others if scale is not None and scale != 1.0)
-        beyond = beyond or next(scaled, None)
+        for factor in [getattr(module, name) for name, scale in zip(gammas, scales, strict=True) if scale is NOTHING]:
+            if factor is not None and factor != 1.0:
+                beyond = beyond or f"its branches are scaled by {factor}"
     if layout.added is not None:
         path, name = layout.added
         if getattr(part(module, path), name, None) not in (None, False):
