@@ -44,24 +44,17 @@ def uses(program: Program, register: Register) -> list[Instruction]:
 
 def governs_only_copies(program: Program, predicate: Register) -> bool:
     """Whether a predicate only decides how many bytes asynchronous copies copy."""
-    todo, seen = [predicate], set[int]()
-    while todo:
-        register = todo.pop()
-        if register.index in seen:
-            continue
-        seen.add(register.index)
-        for user in uses(program, register):
-            if user.opcode.startswith(("cp.async.ca", "cp.async.cg")):
-                continue
-            target = user.operands[0]
-            if user.opcode not in ("selp.b32", "and.pred") or not isinstance(target, Register):
-                return False
-            todo.append(target)
-    return True
+    return _governs_only(program, predicate, ends=("cp.async.ca", "cp.async.cg"), through=("selp.b32", "and.pred"))
 
 
 def governs_only_branches(program: Program, predicate: Register) -> bool:
     """Whether a predicate only decides where branches lead, by itself or through the bound that a loop's condition compares."""
+    return _governs_only(program, predicate, ends=("bra",), through=("selp.b32", "setp."))
+
+
+def _governs_only(program: Program, predicate: Register, ends: tuple[str, ...], through: tuple[str, ...]) -> bool:
+    """Whether a predicate decides nothing but what instructions do whose opcodes begin with one of `ends`, by itself or by what
+    those that begin with one of `through` make of it."""
     todo, seen = [predicate], set[int]()
     while todo:
         register = todo.pop()
@@ -69,10 +62,10 @@ def governs_only_branches(program: Program, predicate: Register) -> bool:
             continue
         seen.add(register.index)
         for user in uses(program, register):
-            if user.opcode == "bra":
+            if user.opcode.startswith(ends):
                 continue
             target = user.operands[0]
-            if not user.opcode.startswith(("selp.b32", "setp.")) or not isinstance(target, Register):
+            if not user.opcode.startswith(through) or not isinstance(target, Register):
                 return False
             todo.append(target)
     return True
