@@ -242,6 +242,16 @@ def test_what_a_call_runs_is_looked_at_while_it_is_recorded_and_the_recording_it
     assert not {Tape.view.__code__, Tape._argument.__code__, Tape._make.__code__} & looked_at
 
 
+def test_a_kernel_with_memory_of_its_own_is_not_recorded(monkeypatch):
+    monkeypatch.setattr("fastdeit.kernels.runtime.raw_launch.raw_launcher", lambda launch: None)
+    model = build(dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for _ in range(4):
+            model(images(model))
+    (reason,) = plans(model)
+    assert "needs memory of its own" in reason
+
+
 def test_a_module_that_is_called_is_not_recorded():
     model = build()
     model.blocks[1].attn.proj = LoRA(model.blocks[1].attn.proj)

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from fastdeit.plan.tape import Buffer, Operation, View
+from fastdeit.plan.code import why_not_code
+from fastdeit.plan.tape import Buffer, Descriptor, Launch, Operation, View
 from fastdeit.plan.workspace import early_and_late, lifetimes, packed, packed_into, stacked
 
 
@@ -18,6 +19,13 @@ def test_a_buffer_lives_from_its_first_event_to_its_last():
     steps = [(given, weight, a), (weight, a, b), (b, weight, a)]
     events = [Operation("mm", (view(left), view(right)), view(out), None) for left, right, out in steps]
     assert lifetimes(events) == {a: (0, 2), b: (1, 2)}
+
+
+def test_a_descriptor_of_what_is_another_tensor_at_each_call_cannot_be_repeated():
+    given, inside, result = Buffer(64, input=0), Buffer(64), Buffer(64)
+    for buffer, refused in ((inside, False), (given, True), (result, True)):
+        launch = Launch(None, (Descriptor(view(buffer), (16,), (1,)), view(given), view(result), 3))
+        assert (why_not_code([launch], [given, None], [view(result), None]) is not None) == refused
 
 
 @pytest.mark.parametrize("seed", range(20))
