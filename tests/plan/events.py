@@ -9,16 +9,11 @@ KINDS = ("launch", "triton_launch", "gemm", "memset", "copy_on_device")
 _LOWEST_ADDRESS = 2**33  # of the fake device; integers and numbers among the arguments are smaller
 
 
-class KeepsAll(LaunchObserver):
-    """Keeps every tensor that is made under it, so that each has an address of its own. No plan is made or used under it."""
-
-    def __init__(self):
-        super().__init__()
-        self.kept = []
+class WithoutPlans(LaunchObserver):
+    """No plan is made or used under it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.kept.append(func(*args, **kwargs or {}))
-        return self.kept[-1]
+        return func(*args, **kwargs or {})
 
     def launched(self, launch):
         pass
@@ -28,8 +23,8 @@ class KeepsAll(LaunchObserver):
 
 
 def recorded(call):
-    """The events of call()."""
-    with fake_cuda.record(*KINDS) as events:
+    """The events of call(), in which each tensor has an address of its own."""
+    with fake_cuda.separate_memory(), fake_cuda.record(*KINDS) as events:
         call()
     return events
 

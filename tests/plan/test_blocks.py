@@ -17,9 +17,9 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.tape import Buffer, View
 from fastdeit.plan.training import TrainingPlan
 from tests.plan.changes import LoRA, hidden_hook, own_forward, replaced_data
-from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes
+from tests.plan.events import WithoutPlans, dataflow, of_parameters, precision, recorded, requested_bytes
 from tests.plan.models import apart, needs_plans, plan_it, plans
-from tests.plan.test_training import keep_apart, keep_made, unplanned
+from tests.plan.test_training import keep_apart, unplanned
 
 torchvision = pytest.importorskip("torchvision", reason="needs torchvision")
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5")
@@ -150,7 +150,7 @@ def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(case, monkeypat
     plan_it(forward)
     assert [type(entry) for entry in plans(block)] == [Plan]
     planned = recorded(forward)
-    with KeepsAll():
+    with WithoutPlans():
         ops = recorded(forward)
     assert len(planned) >= 7 and dataflow(planned) == dataflow(ops)
     assert of_parameters(planned, block) == of_parameters(ops, block)
@@ -170,11 +170,9 @@ def test_a_plan_with_gradients_launches_what_the_ops_launch_on_the_same_tensors(
     for _ in range(2):
         forward_and_backward()
     assert [type(entry) for entry in plans(block)] == [TrainingPlan]
-    kept = keep_made(monkeypatch)
-    kept.append(forward_and_backward())
-    planned = recorded(lambda: kept.append(forward_and_backward()))
+    planned = recorded(forward_and_backward)
     monkeypatch.undo()
-    with KeepsAll():
+    with WithoutPlans():
         ops = recorded(forward_and_backward)
     assert len(planned) >= 20 and dataflow(planned) == dataflow(ops)
     assert of_parameters(planned, block) == of_parameters(ops, block)
@@ -196,7 +194,7 @@ def test_a_model_trains_and_infers_from_the_plans_of_its_blocks(name, monkeypatc
         for _ in range(10):  # more than the calls after which a model's plan is captured
             output(model)
         planned = recorded(lambda: output(model))
-        with KeepsAll():
+        with WithoutPlans():
             ops = recorded(lambda: output(model))
     assert planned_kinds(model) == [[Plan]] * 2
     assert of_parameters(planned, model) == of_parameters(ops, model)

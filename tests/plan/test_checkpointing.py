@@ -17,10 +17,10 @@ from fastdeit.plan.span import SpanPlan
 from fastdeit.plan.training import TrainingPlan
 from tests.plan import models as whole_models
 from tests.plan.changes import replaced_data
-from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes
+from tests.plan.events import WithoutPlans, dataflow, of_parameters, precision, recorded, requested_bytes
 from tests.plan.models import needs_plans, plan_it, plans
 from tests.plan.test_blocks import block_and_tokens, blocks_of, build, called, output, planned_kinds, step
-from tests.plan.test_training import Looks, keep_apart, keep_made, unplanned
+from tests.plan.test_training import Looks, keep_apart, unplanned
 
 pytestmark = [pytest.mark.fake_device, needs_plans]
 
@@ -108,11 +108,9 @@ def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(run, retain, mo
     for _ in range(2):
         gradients(forward, blocks, x)
     assert planned_kinds(model) == [[TrainingPlan]] * 2
-    kept = keep_made(monkeypatch)
-    kept.append(gradients(forward, blocks, x, retain=retain))
-    planned = recorded(lambda: kept.append(gradients(forward, blocks, x, retain=retain)))
+    planned = recorded(lambda: gradients(forward, blocks, x, retain=retain))
     monkeypatch.undo()
-    with KeepsAll():
+    with WithoutPlans():
         ops = recorded(lambda: gradients(forward, blocks, x, retain=retain))
     expected = without_unread(ops)
     assert len(ops) - len(expected) == unread * (2 if retain else 1)

@@ -18,7 +18,7 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.program import MOST_ADDRESSES
 from fastdeit.plan.tape import Tape
 from tests.plan.changes import CHANGES, LoRA
-from tests.plan.events import KeepsAll, dataflow, of_parameters, precision, recorded, requested_bytes
+from tests.plan.events import WithoutPlans, dataflow, of_parameters, precision, recorded, requested_bytes
 from tests.plan.models import MODEL, PLAIN, apart, build, images, needs_plans, only_plan, plan_it, plans
 
 pytestmark = [pytest.mark.fake_device, needs_plans]
@@ -61,7 +61,7 @@ def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(case, without_g
         plan_it(lambda: model(x))
         only_plan(model)
         planned = recorded(lambda: model(x))
-        with KeepsAll():
+        with WithoutPlans():
             ops = recorded(lambda: model(x))
     assert len(planned) > 20 and dataflow(planned) == dataflow(ops)
     assert of_parameters(planned, model) == of_parameters(unseen, model)
@@ -109,7 +109,7 @@ def test_a_change_is_seen_at_the_next_call(change):
         only_plan(model)
         CHANGES[change](model)
         first = recorded(lambda: model(x))
-        with KeepsAll():
+        with WithoutPlans():
             ops = recorded(lambda: model(x))
         later = [recorded(lambda: model(x)) for _ in range(3)]
     expected = of_parameters(ops, model)
@@ -224,7 +224,7 @@ def test_other_calls_have_other_plans(what):
     with torch.no_grad(), precision(torch.bfloat16):
         plan_it(lambda: model(x))
     with torch.no_grad(), precision(torch.float16 if what == "autocast" else torch.bfloat16), torch.cuda.stream(stream):
-        with KeepsAll():
+        with WithoutPlans():
             ops = recorded(lambda: model(other))
         for _ in range(4):
             assert of_parameters(recorded(lambda: model(other)), model) == of_parameters(ops, model)

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdeit
@@ -18,7 +17,16 @@ from fastdeit.plan.planned import described
 from fastdeit.plan.training import TrainingPlan
 from fastdeit.testing import fake_cuda
 from tests.plan.changes import CHANGES
-from tests.plan.events import KINDS, KeepsAll, addresses, dataflow, of_parameters, precision, recorded, requested_bytes
+from tests.plan.events import (
+    KINDS,
+    WithoutPlans,
+    addresses,
+    dataflow,
+    of_parameters,
+    precision,
+    recorded,
+    requested_bytes,
+)
 from tests.plan.models import MODEL, PLAIN, apart, build, images, needs_plans, only_plan, plan_it, plans
 
 pytestmark = [pytest.mark.fake_device, needs_plans]
@@ -53,15 +61,6 @@ def keep_apart(monkeypatch):
     """No two buffers of a plan share memory."""
     monkeypatch.setattr(span_plans, "packed", apart)
     monkeypatch.setattr(span_plans, "packed_into", lambda lives, _, allocations: ([{} for _ in allocations], lives))
-
-
-def keep_made(monkeypatch):
-    """The list in which every tensor that a plan makes is kept from now on."""
-    kept = []
-    for where, name in ((torch, "empty"), (guards, "_empty_strided_cuda")):
-        made = getattr(where, name)
-        monkeypatch.setattr(where, name, lambda *a, made=made, **k: kept.append(made(*a, **k)) or kept[-1])
-    return kept
 
 
 def freeze(model, *names):
@@ -131,13 +130,11 @@ def test_a_plan_launches_what_the_ops_launch_on_the_same_tensors(case, monkeypat
     for _ in range(2):
         outputs_step(model, x, autocast)
     only_plan(model)
-    kept = keep_made(monkeypatch)
-    kept.append(outputs_step(model, x, autocast))
     start = offset()
-    planned = recorded(lambda: kept.append(outputs_step(model, x, autocast)))
+    planned = recorded(lambda: outputs_step(model, x, autocast))
     monkeypatch.undo()
     drawn, start = offset() - start, offset()
-    with KeepsAll():
+    with WithoutPlans():
         ops = recorded(lambda: outputs_step(model, x, autocast))
     assert len(planned) > (30 if case == "heads alone" else 40) and dataflow(planned) == dataflow(ops)
     assert of_parameters(planned, model) == of_parameters(ops, model)
@@ -284,9 +281,8 @@ def test_two_calls_before_their_backward_passes_have_memory_of_their_own(monkeyp
     for _ in range(2):
         outputs_step(model, x)
     only_plan(model)
-    kept = keep_made(monkeypatch)
-    planned = recorded(lambda: kept.append(interleaved()))
-    with KeepsAll():
+    planned = recorded(interleaved)
+    with WithoutPlans():
         ops = recorded(interleaved)
     assert dataflow(planned) == dataflow(ops)
 

@@ -6,7 +6,7 @@ import torch
 import fastdeit
 from fastdeit.kernels.runtime import launch, raw_launch
 from fastdeit.plan.surroundings import why_not_plannable
-from tests.plan.events import KeepsAll, precision, recorded
+from tests.plan.events import WithoutPlans, precision, recorded
 from tests.plan.models import build, images, plan_it, plans
 
 pytestmark = pytest.mark.fake_device
@@ -42,6 +42,6 @@ def test_nothing_is_recorded_and_every_call_launches_the_ops(gradients, untested
     plan_it(call)  # compiles the kernels too
     assert plans(model) == []
     found = launched(call)
-    with KeepsAll():
+    with WithoutPlans():
         expected = launched(call)
     assert len(found) > (20 if gradients else 8) and found == expected

@@ -96,6 +96,18 @@ def test_device_memory_reads_as_zeros():
         assert not (x + 1).cpu().any() and not x.cpu().any()
 
 
+def test_separate_memory_is_given_to_no_second_tensor():
+    def addresses():
+        return {cuda(1000).data_ptr() for _ in range(20)}
+
+    assert len(addresses()) < 20  # a cached block again and again
+    with fake_cuda.separate_memory():
+        assert len(addresses()) == 20
+        kept = cuda(1000)
+        assert kept.resize_(0).resize_(2000).is_cuda and cuda(0).data_ptr() == 0
+    assert len(addresses()) < 20 and not kept.cpu().any()
+
+
 def test_convolutions_run_without_cudnn():
     assert not torch.backends.cudnn.enabled
     layer = torch.nn.Conv2d(3, 8, 4, 4).cuda()

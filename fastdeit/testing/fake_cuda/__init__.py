@@ -16,6 +16,7 @@ from fastdeit.testing.fake_cuda.events import (
     moved_data,
     observe_waits,
     record,
+    separate_memory,
     tensor_map,
     without_pointer_checks,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "observe_waits",
     "record",
     "run_python",
+    "separate_memory",
     "start_python",
     "tensor_map",
     "why_unavailable",

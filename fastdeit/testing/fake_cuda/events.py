@@ -140,6 +140,23 @@ def moved_data() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def separate_memory() -> Iterator[None]:
+    """Inside, each tensor that is made has memory of its own for good: none lies where another lay that was freed.
+
+    So tensors can be told apart by their addresses. PyTorch's allocator hands its requests on, without a cache: its statistics
+    do not count them.
+    """
+    library = _library()
+    library.fake_cuda_separate_memory(1)
+    torch.cuda.memory.caching_allocator_enable(False)
+    try:
+        yield
+    finally:
+        torch.cuda.memory.caching_allocator_enable(True)
+        library.fake_cuda_separate_memory(0)
+
+
+@contextlib.contextmanager
 def without_pointer_checks() -> Iterator[None]:
     """Takes the checks of pointers out of launches and GEMMs, for measuring host time."""
     library = _library()

@@ -7,6 +7,7 @@ static Range *ranges;
 static long range_count, range_capacity;
 static size_t used[MAX_DEVICES];
 static int moves_data; /* whether copies and memset are performed */
+static int separate;   /* whether memory that was freed is never allocated again */
 
 /* The last range that starts at or before the address and reaches beyond it. */
 Range *find_range(const void *address) {
@@ -55,12 +56,16 @@ static void *map_range(size_t size, int device) {
   add_range(start, size, device);
   return start;
 }
-static int remove_range(void *start, int unmap) {
+static void unmap(Range range) {
+  if (separate) mmap(range.start, range.size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  else munmap(range.start, range.size);
+}
+static int remove_range(void *start, int unmaps) {
   int found = 0;
   LOCKED {
     Range *range = find_range(start);
     if (range && range->start == start) {
-      if (unmap) munmap(range->start, range->size);
+      if (unmaps) unmap(*range);
       if (range->device >= 0) used[range->device] -= range->size;
       memmove(range, range + 1, (ranges + --range_count - range) * sizeof *range);
       found = 1;
@@ -72,6 +77,7 @@ static int remove_range(void *start, int unmap) {
 cudaError_t cudaMalloc(void **address, size_t size) {
   attach();
   UNSAFE("cudaMalloc");
+  if (!size) return *address = NULL, cudaSuccess;
   if (used[current] + size > 79 * GIB || !(*address = map_range(size, current)))
     return refuse_quietly(cudaErrorMemoryAllocation, "out of memory");
   NOTE(ALLOCATION, "cudaMalloc", .bytes = size);
@@ -128,6 +134,8 @@ EXPORTED void fake_cuda_move_data(int on) {
       if (ranges[i].device >= 0) madvise(ranges[i].start, ranges[i].size, MADV_DONTNEED); /* zeros again */
   }
 }
+
+EXPORTED void fake_cuda_separate_memory(int on) { LOCKED separate = on; }
 
 static int copy_kind(const void *to, const void *from) {
   int target = device_of(to), source = device_of(from);
