@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         if options.mutants:
             planted_in = [c for c in cases(arch) if c.name in chosen]
-            outcomes += run_mutants(planted_in, arch, options.mutants, options.seed, kinds=options.kinds)
+            rest = [c for c in cases(arch) if c.name not in chosen]
+            outcomes += run_mutants(planted_in, arch, options.mutants, options.seed, kinds=options.kinds, rest=rest)
             continue
         rans = list(run_cases(arch, chosen, thorough=options.thorough, jobs=options.jobs))
         report(rans, arch)

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastdeit.testing.ptx.cases import Case
 from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_to_ptx, compile_variant
 from fastdeit.testing.ptx.control_flow import branches_past
-from fastdeit.testing.ptx.harness import executing, run_on, storage_of
+from fastdeit.testing.ptx.harness import executing, launches_noted, run_on, storage_of
 from fastdeit.testing.ptx.machine import IN_STEP, Fault, Machine, Schedule
 from fastdeit.testing.ptx.program import Program, PtxError
 from fastdeit.testing.ptx.redundancy import Record, proof
@@ -256,6 +256,25 @@ def contract_fails(cases: list[Case], variant: Variant, mutant: Compiled, arch: 
     return False
 
 
+def caught_elsewhere(cases: list[Case], variant: Variant, mutant: str, arch: int) -> str | None:
+    """How the first of these cases that catches a mutant of a kernel catches it, or None."""
+    for case in cases:
+        torch.manual_seed(0)
+        with launches_noted(arch, multiprocessors=1) as launched, contextlib.suppress(AssertionError):
+            case.run()  # writes no results
+        if variant not in launched:
+            continue
+        for launch in launches_of(case, arch):
+            if launch.variant == variant:
+                original = _run(launch, _compiled(launch, compile_to_ptx(variant, arch)[0], arch), IN_STEP)
+                caught = judge(launch, mutant, arch, original)
+                if caught == "other bits" and contract_fails([case], variant, _compiled(launch, mutant, arch), arch):
+                    return "wrong results"
+                if caught:
+                    return caught
+    return None
+
+
 def _storages(args: tuple) -> list[torch.Tensor]:
     return [storage_of(a) for a in args if isinstance(a, torch.Tensor | TensorDescriptor)]
 
@@ -267,7 +286,7 @@ def run(
     seed: int,
     print_line: Callable[[str], None] = print,
     kinds: str = "",
-    contract: bool = True,
+    rest: list[Case] | None = None,
 ) -> Counter:
     """Makes mutants of every kernel that these cases launch, and runs each in all of its launches until one catches it.
 
@@ -279,7 +298,7 @@ def run(
         seed: of the choice among them.
         print_line: receives the report.
         kinds: only those whose name contains this; a kind has the same mutants whichever others are left out.
-        contract: find out of mutants with other bits whether the cases fail.
+        rest: other cases, which may catch what is else a hole.
 
     Returns how often each (kind, outcome) happened: what caught it, or "redundant" with a proof, or "hole".
     """
@@ -309,13 +328,16 @@ def run(
                 filter(None, (judge(s, mutant.text, arch, r) for s, r in zip(launches, runs, strict=True))), None
             )
             place = f"sm_{arch} {variant.kernel.__name__} line {mutant.line}"
-            if contract and caught == "other bits":
+            reason = why_redundant(launches, mutant, arch) if caught is None else None
+            if caught is None and reason is None:
+                caught = caught_elsewhere(rest or [], variant, mutant.text, arch)
+            elif caught == "other bits":
                 if contract_fails(launching[variant], variant, _compiled(launches[0], mutant.text, arch), arch):
                     caught = "wrong results"
                 else:
                     print_line(f"{place}: {mutant.kind}, within the contract: {mutant.before[:80]}")
             if caught is None:
-                reason = why_redundant(launches, mutant, arch) or "hole: nothing catches it"
+                reason = reason or "hole: nothing catches it"
                 caught = reason.split(":")[0].split()[0]
                 print_line(f"{place}: {mutant.kind}, {reason}: {mutant.before[:80]}")
             found[mutant.kind, caught] += 1
