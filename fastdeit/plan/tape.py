@@ -51,6 +51,8 @@ _METHODS = {
 }
 
 
+_expired = torch.UntypedStorage._expired  # what StorageWeakRef.expired calls in the end
+
 _NUMBERS = {int, float, bool, type(None)}  # and what stands in the place of a pointer that is not given
 
 
@@ -213,7 +215,7 @@ class Tape(LaunchObserver):
 
     def _lives(self, buffer: Buffer) -> bool:
         storage = self._storages.get(buffer)
-        return storage is None or not storage.expired()
+        return storage is None or not _expired(storage.cdata)
 
     def _add(self, address: int, buffer: Buffer, start: int | None = None) -> None:
         self._buffers[address] = buffer
