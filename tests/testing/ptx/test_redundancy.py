@@ -320,6 +320,38 @@ def test_a_mutant_fails_the_contract_where_a_case_fails_with_it(monkeypatch, rai
     assert given == [["the mutant", "another for 90"]] * 2  # the first case passed
 
 
+@pytest.mark.parametrize(
+    "judged, fails, expected",
+    [(None, False, None), ("shared race", False, "shared race"), ("other bits", True, "wrong results")],
+)
+def test_a_mutant_is_tried_in_the_other_cases_that_launch_its_kernel(monkeypatch, judged, fails, expected):
+    noted, tried = [], []
+
+    @contextlib.contextmanager
+    def launches_noted(arch, multiprocessors):
+        noted.clear()
+        yield noted
+
+    def launches_of(case, arch):
+        tried.append(case.name)
+        return [SimpleNamespace(variant="another"), SimpleNamespace(variant="its kernel")]
+
+    monkeypatch.setattr(mutations, "launches_noted", launches_noted)
+    monkeypatch.setattr(mutations, "launches_of", launches_of)
+    monkeypatch.setattr(mutations, "compile_to_ptx", lambda variant, arch: (variant, 0, []))
+    monkeypatch.setattr(mutations, "_compiled", lambda launch, text, arch: text)
+    monkeypatch.setattr(mutations, "_run", lambda launch, compiled, schedule: compiled)
+    monkeypatch.setattr(mutations, "contract_fails", lambda cases, variant, compiled, arch: fails)
+    monkeypatch.setattr(
+        mutations,
+        "judge",
+        lambda launch, mutant, arch, original: judged if (launch.variant, original) == ("its kernel",) * 2 else "wrong",
+    )
+    cases = [Case("without it", lambda: None), Case("with it", lambda: noted.append("its kernel"))]
+    assert mutations.caught_elsewhere(cases, "its kernel", "the mutant", 90) == expected
+    assert tried == ["with it"]
+
+
 def test_the_table_counts_what_was_caught_proved_and_neither():
     outcomes = Counter({("a", "shared race"): 3, ("a", "hole"): 1, ("b", "redundant"): 4, ("b", "other bits"): 2})
     assert table(outcomes) == [
