@@ -11,7 +11,7 @@ import functools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -226,7 +226,7 @@ def _why_unused(launch: Launch, original: Compiled, line: int) -> str | None:
     return "redundant: the results have the same bits with NaN and with random bits as initial values"
 
 
-def _give_the_same(launch: Launch, original: Compiled, machines: list[Machine]) -> bool:
+def _give_the_same(launch: Launch, original: Compiled, machines: Sequence[Machine]) -> bool:
     """Whether these machines compute what the kernel does, and break no rule."""
     expected = _run(launch, original, IN_STEP).results
     for machine in machines:
