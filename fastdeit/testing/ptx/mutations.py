@@ -257,12 +257,12 @@ def contract_fails(cases: list[Case], variant: Variant, mutant: Compiled, arch: 
 
 
 def caught_elsewhere(cases: list[Case], variant: Variant, mutant: str, arch: int) -> str | None:
-    """How the first of these cases that catches a mutant of a kernel catches it, or None."""
-    for case in cases:
+    """How one of these cases that catches a mutant of a kernel catches it, or None. The ragged cases are last, and tried first."""
+    for case in reversed(cases):
         torch.manual_seed(0)
         with launches_noted(arch, multiprocessors=1) as launched, contextlib.suppress(AssertionError):
-            case.run()  # writes no results
-        if variant not in launched:
+            case.run()  # writes no results, so that a case with several calls ends after the first
+        if variant.kernel not in [other.kernel for other in launched]:
             continue
         for launch in launches_of(case, arch):
             if launch.variant == variant:
