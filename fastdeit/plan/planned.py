@@ -26,7 +26,6 @@ from fastdeit.plan.surroundings import (
     is_training,
     key_of,
     nothing_called,
-    place_of,
     why_not_plannable,
     why_not_recorded,
     why_not_trainable,
@@ -232,10 +231,9 @@ def planned(
     if torch.compiler.is_compiling():
         return run(x)
     call = checkpointed_call() if spans is not None and torch.is_grad_enabled() and x.is_cuda else None
-    # Strides are no part of it: contiguous tokens that a hook around the checkpoint saved may come back with others.
-    ran = None if call is None else call.ran(root, (x.shape, x.dtype, *place_of(x)))
+    ran = None if call is None else call.ran(root, x)
     if ran is not None and ran.plan is not None:  # what its forward pass did, even where something else looks on
-        return ran.plan.recompute(x)
+        return ran.recompute(x)
     if why_not_plannable(x) is not None:
         return run(x)
     plans: Plans = made_from(root, answer, lambda: Plans(root))
