@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint as torchs
 
+from fastdeit import backends
 from fastdeit.plan.surroundings import place_of
 from fastdeit.plan.training import Output, TrainingPlan
 
@@ -38,11 +39,15 @@ class Ran:
     Attributes:
         kind: of its input, as its plan needs it.
         stream: the current one, as an integer.
+        backend: in force.
+        repeats: False in a recomputation whose forward pass made no such call.
     """
 
     kind: tuple
     stream: int
+    backend: str
     plan: TrainingPlan | None = None
+    repeats: bool = True
 
     def recompute(self, x: Tensor) -> Output | None:
         """What the recomputation of its plan gives of x, on the stream of the forward pass.
@@ -116,17 +121,39 @@ class Checkpointed(NamedTuple):
         calls = _calls.setdefault(self.frame, _Calls({}, {}))
         ran = calls.ran.setdefault(root, [])
         if not self.recomputes:
-            ran.append(Ran(kind, stream))
+            ran.append(Ran(kind, stream, backends.get_backend()))
             return ran[-1]
         at = calls.repeated.get((self.recomputation, root), 0)
         calls.repeated[self.recomputation, root] = at + 1
         if at >= len(ran) or ran[at].kind != kind:
-            return Ran(kind, stream)
+            return Ran(kind, stream, backends.get_backend(), repeats=at < len(ran))
         if (plan := ran[at].plan) is not None and not plan.still_holds():
-            raise RuntimeError(
-                "checkpointing: a parameter was given other memory between the forward pass and its recomputation"
-            )
+            raise RuntimeError(_why_not_repeated(root, plan))
         return ran[at]
+
+
+def _why_not_repeated(root: Any, plan: TrainingPlan) -> str:
+    """Why a plan can no longer run, and what to do."""
+    between = "between the forward pass, which ran from a plan, and its recomputation"
+    if plan.reads.hooked():
+        return f"checkpointing: a hook of Triton's was registered on a kernel {between}. Register it before the forward pass"
+    changed = set(map(id, plan.reads.changed()))
+    named = (*root.named_parameters(), *root.named_buffers())
+    names = ", ".join(name for name, tensor in named if id(tensor) in changed)
+    return (
+        f"checkpointing: {names} of {type(root).__name__} got other `data` {between}. Change it in place (`copy_` under "
+        "`torch.no_grad()`), or after the backward pass"
+    )
+
+
+def refuse_unrepeated(root: Any) -> None:
+    """Raises RuntimeError, for a module that runs fused in a recomputation but did not in the forward pass."""
+    raise RuntimeError(
+        f"checkpointing: {type(root).__name__} runs fused in the recomputation, but did not in the forward pass, and would save "
+        f"other tensors. The backend is now {backends.get_backend()!r}; PyTorch does not restore that of the forward pass. Where "
+        "the forward pass ran under fastdeit.use_backend or a hook on all modules, run the backward pass under it too, or call "
+        "use_backend inside the checkpointed function"
+    )
 
 
 def checkpointed_call() -> Checkpointed | None:

@@ -16,7 +16,7 @@ from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.bound import Bound
-from fastdeit.plan.checkpointing import can_rehearse, checkpointed_call, rehearsing
+from fastdeit.plan.checkpointing import can_rehearse, checkpointed_call, refuse_unrepeated, rehearsing
 from fastdeit.plan.code import Place, Unsupported, why_not_code, why_not_output
 from fastdeit.plan.graphs import AutomaticGraph
 from fastdeit.plan.program import Program
@@ -234,6 +234,9 @@ def planned(
     ran = None if call is None else call.ran(root, x)
     if ran is not None and ran.plan is not None:  # what its forward pass did, even where something else looks on
         return ran.recompute(x)
+    if ran is not None and ran.backend != backends.get_backend():  # which PyTorch does not restore
+        with backends.use_backend(ran.backend):
+            return run(x)
     if why_not_plannable(x) is not None:
         return run(x)
     plans: Plans = made_from(root, answer, lambda: Plans(root))
@@ -244,6 +247,8 @@ def planned(
         if spans is None:
             return run(x)
         if call is not None and ran is not None:
+            if not ran.repeats:
+                refuse_unrepeated(root)
             if not call.recomputes:
                 ran.plan = _rehearsed(plans, key_of(x, needs), spans, x, why_called, True)
             return run(x) if ran.plan is None else ran.plan(x)

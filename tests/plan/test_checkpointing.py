@@ -16,7 +16,6 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.span import SpanPlan
 from fastdeit.plan.training import TrainingPlan
 from tests.plan import models as whole_models
-from tests.plan.changes import replaced_data
 from tests.plan.events import WithoutPlans, dataflow, of_parameters, precision, recorded, requested_bytes
 from tests.plan.models import needs_plans, plan_it, plans
 from tests.plan.test_blocks import block_and_tokens, blocks_of, build, called, output, planned_kinds, step
@@ -275,40 +274,6 @@ def test_the_recomputation_runs_from_the_plan_of_its_forward_pass(change):
         assert of_parameters(backward(made), block) == expected
 
 
-def on_stream(stream, call):
-    with torch.cuda.stream(stream):
-        return call()
-
-
-def ending_on_the_cpu(block, x):
-    """Its last node, a CPU's, reads what it has saved: so the caller's stream is the current one in the recomputation."""
-    return checkpoint(lambda x: called(block, x).cpu().float().sin(), x, use_reentrant=False)
-
-
-@pytest.mark.parametrize("forward_aside", [True, False])
-def test_the_recomputation_runs_on_the_stream_of_its_forward_pass(forward_aside, monkeypatch):
-    block, x = block_and_tokens("ViT", torch.bfloat16)
-    then, now = streams = [torch.cuda.default_stream(), torch.cuda.Stream()]
-    if forward_aside:
-        then, now = reversed(streams)
-    shared = []
-    monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda tensor, stream: shared.append((tensor.shape, stream.cuda_stream))
-    )
-
-    def backward_on(stream):
-        made = on_stream(then, lambda: ending_on_the_cpu(block, x))
-        return recorded(lambda: on_stream(stream, lambda: made.sum().backward()))
-
-    for _ in range(2):
-        backward_on(now)
-    assert [type(entry) for entry in plans(block)] == [TrainingPlan]
-    elsewhere, there = (own_work(backward_on(stream), block) for stream in (now, then))
-    assert [event._replace(stream=0) for event in elsewhere] == [event._replace(stream=0) for event in there]
-    assert {event.stream for event in elsewhere} == {then.cuda_stream} == {event.stream for event in there}
-    assert shared == [(x.shape, then.cuda_stream), (x.shape, now.cuda_stream)] * 2  # of the two that ran aside
-
-
 def test_a_parameter_may_be_frozen_before_the_recomputation():
     block, x, call = checkpointed_block()
     made, frozen = call(x), block.mlp.fc1.weight.requires_grad_(False)
@@ -347,15 +312,6 @@ def test_tokens_may_come_back_at_an_address_that_is_not_aligned(monkeypatch):
         made = call(x)
     made.sum().backward()
     assert seen == [0]
-
-
-def test_a_parameter_with_other_memory_at_the_recomputation_is_noticed():
-    block, x, call = checkpointed_block()
-    made = call(x)
-    replaced_data(block.mlp.fc1.weight)
-    with pytest.raises(RuntimeError, match="other memory between the forward pass and its recomputation"):
-        made.sum().backward()
-    call(x).sum().backward()  # by ops
 
 
 def test_a_recomputation_that_is_not_of_its_forward_pass_is_noticed():
