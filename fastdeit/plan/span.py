@@ -221,7 +221,7 @@ def _backward_in(
     saved: list[Allocation], rest: dict, events: list, received: list, made: Sequence[View | None], device: torch.device
 ) -> _Backward:
     """Backward with those buffers in allocations of their own."""
-    cut = _sums_first(events, made)
+    cut = sums_first(events, made)
     early = {buffer: life for buffer, life in rest.items() if life[1] < cut}
     shared = {buffer: life for buffer, life in rest.items() if life[0] < cut <= life[1]}
     later = {buffer: life for buffer, life in rest.items() if life[0] >= cut}
@@ -239,7 +239,7 @@ def _backward_in(
     return _Backward(before, sizes, through, bound, [each.size for each in passing])
 
 
-def _sums_first(events: list, made: Sequence[View | None]) -> int:
+def sums_first(events: list, made: Sequence[View | None]) -> int:
     """How many operations come before all launches and products, if a sum is among them; 0 where later events touch a gradient that
     they touch."""
     first = list(

@@ -8,7 +8,7 @@ import torch
 
 import fastdeit
 from fastdeit.plan import planned as planning
-from fastdeit.plan.span import _sums_first
+from fastdeit.plan.span import sums_first
 from fastdeit.plan.tape import Buffer, Operation, View
 from fastdeit.plan.training import TrainingPlan
 from tests.plan.events import WithoutPlans, dataflow, precision, recorded, requested_bytes
@@ -81,9 +81,9 @@ def test_only_a_sum_before_all_launches_whose_gradient_is_through_runs_apart():
     read, gradient, other = Buffer(32), Buffer(64), Buffer(64)
     total, product = Operation("sum", (_view(read), 0), _view(gradient)), Operation("mm", (), _view(other))
     made = [_view(gradient), _view(other)]
-    assert _sums_first([total, product], made) == 1
+    assert sums_first([total, product], made) == 1
     others = Operation("mul", (), _view(read))
-    assert _sums_first([others, total, others, product], made) == 3
-    assert _sums_first([others, product], made) == 0
-    assert _sums_first([product, total], made) == 0
-    assert _sums_first([total, product, Operation("copy_", (), _view(gradient, 32))], made) == 0
+    assert sums_first([others, total, others, product], made) == 3
+    assert sums_first([others, product], made) == 0
+    assert sums_first([product, total], made) == 0
+    assert sums_first([total, product, Operation("copy_", (), _view(gradient, 32))], made) == 0
