@@ -180,33 +180,28 @@ class _Backward(NamedTuple):
     Attributes:
         before: that part, None where there is none. It gives the gradients that it makes, and None for the others.
         sizes_before: of the allocations that both parts use, and of those of the first one alone.
-        through: the numbers of the allocations of forward's that the first part alone reads.
         bound: what follows, or all.
         sizes: of its allocations.
     """
 
     before: Bound | None
     sizes_before: tuple[list[int], list[int]]
-    through: list[int]
     bound: Bound
     sizes: list[int]
 
     def __call__(
-        self, workspaces: list, received: _Tensors, empty: Callable[[int], Tensor]
+        self, workspaces: list[Tensor], received: _Tensors, empty: Callable[[int], Tensor]
     ) -> tuple[Tensor | None, ...]:
         """The gradients. Takes the tensors from the list."""
         if self.before is None:
             workspaces += map(empty, self.sizes)
             return self.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
         workspaces += map(empty, self.sizes_before[0])
-        alone, addresses = list(map(empty, self.sizes_before[1])), list(map(Tensor.data_ptr, workspaces))
-        first = self.before.at(*addresses, *map(Tensor.data_ptr, alone))(*received)
+        alone = list(map(empty, self.sizes_before[1]))
+        first = self.before.at(*map(Tensor.data_ptr, (*workspaces, *alone)))(*received)
         del alone
-        for number in self.through:
-            workspaces[number] = None
         workspaces += map(empty, self.sizes)
-        addresses += map(Tensor.data_ptr, workspaces[len(addresses) :])
-        then = self.bound.at(*addresses)(workspaces, *received)
+        then = self.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
         return tuple(b if a is None else a for a, b in zip(first, then, strict=True))
 
 
@@ -234,9 +229,7 @@ def _backward_in(
         made = [None if view is not None and view.buffer in first else view for view in made]
     bound = _bound(events[cut:], _places(*saved, *both, *passing), received, made, device, gives_back=True)
     sizes = [each.size for each in both], [each.size for each in alone]
-    again = {buffer for event in events[cut:] for buffer in event.buffers}
-    through = [number for number, each in enumerate(saved) if again.isdisjoint(each.offsets)] if cut else []
-    return _Backward(before, sizes, through, bound, [each.size for each in passing])
+    return _Backward(before, sizes, bound, [each.size for each in passing])
 
 
 def sums_first(events: list, made: Sequence[View | None]) -> int:
