@@ -11,7 +11,7 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -26,6 +26,8 @@ PASSES = ("forward", "step")
 # Launches one by one; in a CUDA graph, a forward pass by `fastdeit.set_graphs`, a step by hand; a forward pass of
 # `optimize_for_inference` in bf16, which captures its graph too.
 MODES = ("eager", "captured", "optimized")
+# The first calls of a shape: op by op, recorded for a plan, and with the plan's code being written.
+FIRST_CALLS = ("first call", "second call", "third call")
 LAUNCHES = ("launch", "triton_launch", "gemm", "graph_launch", "memset", "copy_on_device")
 _WARM_UP = 8  # calls: the first compiles, and the seventh may capture a graph
 
@@ -45,7 +47,8 @@ class HostTime(NamedTuple):
 
 
 def measure(names: list[str], batch_size: int, turns: int, calls: int, driver_us: float) -> Iterator[HostTime]:
-    """Yields the host times of timm's models with these names, each in PRECISIONS, PASSES and those of MODES that a pass has.
+    """Yields the host times of timm's models with these names, each in PRECISIONS, PASSES, those of MODES that a pass has, and
+    FIRST_CALLS.
 
     Args:
         batch_size: images; cuDNN is not there, and timm's patch embedding then launches a GEMM an image.
@@ -70,6 +73,48 @@ def measure(names: list[str], batch_size: int, turns: int, calls: int, driver_us
                     ratio = statistics.median(mine / theirs for theirs, mine in zip(*times, strict=True))
                     medians = (round(statistics.median(each) * 1e6, 1) for each in times)
                     yield HostTime(name, precision, passed, mode, *medians, round(ratio, 3), *launches)
+                fastdeit.set_graphs("off")
+                shapes = [_images(timms, precision, batch_size + more) for more in range(1, turns + 1)]
+                calls_of = [[_call(model, precision, passed, x) for x in shapes] for model in (timms, accelerated)]
+                first = _first_calls(*calls_of, driver_us)
+                for number, mode in enumerate(FIRST_CALLS):
+                    yield HostTime(name, precision, passed, mode, *_medians(first, number))
+
+
+def _first_calls(
+    timms: Sequence[Callable], accelerated: Sequence[Callable], driver_us: float
+) -> list[list[tuple[float, int]]]:
+    """Seconds and launches of timm's call of each shape, made before, and of the accelerated model's FIRST_CALLS of it."""
+    found = []
+    gc.collect()
+    gc.disable()
+    try:
+        with fake_cuda.without_pointer_checks():
+            for baseline, call in zip(timms, accelerated, strict=True):
+                baseline()
+                found.append([_timed(each, driver_us) for each in (baseline, *(call for _ in FIRST_CALLS))])
+    finally:
+        gc.enable()
+    return found
+
+
+def _timed(call: Callable, driver_us: float) -> tuple[float, int]:
+    with fake_cuda.counting() as counts:
+        start = time.process_time()
+        call()
+        seconds = time.process_time() - start
+    launches = sum(counts[kind] for kind in LAUNCHES)
+    return seconds + launches * driver_us * 1e-6, launches
+
+
+def _medians(first: list[list[tuple[float, int]]], number: int) -> tuple[float, float, float, int, int]:
+    """What `HostTime` has of the accelerated model's call with this number beside timm's, of all shapes."""
+    pairs = [(theirs, each[number]) for theirs, *each in first]
+    theirs, mine = ([each[i] for each in pairs] for i in (0, 1))
+    ratio = statistics.median(b[0] / a[0] for a, b in pairs)
+    seconds = (round(statistics.median(each[0] for each in side) * 1e6, 1) for side in (theirs, mine))
+    launches = (int(statistics.median(each[1] for each in side)) for side in (theirs, mine))
+    return *seconds, round(ratio, 3), *launches
 
 
 def ratios(

@@ -1,5 +1,6 @@
 """Runs of ops from plans: recorded at the second call of their kind, repeated from the third on."""
 
+import functools
 import threading
 import weakref
 from collections import OrderedDict
@@ -31,7 +32,7 @@ from fastdeit.plan.surroundings import (
     why_not_recorded,
     why_not_trainable,
 )
-from fastdeit.plan.tape import Tape
+from fastdeit.plan.tape import Buffer, Tape, View
 from fastdeit.plan.training import Attempt, Output, TrainingPlan
 from fastdeit.plan.workspace import lifetimes, packed
 
@@ -63,15 +64,10 @@ class Plan:
         reason = tape.refused or why_not_output(out, output) or why_not_code(tape.events, given, [out])
         if reason is not None:
             raise Unsupported(reason)
-        lives = lifetimes(tape.events)
-        lives.pop(out.buffer, None)
-        offsets, self._bytes = packed(lives)
-        places = {buffer: Place(0, offset) for buffer, offset in offsets.items()}
-        with torch.inference_mode(False), torch.no_grad():
-            program = Program(tape.events, places, given, [out], output.device)
-        self.still_holds = Reads(tape.events, parameters).still_hold
-        self._bound, self._device, self._gathered = Bound(program), output.device, gathered
+        self._device, self._gathered = output.device, gathered
         self._output = output.shape, output.dtype
+        self._make = functools.partial(_in_one_workspace, tape.events, given, out, self._device)
+        self.still_holds = Reads(tape.events, parameters).still_hold
         self.graph = AutomaticGraph()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -79,8 +75,9 @@ class Plan:
 
     def launch(self, x: Tensor) -> Tensor:
         """The output, a new tensor, by a launch after the other."""
-        workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-        (out,) = self._bound.at(workspace.data_ptr())(x, *self._gathered)
+        bound, size = self._made
+        workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
+        (out,) = bound.at(workspace.data_ptr())(x, *self._gathered)
         return out
 
     def receive(self, x: Tensor) -> Tensor:
@@ -89,9 +86,24 @@ class Plan:
     def fixed(self, stream: int) -> tuple[Callable[[Tensor], object], Tensor, Tensor]:
         """The launches for memory that is no one else's: a function of the input, the output that it writes, and a workspace."""
         shape, dtype = self._output
+        bound, size = self._made
         out = torch.empty(shape, dtype=dtype, device=self._device)
-        workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-        return self._bound.fixed(workspace.data_ptr(), out, stream), out, workspace
+        workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return bound.fixed(workspace.data_ptr(), out, stream), out, workspace
+
+    @functools.cached_property
+    def _made(self) -> tuple[Bound, int]:
+        """The launches, and the size of the workspace in which they are: made at the first call, which the recording is not."""
+        return self._make()
+
+
+def _in_one_workspace(events: list, given: list[Buffer], out: View, device: torch.device) -> tuple[Bound, int]:
+    lives = lifetimes(events)
+    lives.pop(out.buffer, None)
+    offsets, size = packed(lives)
+    places = {buffer: Place(0, offset) for buffer, offset in offsets.items()}
+    with torch.inference_mode(False), torch.no_grad():
+        return Bound(Program(events, places, given, [out], device)), size
 
 
 _Run = Callable[[Tensor], Output | None]

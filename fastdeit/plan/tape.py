@@ -51,6 +51,8 @@ _METHODS = {
 }
 
 
+_expired = torch.UntypedStorage._expired  # what StorageWeakRef.expired calls in the end
+
 _NUMBERS = {int, float, bool, type(None)}  # and what stands in the place of a pointer that is not given
 
 
@@ -151,11 +153,12 @@ def _kind(func: Any) -> _Kind:
     return known[1]
 
 
-def _untraced(method: Callable[..., None]) -> Callable[..., None]:
-    """A method under which `sys.settrace`'s function is not called: it has nothing to look for in the recording's own code."""
+def _untraced(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method under which `sys.settrace`'s function is not called, which takes microseconds: it has nothing to look for in the
+    recording's own code, or in an operation below autograd."""
 
     @functools.wraps(method)
-    def called(*args: Any) -> None:
+    def called(*args: Any) -> Any:
         trace = sys.gettrace()
         if trace is None:
             return method(*args)
@@ -213,7 +216,7 @@ class Tape(LaunchObserver):
 
     def _lives(self, buffer: Buffer) -> bool:
         storage = self._storages.get(buffer)
-        return storage is None or not storage.expired()
+        return storage is None or not _expired(storage.cdata)
 
     def _add(self, address: int, buffer: Buffer, start: int | None = None) -> None:
         self._buffers[address] = buffer
@@ -225,17 +228,16 @@ class Tape(LaunchObserver):
 
     def view(self, tensor: Tensor) -> View:
         """Where a tensor lies, of all that the recording has seen and that still is."""
-        address = tensor.data_ptr()
-        storage = address - int(tensor.storage_offset()) * tensor.element_size()
+        address, dtype = tensor.data_ptr(), tensor.dtype
+        storage = address - int(tensor.storage_offset()) * dtype.itemsize
         buffer = self._buffers.get(storage)
         if buffer is None or not address or not self._lives(buffer):
             self.refuse("a tensor comes from elsewhere")
             buffer = Buffer(0)
             self._add(storage, buffer)
-        if buffer.input is not None and tensor.dtype != self._input_dtypes[buffer.input]:
+        if buffer.input is not None and dtype != self._input_dtypes[buffer.input]:
             self.refuse("an input is read in another dtype")
-        offset = address - self._starts[buffer]
-        return View(buffer, offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        return View(buffer, address - self._starts[buffer], dtype, tuple(tensor.shape), tensor.stride())
 
     # ---- launches
 
@@ -245,7 +247,7 @@ class Tape(LaunchObserver):
 
         if raw_launcher(launch) is None:
             self.refuse(f"{launch.kernel.__name__} needs memory of its own")
-        args = tuple(map(self._argument, launch.args))
+        args = tuple(arg if type(arg) in _NUMBERS else self._argument(arg) for arg in launch.args)
         self.events.append(Launch(launch._replace(args=()), args))
 
     def launched_publicly(self) -> None:
@@ -254,7 +256,7 @@ class Tape(LaunchObserver):
     def _argument(self, arg: Any) -> Any:
         if isinstance(arg, Tensor):
             return self.view(arg)
-        if type(arg) not in _NUMBERS and hasattr(arg, "block_shape"):
+        if hasattr(arg, "block_shape"):
             if arg.padding != "zero":
                 self.refuse("a tensor descriptor pads with NaN")
             return Descriptor(self.view(arg.base), tuple(arg.shape), tuple(arg.strides))
@@ -266,6 +268,7 @@ class Tape(LaunchObserver):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is recorded inside a compiler, and its guard takes as long as all the rest
 
+    @_untraced
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         kind = _kind(func)
@@ -279,7 +282,6 @@ class Tape(LaunchObserver):
             self._note(kind, args, kwargs, result)
         return result
 
-    @_untraced
     def _note(self, kind: "_Kind", args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         name = kind.name
         if kind.views and isinstance(result, Tensor) and result.is_cuda and result.layout is torch.strided:

@@ -289,7 +289,7 @@ def test_keys_and_addresses_are_bounded():
             model(x)
             kept.append(torch.empty(4 << 20, dtype=torch.uint8, device="cuda"))  # so that the workspace is elsewhere
         (plan,) = (entry for entry in plans(model) if isinstance(entry, Plan))
-        assert 1 <= len(plan._bound.functions) <= MOST_ADDRESSES
+        assert 1 <= len(plan._made[0].functions) <= MOST_ADDRESSES
 
 
 def test_threads_have_workspaces_of_their_own():
