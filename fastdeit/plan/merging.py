@@ -6,6 +6,7 @@ memory for longer, and is left where it is: a run without gradients, and weights
 """
 
 from collections.abc import Container, Sequence
+from typing import Any
 
 import torch
 
@@ -27,11 +28,12 @@ def with_merged_folds(events: Sequence[Launch | Operation], kept: Container[Buff
     made: list[Launch | Operation] = []
     first: Launch | None = None  # a fold that waits for another one
     at = 0  # its place
+    known: dict[tuple, Any] = {}  # blocks of one size have one kernel
     for event in events:
         if isinstance(event, Launch) and event.made.kernel is fold_both_forward_kernel:
             if first is not None and _costs_nothing(event, kept) and all(_may_precede(event, e) for e in made[at:]):
                 try:
-                    merged = _merged(first, event)
+                    merged = _merged(first, event, known)
                 except KernelRefused:
                     return list(events)
                 if merged is not None:
@@ -54,8 +56,8 @@ def _may_precede(event: Launch, other: Launch | Operation) -> bool:
     return not (written(event).intersection(other.buffers) or written(other).intersection(event.buffers))
 
 
-def _merged(first: Launch, second: Launch) -> Launch | None:
-    """One launch for two; None where one kernel cannot do what both do."""
+def _merged(first: Launch, second: Launch, known: dict[tuple, Any]) -> Launch | None:
+    """One launch for two; None where one kernel cannot do what both do. Remembers launches by what they are described by."""
     from fastdeit.kernels.gemm.folded_weights import of_two_branches
     from fastdeit.kernels.gemm.folded_weights_kernels import fold_four_forward_kernel
     from fastdeit.kernels.runtime.launch import Pointer, described_launch
@@ -65,8 +67,13 @@ def _merged(first: Launch, second: Launch) -> Launch | None:
     if (call := of_two_branches(*calls)) is None:
         return None
     grid, args, constexprs = call
-    aligned = [at in aligned_arguments(each.made) for each in (first, second) for at in range(len(each.args))]
-    pointers = (Pointer(x.dtype, fits) if isinstance(x, View) else x for x, fits in zip(args, aligned, strict=True))
-    num_warps = first.made.compiled.kernel.metadata.num_warps
-    made = described_launch(fold_four_forward_kernel, grid, tuple(pointers), constexprs, num_warps)
+    pointers: list[Any] = []
+    for event in (first, second):
+        aligned = aligned_arguments(event.made)
+        pointers += [Pointer(x.dtype, at in aligned) if isinstance(x, View) else x for at, x in enumerate(event.args)]
+    described = (grid, tuple(pointers), constexprs)
+    if described not in known:
+        num_warps = first.made.compiled.kernel.metadata.num_warps
+        known[described] = described_launch(fold_four_forward_kernel, *described, num_warps)
+    made = known[described]
     return None if made is None or raw_launcher(made) is None else Launch(made, args)

@@ -156,6 +156,7 @@ def test_folds_are_merged_two_by_two():
     events, kept = folds_of([Layers() for _ in range(5)])
     found = with_merged_folds(events, set().union(*kept))
     assert [is_merged(event) for event in found] == [True, True, False] and found[2] is events[4]
+    assert found[0].made is found[1].made and found[0].args != found[1].args  # one kernel is looked for once
 
 
 def between(name):
