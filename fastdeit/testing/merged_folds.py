@@ -4,10 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 from unittest import mock
 
-from fastdeit.kernels.gemm import folded_weights
-from fastdeit.kernels.gemm.folded_weights_kernels import fold_four_forward_kernel
-from fastdeit.kernels.runtime.launch import launch
-
 Folded = TypeVar("Folded")
 
 
@@ -17,6 +13,10 @@ def folded_in_one_launch(calls: Sequence[Callable[[], Folded]]) -> list[Folded]:
     Raises:
         ValueError: one kernel cannot do both.
     """
+    from fastdeit.kernels.gemm import folded_weights
+    from fastdeit.kernels.gemm.folded_weights_kernels import fold_four_forward_kernel
+    from fastdeit.kernels.runtime.launch import launch
+
     launches: list[tuple] = []
     with mock.patch.object(folded_weights, "launch", lambda *given: launches.append(given)):
         made = [call() for call in calls]
