@@ -47,7 +47,11 @@ def get_backend() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """`set_backend(name)` for the length of a with statement. A backward pass follows the choice of its forward."""
+    """`set_backend(name)` for the length of a with statement. A backward pass follows the choice of its forward.
+
+    A recomputation of `torch.utils.checkpoint` is a forward pass inside backward, and PyTorch restores autocast there but not this
+    choice. So put the backward pass inside the with statement too, or the with statement into the checkpointed function.
+    """
     previous = _backend
     set_backend(name)
     try:

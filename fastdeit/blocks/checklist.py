@@ -235,8 +235,12 @@ def _first(reasons: Iterable[str | None]) -> str | None:
     return None
 
 
-def judge_block(block: spec.Block) -> BlockVerdict:
-    """What its modules allow."""
+def judge_block(block: spec.Block, for_first: bool = False) -> BlockVerdict:
+    """What its modules allow.
+
+    Args:
+        for_first: the block runs for its first tokens alone where it runs fused.
+    """
     if block.beyond is not None:
         each = (block.beyond,) * len(block.branches)
         return BlockVerdict(block.beyond, block.beyond, each, each, each, block.beyond, block.beyond, (), ())
@@ -254,6 +258,8 @@ def judge_block(block: spec.Block) -> BlockVerdict:
     deferred = why_not_bypassed((block.module,)) or reason or tail
     dropouts = tuple(None if branch.body is None else why_called(branch.body.out_dropout) for branch in block.branches)
     pruned = _why_not_pruned(block, parts) or called[0]
+    if for_first:
+        reason = reason or pruned
     return BlockVerdict(reason, deferred, parts, called, dropouts, tail, pruned, _gammas(inner), _gammas([last]))
 
 

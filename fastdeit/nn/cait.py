@@ -36,8 +36,7 @@ class LayerScaleBlockClassAttn(HostBlock, cait.LayerScaleBlockClassAttn, source=
     describe_parts = describe_class_block
 
     def judge(self, description: Block) -> BlockVerdict:
-        verdict = judge_block(description)
-        return verdict._replace(block=verdict.block or verdict.pruned)
+        return judge_block(description, for_first=True)
 
     def why_not_arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
         token = _class_token(args, kwargs)

@@ -17,7 +17,7 @@ from fastdeit import backends
 from fastdeit.blocks.snapshot import KEY, made_from
 from fastdeit.blocks.spans import Span
 from fastdeit.plan.bound import Bound
-from fastdeit.plan.checkpointing import can_rehearse, checkpointed_call, rehearsing
+from fastdeit.plan.checkpointing import can_rehearse, checkpointed_call, refuse_unrepeated, rehearsing
 from fastdeit.plan.code import Place, Unsupported, why_not_code, why_not_output
 from fastdeit.plan.graphs import AutomaticGraph
 from fastdeit.plan.program import Program
@@ -27,7 +27,6 @@ from fastdeit.plan.surroundings import (
     is_training,
     key_of,
     nothing_called,
-    place_of,
     why_not_plannable,
     why_not_recorded,
     why_not_trainable,
@@ -244,10 +243,12 @@ def planned(
     if torch.compiler.is_compiling():
         return run(x)
     call = checkpointed_call() if spans is not None and torch.is_grad_enabled() and x.is_cuda else None
-    # Strides are no part of it: contiguous tokens that a hook around the checkpoint saved may come back with others.
-    ran = None if call is None else call.ran(root, (x.shape, x.dtype, *place_of(x)))
+    ran = None if call is None else call.ran(root, x)
     if ran is not None and ran.plan is not None:  # what its forward pass did, even where something else looks on
-        return ran.plan.recompute(x)
+        return ran.recompute(x)
+    if ran is not None and ran.backend != backends.get_backend():  # which PyTorch does not restore
+        with backends.use_backend(ran.backend):
+            return run(x)
     if why_not_plannable(x) is not None:
         return run(x)
     plans: Plans = made_from(root, answer, lambda: Plans(root))
@@ -258,6 +259,8 @@ def planned(
         if spans is None:
             return run(x)
         if call is not None and ran is not None:
+            if not ran.repeats:
+                refuse_unrepeated(root)
             if not call.recomputes:
                 ran.plan = _rehearsed(plans, key_of(x, needs), spans, x, why_called, True)
             return run(x) if ran.plan is None else ran.plan(x)

@@ -32,7 +32,7 @@ class Reads:
 
     def still_hold(self) -> bool:
         """Whether every parameter has its address and facts as before: nothing announces a replaced `data`."""
-        if any(kernel.pre_run_hooks for kernel in self._kernels):
+        if self.hooked():
             return False
         if list(map(Tensor.data_ptr, self.parameters)) != self._addresses:
             return False
@@ -43,6 +43,16 @@ class Reads:
             return False
         self._guard = self._guard or _guard(self.parameters)
         return True
+
+    def hooked(self) -> bool:
+        """Whether a hook of Triton's is registered on one of the kernels."""
+        return any(kernel.pre_run_hooks for kernel in self._kernels)
+
+    def changed(self) -> list[Tensor]:
+        """The parameters whose address or facts are others."""
+        now = zip(map(Tensor.data_ptr, self.parameters), *_facts(self.parameters), strict=True)
+        before = zip(self._addresses, *self._found, strict=True)
+        return [each for each, old, new in zip(self.parameters, before, now, strict=True) if old != new]
 
 
 def _facts(tensors: list[Tensor]) -> tuple[list[Any], ...]:

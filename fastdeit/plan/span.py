@@ -1,7 +1,8 @@
 """A span of a model's run from its plan, as one autograd node."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,13 @@ from fastdeit.plan.code import Place, Unsupported, why_not_code
 from fastdeit.plan.merging import with_merged_folds
 from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
-from fastdeit.plan.tape import Buffer, View
+from fastdeit.plan.tape import Buffer, Operation, View
 from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked, written
 
 _Tensors = Sequence[Tensor | None]
 _Layout = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a contiguous tensor
 _MOST_SAVED = 4  # allocations of a span for what forward leaves to backward: one more costs both passes microseconds
+_PRODUCTS = ("mm", "addmm")
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -110,11 +112,8 @@ class SpanPlan:
     def backward(self, saved: list[Tensor], received: _Tensors) -> tuple[Tensor | None, ...]:
         """The gradients. Takes the tensors from the list, unless another backward pass is to follow."""
         if _keeps_graph():
-            workspaces, code = list(saved), self.repeatable
-        else:
-            workspaces, code = saved, self.once
-        workspaces += map(self._empty, code.sizes)
-        return code.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
+            return self.repeatable(list(saved), received, self._empty)
+        return self.once(saved, received, self._empty)
 
     @functools.cached_property
     def once(self) -> "_Backward":
@@ -170,10 +169,42 @@ def _in_two(
 
 
 class _Backward(NamedTuple):
-    """Backward's code, and the sizes of its allocations beside those of what forward left."""
+    """Backward's code, and the sizes of its allocations beside those of what forward left.
 
+    PyTorch's sum for the gradient of a LayerScale takes memory of its own while it runs. So where there is one among the operations
+    with which backward begins, they are a part of their own, before memory is taken for the others.
+
+    Attributes:
+        before: that part, None where there is none. It gives the gradients that it makes, and None for the others.
+        sizes_before: of the allocations that both parts use, and of those of the first one alone.
+        through: the numbers of the allocations of forward's that the first part alone reads.
+        bound: what follows, or all.
+        sizes: of its allocations.
+    """
+
+    before: Bound | None
+    sizes_before: tuple[list[int], list[int]]
+    through: list[int]
     bound: Bound
     sizes: list[int]
+
+    def __call__(
+        self, workspaces: list, received: _Tensors, empty: Callable[[int], Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients. Takes the tensors from the list."""
+        if self.before is None:
+            workspaces += map(empty, self.sizes)
+            return self.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
+        workspaces += map(empty, self.sizes_before[0])
+        alone, addresses = list(map(empty, self.sizes_before[1])), list(map(Tensor.data_ptr, workspaces))
+        first = self.before.at(*addresses, *map(Tensor.data_ptr, alone))(*received)
+        del alone
+        for number in self.through:
+            workspaces[number] = None
+        workspaces += map(empty, self.sizes)
+        addresses += map(Tensor.data_ptr, workspaces[len(addresses) :])
+        then = self.bound.at(*addresses)(workspaces, *received)
+        return tuple(b if a is None else a for a, b in zip(first, then, strict=True))
 
 
 def _backward_after(saved: list[Allocation], kept: dict[Buffer, int], later: dict, *rest: Any) -> _Backward:
@@ -187,9 +218,34 @@ def _backward_in(
     saved: list[Allocation], rest: dict, events: list, received: list, made: Sequence[View | None], device: torch.device
 ) -> _Backward:
     """Backward with those buffers in allocations of their own."""
-    passing = [packed(lives) for lives in early_and_late(rest)]
-    bound = _bound(events, _places(*saved, *passing), received, made, device, gives_back=True)
-    return _Backward(bound, [each.size for each in passing])
+    cut = sums_first(events, made)
+    early = {buffer: life for buffer, life in rest.items() if life[1] < cut}
+    shared = {buffer: life for buffer, life in rest.items() if life[0] < cut <= life[1]}
+    later = {buffer: life for buffer, life in rest.items() if life[0] >= cut}
+    both, alone = ([packed(lives)] if lives else [] for lives in (shared, early))
+    passing = [packed(lives) for lives in early_and_late(later)]
+    before, first = None, {buffer for event in events[:cut] for buffer in event.buffers}
+    if cut:
+        gradients = [view if view is not None and view.buffer in first else None for view in made]
+        before = _bound(events[:cut], _places(*saved, *both, *alone), received, gradients, device)
+        made = [None if view is not None and view.buffer in first else view for view in made]
+    bound = _bound(events[cut:], _places(*saved, *both, *passing), received, made, device, gives_back=True)
+    sizes = [each.size for each in both], [each.size for each in alone]
+    again = {buffer for event in events[cut:] for buffer in event.buffers}
+    through = [number for number, each in enumerate(saved) if again.isdisjoint(each.offsets)] if cut else []
+    return _Backward(before, sizes, through, bound, [each.size for each in passing])
+
+
+def sums_first(events: list, made: Sequence[View | None]) -> int:
+    """How many operations come before all launches and products, if a sum is among them; 0 where later events touch a gradient that
+    they touch."""
+    first = list(
+        itertools.takewhile(lambda event: isinstance(event, Operation) and event.kind not in _PRODUCTS, events)
+    )
+    gradients = {view.buffer for view in made if view is not None}
+    parts = (first, events[len(first) :])
+    early, late = ({buffer for event in part for buffer in event.buffers} & gradients for part in parts)
+    return len(first) if any(event.kind == "sum" for event in first) and not early & late else 0
 
 
 def _places(*allocations: Allocation) -> dict[Buffer, Place]:

@@ -21,11 +21,15 @@ class TrainingPlan:
         spans: in their order.
         read: all tensors that they may read beside their inputs, but for
         gathered: parameters whose memory is other at each call, inputs of the only span.
+
+    Attributes:
+        reads: the parameters and kernels on which it depends.
     """
 
     def __init__(self, spans: Sequence[SpanPlan], read: Sequence[Tensor], gathered: Sequence[Tensor]) -> None:
         self._spans, self._gathered = spans, gathered
-        self.still_holds = Reads([event for span in spans for event in span.events], read).still_hold
+        self.reads = Reads([event for span in spans for event in span.events], read)
+        self.still_holds = self.reads.still_hold
         for span in spans:
             span.events = []
 

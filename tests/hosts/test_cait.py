@@ -60,6 +60,15 @@ def test_it_compiles_to_one_graph(hosts, make, kernels_stood_in):
     hosts.assert_compiles_whole(make(depth=1, depth_token_only=1), X, backend="eager")
 
 
+def test_it_compiles_to_one_graph_on_a_cpu(hosts, make):
+    """With any version of PyTorch: what decides that timm's code runs is traced."""
+    torch.compiler.reset()
+    model = fastdeit.accelerate(make(depth=1, depth_token_only=1))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(hosts.output(compiled, X), hosts.output(fastdeit.restore(copy.deepcopy(model)), X))
+    torch.compiler.reset()
+
+
 CHANGES = {
     "a weight is a NoneType": lambda block: setattr(block, "gamma_1", None),
     "its drop path is a Dropout": lambda block: setattr(block, "drop_path", nn.Dropout()),

@@ -332,7 +332,7 @@ def _noted(part, called_parts, *args):
 
 @pytest.mark.parametrize("dtype, autocast", [(None, torch.bfloat16), (torch.bfloat16, None)])
 @pytest.mark.parametrize("name", ["ViT", "DINOv2"])
-@pytest.mark.parametrize("gradients, most", [(False, 1.01), (True, 1.06)])
+@pytest.mark.parametrize("gradients, most", [(False, 1.01), (True, 1.02)])
 def test_blocks_take_no_more_memory_than_the_ops(name, dtype, autocast, gradients, most, monkeypatch):
     with torch.device("cuda"):
         model = fastdeit.accelerate(MODELS[name](num_hidden_layers=6, image_size=96).to(dtype))
