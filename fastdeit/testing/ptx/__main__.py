@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--mutants", type=int, metavar="N", help="instead, plant up to N faults of each kind in each kernel"
     )
+    parser.add_argument("--kinds", default="", metavar="TEXT", help="of those, kinds whose name contains TEXT")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of faults (default: 0)")
     options = parser.parse_args(arguments)
     if reason := why_untested():
         print(f"skipped: {reason}")
@@ -40,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
             part - 1 :: parts
         ]
         if options.mutants:
-            outcomes += run_mutants([c for c in cases(arch) if c.name in chosen], arch, options.mutants, seed=0)
+            planted_in = [c for c in cases(arch) if c.name in chosen]
+            rest = [c for c in cases(arch) if c.name not in chosen]
+            outcomes += run_mutants(planted_in, arch, options.mutants, options.seed, kinds=options.kinds, rest=rest)
             continue
         rans = list(run_cases(arch, chosen, thorough=options.thorough, jobs=options.jobs))
         report(rans, arch)

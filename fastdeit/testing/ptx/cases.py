@@ -103,6 +103,9 @@ def _attention(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
         yield f"attention {case.label}", functools.partial(_attend, case)
         if case.head_dim in (64, 80) and case.dtype == "bf16" and case.tail == 16:
             yield f"attention {case.label}, scores far below 0", functools.partial(_attend_below, case)
+        wide = (case.head_dim > 64 and case.head_dim != 80) or case.dtype == "fp32"  # a pass of loads covers 8 rows
+        if wide and case.tail == 16 and not case.config.descriptors:
+            yield f"attention {case.label}, a tail of 11", functools.partial(_attend, case, tokens=64 + 11)
     if has_descriptors(arch):
         home = next(c for c in attention_config.aot_cases(arch) if c.config.descriptors and c.head_dim == 64)
         for keys in (128, 256):

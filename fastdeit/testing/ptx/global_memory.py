@@ -26,10 +26,12 @@ class _Storage:
         self.views = {width: self.padded.view(UNSIGNED[width]) for width in UNSIGNED}
         self.covered = False  # every byte belongs to an element
         self.held = np.zeros(len(self.padded), bool)  # bytes of elements, where not all do
-        self.writer = np.zeros(len(self.padded), np.int32)  # at the first byte of each element
+        self.unit = tensor.element_size()  # of the tensors in it the smallest
+        self.writer = np.zeros(len(self.padded), np.int32)  # at the first byte of each unit
         self.reader = np.zeros(len(self.padded), np.int32)
 
     def cover(self, tensor: torch.Tensor) -> None:
+        self.unit = min(self.unit, tensor.element_size())
         if tensor.is_contiguous() and tensor.numel() * tensor.element_size() == len(self.bytes):
             self.covered = True
         if tensor.numel() == 0 or self.covered:
@@ -39,6 +41,10 @@ class _Storage:
         start = tensor.storage_offset() * size
         shape = (*tensor.shape, size)
         np.lib.stride_tricks.as_strided(self.held[start:], shape, strides)[...] = True
+
+    def units(self, first: ndarray, width: int) -> ndarray:
+        """The first bytes of the units that accesses of `width` bytes at `first` touch, shape (accesses, units of one)."""
+        return (first - first % self.unit)[:, None] + np.arange(0, width, self.unit)
 
     def write_back(self) -> None:
         if self.padded is not self.bytes:
@@ -83,7 +89,7 @@ class GlobalMemory:
         view, index = storage.views[width], first // width
         found = []
         for k in range(count):
-            self.note_read(storage, first + k * width, blocks)
+            self._note_read(storage, storage.units(first + k * width, width), blocks[:, None])
             found.append(view[index + k])
         return found
 
@@ -96,7 +102,7 @@ class GlobalMemory:
         storage, first = self._locate(address, width, len(values))
         view, index = storage.views[width], first // width
         for k, value in enumerate(values):
-            self.note_write(storage, first + k * width, blocks)
+            self._note_write(storage, storage.units(first + k * width, width), blocks[:, None])
             view[index + k] = value
             if (view[index + k] != value).any():
                 self.fault("global race", "two threads store different values at one address in one instruction")
@@ -108,24 +114,24 @@ class GlobalMemory:
             self.fault("global access outside the tensors", f"address {address:#x} belongs to none")
         return self._storages[number], address & (1 << SLOT) - 1
 
-    def note_read(self, storage: _Storage, first: ndarray, blocks: ndarray) -> None:
-        writer = storage.writer[first]
+    def _note_read(self, storage: _Storage, units: ndarray, blocks: ndarray) -> None:
+        writer = storage.writer[units]
         blocks = (blocks + 1).astype(np.int32)
         if ((writer != _NOBODY) & (writer != blocks)).any():
             self.fault("global race", "reads what another block wrote")
-        before = storage.reader[first]
-        storage.reader[first] = blocks
-        several = (storage.reader[first] != blocks) | ((before != _NOBODY) & (before != blocks))
+        before = storage.reader[units]
+        storage.reader[units] = blocks
+        several = (storage.reader[units] != blocks) | ((before != _NOBODY) & (before != blocks))
         if several.any():
-            storage.reader[first[several]] = _SEVERAL
+            storage.reader[units[several]] = _SEVERAL
 
-    def note_write(self, storage: _Storage, first: ndarray, blocks: ndarray) -> None:
+    def _note_write(self, storage: _Storage, units: ndarray, blocks: ndarray) -> None:
         blocks = (blocks + 1).astype(np.int32)
-        before = storage.writer[first]
-        storage.writer[first] = blocks
-        if ((before != _NOBODY) & (before != blocks)).any() or (storage.writer[first] != blocks).any():
+        before = storage.writer[units]
+        storage.writer[units] = blocks
+        if ((before != _NOBODY) & (before != blocks)).any() or (storage.writer[units] != blocks).any():
             self.fault("global race", "two blocks write one address")
-        reader = storage.reader[first]
+        reader = storage.reader[units]
         if ((reader != _NOBODY) & (reader != blocks)).any():
             self.fault("global race", "writes what another block read")
 
@@ -138,8 +144,9 @@ class GlobalMemory:
         if int(first.max()) + nbytes > len(storage.bytes):
             self.fault("global access outside the tensors", f"offset {first.max()} of {len(storage.bytes)} bytes")
         for k in range(0 if storage.covered else count):
-            if not storage.held[first + k * width].all():
-                stray = first[~storage.held[first + k * width]]
+            units = storage.units(first + k * width, width)
+            if not storage.held[units].all():
+                stray = units[~storage.held[units]]
                 self.fault("global access outside the tensors", f"offset {stray[0]} is no element of the tensor")
         return storage, first
 

@@ -74,10 +74,11 @@ def execute(
     args: tuple,
     schedule: Schedule = IN_STEP,
     observer: Any = None,
+    most_branches: int | None = None,
 ) -> Machine:
     """Runs a compiled kernel over a grid with a launch's arguments; tensors are written in place."""
     machine = Machine(compiled.program, compiled.shared_bytes, schedule)
-    machine.observer = observer
+    machine.observer, machine.most_branches = observer, most_branches
     run_on(machine, compiled, grid, args)
     return machine
 
@@ -131,6 +132,8 @@ def executing(
     schedules: Sequence[Schedule] = (IN_STEP,),
     *,
     multiprocessors: int = 2,
+    compile_launch: Callable[[Variant, int], Compiled] = compile_variant,
+    most_branches: int | None = None,
     before_launch: Callable[[Variant, tuple, tuple], None] | None = None,
     on_launch: Callable[[Launched], None] | None = None,
 ) -> Iterator[None]:
@@ -141,6 +144,8 @@ def executing(
         schedules: each launch runs under every one of them from the same memory, and the results must be the same bits; those of
             the last one stay.
         multiprocessors: of the supposed GPU; few of them keep persistent grids small.
+        compile_launch: gives the code that a launch executes on an architecture.
+        most_branches: of a launch, as of a `Machine`.
         before_launch: called before each launch with what it compiles, its grid and its arguments.
         on_launch: called after each launch, whose accesses are then counted under the first schedule.
 
@@ -163,7 +168,7 @@ def executing(
         variant = variant_of(kernel, args, constexprs, num_warps, num_stages, fp_fusion)
         if before_launch:
             before_launch(variant, grid, args)
-        compiled = compile_variant(variant, arch)
+        compiled = compile_launch(variant, arch)
         storages = [storage_of(t) for t in args if isinstance(t, torch.Tensor | TensorDescriptor)]
         before = [s.clone() for s in storages] if len(schedules) > 1 else []
         results: list[torch.Tensor] = []
@@ -171,7 +176,7 @@ def executing(
             for storage, held in zip(storages, before, strict=False):
                 storage.copy_(held)
             observer = Observer() if on_launch and schedule is schedules[0] else None
-            machine = execute(compiled, grid, args, schedule, observer)
+            machine = execute(compiled, grid, args, schedule, observer, most_branches)
             if observer:
                 counts = observer.counts(machine.program, machine.executed)
                 launched = Launched(variant, grid, machine, counts)

@@ -1,8 +1,9 @@
 """Plants faults in compiled kernels, one instruction at a time, and counts how many the machine catches.
 
 A mutant deletes or changes one instruction. It is caught by a check where executing it is a `Fault`, and by its values where it
-gives other bits than the kernel it was made of, in step or shuffled. What survives both is printed with its line, and is redundant
-where redundancy.py proves it so, else a hole.
+gives other bits than the kernel it was made of, in step or shuffled: "wrong results" if one of the cases then fails the numerics
+contract, else "other bits". What survives both is printed with its line, and is redundant where redundancy.py proves it so, else a
+hole.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import functools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +19,18 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeit.testing.ptx.cases import Case
-from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_to_ptx
+from fastdeit.testing.ptx.compiler import Compiled, Variant, compile_to_ptx, compile_variant
 from fastdeit.testing.ptx.control_flow import branches_past
-from fastdeit.testing.ptx.harness import executing, run_on, storage_of
+from fastdeit.testing.ptx.harness import executing, launches_noted, run_on, storage_of
 from fastdeit.testing.ptx.machine import IN_STEP, Fault, Machine, Schedule
 from fastdeit.testing.ptx.program import Program, PtxError
 from fastdeit.testing.ptx.redundancy import Record, proof
-from fastdeit.testing.ptx.selections import Scrambled, selections
+from fastdeit.testing.ptx.selections import Replaced, Scrambled, selections
 
 SHUFFLED = Schedule(seed=11, shuffled=True)
-_MORE_BRANCHES = 20  # times those of the kernel: a mutant without a loop's condition would go on for ever
+# A mutant without a loop's condition would go on for ever.
+_MORE_BRANCHES = 20  # times those of the kernel
+_MOST_BRANCHES = 100_000  # of any launch of a case
 
 
 class Mutant(NamedTuple):
@@ -179,7 +182,10 @@ def _restored(launch: Launch) -> Iterator[list[torch.Tensor]]:
 
 
 def why_redundant(launches: list[Launch], mutant: Mutant, arch: int) -> str | None:
-    """A proof that a mutant that survived is equivalent to the kernel in every one of these launches, or None."""
+    """A proof that a mutant that survived is equivalent to the kernel in every one of these launches, or None.
+
+    A launch in which no thread executes the instruction, since its guard is always false, proves nothing.
+    """
     found = None
     for launch in launches:
         ptx = compile_to_ptx(launch.variant, arch)[0]
@@ -190,9 +196,13 @@ def why_redundant(launches: list[Launch], mutant: Mutant, arch: int) -> str | No
             with _restored(launch):
                 run_on(record, compiled, launch.grid, launch.args)
             records.append(record)
+        if not records[0].times:
+            continue
         found = proof(mutant.kind, mutant.line, *records)
         if found is None and mutant.kind.startswith("mask"):
             found = _why_unread(launch, _compiled(launch, ptx, arch), mutant.line)
+        if mutant.kind == "initialisation dropped":
+            found = _why_unused(launch, _compiled(launch, ptx, arch), mutant.line)
         if found is None:
             return None
     return found
@@ -202,35 +212,104 @@ def _why_unread(launch: Launch, original: Compiled, line: int) -> str | None:
     """The reason why no result depends on what a mask keeps out."""
     if not selections(original.program, line):
         return None
+    machines = [Scrambled(original.program, original.shared_bytes, line, seed) for seed in (0, 1)]
+    if not _give_the_same(launch, original, machines):
+        return None
+    return "redundant for finite numbers: the results have the same bits with random ones where the mask selects zeros"
+
+
+def _why_unused(launch: Launch, original: Compiled, line: int) -> str | None:
+    """The reason why no result depends on what a register holds where a masked load leaves it alone."""
+    machines = [Replaced(original.program, original.shared_bytes, line, seed) for seed in (None, 0, 1)]
+    if not _give_the_same(launch, original, machines):
+        return None
+    return "redundant: the results have the same bits with NaN and with random bits as initial values"
+
+
+def _give_the_same(launch: Launch, original: Compiled, machines: Sequence[Machine]) -> bool:
+    """Whether these machines compute what the kernel does, and break no rule."""
     expected = _run(launch, original, IN_STEP).results
-    for seed in (0, 1):
-        machine = Scrambled(original.program, original.shared_bytes, line, seed)
+    for machine in machines:
         with _restored(launch) as storages:
             try:
                 run_on(machine, original, launch.grid, launch.args)
             except Fault:
-                return None
+                return False
             if not all(map(torch.equal, storages, expected)):
-                return None
-    return "redundant for finite numbers: the results have the same bits with random ones where the mask selects zeros"
+                return False
+    return True
+
+
+def contract_fails(cases: list[Case], variant: Variant, mutant: Compiled, arch: int) -> bool:
+    """Whether one of these cases fails with a mutant in a kernel's place, executed in step."""
+
+    def compiled(launched: Variant, arch: int) -> Compiled:
+        return mutant if launched == variant else compile_variant(launched, arch)
+
+    for case in cases:
+        torch.manual_seed(0)
+        try:
+            with executing(arch, multiprocessors=1, compile_launch=compiled, most_branches=_MOST_BRANCHES):
+                case.run()
+        except (AssertionError, Fault):
+            return True
+    return False
+
+
+def caught_elsewhere(cases: list[Case], variant: Variant, mutant: str, arch: int) -> str | None:
+    """How one of these cases that catches a mutant of a kernel catches it, or None. The ragged cases are last, and tried first."""
+    for case in reversed(cases):
+        torch.manual_seed(0)
+        with launches_noted(arch, multiprocessors=1) as launched, contextlib.suppress(AssertionError):
+            case.run()  # writes no results, so that a case with several calls ends after the first
+        if variant.kernel not in [other.kernel for other in launched]:
+            continue
+        for launch in launches_of(case, arch):
+            if launch.variant == variant:
+                original = _run(launch, _compiled(launch, compile_to_ptx(variant, arch)[0], arch), IN_STEP)
+                caught = judge(launch, mutant, arch, original)
+                if caught == "other bits" and contract_fails([case], variant, _compiled(launch, mutant, arch), arch):
+                    return "wrong results"
+                if caught:
+                    return caught
+    return None
 
 
 def _storages(args: tuple) -> list[torch.Tensor]:
     return [storage_of(a) for a in args if isinstance(a, torch.Tensor | TensorDescriptor)]
 
 
-def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable[[str], None] = print) -> Counter:
+def run(
+    cases: list[Case],
+    arch: int,
+    most: int,
+    seed: int,
+    print_line: Callable[[str], None] = print,
+    kinds: str = "",
+    rest: list[Case] | None = None,
+) -> Counter:
     """Makes mutants of every kernel that these cases launch, and runs each in all of its launches until one catches it.
 
     Code that the cases do not reach gets none: how much of each kernel they execute is printed, and which branches pass the rest.
+
+    Args:
+        cases, arch: what is executed.
+        most: mutants of a kind and kernel.
+        seed: of the choice among them.
+        print_line: receives the report.
+        kinds: only those whose name contains this; a kind has the same mutants whichever others are left out.
+        rest: other cases, which may catch what is else a hole.
 
     Returns how often each (kind, outcome) happened: what caught it, or "redundant" with a proof, or "hole".
     """
     outcomes: Counter = Counter()
     by_variant: dict[Variant, list[Launch]] = {}
+    launching: dict[Variant, list[Case]] = {}
     for case in cases:
         for launch in launches_of(case, arch):
             by_variant.setdefault(launch.variant, []).append(launch)
+            if case not in launching.setdefault(launch.variant, []):
+                launching[launch.variant].append(case)
     for variant, launches in by_variant.items():
         ptx = compile_to_ptx(variant, arch)[0]
         random = np.random.default_rng([seed, _number(variant)])
@@ -243,13 +322,23 @@ def run(cases: list[Case], arch: int, most: int, seed: int, print_line: Callable
             print_line(f"sm_{arch} {variant.kernel.__name__}: the others are behind {branch}")
         found: Counter = Counter()
         for mutant in mutants(ptx, executed, most, random):
+            if kinds not in mutant.kind:
+                continue
             caught = next(
                 filter(None, (judge(s, mutant.text, arch, r) for s, r in zip(launches, runs, strict=True))), None
             )
+            place = f"sm_{arch} {variant.kernel.__name__} line {mutant.line}"
+            reason = why_redundant(launches, mutant, arch) if caught is None else None
+            if caught is None and reason is None:
+                caught = caught_elsewhere(rest or [], variant, mutant.text, arch)
+            elif caught == "other bits":
+                if contract_fails(launching[variant], variant, _compiled(launches[0], mutant.text, arch), arch):
+                    caught = "wrong results"
+                else:
+                    print_line(f"{place}: {mutant.kind}, within the contract: {mutant.before[:80]}")
             if caught is None:
-                reason = why_redundant(launches, mutant, arch) or "hole: nothing catches it"
+                reason = reason or "hole: nothing catches it"
                 caught = reason.split(":")[0].split()[0]
-                place = f"sm_{arch} {variant.kernel.__name__} line {mutant.line}"
                 print_line(f"{place}: {mutant.kind}, {reason}: {mutant.before[:80]}")
             found[mutant.kind, caught] += 1
         left = sum(n for (_, outcome), n in found.items() if outcome in ("redundant", "hole"))

@@ -5,6 +5,7 @@ numbers of rows, of hidden channels and of partial sums that end within a tile, 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -198,16 +199,20 @@ def _folded(*branch: Any) -> tuple[Tensor, ...]:
 
 def _partial_sums() -> Errors:
     """Totals of one to four tables. Each is once higher than a pass adds, once of one strip, and once narrower than the grid."""
-    outputs = ((1, FP32), (2, FP32), (3, FP32), (4, FP32), (4, BF16))
+    outputs = (
+        *((FP32,) * tables for tables in (1, 2, 3, 4)),
+        *((BF16,) * tables for tables in (4, 1, 2)),
+        (BF16, FP32),
+    )
     sizes = ((300, 36), (257, 16), (1, 28), (256, 20))  # strips and columns
     errors: dict[str, Any] = {}
-    for tables, dtype, first in ((*of, first) for of in outputs for first in range(4)):
-        partials = [randn(*sizes[(first + i) % 4], dtype=FP32) for i in range(tables)]
+    for dtypes, first in itertools.product(outputs, range(4)):
+        partials = [randn(*sizes[(first + i) % 4], dtype=FP32) for i in range(len(dtypes))]
         with poisoned_memory():
-            totals = [x.new_empty(x.shape[1], dtype=dtype) for x in partials]
+            totals = [x.new_empty(x.shape[1], dtype=dtype) for x, dtype in zip(partials, dtypes, strict=True)]
             add_partial_sums(*zip(partials, totals, strict=True))
         for i, (x, total) in enumerate(zip(partials, totals, strict=True)):
-            name = f"total {i} of {tables} from size {first} on, {dtype}"
+            name = f"total {i} of {dtypes} from size {first} on"
             largest = x.double().cumsum(0).abs().max().item()
-            errors[name] = assert_close_to_oracle(name, total, x.double().sum(0), x.sum(0).to(dtype), largest)
+            errors[name] = assert_close_to_oracle(name, total, x.double().sum(0), x.sum(0).to(total.dtype), largest)
     return errors

@@ -111,7 +111,8 @@ class Record(Machine):
     Attributes:
         touches: every access to shared memory, in order.
         completions: (operation, line of the wait) -> threads or warpgroups for which it completed there.
-        digest: of the values that the instruction in that line gave.
+        digest: of the values that the instruction in that line gave, or of the addresses to which it stored.
+        times: that a thread executed it, its guard true.
         accesses: digest of every access of global and shared memory: instruction, threads and addresses, in order.
         loaded: digest of what the loads gave that are not in that line.
         target: register that the instruction in that line writes.
@@ -123,7 +124,7 @@ class Record(Machine):
         self.issued = 0  # asynchronous operations
         self.completions: Counter = Counter()
         self.digest, self.accesses, self.loaded = (hashlib.sha256() for _ in range(3))
-        self.observer, self.target = self, None
+        self.observer, self.target, self.times, self._watched_line = self, None, 0, line
         for at, instruction in enumerate(program.instructions):
             step, group = self._code[at]
             if instruction.line == line:
@@ -149,6 +150,8 @@ class Record(Machine):
         """What an observer is told."""
         for numbers in (np.array([instruction.line, len(lanes)]), lanes, address):
             self.accesses.update(np.ascontiguousarray(numbers).tobytes())
+        if instruction.line == self._watched_line and instruction.opcode.startswith("st."):
+            self.digest.update(np.ascontiguousarray(address).tobytes())
 
     def tensor_copy(self, instruction: Instruction, nbytes: int) -> None:
         self.accesses.update(np.array([instruction.line, nbytes]).tobytes())
@@ -159,8 +162,11 @@ class Record(Machine):
     def _watched(self, step: Callable[[], None], instruction: Instruction, digest: Any) -> Callable[[], None]:
         written = [r.index for o in instruction.operands[:1] for r in _registers(o)]
 
+        counted = instruction.line == self._watched_line
+
         def run() -> None:
             step()
+            self.times += counted and int(self.mask().sum())
             for index in written:
                 digest.update(np.ascontiguousarray(self.pick(self.registers[index])).tobytes())
 
@@ -366,10 +372,6 @@ def _reach(program: Program, at: int, edges: dict[int, list[int]]) -> set[int]:
 
 # ---- by kind
 
-_GARBAGE = (
-    "redundant: what it initialises reaches no result, which has the same bits with NaN and with random bits there"
-)
-
 
 def proof(kind: str, line: int, original: Record, mutant: Record) -> str | None:
     """Why a mutant of a kind that survived is equivalent to the kernel in this launch; None where nothing proves that."""
@@ -385,8 +387,6 @@ def proof(kind: str, line: int, original: Record, mutant: Record) -> str | None:
         return registers_were_fenced(original.program, line)
     if "wait" in kind or "commit" in kind:
         return completes_elsewhere(original, mutant)
-    if kind == "initialisation dropped":  # both schedules have run it: garbage is NaN in one, random in the other
-        return _GARBAGE
     if kind.startswith("mask"):
         return (
             same_values(original, mutant)

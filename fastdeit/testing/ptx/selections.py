@@ -1,4 +1,5 @@
-"""Proves that nothing depends on what a mask selects instead of a number, by random numbers in its place."""
+"""Proves that nothing depends on what a mask selects instead of a number, or on what a register holds before a masked load, by
+other values in its place."""
 
 from collections.abc import Callable
 
@@ -45,3 +46,26 @@ class Scrambled(Machine):
             write(np.where(kept(), read(), noise))
 
         return run
+
+
+class Replaced(Machine):
+    """A machine in step in which the move in `line` gives other bits than its source.
+
+    seed: of random bits; None for ones, which are NaN in every float format.
+    """
+
+    def __init__(self, program: Program, shared_bytes: int, line: int, seed: int | None) -> None:
+        super().__init__(program, shared_bytes, Schedule(seed=seed or 0))
+        at = next(i for i, x in enumerate(program.instructions) if x.line == line)
+        (step, group), write = self._code[at], self.writer(program.instructions[at].operands[0], "b32")
+
+        def run() -> None:
+            step()
+            bits = (
+                self.random.integers(0, 1 << 32, 32, np.uint32)
+                if seed is not None
+                else np.full(32, -1).astype(np.uint32)
+            )
+            write(np.tile(bits, self.lane_count // 32))  # the same in every warp, as in `Scrambled`
+
+        self._code[at] = run, group

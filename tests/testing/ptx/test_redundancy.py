@@ -1,14 +1,18 @@
 """What proves a planted fault harmless, each with a kernel where it holds and one where it does not; and the table of faults."""
 
+import contextlib
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fastdeit.testing.ptx import redundancy
+from fastdeit.testing.ptx import mutations, redundancy
+from fastdeit.testing.ptx.cases import Case
+from fastdeit.testing.ptx.machine import Fault
 from fastdeit.testing.ptx.mutations import KINDS, mutants, table
 from fastdeit.testing.ptx.redundancy import Record, Touch
+from fastdeit.testing.ptx.selections import Replaced
 from tests.testing.ptx.conftest import program_of
 
 LANES = np.arange(64, dtype=np.uint32)
@@ -87,6 +91,46 @@ def test_a_widened_mask_is_redundant_where_no_thread_meets_the_bound(recorded, b
     narrow, _ = recorded(f"setp.lt.s32 %p1, %r1, {bound};", "setp", outputs=["%p1"])
     wide, _ = recorded(f"setp.le.s32 %p1, %r1, {bound};", "setp", outputs=["%p1"])
     assert bool(redundancy.same_values(narrow, wide)) == same
+
+
+def test_a_store_gives_the_same_only_at_the_same_address(recorded):
+    body = "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30{}], %r1;"
+    here, there = (recorded(body.format(at), "st.shared")[0] for at in ("", "+4"))
+    assert redundancy.same_values(here, here)
+    assert redundancy.same_values(here, there) is None
+
+
+@pytest.mark.parametrize("bound, times", [(64, 64), (3, 3), (0, 0)])
+def test_threads_whose_guard_is_false_do_not_execute(recorded, bound, times):
+    body = f"setp.lt.s32 %p1, %r1, {bound};\nshl.b32 %r30, %tid, 2;\n@%p1 st.shared.b32 [%r30], %r1;"
+    record, _ = recorded(body, "@%p1 st.shared")
+    assert record.times == times
+
+
+INITIAL = """mov.b32 %r2, 0;
+    setp.lt.s32 %p1, %r1, 5;
+    @%p1 ld.global.b32 %r2, [%a0];
+    {}"""
+
+
+@pytest.mark.parametrize("behind, reaches", [("", True), ("selp.b32 %r2, %r2, 7, %p1;", False)])
+def test_bits_in_the_place_of_an_initial_value_reach_a_result_or_not(execute, behind, reaches):
+    def replaced(seed):
+        def make(program, shared):
+            line = next(i.line for i in program.instructions if i.text.startswith("mov.b32 %r2"))
+            return Replaced(program, shared, line, seed)
+
+        return make
+
+    (expected,) = execute(INITIAL.format(behind), {"%r1": LANES}, ["%r2"], threads=64)
+    found = [
+        execute(INITIAL.format(behind), {"%r1": LANES}, ["%r2"], threads=64, make=replaced(s))[0] for s in (None, 0, 1)
+    ]
+    for values in found:
+        assert (values[:5] == LANES[:5]).all()
+        assert (values == expected).all() == (not reaches)
+    if reaches:
+        assert (found[0][5:] == 0xFFFFFFFF).all() and (found[1] != found[2]).any()
 
 
 LOOP = """mov.b32 %r30, 0;
@@ -251,6 +295,62 @@ def test_another_lane_is_one_that_a_butterfly_reads_twice():
     text = "\tshfl.sync.bfly.b32 \t%r42, %r41, 8, 31, -1;"
     (mutant,) = mutants(text, {1}, 1, np.random.default_rng(0))
     assert mutant.text == text.replace(" 8,", " 16,")
+
+
+@pytest.mark.parametrize(
+    "raised, fails",
+    [(None, False), (AssertionError("beyond the limit"), True), (Fault("race", "two threads", None), True)],
+)
+def test_a_mutant_fails_the_contract_where_a_case_fails_with_it(monkeypatch, raised, fails):
+    given, ran = [], []
+
+    @contextlib.contextmanager
+    def executing(arch, *, compile_launch, **_):
+        given.append([compile_launch(name, arch) for name in ("its kernel", "another")])
+        yield
+
+    def run():
+        ran.append(1)
+        if raised and len(ran) == 2:
+            raise raised
+
+    monkeypatch.setattr(mutations, "executing", executing)
+    monkeypatch.setattr(mutations, "compile_variant", lambda variant, arch: f"{variant} for {arch}")
+    assert mutations.contract_fails([Case("a", run), Case("b", run)], "its kernel", "the mutant", 90) == fails
+    assert given == [["the mutant", "another for 90"]] * 2  # the first case passed
+
+
+@pytest.mark.parametrize(
+    "judged, fails, expected",
+    [(None, False, None), ("shared race", False, "shared race"), ("other bits", True, "wrong results")],
+)
+def test_a_mutant_is_tried_in_the_other_cases_that_launch_its_kernel(monkeypatch, judged, fails, expected):
+    noted, tried = [], []
+    own, another = (SimpleNamespace(kernel="its kernel", types=types) for types in ("bf16", "fp32"))
+
+    @contextlib.contextmanager
+    def launches_noted(arch, multiprocessors):
+        noted.clear()
+        yield noted
+
+    def launches_of(case, arch):
+        tried.append(case.name)
+        return [SimpleNamespace(variant=another), SimpleNamespace(variant=own)]
+
+    monkeypatch.setattr(mutations, "launches_noted", launches_noted)
+    monkeypatch.setattr(mutations, "launches_of", launches_of)
+    monkeypatch.setattr(mutations, "compile_to_ptx", lambda variant, arch: (variant, 0, []))
+    monkeypatch.setattr(mutations, "_compiled", lambda launch, text, arch: text)
+    monkeypatch.setattr(mutations, "_run", lambda launch, compiled, schedule: compiled)
+    monkeypatch.setattr(mutations, "contract_fails", lambda cases, variant, compiled, arch: fails)
+    monkeypatch.setattr(
+        mutations,
+        "judge",
+        lambda launch, mutant, arch, original: judged if launch.variant is original is own else "wrong",
+    )
+    cases = [Case("with it", lambda: noted.append(another)), Case("without it", lambda: None)]
+    assert mutations.caught_elsewhere(cases, own, "the mutant", 90) == expected
+    assert tried == ["with it"]
 
 
 def test_the_table_counts_what_was_caught_proved_and_neither():

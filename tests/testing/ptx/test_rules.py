@@ -244,6 +244,62 @@ def test_blocks_do_not_read_what_another_wrote(execute):
         execute(body + "\n@%p1 mov.b32 %r2, 0;", {"%r1": LANES, "%r7": LANES}, [], threads=64, blocks=2)
 
 
+@pytest.fixture
+def halves():
+    """Memory with 8 numbers of 16 bits, and accesses of a block at a byte: block, offset, width."""
+
+    def fault(kind, detail):
+        raise Fault(kind, detail, None)
+
+    memory, tensor = GlobalMemory(fault), torch.arange(8, dtype=torch.int16)
+    base = memory.add(tensor)
+
+    def load(block, offset, width):
+        return int(memory.load(np.array([block]), np.array([base + offset]), width, 1)[0][0])
+
+    def store(block, offset, width):
+        memory.store(np.array([block]), np.array([base + offset]), width, [np.zeros(1, f"u{width}")])
+
+    return load, store
+
+
+@pytest.mark.parametrize("offset, width", [(2, 2), (0, 2), (0, 4), (0, 8)])
+def test_blocks_do_not_access_parts_of_what_another_wrote(halves, offset, width):
+    load, store = halves
+    store(0, 0, 4)
+    for access, message in ((load, "reads what another block wrote"), (store, "two blocks write one address")):
+        with pytest.raises(Fault, match=message):
+            access(1, offset, width)
+
+
+@pytest.mark.parametrize("offset, width", [(2, 2), (0, 4), (0, 8)])
+def test_blocks_do_not_write_parts_of_what_another_read(halves, offset, width):
+    load, store = halves
+    load(0, 0, 8)
+    with pytest.raises(Fault, match="writes what another block read"):
+        store(1, offset, width)
+
+
+def test_blocks_may_write_neighbours(halves):
+    load, store = halves
+    store(0, 0, 4)
+    store(1, 4, 2)
+    store(2, 6, 2)
+    assert load(0, 0, 4) == load(1, 4, 2) == load(2, 6, 2) == 0
+    assert load(3, 8, 8) == 0x0007_0006_0005_0004
+
+
+def test_every_element_of_an_access_belongs_to_a_tensor():
+    def fault(kind, detail):
+        raise Fault(kind, detail, None)
+
+    memory = GlobalMemory(fault)
+    base = memory.add(torch.zeros(8, dtype=torch.int16)[::2])
+    assert memory.load(np.array([0]), np.array([base + 4]), 2, 1)[0] == 0
+    with pytest.raises(Fault, match="offset 2 is no element"):
+        memory.load(np.array([0]), np.array([base]), 4, 1)
+
+
 def test_an_unwritten_register_holds_other_garbage_on_each_schedule(execute):
     schedules = [IN_STEP, Schedule(seed=1, shuffled=True), Schedule(seed=2, shuffled=True)]
     values = [execute("add.s32 %r2, %r8, 1;", {}, ["%r2"], schedule=s)[0] for s in schedules]
