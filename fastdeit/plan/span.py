@@ -12,10 +12,11 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.plan.bound import Bound
 from fastdeit.plan.code import Place, Unsupported, why_not_code
+from fastdeit.plan.merging import with_merged_folds
 from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
-from fastdeit.plan.tape import Buffer, Launch, Operation, View
-from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked
+from fastdeit.plan.tape import Buffer, Operation, View
+from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked, written
 
 _Tensors = Sequence[Tensor | None]
 _Layout = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a contiguous tensor
@@ -39,7 +40,7 @@ class SpanPlan:
         read: all tensors that the events may read beside what is given.
 
     Attributes:
-        events: both passes'.
+        events: both passes', as recorded and as they are repeated.
 
     Raises:
         Unsupported: it cannot be repeated; the text says why.
@@ -57,12 +58,15 @@ class SpanPlan:
         read: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        self.events, self.learned, self.device = [*first, *second], tuple(learned), device
+        self.learned, self.device = tuple(learned), device
         self.layouts = [
             None if buffer is None or view is None else (view.shape, view.dtype)
             for buffer, view in zip(gradients, results, strict=True)
         ]
         again = {buffer for event in second for buffer in event.buffers}
+        self.events = [*first, *second]
+        first = with_merged_folds(first, again)
+        self.events += first
         self.inputs_read = [i for i, view in enumerate(given) if view is not None and view.buffer in again]
         self.results_read = [i for i, view in enumerate(results) if view is not None and view.buffer in again]
         self.saved = Reads(second, read).parameters
@@ -159,16 +163,9 @@ def _in_two(
     events: list, read: set[Buffer], places: dict, inputs: list, outputs: list, results: Sequence[View | None], device
 ) -> tuple[Bound, Bound]:
     """Forward cut behind the last event that may write to what backward reads of it. The second part writes to given outputs."""
-    cut = 1 + max((at for at, event in enumerate(events) if read & _written(event)), default=-1)
+    cut = 1 + max((at for at, event in enumerate(events) if read & written(event)), default=-1)
     second = _bound(events[cut:], places, [*inputs, *outputs], [], device)
     return _bound(events[:cut], places, inputs, results, device), second
-
-
-def _written(event: Launch | Operation) -> set[Buffer]:
-    """All that an event may write to: of a kernel everything that it is given, but inputs and parameters."""
-    if isinstance(event, Launch):
-        return set(lifetimes([event]))
-    return {view.buffer for view in (event.out if isinstance(event.out[0], View) else (event.out,))}
 
 
 class _Backward(NamedTuple):
