@@ -205,7 +205,7 @@ SECTOR_EXCESSES = (
     Excess("folded_layer_norm_backward", "C=[0-9]+ autocast, subsets", 1.29, f"{_TWO_PIECES}. A slot is a sector"),
     Excess("folded_layer_norm_backward", "C=[0-9]+ autocast", 1.28, _TWO_PIECES),
     Excess("scale_add_forward", "autocast", 1.32, _TWO_PIECES),
-    Excess("fold_(both_)?forward", "Layer", 1.65, _TWO_PIECES),
+    Excess("fold_(both_|four_)?forward", "Layer", 1.65, _TWO_PIECES),
     Excess("gemm_forward", "128x128 residual", 1.37, _TWO_PIECES),
     Excess("fused_mlp_forward(_descriptor)?", "[0-9x]+ add_layer_norm_mlp autocast", 1.36, _TWO_PIECES),
     Excess("rescale", "int8 product", 1.46, _TWO_PIECES),

@@ -12,10 +12,11 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.plan.bound import Bound
 from fastdeit.plan.code import Place, Unsupported, why_not_code
+from fastdeit.plan.merging import with_merged_folds
 from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
-from fastdeit.plan.tape import Buffer, Launch, Operation, View
-from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked
+from fastdeit.plan.tape import Buffer, Operation, View
+from fastdeit.plan.workspace import Allocation, early_and_late, lifetimes, packed, packed_into, stacked, written
 
 _Tensors = Sequence[Tensor | None]
 _Layout = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a contiguous tensor
@@ -39,7 +40,7 @@ class SpanPlan:
         read: all tensors that the events may read beside what is given.
 
     Attributes:
-        events: both passes'.
+        events: both passes', as recorded and as they are repeated.
 
     Raises:
         Unsupported: it cannot be repeated; the text says why.
@@ -57,12 +58,15 @@ class SpanPlan:
         read: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        self.events, self.learned, self.device = [*first, *second], tuple(learned), device
+        self.learned, self.device = tuple(learned), device
         self.layouts = [
             None if buffer is None or view is None else (view.shape, view.dtype)
             for buffer, view in zip(gradients, results, strict=True)
         ]
         again = {buffer for event in second for buffer in event.buffers}
+        self.events = [*first, *second]
+        first = with_merged_folds(first, again)
+        self.events += first
         self.inputs_read = [i for i, view in enumerate(given) if view is not None and view.buffer in again]
         self.results_read = [i for i, view in enumerate(results) if view is not None and view.buffer in again]
         self.saved = Reads(second, read).parameters
@@ -159,16 +163,9 @@ def _in_two(
     events: list, read: set[Buffer], places: dict, inputs: list, outputs: list, results: Sequence[View | None], device
 ) -> tuple[Bound, Bound]:
     """Forward cut behind the last event that may write to what backward reads of it. The second part writes to given outputs."""
-    cut = 1 + max((at for at, event in enumerate(events) if read & _written(event)), default=-1)
+    cut = 1 + max((at for at, event in enumerate(events) if read & written(event)), default=-1)
     second = _bound(events[cut:], places, [*inputs, *outputs], [], device)
     return _bound(events[:cut], places, inputs, results, device), second
-
-
-def _written(event: Launch | Operation) -> set[Buffer]:
-    """All that an event may write to: of a kernel everything that it is given, but inputs and parameters."""
-    if isinstance(event, Launch):
-        return set(lifetimes([event]))
-    return {view.buffer for view in (event.out if isinstance(event.out[0], View) else (event.out,))}
 
 
 class _Backward(NamedTuple):
@@ -180,33 +177,28 @@ class _Backward(NamedTuple):
     Attributes:
         before: that part, None where there is none. It gives the gradients that it makes, and None for the others.
         sizes_before: of the allocations that both parts use, and of those of the first one alone.
-        through: the numbers of the allocations of forward's that the first part alone reads.
         bound: what follows, or all.
         sizes: of its allocations.
     """
 
     before: Bound | None
     sizes_before: tuple[list[int], list[int]]
-    through: list[int]
     bound: Bound
     sizes: list[int]
 
     def __call__(
-        self, workspaces: list, received: _Tensors, empty: Callable[[int], Tensor]
+        self, workspaces: list[Tensor], received: _Tensors, empty: Callable[[int], Tensor]
     ) -> tuple[Tensor | None, ...]:
         """The gradients. Takes the tensors from the list."""
         if self.before is None:
             workspaces += map(empty, self.sizes)
             return self.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
         workspaces += map(empty, self.sizes_before[0])
-        alone, addresses = list(map(empty, self.sizes_before[1])), list(map(Tensor.data_ptr, workspaces))
-        first = self.before.at(*addresses, *map(Tensor.data_ptr, alone))(*received)
+        alone = list(map(empty, self.sizes_before[1]))
+        first = self.before.at(*map(Tensor.data_ptr, (*workspaces, *alone)))(*received)
         del alone
-        for number in self.through:
-            workspaces[number] = None
         workspaces += map(empty, self.sizes)
-        addresses += map(Tensor.data_ptr, workspaces[len(addresses) :])
-        then = self.bound.at(*addresses)(workspaces, *received)
+        then = self.bound.at(*map(Tensor.data_ptr, workspaces))(workspaces, *received)
         return tuple(b if a is None else a for a, b in zip(first, then, strict=True))
 
 
@@ -234,9 +226,7 @@ def _backward_in(
         made = [None if view is not None and view.buffer in first else view for view in made]
     bound = _bound(events[cut:], _places(*saved, *both, *passing), received, made, device, gives_back=True)
     sizes = [each.size for each in both], [each.size for each in alone]
-    again = {buffer for event in events[cut:] for buffer in event.buffers}
-    through = [number for number, each in enumerate(saved) if again.isdisjoint(each.offsets)] if cut else []
-    return _Backward(before, sizes, through, bound, [each.size for each in passing])
+    return _Backward(before, sizes, bound, [each.size for each in passing])
 
 
 def sums_first(events: list, made: Sequence[View | None]) -> int:

@@ -24,6 +24,13 @@ def lifetimes(events: Sequence[Launch | Operation]) -> dict[Buffer, tuple[int, i
     return found
 
 
+def written(event: Launch | Operation) -> set[Buffer]:
+    """All that an event may write to: of a kernel everything that it is given, but inputs and parameters."""
+    if isinstance(event, Launch):
+        return set(lifetimes([event]))
+    return {view.buffer for view in (event.out if isinstance(event.out[0], View) else (event.out,))}
+
+
 class Allocation(NamedTuple):
     """A piece of memory, and where buffers lie in it, in bytes."""
 

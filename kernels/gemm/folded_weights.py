@@ -13,6 +13,7 @@ from fastdeit.kernels.gemm.folded_weights_kernels import (
     fold_both_forward_kernel,
     fold_columns_backward_kernel,
     fold_forward_kernel,
+    fold_four_forward_kernel,
     fold_rows_backward_kernel,
 )
 from fastdeit.kernels.runtime.aot_config import AotConfig
@@ -119,6 +120,20 @@ def fold_both_forward(
         config.num_warps,
     )
     return (folded0, folded_bias0), (folded1, folded_bias1)
+
+
+Call = tuple[tuple[int, ...], tuple, tuple]  # a launch's grid, arguments and constexprs
+
+
+def of_two_branches(first: Call, second: Call) -> Call | None:
+    """A launch of `fold_four_forward_kernel` that does what two of `fold_both_forward_kernel` do, with the bits of their results.
+
+    None where one kernel cannot: tiles, dtypes or what is None differ. A tensor may be anything that has its dtype.
+    """
+    kinds = ([getattr(arg, "dtype", type(arg)) for arg in args] for _, args, _ in (first, second))
+    if first[2] != second[2] or next(kinds) != next(kinds):
+        return None
+    return (first[0][0] + second[0][0],), (*first[1], *second[1]), first[2]
 
 
 def fold_columns_backward(
@@ -255,13 +270,10 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     columns = dict(column_scale_ptr=single, column_shift_ptr=single)
     for label, arguments in (("LayerNorm", forward | columns), ("LayerScale", forward | dict(row_scale_ptr=single))):
         yield AotConfig(fold_forward_kernel, arguments, tile, config.num_warps, 1, label, matrix=False)
-    names = [f"{name}{i}_ptr" for i in (0, 1) for name in ("weight", "bias")]
-    both = dict.fromkeys((*names, "column_scale0_ptr", "column_shift0_ptr"), single)
-    both |= dict.fromkeys((f"{name}{i}_ptr" for i in (0, 1) for name in ("folded", "folded_bias")), "*bf16")
-    both |= dict.fromkeys(("N0", "C0", "N1", "C1"), "i32")
-    for label, scale in (("LayerNorm", {}), ("LayerNorm and LayerScale", dict(row_scale1_ptr=single))):
-        arguments = both | scale
-        yield AotConfig(fold_both_forward_kernel, arguments, tile, config.num_warps, 1, label, matrix=False)
+    for kernel, branches in ((fold_both_forward_kernel, 1), (fold_four_forward_kernel, 2)):
+        for label, scaled in (("LayerNorm", False), ("LayerNorm and LayerScale", True)):
+            arguments = _branch_signature(0, scaled) | (_branch_signature(2, scaled) if branches == 2 else {})
+            yield AotConfig(kernel, arguments, tile, config.num_warps, 1, label, matrix=False)
     pointers = ("dfolded_ptr", "dbias_partial_ptr", "dbias_ptr", "weight_ptr", "dweight_ptr")
     backward = dict.fromkeys(pointers, single) | columns | sizes
     backward |= dict(dscale_partial_ptr=single, dshift_partial_ptr=single, rows_per_strip="i32", dbias_strips="i32")
@@ -270,3 +282,17 @@ def aot_configs(arch: int) -> Iterator[AotConfig]:
     backward = dict.fromkeys(("dfolded_ptr", "dfolded_bias_ptr", "weight_ptr", "bias_ptr", "row_scale_ptr"), single)
     backward |= dict.fromkeys(("dweight_ptr", "dbias_ptr", "dscale_ptr"), single) | sizes
     yield AotConfig(fold_rows_backward_kernel, backward, tile, config.num_warps, 1, "LayerScale", matrix=False)
+
+
+def _branch_signature(first: int, scaled: bool) -> dict[str, str]:
+    """Types of the arguments of a branch whose layers have the numbers first and first + 1."""
+    layers = (first, first + 1)
+    names = [f"{name}{i}_ptr" for i in layers for name in ("weight", "bias")]
+    names += [
+        f"column_scale{first}_ptr",
+        f"column_shift{first}_ptr",
+        *([f"row_scale{layers[1]}_ptr"] if scaled else []),
+    ]
+    folded = [f"{name}{i}_ptr" for i in layers for name in ("folded", "folded_bias")]
+    sizes = [f"{size}{i}" for i in layers for size in ("N", "C")]
+    return dict.fromkeys(names, "*fp32") | dict.fromkeys(folded, "*bf16") | dict.fromkeys(sizes, "i32")

@@ -83,16 +83,15 @@ def fold_forward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["N0", "C0", "N1", "C1"])
-def fold_both_forward_kernel(
-    # of the layer behind a LayerNorm, (N0, C0); each as in `fold_forward_kernel`
+@triton.jit
+def _fold_both(
+    block,
     weight0_ptr,
     bias0_ptr,
     column_scale0_ptr,
     column_shift0_ptr,
     folded0_ptr,
     folded_bias0_ptr,
-    # of the layer before a LayerScale, (N1, C1)
     weight1_ptr,
     bias1_ptr,
     row_scale1_ptr,
@@ -104,10 +103,9 @@ def fold_both_forward_kernel(
     C1,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    VECTOR: tl.constexpr,  # a power of two that divides C0 and C1
+    VECTOR: tl.constexpr,
 ):
-    """A program owns BLOCK_M rows of one of the weights, the first one's before the other's."""
-    block = tl.program_id(0)
+    """A block of a branch's two layers, those of the first one before the other's; arguments as in `fold_both_forward_kernel`."""
     of_first = tl.cdiv(N0, BLOCK_M)
     if block < of_first:
         _fold(
@@ -141,6 +139,137 @@ def fold_both_forward_kernel(
             BLOCK_N,
             VECTOR,
         )
+
+
+@triton.jit(do_not_specialize=["N0", "C0", "N1", "C1"])
+def fold_both_forward_kernel(
+    # of the layer behind a LayerNorm, (N0, C0); each as in `fold_forward_kernel`
+    weight0_ptr,
+    bias0_ptr,
+    column_scale0_ptr,
+    column_shift0_ptr,
+    folded0_ptr,
+    folded_bias0_ptr,
+    # of the layer before a LayerScale, (N1, C1)
+    weight1_ptr,
+    bias1_ptr,
+    row_scale1_ptr,
+    folded1_ptr,
+    folded_bias1_ptr,
+    N0,
+    C0,
+    N1,
+    C1,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides C0 and C1
+):
+    """A program owns BLOCK_M rows of one of the weights, the first one's before the other's."""
+    _fold_both(
+        tl.program_id(0),
+        weight0_ptr,
+        bias0_ptr,
+        column_scale0_ptr,
+        column_shift0_ptr,
+        folded0_ptr,
+        folded_bias0_ptr,
+        weight1_ptr,
+        bias1_ptr,
+        row_scale1_ptr,
+        folded1_ptr,
+        folded_bias1_ptr,
+        N0,
+        C0,
+        N1,
+        C1,
+        BLOCK_M,
+        BLOCK_N,
+        VECTOR,
+    )
+
+
+@triton.jit(do_not_specialize=["N0", "C0", "N1", "C1", "N2", "C2", "N3", "C3"])
+def fold_four_forward_kernel(
+    # of one branch's layers, as in `fold_both_forward_kernel`
+    weight0_ptr,
+    bias0_ptr,
+    column_scale0_ptr,
+    column_shift0_ptr,
+    folded0_ptr,
+    folded_bias0_ptr,
+    weight1_ptr,
+    bias1_ptr,
+    row_scale1_ptr,
+    folded1_ptr,
+    folded_bias1_ptr,
+    N0,
+    C0,
+    N1,
+    C1,
+    # of another branch's layers, None where those are
+    weight2_ptr,
+    bias2_ptr,
+    column_scale2_ptr,
+    column_shift2_ptr,
+    folded2_ptr,
+    folded_bias2_ptr,
+    weight3_ptr,
+    bias3_ptr,
+    row_scale3_ptr,
+    folded3_ptr,
+    folded_bias3_ptr,
+    N2,
+    C2,
+    N3,
+    C3,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,  # a power of two that divides C0 to C3
+):
+    """A program owns BLOCK_M rows of one of the weights, one after the other. It selects the branch's arguments, so that the
+    code is that of one branch."""
+    block = tl.program_id(0)
+    of_first = tl.cdiv(N0, BLOCK_M) + tl.cdiv(N1, BLOCK_M)
+    first = block < of_first
+    weight0_ptr = tl.where(first, weight0_ptr, weight2_ptr)
+    if bias0_ptr is not None:
+        bias0_ptr = tl.where(first, bias0_ptr, bias2_ptr)
+    if column_scale0_ptr is not None:
+        column_scale0_ptr = tl.where(first, column_scale0_ptr, column_scale2_ptr)
+    if column_shift0_ptr is not None:
+        column_shift0_ptr = tl.where(first, column_shift0_ptr, column_shift2_ptr)
+    folded0_ptr = tl.where(first, folded0_ptr, folded2_ptr)
+    if folded_bias0_ptr is not None:
+        folded_bias0_ptr = tl.where(first, folded_bias0_ptr, folded_bias2_ptr)
+    weight1_ptr = tl.where(first, weight1_ptr, weight3_ptr)
+    if bias1_ptr is not None:
+        bias1_ptr = tl.where(first, bias1_ptr, bias3_ptr)
+    if row_scale1_ptr is not None:
+        row_scale1_ptr = tl.where(first, row_scale1_ptr, row_scale3_ptr)
+    folded1_ptr = tl.where(first, folded1_ptr, folded3_ptr)
+    if folded_bias1_ptr is not None:
+        folded_bias1_ptr = tl.where(first, folded_bias1_ptr, folded_bias3_ptr)
+    _fold_both(
+        tl.where(first, block, block - of_first),
+        weight0_ptr,
+        bias0_ptr,
+        column_scale0_ptr,
+        column_shift0_ptr,
+        folded0_ptr,
+        folded_bias0_ptr,
+        weight1_ptr,
+        bias1_ptr,
+        row_scale1_ptr,
+        folded1_ptr,
+        folded_bias1_ptr,
+        tl.where(first, N0, N2),
+        tl.where(first, C0, C2),
+        tl.where(first, N1, N3),
+        tl.where(first, C1, C3),
+        BLOCK_M,
+        BLOCK_N,
+        VECTOR,
+    )
 
 
 @triton.jit

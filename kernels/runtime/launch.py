@@ -169,6 +169,49 @@ def launch(
         observer.launched(DirectLaunch(kernel, compiled, (x, y, z), args, constexprs))
 
 
+class Pointer(NamedTuple):
+    """In the place of a tensor where a launch is described."""
+
+    dtype: torch.dtype
+    aligned: bool  # to 16 bytes
+
+
+def described_launch(
+    kernel: JITFunction, grid: tuple[int, ...], args: tuple, constexprs: tuple, num_warps: int
+) -> DirectLaunch | None:
+    """A launch on the current device that is compiled and not made, without its arguments; None where a hook of Triton's took the
+    compilation over.
+
+    Args:
+        kernel, grid, constexprs, num_warps: as `launch` takes them.
+        args: every run-time argument in the order of the signature: `Pointer`, int, float or None.
+
+    Raises:
+        KernelRefused: the kernel cannot be compiled or loaded on the device.
+    """
+    stand_ins = [_StandIn(arg) if type(arg) is Pointer else arg for arg in args]
+    options = dict(num_warps=num_warps, num_stages=1, maxnreg=None)
+    try:
+        kept = kernel.warmup(*stand_ins, *constexprs, grid=grid, **options)
+        compiled = None if kept is None else _direct_call(kept)
+    except Exception as error:
+        if refused := refusal(kernel, error):
+            raise refused from error
+        raise
+    x, y, z = (*grid, 1, 1)[:3]
+    return None if compiled is None else DirectLaunch(kernel, compiled, (x, y, z), (), constexprs)
+
+
+class _StandIn:
+    """What Triton looks at of a tensor."""
+
+    def __init__(self, pointer: Pointer) -> None:
+        self.dtype, self._address = pointer.dtype, 0 if pointer.aligned else 1
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
 class CompiledOnly:
     """What is launched between `begin` and `end` in a thread is compiled and loaded, and not run: results are left as they are.
 

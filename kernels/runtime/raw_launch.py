@@ -42,6 +42,12 @@ def raw_launcher(launch: DirectLaunch) -> RawLauncher | None:
     return RawLauncher(run, launch.grid, (*compiled.leading, None, None, None), maps)
 
 
+def aligned_arguments(launch: DirectLaunch) -> set[int]:
+    """Positions of the pointers that a launch's kernel was compiled for as 16-byte aligned."""
+    facts = launch.compiled.kernel.src.attrs.items()
+    return {position for (position, *_), found in facts if ["tt.divisibility", 16] in found}
+
+
 def tensor_map_arguments(address: int, shape: Sequence[int], strides: Sequence[int], like: Any) -> list:
     """The launcher's arguments for a descriptor of a tensor at an address, padded with zeros.
 

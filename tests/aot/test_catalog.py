@@ -57,9 +57,9 @@ def uses_descriptors(row: AotConfig) -> bool:
     return any(kind.startswith("tensordesc") for kind in row.signature.values())
 
 
-def test_at_most_500_configurations():
+def test_at_most_510_configurations():
     """A full sweep takes seconds for each."""
-    assert len(report.entries()) <= 500
+    assert len(report.entries()) <= 510
 
 
 def test_two_configurations_of_one_name_are_refused(monkeypatch):

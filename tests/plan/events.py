@@ -60,6 +60,34 @@ def of_parameters(events, model):
     return list(_with_arguments(events, name))
 
 
+FOLDS, MERGED_FOLDS = "fold_both_forward_kernel", "fold_four_forward_kernel"
+_SCRATCH = 2  # pointers that Triton passes behind a kernel's own arguments
+
+
+def unmerged(planned, ops):
+    """A plan's events, in which a launch that stands for two is these two, the second one where the ops fold next.
+
+    Of `ops` this reads where they fold, the first one's grid and the shared memory, of which nothing is in the launch for both.
+    """
+    made, second = [], None
+    for event in planned:
+        at = ops[len(made)] if len(made) < len(ops) else None
+        if second is not None and at is not None and at.name == FOLDS:
+            made.append(second._replace(bytes=at.bytes))
+            second, at = None, ops[len(made)] if len(made) < len(ops) else None
+        if event.name == MERGED_FOLDS and at is not None:
+            assert second is None
+            own, scratch = event.arguments[:-_SCRATCH], event.arguments[-_SCRATCH:]
+            blocks, half = at.grid[0], len(own) // 2
+            grids = ((blocks, 1, 1), (event.grid[0] - blocks, 1, 1))
+            event, second = (
+                event._replace(name=FOLDS, grid=grid, arguments=(*each, *scratch), bytes=at.bytes)
+                for grid, each in zip(grids, (own[:half], own[half:]), strict=True)
+            )
+        made.append(event)
+    return made if second is None else [*made, second]
+
+
 def addresses(event):
     """All that an event is given."""
     found = []

@@ -12,8 +12,10 @@ import triton.language as tl
 
 from fastdeit import backends, ops, testing
 from fastdeit.kernels.gemm import tiles
+from fastdeit.kernels.gemm.folded_weights import fold_both_forward
 from fastdeit.kernels.runtime.launch import launch
 from fastdeit.testing.interpreter_checker import checked_interpreter
+from fastdeit.testing.merged_folds import folded_in_one_launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
 MULTIPLES = (tiles.assume_multiple_of,)
@@ -126,6 +128,21 @@ def test_layer_norm(channels, dtype, layout):
     added = lambda x, b, w, v, g: ops.add_layer_norm(x, b, w, v, gamma=g, drop_path_scale=scale)  # noqa: E731
     assert check(added, stream, x, weight, bias, gamma) == []
     assert check(added, stream, x, weight, bias, gamma, frozen=(1, 2, 4)) == []
+
+
+@pytest.mark.parametrize("width, attended, hidden", [(33, 40, 65), (192, 192, 384)])
+@pytest.mark.parametrize("complete", [False, True])
+def test_folds_of_two_branches_in_one_launch(width, attended, hidden, complete):
+    def fold(rows, inner):
+        head, tail = ((randn(*shape), randn(shape[0])) for shape in ((rows, width), (width, inner)))
+        factors = [randn(width) if complete else None for _ in range(3)]
+        options = dict(zip(("column_scale", "column_shift", "row_scale"), factors, strict=True))
+        return lambda: fold_both_forward(head, tail, bf16, **options)
+
+    with testing.poisoned_memory(), checked_interpreter(MULTIPLES) as checker:
+        made = folded_in_one_launch([fold(3 * attended, attended), fold(hidden, hidden)])
+    assert checker.findings == [] and checker.counts["launches"] == 1 and checker.counts["programs"] > 10
+    assert all(tensor.isfinite().all() for both in made for layer in both for tensor in layer)
 
 
 @pytest.mark.parametrize(

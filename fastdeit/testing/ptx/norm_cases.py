@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from fastdeit import ops
+from fastdeit.kernels.gemm.folded_weights import fold_both_forward
 from fastdeit.kernels.norm.subsets import SUBSET_WIDTHS
 from fastdeit.kernels.runtime.column_sums import add_partial_sums
 from fastdeit.testing.accuracy import Error, assert_as_accurate_as_eager, assert_close_to_oracle, poisoned_memory
+from fastdeit.testing.merged_folds import folded_in_one_launch
 from fastdeit.testing.ptx.case_inputs import BF16, FP32, mlp_weights, norm_weights, randn, scales, under_autocast
 
 Errors = dict[str, tuple[Error, Error]]
@@ -40,6 +42,8 @@ def normalisation(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
     for channels in SUBSET_WIDTHS:
         yield f"add_layer_norm_mlp on subsets, C={channels} autocast", functools.partial(_on_subsets, channels)
     yield "layer_norm_mlp autocast", _layer_norm_mlp
+    for scaled in (False, True):
+        yield f"folds of two branches, {'with' if scaled else 'without'} LayerScale", functools.partial(_folds, scaled)
 
 
 def ragged(arch: int) -> Iterator[tuple[str, Callable[[], Errors]]]:
@@ -159,6 +163,38 @@ def _layer_norm_mlp(hidden: int = 256, samples: int = 4, tokens: int = 3) -> Err
         for f in (ops.layer_norm_mlp, ops.layer_norm_mlp_reference)
     )
     return assert_as_accurate_as_eager(*pair, x, *weights, scales(samples), frozen=(8,))
+
+
+def _folds(scaled: bool) -> Errors:
+    """Of two branches in one launch, with rows and columns that end within a tile, and the bits of two launches."""
+    width, branches = 272, []
+    for rows, inner in ((76, 256), (60, 304)):
+        layers = [randn(*size, dtype=FP32) for size in ((rows, width), (rows,), (width, inner), (width,))]
+        branches.append((*layers, *norm_weights(FP32, width), randn(width, dtype=FP32) if scaled else None))
+    calls = [functools.partial(_fold, *branch) for branch in branches]
+    with poisoned_memory():
+        found, apart = folded_in_one_launch(calls), [call() for call in calls]
+    errors: dict[str, Any] = {}
+    for i, (branch, both, others) in enumerate(zip(branches, found, apart, strict=True)):
+        eager, exact = (
+            _folded(*(None if t is None else t.to(dtype) for t in branch)) for dtype in (FP32, torch.float64)
+        )
+        tensors, separate = ([*head, *tail] for head, tail in (both, others))
+        for name, a, other, b, c in zip(("W", "b", "P", "p"), tensors, separate, exact, eager, strict=True):
+            assert torch.equal(a, other), f"{name} of branch {i} differs between one launch and two"
+            errors[f"{name} of branch {i}"] = assert_close_to_oracle(name, a, b, c.to(BF16))
+    return errors
+
+
+def _fold(*branch: Any) -> Any:
+    w, b, p, c, scale, shift, gamma = branch
+    return fold_both_forward((w, b), (p, c), BF16, column_scale=scale, column_shift=shift, row_scale=gamma)
+
+
+def _folded(*branch: Any) -> tuple[Tensor, ...]:
+    w, b, p, c, scale, shift, gamma = branch
+    rows = torch.ones_like(c) if gamma is None else gamma
+    return w * scale, b + w @ shift, p * rows[:, None], c * rows
 
 
 def _partial_sums() -> Errors:

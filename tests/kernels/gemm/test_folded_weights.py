@@ -13,6 +13,7 @@ from fastdeit.kernels.gemm.folded_weights import (
 )
 from fastdeit.kernels.runtime.column_sums import add_partial_sums
 from fastdeit.testing import assert_close_to_oracle, kernel_device, kernel_dtypes, poisoned_memory
+from fastdeit.testing.merged_folds import folded_in_one_launch
 
 DEVICE = kernel_device()
 DTYPES = kernel_dtypes()
@@ -212,3 +213,59 @@ def test_both_layers_are_folded_as_each_alone(shapes, dtype, biased):
             if bias is not None:
                 eager = folded(*layer, *factors)[1].to(dtype)
                 assert_close_to_oracle("bias", bias, exact, eager, magnitude(layer[0]) + exact.abs().max().item())
+
+
+def branch(width, inner, rows, dtype, biased=True, shifted=True, scaled=True):
+    """Layers behind a LayerNorm of this width and before a LayerScale, and a call that folds them."""
+    head, tail = ((randn(*shape), randn(shape[0]) if biased else None) for shape in ((rows, width), (width, inner)))
+    factors = randn(width), randn(width) if shifted else None, randn(width) if scaled else None
+    options = dict(zip(("column_scale", "column_shift", "row_scale"), factors, strict=True))
+    return head, tail, factors, lambda: fold_both_forward(head, tail, dtype, **options)
+
+
+# Of attention the width, that which it gives, and rows of its first weight; of an MLP the width and hidden channels.
+BRANCHES = [
+    ((192, 192, 70, 176, 208), {}, torch.float16),
+    ((384, 384, 9, 384, 272), {}, torch.bfloat16),
+    ((768, 256, 9, 784, 272), {"biased": False}, torch.float16),
+    ((65, 70, 261, 67, 90), {"scaled": False}, torch.bfloat16),
+    ((515, 300, 7, 511, 259), {}, torch.float16),
+    ((33, 40, 1, 35, 65), {"biased": False, "shifted": False, "scaled": False}, torch.float16),
+    ((1, 1, 1, 1, 1), {}, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("sizes", "layers", "dtype"), BRANCHES, ids=str)
+def test_two_branches_are_folded_in_one_launch_with_equal_bits(sizes, layers, dtype):
+    width, attended, rows, other, hidden = sizes
+    branches = branch(width, attended, rows, dtype, **layers), branch(other, hidden, hidden, dtype, **layers)
+    branches[1][0][0].view(-1)[-1], branches[0][1][0][0, 0] = float("inf"), float("nan")
+    with poisoned_memory():
+        found = folded_in_one_launch([call for *_, call in branches])
+        apart = [call() for *_, call in branches]
+    for (head, tail, (scale, shift, gamma), _), both, expected in zip(branches, found, apart, strict=True):
+        parts = zip(both, expected, (head, tail), ((scale, shift, None), (None, None, gamma)), strict=True)
+        for made, others, layer, factors in parts:
+            exact = folded(*(None if t is None else t.double() for t in (*layer, *factors)))
+            eager = folded(*layer, *factors)
+            for name, a, other, b, c in zip(("weight", "bias"), made, others, exact, eager, strict=True):
+                assert (a is None) == (other is None) == (b is None)
+                if a is not None:
+                    assert torch.equal(a.view(torch.int16), other.view(torch.int16))
+                    assert_close_to_oracle(name, a, b, c.to(dtype))
+
+
+def test_branches_that_one_kernel_cannot_fold_are_known():
+    plain = branch(256, 256, 8, torch.float16)
+    others = {
+        "tiles": branch(96, 256, 8, torch.float16),
+        "vectors": branch(256, 260, 8, torch.float16),
+        "dtypes": branch(256, 256, 8, torch.bfloat16),
+        "biases": branch(256, 256, 8, torch.float16, biased=False),
+        "shifts": branch(256, 256, 8, torch.float16, shifted=False),
+        "LayerScale": branch(256, 256, 8, torch.float16, scaled=False),
+    }
+    folded_in_one_launch([plain[-1], branch(512, 256, 9, torch.float16)[-1]])
+    for other in others.values():
+        with pytest.raises(ValueError, match="equal tiles, dtypes and missing tensors"):
+            folded_in_one_launch([plain[-1], other[-1]])

@@ -19,6 +19,7 @@ from fastdeit.kernels.gemm import fused_mlp
 from fastdeit.kernels.norm.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_forward_kernel
 from fastdeit.kernels.runtime import launch as path
 from fastdeit.kernels.runtime.launch import descriptor, launch
+from fastdeit.kernels.runtime.refusal import KernelRefused
 from fastdeit.testing.fake_cuda import record as record_events
 from fastdeit.testing.fake_cuda import tensor_map
 
@@ -201,6 +202,43 @@ def test_an_integer_for_a_number_is_left_to_triton():
         launch_arguments(scale=2)
         launch_arguments(scale=2)
     assert [seen.arguments[2] for seen in launches] == [struct.pack("i", 2)] * 2, launches
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_described_launch_is_compiled_as_one_that_is_made(aligned):
+    pointers = path.Pointer(torch.float32, aligned), path.Pointer(torch.float16, True)
+    with record() as launches:
+        made = path.described_launch(
+            arguments_kernel, (3, 2), (pointers[0], 198, 0.5, None, 7, pointers[1]), (128, True), 2
+        )
+    assert launches == [] and (made.grid, made.args, made.constexprs) == ((3, 2, 1), (), (128, True))
+    x, y = zeros(264)[0 if aligned else 1 :], zeros(264, dtype=torch.float16)
+    before = (
+        set(map(id, path._kernels[id(arguments_kernel)].compiled)) if id(arguments_kernel) in path._kernels else set()
+    )
+    launch(arguments_kernel, (3, 2), (x, 198, 0.5, None, 7, y), (128, True), 2)
+    compiled = path._kernels[id(arguments_kernel)].compiled
+    (added,) = (each for key, each in compiled.items() if id(key) not in before)
+    assert added == made.compiled and added.kernel is made.compiled.kernel
+
+
+def test_a_described_launch_that_cannot_be_compiled_says_so(monkeypatch):
+    def describe(warmup):
+        monkeypatch.setattr(arguments_kernel, "warmup", warmup)
+        args = (path.Pointer(torch.float32, True), 198, 0.5, None, 7, path.Pointer(torch.float16, True))
+        return path.described_launch(arguments_kernel, (3,), args, (128, True), 2)
+
+    def failing(error):
+        def warmup(*_, **__):
+            raise error
+
+        return warmup
+
+    assert describe(lambda *_, **__: None) is None  # a hook of Triton's took over
+    with pytest.raises(KernelRefused, match="arguments_kernel cannot run on this GPU"):
+        describe(failing(RuntimeError("PassManager::run failed")))
+    with pytest.raises(ValueError, match="a mistake"):
+        describe(failing(ValueError("a mistake")))
 
 
 def test_launch_hooks_fire():
