@@ -1,5 +1,6 @@
 """The context of a call that a plan depends on besides its modules, as a key; and the contexts in which no plan may run."""
 
+import gc
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -119,7 +120,8 @@ def why_not_recorded(parameters: Iterable[nn.Parameter]) -> str | None:
 def nothing_called(tape: Tape) -> Iterator[None]:
     """Refuses a recording in which a module is called, or any function that is neither PyTorch's, Triton's, Python's nor ours.
 
-    Such a call may do more than launch: a hook, a layer of the user's, a function put in the place of another.
+    Such a call may do more than launch: a hook, a layer of the user's, a function put in the place of another. Python collects no
+    garbage meanwhile, so that what finalizes objects from elsewhere is not taken for one.
     """
     if sys.gettrace() is not None:
         tape.refuse("a debugger, or a measurement of coverage, traces Python's calls")
@@ -135,11 +137,15 @@ def nothing_called(tape: Tape) -> Iterator[None]:
         if found[1] is not None:
             tape.refuse(found[1])
 
+    collects = gc.isenabled()
+    gc.disable()
     sys.settrace(look)  # a tracer that returns None gets call events only
     try:
         yield
     finally:
         sys.settrace(None)
+        if collects:
+            gc.enable()
 
 
 def _why_not_understood(code: CodeType) -> str | None:

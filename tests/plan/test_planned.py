@@ -1,6 +1,7 @@
 """Plans without gradients launch what the ops launch, on the same tensors, and see what changes. On the fake runtime."""
 
 import copy
+import gc
 import threading
 
 import pytest
@@ -240,6 +241,30 @@ def test_what_a_call_runs_is_looked_at_while_it_is_recorded_and_the_recording_it
     only_plan(model)
     assert ops.add_layer_norm_mlp.__wrapped__.__code__ in looked_at and Tape.__torch_dispatch__.__code__ in looked_at
     assert not {Tape.view.__code__, Tape._argument.__code__, Tape._make.__code__} & looked_at
+
+
+class Finalized:
+    """Garbage with a finalizer from outside of the package."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        pass
+
+
+def test_garbage_from_elsewhere_does_not_end_a_recording(monkeypatch):
+    why, threshold = surroundings._why_not_understood, gc.get_threshold()
+    monkeypatch.setattr(surroundings, "_why_not_understood", lambda code: Finalized() and why(code))
+    model = build()
+    gc.set_threshold(1)
+    try:
+        with torch.no_grad(), precision(torch.bfloat16):
+            plan_it(lambda: model(images(model)))
+    finally:
+        gc.set_threshold(*threshold)
+    only_plan(model)
+    assert gc.isenabled()
 
 
 def test_a_kernel_with_memory_of_its_own_is_not_recorded(monkeypatch):
