@@ -4,6 +4,7 @@ For compute-sanitizer, under which a kernel runs a hundred times slower. Kernels
 names yet, are asked for. Without a GPU the kernels are interpreted.
 """
 
+import functools
 import os
 import sys
 import time
@@ -21,8 +22,10 @@ from fastdeit.kernels.attention.backward import attention_backward
 from fastdeit.kernels.attention.forward import attention_forward
 from fastdeit.kernels.gemm import config as gemm_config
 from fastdeit.kernels.gemm import fused_mlp
+from fastdeit.kernels.gemm.folded_weights import fold_both_forward
 from fastdeit.kernels.runtime.architecture import architecture, multiprocessors
 from fastdeit.testing import kernel_device, kernel_dtypes
+from fastdeit.testing.merged_folds import folded_in_one_launch
 
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
@@ -80,9 +83,22 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
                 "layer_norm_mlp, folded",
                 lambda: ops.layer_norm_mlp(*masters[:3], 1e-6, *masters[3:], gamma=masters[2]),
             )
+        yield (
+            "folds of two branches, one launch",
+            lambda: folds_of_two_branches([t.detach() for t in masters[1:]], dtype),
+        )
     target = torch.tensor([1, 40], device=x.device)
     logits = [randn(2, 77) for _ in range(2)]
     yield "distillation", lambda: ops.distillation_cross_entropy(*logits, target, randn(2, 77).detach())
+
+
+def folds_of_two_branches(masters: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The last weight, of four that one launch folds, as plans of training steps launch it."""
+    scale, shift, w1, b1, w2, b2 = masters
+    columns = dict(column_scale=scale, column_shift=shift)
+    fold = functools.partial(fold_both_forward, (w1, b1), (w2, b2), dtype, **columns, row_scale=scale)
+    _, (_, (last, _)) = folded_in_one_launch([fold, fold])
+    return last
 
 
 def quantization(x, branch, weight, bias) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

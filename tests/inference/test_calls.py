@@ -15,7 +15,7 @@ from fastdeit.ops import quantized_linear_op
 from fastdeit.plan import graphs
 from fastdeit.testing import fake_cuda
 from tests.inference.conftest import make_model
-from tests.plan.events import KINDS, recorded
+from tests.plan.events import KINDS, launched
 
 CALLS = 5  # one that allocates, three that are timed, captured
 REPLAYED = ["launch", "graph_launch", "copy_on_device"]  # the copy to the graph's input is a cast
@@ -175,8 +175,8 @@ def test_a_graph_holds_the_launches_of_a_call(precision):
     capture(fast)
     with torch.no_grad():
         x = images().to(fast.dtype)
-        launches = of(recorded(lambda: fast.run(x)))
-        captured = of(recorded(lambda: graphs._Graph(Batch(fast, 2), x)))
+        launches = of(launched(lambda: fast.run(x)))
+        captured = of(launched(lambda: graphs._Graph(Batch(fast, 2), x)))
     assert captured[:-1] == launches and len(launches) > 15  # the last one copies the logits to where they are read
     assert captured[-1][0] == "copy_on_device"
 

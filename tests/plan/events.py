@@ -1,5 +1,7 @@
 """What a call launched, in forms that can be compared: the addresses differ from call to call, and what they are of must not."""
 
+import gc
+
 import torch
 
 from fastdeit.kernels.runtime.observer import LaunchObserver
@@ -23,8 +25,14 @@ class WithoutPlans(LaunchObserver):
 
 
 def recorded(call):
-    """The events of call(), in which each tensor has an address of its own."""
-    with fake_cuda.separate_memory(), fake_cuda.record(*KINDS) as events:
+    """The events of call(), in which each tensor has an address of its own. It captures no graph, which allocates from a pool."""
+    with fake_cuda.separate_memory():
+        return launched(call)
+
+
+def launched(call):
+    """The events of call()."""
+    with fake_cuda.record(*KINDS) as events:
         call()
     return events
 
@@ -103,3 +111,9 @@ def precision(dtype):
 def requested_bytes(when="current"):
     """Memory asked for. The allocator's own count has up to 1 MiB a tensor more, by what earlier tests left in its cache."""
     return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
+
+
+def reset_peak():
+    """Begins a measurement of the most memory, without garbage of earlier tests that would be freed during it."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()

@@ -17,7 +17,16 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.tape import Buffer, View
 from fastdeit.plan.training import TrainingPlan
 from tests.plan.changes import LoRA, hidden_hook, own_forward, replaced_data
-from tests.plan.events import WithoutPlans, dataflow, of_parameters, precision, recorded, requested_bytes, unmerged
+from tests.plan.events import (
+    WithoutPlans,
+    dataflow,
+    of_parameters,
+    precision,
+    recorded,
+    requested_bytes,
+    reset_peak,
+    unmerged,
+)
 from tests.plan.models import apart, needs_plans, plan_it, plans
 from tests.plan.test_training import keep_apart, unplanned
 
@@ -346,7 +355,7 @@ def test_blocks_take_no_more_memory_than_the_ops(name, dtype, autocast, gradient
 
     def peak():
         model.zero_grad(set_to_none=True)
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak()
         before = requested_bytes()
         call()
         return requested_bytes("peak") - before

@@ -16,7 +16,16 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.span import SpanPlan
 from fastdeit.plan.training import TrainingPlan
 from tests.plan import models as whole_models
-from tests.plan.events import WithoutPlans, dataflow, of_parameters, precision, recorded, requested_bytes, unmerged
+from tests.plan.events import (
+    WithoutPlans,
+    dataflow,
+    of_parameters,
+    precision,
+    recorded,
+    requested_bytes,
+    reset_peak,
+    unmerged,
+)
 from tests.plan.models import needs_plans, plan_it, plans
 from tests.plan.test_blocks import (
     block_and_tokens,
@@ -486,7 +495,7 @@ def test_a_step_takes_no_more_memory_than_the_ops(dtype, autocast, batch, monkey
 
     def peak():
         model.zero_grad(set_to_none=True)
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak()
         before = requested_bytes()
         with precision(autocast):
             outputs = model(x)

@@ -19,7 +19,7 @@ from fastdeit.plan.planned import Plan, described
 from fastdeit.plan.program import MOST_ADDRESSES
 from fastdeit.plan.tape import Tape
 from tests.plan.changes import CHANGES, LoRA
-from tests.plan.events import WithoutPlans, dataflow, of_parameters, precision, recorded, requested_bytes
+from tests.plan.events import WithoutPlans, dataflow, of_parameters, precision, recorded, requested_bytes, reset_peak
 from tests.plan.models import MODEL, PLAIN, apart, build, images, needs_plans, only_plan, plan_it, plans
 
 pytestmark = [pytest.mark.fake_device, needs_plans]
@@ -89,7 +89,7 @@ def test_no_more_memory_than_the_ops_take(autocast):
     x = images(model, 8)
 
     def peak():
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak()
         before = requested_bytes()
         model(x)
         return requested_bytes("peak") - before

@@ -26,6 +26,7 @@ from tests.plan.events import (
     precision,
     recorded,
     requested_bytes,
+    reset_peak,
     unmerged,
 )
 from tests.plan.models import MODEL, PLAIN, apart, build, images, needs_plans, only_plan, plan_it, plans
@@ -354,7 +355,7 @@ def peaks(depth, size, batch, dtype, autocast, monkeypatch, accumulated=False):
 
     def peak():
         model.zero_grad(set_to_none=not accumulated)
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak()
         before = requested_bytes()
         step(model, x, autocast, set_to_none=not accumulated)
         return requested_bytes("peak") - before
