@@ -72,7 +72,7 @@ def measure(names: list[str], batch_size: int, turns: int, calls: int, driver_us
                     times, launches = _in_turns((baseline, candidate), turns, calls, driver_us)
                     ratio = statistics.median(mine / theirs for theirs, mine in zip(*times, strict=True))
                     medians = (round(statistics.median(each) * 1e6, 1) for each in times)
-                    yield HostTime(name, precision, passed, mode, *medians, round(ratio, 3), *launches)
+                    yield HostTime(name, precision, passed, mode, *medians, round(ratio, 6), *launches)
                 fastdeit.set_graphs("off")
                 shapes = [_images(timms, precision, batch_size + more) for more in range(1, turns + 1)]
                 calls_of = [[_call(model, precision, passed, x) for x in shapes] for model in (timms, accelerated)]
@@ -114,7 +114,7 @@ def _medians(first: list[list[tuple[float, int]]], number: int) -> tuple[float, 
     ratio = statistics.median(b[0] / a[0] for a, b in pairs)
     seconds = (round(statistics.median(each[0] for each in side) * 1e6, 1) for side in (theirs, mine))
     launches = (int(statistics.median(each[1] for each in side)) for side in (theirs, mine))
-    return *seconds, round(ratio, 3), *launches
+    return *seconds, round(ratio, 6), *launches
 
 
 def ratios(
