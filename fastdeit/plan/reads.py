@@ -32,7 +32,7 @@ class Reads:
 
     def still_hold(self) -> bool:
         """Whether every parameter has its address and facts as before: nothing announces a replaced `data`."""
-        for kernel in self._kernels:
+        for kernel in self._kernels:  # as `hooked`, without a call: each planned call comes here
             if kernel.pre_run_hooks:
                 return False
         if list(map(Tensor.data_ptr, self.parameters)) != self._addresses:
