@@ -159,7 +159,10 @@ def refuse_unrepeated(root: Any) -> None:
 def checkpointed_call() -> Checkpointed | None:
     """The call of a checkpointed function inside which this is; None under no hook on saved tensors, or under another one."""
     hooks = _hooks._top_saved_tensors_default_hooks(True)
-    if hooks is None or not isinstance(pack := hooks[0], FunctionType) or pack.__closure__ is None:
+    if hooks is None or _FORWARD is None or _RECOMPUTATION is None:  # one alone would save what the other does not
+        return None
+    pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])  # PyTorch 2.14 keeps the compiler from one of them
+    if not isinstance(pack, FunctionType) or pack.__closure__ is None:
         return None
     inside = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
     if pack.__code__ is _FORWARD and "frame" in inside:

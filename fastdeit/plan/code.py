@@ -1,4 +1,5 @@
-"""Recorded events as straight-line code: `launcher(*constants, pointer, *constants)`, and GEMMs into existing tensors.
+"""Recorded events as straight-line code: `launcher(*constants, pointer, *constants)`, with Triton 3.7 and newer
+`launcher(*constants, (*constants, pointer, *constants))`, and GEMMs into existing tensors.
 
 It is bound to an address of the workspace by the values of its constants.
 """
@@ -183,18 +184,25 @@ class Code:
         from fastdeit.kernels.runtime.raw_launch import RawLauncher, raw_launcher
 
         launcher = cast(RawLauncher, raw_launcher(event.made))  # else the recording was refused
-        parts: list[str] = []
-        constants: list[Any] = [*launcher.grid, STREAM, *launcher.leading]
+        run, leading = self._constant(launcher.run), (*launcher.grid, STREAM, *launcher.leading)
+        pieces: list[Any] = [[]]  # constants, and between them pointers that the call gives
         for position, arg in enumerate((*event.args, *event.made.constexprs)):
             if isinstance(arg, Descriptor):
-                constants.append(self._tensor_map(arg, launcher.maps[position]))
+                pieces[-1].append(self._tensor_map(arg, launcher.maps[position]))
             elif isinstance(arg, View) and (name := self._of_the_call(arg)) is not None:
-                parts += [f"*{self._constant(tuple(constants))}", self._pointer(name, arg.offset)]
-                constants = []
+                pieces += [self._pointer(name, arg.offset), []]
             else:
-                constants.append(self._address(arg) if isinstance(arg, View) else arg)
-        parts += [f"*{self._constant(tuple(constants))}"] if constants else []
-        self._lines.append(f"{self._constant(launcher.run)}({', '.join(parts)})")
+                pieces[-1].append(self._address(arg) if isinstance(arg, View) else arg)
+        if not launcher.packed:
+            self._lines.append(f"{run}({self._spread([[*leading, *pieces[0]], *pieces[1:]])})")
+        elif len(pieces) == 1:
+            self._lines.append(f"{run}(*{self._constant((*leading, tuple(pieces[0])))})")
+        else:
+            self._lines.append(f"{run}(*{self._constant(leading)}, ({self._spread(pieces)},))")
+
+    def _spread(self, pieces: list[Any]) -> str:
+        """Arguments of a call, some of them lists of constants."""
+        return ", ".join(p if isinstance(p, str) else f"*{self._constant(tuple(p))}" for p in pieces if p)
 
     def _operation(self, event: Operation) -> None:
         args = [self._operand(arg) for arg in event.args]

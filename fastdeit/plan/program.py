@@ -90,6 +90,8 @@ class Program:
                 arguments += made[item.workspace][item.number]
             elif item is STREAM:
                 arguments.append(stream)
+            elif type(item) is tuple:
+                arguments.append(self._value(item, bases, made, stream))
             else:
                 arguments.append(item)
         return tuple(arguments)

@@ -257,8 +257,8 @@ class Tape(LaunchObserver):
         if isinstance(arg, Tensor):
             return self.view(arg)
         if hasattr(arg, "block_shape"):
-            if arg.padding != "zero":
-                self.refuse("a tensor descriptor pads with NaN")
+            if arg.padding != "zero" or getattr(arg, "round_f32_to_tf32", False):  # the latter since Triton 3.7
+                self.refuse("a tensor descriptor pads with NaN or rounds to TF32")
             return Descriptor(self.view(arg.base), tuple(arg.shape), tuple(arg.strides))
         return arg
 

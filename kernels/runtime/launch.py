@@ -23,8 +23,10 @@ from fastdeit.kernels.runtime.observer import launch_observer
 from fastdeit.kernels.runtime.refusal import refusal
 
 # The direct call uses names of Triton that are not public. On other versions than those tested, launches take the public way.
-_TESTED_VERSIONS = ("3.6.", "3.9.")
+_TESTED_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 _DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
+# Triton 3.6 compiles a launcher in C for each signature; later versions have one for all, which is given the signature.
+_LAUNCHER_OF_KERNEL = triton.__version__.startswith("3.6.")
 runtime = knobs.runtime
 HookChain: Any = getattr(knobs, "HookChain", None)  # Triton 3.4 has a function or None in its place
 
@@ -77,7 +79,9 @@ class _Kernel(NamedTuple):
 class _Compiled(NamedTuple):
     kernel: CompiledKernel
     run: Any  # the launcher, which takes what follows after grid and stream
-    leading: tuple  # function handle, launch attributes, scratch memory, packed metadata
+    leading: tuple  # function handle, launch attributes, packed metadata, and with Triton 3.6 scratch memory
+    # What follows after the hooks, if the kernel's arguments are then one tuple; None if they are passed one by one.
+    trailing: tuple | None = None
 
 
 class DirectLaunch(NamedTuple):
@@ -164,7 +168,11 @@ def launch(
     if enter is not None or leave is not None:
         metadata = compiled.kernel.launch_metadata(grid, stream, *args, *constexprs)
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *args, *constexprs)
+    if compiled.trailing is None:
+        compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *args, *constexprs)
+    else:
+        trailing = (*compiled.trailing, (*args, *constexprs))
+        compiled.run(x, y, z, stream, *compiled.leading, metadata, enter, leave, *trailing)
     if (observer := launch_observer()) is not None:
         observer.launched(DirectLaunch(kernel, compiled, (x, y, z), args, constexprs))
 
@@ -330,8 +338,10 @@ def _register(kernel: JITFunction) -> _Kernel:
 
 def _direct_call(kernel: CompiledKernel) -> _Compiled:
     launcher = kernel.run
-    if not triton.__version__.startswith("3.6.") or launcher.global_scratch_size or launcher.profile_scratch_size:
-        # Its own call allocates scratch memory, and knows what later versions added.
-        return _Compiled(kernel, launcher, (kernel.function, kernel.packed_metadata))
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        return _Compiled(kernel, launcher, (kernel.function, kernel.packed_metadata))  # its own call allocates memory
     attributes = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-    return _Compiled(kernel, launcher.launch, (kernel.function, *attributes, None, None, kernel.packed_metadata))
+    if _LAUNCHER_OF_KERNEL:
+        return _Compiled(kernel, launcher.launch, (kernel.function, *attributes, None, None, kernel.packed_metadata))
+    signature = (None, None, launcher.arg_annotations, launcher.kernel_signature)
+    return _Compiled(kernel, launcher.launch, (kernel.function, *attributes, kernel.packed_metadata), signature)

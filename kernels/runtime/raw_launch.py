@@ -1,6 +1,6 @@
 """Triton's launcher in C, called directly for launches that are repeated with the same arguments.
 
-It takes pointers as integers, and tensor maps that the driver has encoded. None of it is public: it is as in Triton 3.6.
+It takes pointers as integers, and tensor maps that the driver has encoded. None of it is public: it is as in Triton 3.6 to 3.9.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import triton
 from triton.runtime.driver import driver
 
-from fastdeit.kernels.runtime.launch import DirectLaunch
+from fastdeit.kernels.runtime.launch import DirectLaunch, launches_directly
 
 # None where `raw_launcher` works, else why not.
 WHY_NO_RAW_LAUNCHES: str | None = None
-if not triton.__version__.startswith("3.6."):
-    WHY_NO_RAW_LAUNCHES = f"recorded launches were tested with Triton 3.6, this is {triton.__version__}"
+if not launches_directly():
+    WHY_NO_RAW_LAUNCHES = f"recorded launches were tested with Triton 3.6 to 3.9, this is {triton.__version__}"
+# What Triton's function that encodes the descriptors among a launch's arguments refers to, in 3.6 and 3.7 and in later versions.
+_BY_POSITION = {"launcher", "tensordesc_indices", "tensordesc_meta"}
+_BY_PATH = {"launcher", "signature", "relevant_paths", "tensordesc_meta", "make_tensordesc_arg"}
 
 
 class RawLauncher(NamedTuple):
@@ -22,7 +25,8 @@ class RawLauncher(NamedTuple):
 
     run: Any
     grid: tuple[int, int, int]
-    leading: tuple  # function, attributes, and no hooks
+    leading: tuple  # function, attributes, no hooks, no scratch memory
+    packed: bool  # the arguments are one tuple
     maps: dict[int, Any]  # position of an argument that is a descriptor -> what its tensor map is to be like
 
 
@@ -32,14 +36,19 @@ def raw_launcher(launch: DirectLaunch) -> RawLauncher | None:
     run, kernel_launcher = compiled.run, compiled.kernel.run
     if run is not kernel_launcher.launch:  # scratch memory
         return None
-    maps = {}
+    maps: dict[int, Any] = {}
     if hasattr(run, "__code__"):  # Triton's wrapper, which encodes descriptors at each call
         cells = dict(zip(run.__code__.co_freevars, (cell.cell_contents for cell in run.__closure__ or ()), strict=True))
-        if cells.keys() != {"launcher", "tensordesc_indices", "tensordesc_meta"}:
+        if cells.keys() not in (_BY_POSITION, _BY_PATH):
             return None
-        run = cells["launcher"]
-        maps = dict(zip(sorted(cells["tensordesc_indices"]), cells["tensordesc_meta"], strict=True))
-    return RawLauncher(run, launch.grid, (*compiled.leading, None, None, None), maps)
+        paths = cells.get("relevant_paths", {})
+        if any(paths.values()):  # a descriptor inside a tuple
+            return None
+        positions = sorted(cells.get("tensordesc_indices", paths))
+        run, metas = cells["launcher"], cells["tensordesc_meta"] or [None] * len(positions)
+        maps = dict(zip(positions, metas, strict=True))
+    leading = (*compiled.leading, None, None, None, *(compiled.trailing or ()))
+    return RawLauncher(run, launch.grid, leading, compiled.trailing is not None, maps)
 
 
 def aligned_arguments(launch: DirectLaunch) -> set[int]:
@@ -56,10 +65,12 @@ def tensor_map_arguments(address: int, shape: Sequence[int], strides: Sequence[i
         like: of `RawLauncher.maps`; None where the kernel was lowered to pointers.
     """
     if like is None:
-        return [address, *shape, *strides, False, *shape, *strides]
+        options = (False,) if triton.__version__.startswith("3.6.") else (False, False)  # NaN as padding, TF32
+        return [address, *shape, *strides, *options, *shape, *strides]
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
-    encode = driver.active.utils.fill_tma_descriptor
+    utils = driver.active.utils
+    encode = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # the latter in Triton 3.6
     kind = TMA_DTYPE_DEVICE_TO_HOST[like["elem_type"]]
     shape, strides = list(shape), list(strides)
     made = encode(address, like["swizzle"], like["elem_size"], kind, like["block_size"], shape, strides, 0)

@@ -173,7 +173,7 @@ def tensor_map(argument: bytes) -> TensorMap:
     Raises:
         ValueError: it is something else.
     """
-    magic, address, _, rank = struct.unpack_from("QQII", argument) if len(argument) == 128 else (0, 0, 0, 0)
+    magic, _, rank, address = struct.unpack_from("QIIQ", argument) if len(argument) == 128 else (0, 0, 0, 0)
     if magic != _TENSOR_MAP_MAGIC:
         raise ValueError(f"expected a tensor map, got {len(argument)} bytes: {argument[:16].hex()}...")
     shape, box = struct.unpack_from("5I", argument, 32), struct.unpack_from("5I", argument, 52)

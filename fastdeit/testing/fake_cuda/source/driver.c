@@ -18,10 +18,13 @@ typedef struct {
   int dynamic_shared; /* what cuFuncSetAttribute allows */
   intptr_t context;
 } Function;
-/* What a tensor map holds here, so that a recorded argument can be read. */
+/* What a tensor map holds here, so that a recorded argument can be read. Triton 3.7 and newer clear bit 21 of the second eight
+ * bytes, around a fault of a driver: no bit of a type. */
 typedef struct {
-  uint64_t magic, address;
-  uint32_t type, rank, swizzle, padding;
+  uint64_t magic;
+  uint32_t type, rank;
+  uint64_t address;
+  uint32_t swizzle, padding;
   uint32_t shape[5], box[5]; /* innermost first */
   uint64_t stride[4];        /* bytes, of dimensions 1 and up */
 } TensorMap;
@@ -258,7 +261,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
 #define REQUIRE(condition, text) \
   if (!(condition)) return refuse_in_driver(CUDA_ERROR_INVALID_VALUE, "a tensor map's " text)
-  TensorMap made = {TENSOR_MAP_MAGIC, (uint64_t)address, type, rank, swizzle};
+  TensorMap made = {TENSOR_MAP_MAGIC, type, rank, (uint64_t)address, swizzle};
   uint64_t bytes = element_bytes(type), inner = box[0] * bytes, reach = shape[0] * bytes;
   REQUIRE((uintptr_t)map % 64 == 0, "own address is not 64-byte aligned");
   REQUIRE(rank >= 1 && rank <= 5, "rank is not in 1..5");
