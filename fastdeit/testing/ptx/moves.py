@@ -7,6 +7,7 @@ import numpy as np
 
 from fastdeit.testing.ptx.formats import UNSIGNED, WIDTH
 from fastdeit.testing.ptx.program import Address, Instruction, PtxError, Register, Symbol, Vector
+from fastdeit.testing.ptx.threads import PARAMETERS
 
 if TYPE_CHECKING:
     from fastdeit.testing.ptx.machine import Machine
@@ -55,15 +56,28 @@ def _unpack(machine: "Machine", items: tuple, source: Register, kind: str) -> St
 
 
 def load_parameter(machine: "Machine", instruction: Instruction) -> Step:
+    """ld.param by a parameter's name, or by an address that was selected among those of parameters."""
     target, source = instruction.operands
     kind = instruction.parts[-1]
-    if not isinstance(source, Address) or not isinstance(source.base, Symbol) or source.offset:
-        raise PtxError("expected [parameter]")
-    name, width = source.base.name, WIDTH[kind]
-    if name not in [p.name for p in machine.program.parameters]:
-        raise PtxError(f"no parameter {name}")
-    write = machine.writer(target, kind)
-    return lambda: write(np.array([machine.arguments[name] & (1 << 8 * width) - 1], UNSIGNED[width]))
+    if not isinstance(source, Address) or source.offset or not isinstance(source.base, Symbol | Register):
+        raise PtxError("expected [parameter] or [register]")
+    names, width = [p.name for p in machine.program.parameters], WIDTH[kind]
+    if isinstance(source.base, Symbol) and source.base.name not in names:
+        raise PtxError(f"no parameter {source.base.name}")
+    read, write = machine.reader(source.base, "u64"), machine.writer(target, kind)
+
+    def step() -> None:
+        numbers = (machine.pick(read()) - np.uint64(PARAMETERS)).astype(np.int64)
+        found = set(numbers.tolist())
+        if not found <= set(range(len(names))):
+            raise PtxError(f"{instruction}: an address that is no parameter's")
+        held = {n: machine.arguments[names[n]] & (1 << 8 * width) - 1 for n in found}
+        write(machine.spread(np.array([held[n] for n in numbers.tolist()], UNSIGNED[width])))
+
+    def named() -> None:
+        write(np.array([machine.arguments[source.base.name] & (1 << 8 * width) - 1], UNSIGNED[width]))
+
+    return named if isinstance(source.base, Symbol) else step
 
 
 def load(machine: "Machine", instruction: Instruction) -> Step:
@@ -136,7 +150,7 @@ _VECTORS = [f".{v}{k}" for v in ("", "v2.", "v4.") for k in _KINDS if not (v == 
 
 BUILDERS = {
     **{f"mov.{kind}": move for kind in ("b16", "b32", "b64", "u16", "u32", "u64", "s32", "f32")},
-    "atom.shared.add.u32": atomic_add,
+    **dict.fromkeys(("atom.shared.add.u32", "atom.relaxed.sys.shared.add.u32"), atomic_add),
     **{f"ld.param.{kind}": load_parameter for kind in _KINDS},
     **{f"ld.{space}{rest}": load for space in ("global", "shared") for rest in _VECTORS},
     **{f"st.{space}{rest}": store for space in ("global", "shared") for rest in _VECTORS},

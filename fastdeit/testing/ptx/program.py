@@ -166,7 +166,7 @@ class Program:
                     name = label[1] + scopes[-1]
                     self.targets[name] = len(self.instructions)
                     statement = statement[label.end() :]
-                if not statement:
+                if not statement or statement.startswith('.pragma "used_bytes_mask '):  # tells the assembler alone
                     continue
                 try:
                     if statement.startswith(".branchtargets"):
@@ -198,6 +198,7 @@ class Program:
             guard = guard._replace(negated=bool(found[1]))
             statement = statement[found.end() :]
         opcode, rest = re.match(r"([a-z][\w.:]*)\s*(.*)$", statement, re.S).groups()
+        opcode = re.sub(r"^(ld|st)\.shared::cta\b", r"\1.shared", opcode)  # two spellings of one state space (5.1.7)
         operands = tuple(self._operand(text, scopes) for text in _split(rest))
         return Instruction(opcode, operands, guard, line, " ".join(text.split()), source)
 

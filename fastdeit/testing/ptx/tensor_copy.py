@@ -189,7 +189,7 @@ def wait(machine: "Machine", instruction: Instruction) -> Step:
 
 BUILDERS = {
     **dict.fromkeys(
-        expand("cp.async.bulk.tensor.{1,2,3,4,5}d.shared::cluster.global.mbarrier::complete_tx::bytes"), copy
+        expand("cp.async.bulk.tensor.{1,2,3,4,5}d.shared::{cluster,cta}.global.mbarrier::complete_tx::bytes"), copy
     ),
     **dict.fromkeys(expand("cp.async.bulk.tensor.{1,2,3,4,5}d.global.shared::cta.bulk_group"), copy),
     "cp.async.bulk.commit_group": commit,
