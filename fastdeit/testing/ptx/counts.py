@@ -15,7 +15,7 @@ from fastdeit.testing.ptx.program import Instruction, Program
 
 _CLASSES = (
     ("matrix", ("mma.", "wgmma.mma_async")),
-    ("special", ("ex2.", "lg2.", "rcp.", "rsqrt.", "sqrt.", "tanh.", "div.full")),
+    ("special", ("ex2.", "lg2.", "rcp.", "rsqrt.", "sqrt.", "tanh.", "div.full", "div.approx")),
     ("copy", ("cp.async",)),
     ("global", ("ld.global", "st.global")),
     ("shared", ("ld.shared", "st.shared", "ldmatrix", "stmatrix")),

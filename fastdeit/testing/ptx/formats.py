@@ -155,12 +155,12 @@ APPROXIMATION_BOUNDS = {
     "tanh": 2.0**-11,  # 9.7.3.22
 }
 _EXPONENTIAL_ULPS = 2  # of ex2, off the correctly rounded result: 9.7.3.21
-_DIVISION_ULPS = 2  # of div.full, off the quotient: 9.7.3.8
+_DIVISION_ULPS = 2  # of div.full and div.approx, off the quotient: 9.7.3.8
 _ROUNDING = 2.0**-24  # of the moved result to float32, part of the bound
 
 
 class Approximations:
-    """ex2, lg2, rcp, rsqrt, sqrt, div.full and tanh of float32: correctly rounded, or off by up to their documented bounds.
+    """ex2, lg2, rcp, rsqrt, sqrt, div.full, div.approx and tanh of float32: correctly rounded, or off by up to their documented bounds.
 
     Args:
         seed: None for exact results. Else each result is moved by a part of its bound that a hash of seed and operand bits gives:
@@ -201,6 +201,12 @@ class Approximations:
         unit = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
         moved = exact + (_DIVISION_ULPS - 0.5) * unit * self._fraction(*np.broadcast_arrays(a, b))
         return canonical(np.where((exact == 0) | ~np.isfinite(unit), exact, moved).astype(np.float32))
+
+    def divide_approximately(self, a: ndarray, b: ndarray) -> ndarray:
+        """div.approx: a * (1 / b), where the reciprocal of a divisor between 2^126 and 2^128 is 0."""
+        huge = np.isfinite(b) & (np.abs(b) > np.float32(2.0**126))
+        zero = np.copysign(np.float32(0), a) * np.sign(b)
+        return np.where(huge, canonical(np.where(np.isfinite(a), zero, np.float32(np.nan))), self.divide(a, b))
 
     @staticmethod
     def _moved_by_ulps(exact: ndarray, fraction: ndarray, exact_at: ndarray) -> ndarray:

@@ -64,10 +64,11 @@ def load_parameter(machine: "Machine", instruction: Instruction) -> Step:
     names, width = [p.name for p in machine.program.parameters], WIDTH[kind]
     if isinstance(source.base, Symbol) and source.base.name not in names:
         raise PtxError(f"no parameter {source.base.name}")
-    read, write = machine.reader(source.base, "u64"), machine.writer(target, kind)
+    space = "u32" if isinstance(source.base, Register) and source.base.width == 4 else "u64"
+    read, write = machine.reader(source.base, space), machine.writer(target, kind)
 
     def step() -> None:
-        numbers = (machine.pick(read()) - np.uint64(PARAMETERS)).astype(np.int64)
+        numbers = machine.pick(read()).astype(np.int64) - PARAMETERS
         found = set(numbers.tolist())
         if not found <= set(range(len(names))):
             raise PtxError(f"{instruction}: an address that is no parameter's")

@@ -247,10 +247,11 @@ def _floating_point(approximations: Approximations) -> dict[str, Operation]:
         found[f"{name}.approx.f32"] = Operation(("f32",), ("f32",), function)
         found[f"{name}.approx.ftz.f32"] = Operation(("f32",), ("f32",), lambda a, f=function: flush(f(flush(a))))
     found["tanh.approx.f32"] = Operation(("f32",), ("f32",), approximations.unary("tanh"))
-    found["div.full.f32"] = Operation(("f32", "f32"), ("f32",), approximations.divide)
-    found["div.full.ftz.f32"] = Operation(
-        ("f32", "f32"), ("f32",), lambda a, b: flush(approximations.divide(flush(a), flush(b)))
-    )
+    for name, divide in (("full", approximations.divide), ("approx", approximations.divide_approximately)):
+        found[f"div.{name}.f32"] = Operation(("f32", "f32"), ("f32",), divide)
+        found[f"div.{name}.ftz.f32"] = Operation(
+            ("f32", "f32"), ("f32",), lambda a, b, f=divide: flush(f(flush(a), flush(b)))
+        )
     found["div.rn.f32"] = Operation(("f32", "f32"), ("f32",), lambda a, b: canonical(a / b))
     found["sqrt.rn.f32"] = Operation(("f32",), ("f32",), lambda a: canonical(np.sqrt(a)))
     found["rcp.rn.f32"] = Operation(("f32",), ("f32",), lambda a: canonical(np.float32(1) / a))

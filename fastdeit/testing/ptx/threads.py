@@ -11,7 +11,7 @@ from fastdeit.testing.ptx.formats import SIGNED, UNSIGNED, WIDTH, numpy_type
 from fastdeit.testing.ptx.program import Address, Immediate, Operand, Program, PtxError, Register, Special, Symbol
 
 SHARED_ARRAY = "global_smem"
-PARAMETERS = 1 << 60  # tensor maps are addressed by PARAMETERS + the number of their parameter
+PARAMETERS = 0xF000_0000  # a parameter's address is PARAMETERS + its number: beyond all shared memory, below all tensors
 _AXES = [f"{name}.{axis}" for name in ("%tid", "%ctaid", "%nctaid", "%ntid") for axis in "xyz"]
 _SPECIAL = frozenset([*_AXES, "%laneid", "%warpid", "%cluster_ctarank"])
 
@@ -130,7 +130,7 @@ class Threads:
             if operand.name == SHARED_ARRAY:
                 value = np.zeros(1, UNSIGNED[WIDTH[kind]])
             elif operand.name in names:
-                value = np.array([PARAMETERS + names.index(operand.name)], np.uint64)
+                value = np.array([PARAMETERS + names.index(operand.name)], UNSIGNED[WIDTH[kind]])
             else:
                 raise PtxError(f"unknown name {operand.name}")
             return lambda: value

@@ -61,6 +61,16 @@ BINARY = [
     ("div.full.f32", ONE, 0, INF),
     ("div.full.f32", 0, 0, NAN),
     ("div.full.f32", 0x40C00000, 0x40000000, 0x40400000),
+    ("div.full.f32", 0x7E800000, 0x7F000000, 0x3F000000),  # 2^126 / 2^127
+    ("div.approx.f32", 0x40C00000, 0x40000000, 0x40400000),
+    ("div.approx.f32", ONE, 0, INF),
+    ("div.approx.f32", 0, 0, NAN),
+    ("div.approx.f32", ONE, INF, 0),
+    ("div.approx.f32", 0x7E000000, 0x7E800000, 0x3F000000),  # 2^125 / 2^126
+    ("div.approx.f32", 0x7E800000, 0x7F000000, 0),  # a divisor above 2^126
+    ("div.approx.f32", 0x7E800000, LARGEST, 0),
+    ("div.approx.f32", INF, 0x7F000000, NAN),
+    ("div.approx.ftz.f32", 0x00000001, SMALLEST, 0),
     ("div.rn.f32", ONE, 0x40400000, 0x3EAAAAAB),
     ("max.f32", 0x7FC00000, ONE, ONE),  # drops NaN
     ("max.NaN.f32", 0x7FC00000, ONE, NAN),
@@ -320,6 +330,7 @@ def test_full_range_division_errs_within_two_units():
     ulps = np.abs(formats.Approximations(3).divide(a, b) - true) / np.spacing(true.astype(np.float32))
     assert 1.7 < ulps.max() <= 2
     assert (formats.Approximations(None).divide(a, b) == a / b).all()
+    assert (formats.Approximations(3).divide_approximately(a, b) == formats.Approximations(3).divide(a, b)).all()
 
 
 def test_perturbation_reaches_the_instructions_and_leaves_special_values_alone(execute):
