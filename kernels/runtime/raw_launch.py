@@ -41,10 +41,10 @@ def raw_launcher(launch: DirectLaunch) -> RawLauncher | None:
         cells = dict(zip(run.__code__.co_freevars, (cell.cell_contents for cell in run.__closure__ or ()), strict=True))
         if cells.keys() not in (_BY_POSITION, _BY_PATH):
             return None
-        paths = cells.get("relevant_paths", {})
+        paths = cells.get("relevant_paths") or {}
         if any(paths.values()):  # a descriptor inside a tuple
             return None
-        positions = sorted(cells.get("tensordesc_indices", paths))
+        positions = sorted(paths or cells["tensordesc_indices"])
         run, metas = cells["launcher"], cells["tensordesc_meta"] or [None] * len(positions)
         maps = dict(zip(positions, metas, strict=True))
     leading = (*compiled.leading, None, None, None, *(compiled.trailing or ()))

@@ -160,7 +160,7 @@ _ROUNDING = 2.0**-24  # of the moved result to float32, part of the bound
 
 
 class Approximations:
-    """ex2, lg2, rcp, rsqrt, sqrt, div.full, div.approx and tanh of float32: correctly rounded, or off by up to their documented bounds.
+    """ex2, lg2, rcp, rsqrt, sqrt, div.full, div.approx and tanh of float32: correctly rounded, or off by up to their bounds.
 
     Args:
         seed: None for exact results. Else each result is moved by a part of its bound that a hash of seed and operand bits gives:

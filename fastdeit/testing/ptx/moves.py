@@ -61,11 +61,13 @@ def load_parameter(machine: "Machine", instruction: Instruction) -> Step:
     kind = instruction.parts[-1]
     if not isinstance(source, Address) or source.offset or not isinstance(source.base, Symbol | Register):
         raise PtxError("expected [parameter] or [register]")
-    names, width = [p.name for p in machine.program.parameters], WIDTH[kind]
-    if isinstance(source.base, Symbol) and source.base.name not in names:
-        raise PtxError(f"no parameter {source.base.name}")
-    space = "u32" if isinstance(source.base, Register) and source.base.width == 4 else "u64"
-    read, write = machine.reader(source.base, space), machine.writer(target, kind)
+    base, names, width = source.base, [p.name for p in machine.program.parameters], WIDTH[kind]
+    write = machine.writer(target, kind)
+    if isinstance(base, Symbol):
+        if base.name not in names:
+            raise PtxError(f"no parameter {base.name}")
+        return lambda: write(np.array([machine.arguments[base.name] & (1 << 8 * width) - 1], UNSIGNED[width]))
+    read = machine.reader(base, "u32" if base.width == 4 else "u64")
 
     def step() -> None:
         numbers = machine.pick(read()).astype(np.int64) - PARAMETERS
@@ -75,10 +77,7 @@ def load_parameter(machine: "Machine", instruction: Instruction) -> Step:
         held = {n: machine.arguments[names[n]] & (1 << 8 * width) - 1 for n in found}
         write(machine.spread(np.array([held[n] for n in numbers.tolist()], UNSIGNED[width])))
 
-    def named() -> None:
-        write(np.array([machine.arguments[source.base.name] & (1 << 8 * width) - 1], UNSIGNED[width]))
-
-    return named if isinstance(source.base, Symbol) else step
+    return step
 
 
 def load(machine: "Machine", instruction: Instruction) -> Step:

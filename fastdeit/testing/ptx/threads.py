@@ -11,7 +11,8 @@ from fastdeit.testing.ptx.formats import SIGNED, UNSIGNED, WIDTH, numpy_type
 from fastdeit.testing.ptx.program import Address, Immediate, Operand, Program, PtxError, Register, Special, Symbol
 
 SHARED_ARRAY = "global_smem"
-PARAMETERS = 0xF000_0000  # a parameter's address is PARAMETERS + its number: beyond all shared memory, below all tensors
+# A parameter's address is PARAMETERS + its number: 32 bits, beyond all shared memory and below all tensors.
+PARAMETERS = 0xF000_0000
 _AXES = [f"{name}.{axis}" for name in ("%tid", "%ctaid", "%nctaid", "%ntid") for axis in "xyz"]
 _SPECIAL = frozenset([*_AXES, "%laneid", "%warpid", "%cluster_ctarank"])
 
