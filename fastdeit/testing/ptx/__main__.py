@@ -15,7 +15,6 @@ from fastdeit.testing.ptx.mutations import run as run_mutants
 from fastdeit.testing.ptx.mutations import table as mutation_table
 from fastdeit.testing.ptx.rows import not_launched, off_the_record, report, run_cases, uses_tcgen05
 
-
 NAMES = {f"sm_{arch}": arch for arch in ARCHITECTURES}
 
 

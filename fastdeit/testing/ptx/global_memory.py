@@ -19,7 +19,7 @@ import torch
 from numpy import ndarray
 
 from fastdeit.testing.ptx.formats import UNSIGNED
-from fastdeit.testing.ptx.stamps import BLOCKS, merged, other_block, unordered
+from fastdeit.testing.ptx.stamps import BLOCKS, NOBODY, merged, other_block, unordered
 
 SLOT = 38  # a storage begins at (its number + 1) << SLOT
 
@@ -185,8 +185,8 @@ def _enter(table: ndarray, units: ndarray, stamps: ndarray) -> None:
         return
     table[units] = stamps
     after = table[units]
-    several = (after != stamps) | (before != 0) & (before != stamps)  # of this instruction's threads, or with earlier ones
-    if several.any():
+    several = (after != stamps) | (before != NOBODY) & (before != stamps)
+    if several.any():  # threads of this instruction, or with those of earlier ones
         now = np.broadcast_to(stamps, units.shape)[several]
         for last in (before, after):
             np.maximum.at(table, units[several], merged(last[several], now))

@@ -103,7 +103,9 @@ def mutants(
     named = kinds_named(kinds)
     for kind, (pattern, change) in KINDS.items():
         found = [m for m in re.finditer(pattern, ptx, re.M) if ptx.count("\n", 0, m.start()) + 1 in executed]
-        chosen = sorted(random.permutation(len(found))[:most])  # drawn for every kind: the others' choice stays the same
+        chosen = sorted(
+            random.permutation(len(found))[:most]
+        )  # drawn for every kind: the others' choice stays the same
         for index in chosen if kind in named else ():
             match = found[index]
             line = ptx.count("\n", 0, match.start()) + 1

@@ -191,8 +191,7 @@ def _registers(operand: object) -> Iterator[Register]:
 
 
 def barrier_orders_nothing(original: Record, line: int) -> str | None:
-    """The accesses on its two sides do not conflict: no word or element is touched on both by different threads, one of them writing.
-    """
+    """The accesses on its two sides do not conflict: nothing is touched on both by different threads, one of them writing."""
     for touches in original.touches:
         if touches and _conflicts(touches, line, original.threads):
             return None

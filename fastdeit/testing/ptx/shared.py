@@ -19,7 +19,15 @@ import numpy as np
 from numpy import ndarray
 
 from fastdeit.testing.ptx.formats import UNSIGNED
-from fastdeit.testing.ptx.stamps import THREAD, WARP, after_barrier, after_warp_barrier, first_stamps, floor_of, unordered
+from fastdeit.testing.ptx.stamps import (
+    THREAD,
+    WARP,
+    after_barrier,
+    after_warp_barrier,
+    first_stamps,
+    floor_of,
+    unordered,
+)
 
 _NEVER = np.int64(-1)
 

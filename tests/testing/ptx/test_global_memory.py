@@ -1,4 +1,4 @@
-"""Rules for accesses to global memory: bounds, alignment, and the order of accesses by two blocks or two threads of one (ISA 5, 8)."""
+"""Rules for accesses to global memory: bounds, alignment, and what orders those of two blocks, or of a block's threads (ISA 5, 8)."""
 
 import numpy as np
 import pytest
@@ -123,6 +123,8 @@ PLACES = """ld.param.u64 %rd4, [p0];
     {accesses}
     cp.async.commit_group;
     cp.async.wait_group 0;"""
+READ, WRITE = "ld.global.b32 %r2, [%rd4];\n", "st.global.b32 [%rd4], %r5;\n"
+LAST_WRITES = "@%p2 st.global.b32 [%rd4], %r1;"
 READS, OVERWRITES = "reads what another thread of the block wrote", "writes what another thread of the block read"
 REWRITES = "writes another value than another thread of the block"
 
@@ -157,10 +159,10 @@ def test_barriers_order_accesses_of_two_threads_of_a_block(execute, first, secon
     "accesses",
     [
         "ld.global.b32 %r2, [%a0];\nst.global.b32 [%a0], %r5;\nld.global.b32 %r2, [%a0];\nst.global.b32 [%a0], %r1;",
-        "st.global.b32 [%rd4], %r5;",
+        WRITE,
         "st.global.b32 [%a0], %r5;\nst.global.b32 [%rd2], %r5;",
-        "ld.global.b32 %r2, [%rd4];\nbar.sync 0;\n@%p2 st.global.b32 [%rd4], %r1;",
-        "ld.global.b32 %r2, [%rd4];\nbar.sync 0;\n@%p2 ld.global.b32 %r2, [%rd4];\n@%p2 st.global.b32 [%rd4], %r1;",
+        f"{READ}bar.sync 0;\n{LAST_WRITES}",
+        f"{READ}bar.sync 0;\n@%p2 {READ}{LAST_WRITES}",
     ],
     ids=["its own", "one value by all", "one value twice", "behind reads by all", "behind a read of its own"],
 )
@@ -171,11 +173,11 @@ def test_a_block_may_access_what_nobody_else_does_and_store_a_value_several_time
 @pytest.mark.parametrize(
     "accesses, message",
     [
-        ("ld.global.b32 %r2, [%rd4];\n@%p2 st.global.b32 [%rd4], %r1;", OVERWRITES),
-        ("ld.global.b32 %r2, [%rd4];\nbar.warp.sync -1;\n@%p2 st.global.b32 [%rd4], %r1;", OVERWRITES),
-        ("@%p1 ld.global.b32 %r2, [%rd4];\n" + 2 * "@%p2 ld.global.b32 %r2, [%rd4];\n" + "@%p2 st.global.b32 [%rd4], %r1;", OVERWRITES),
-        ("st.global.b32 [%rd4], %r5;\n@%p2 st.global.b32 [%rd4], %r1;", REWRITES),
-        ("@%p1 st.global.b32 [%rd4], %r5;\n" + 2 * "@%p2 st.global.b32 [%rd4], %r5;\n" + "@%p2 st.global.b32 [%rd4], %r1;", REWRITES),
+        (READ + LAST_WRITES, OVERWRITES),
+        (f"{READ}bar.warp.sync -1;\n{LAST_WRITES}", OVERWRITES),
+        (f"@%p1 {READ}@%p2 {READ}@%p2 {READ}{LAST_WRITES}", OVERWRITES),
+        (WRITE + LAST_WRITES, REWRITES),
+        (f"@%p1 {WRITE}@%p2 {WRITE}@%p2 {WRITE}{LAST_WRITES}", REWRITES),
         ("st.global.b32 [%rd4], %r1;", "two threads store different values at one address"),
     ],
 )
@@ -186,10 +188,9 @@ def test_an_access_is_ordered_behind_those_of_every_other_thread(execute, access
 
 
 def test_threads_of_one_warp_are_ordered_by_its_barrier(execute):
-    read, write = "ld.global.b32 %r2, [%rd4];", "@%p2 st.global.b32 [%rd4], %r1;"
-    access(execute, f"{read}\nbar.warp.sync -1;\n{write}", threads=32)
+    access(execute, f"{READ}bar.warp.sync -1;\n{LAST_WRITES}", threads=32)
     with pytest.raises(Fault, match=OVERWRITES):
-        access(execute, f"{read}\n{write}", threads=32)
+        access(execute, READ + LAST_WRITES, threads=32)
 
 
 HALVES = """and.b32 %r30, %tid, 1;

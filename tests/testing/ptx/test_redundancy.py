@@ -325,7 +325,9 @@ def chosen(seed=0, kinds=(), kernel="layer_norm_forward"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mutations, "launches_of", lambda case, arch: [SimpleNamespace(variant=variant)])
         patch.setattr(mutations, "compile_to_ptx", lambda variant, arch: (TEXT, 0, []))
-        patch.setattr(mutations, "_compiled", lambda launch, text, arch: SimpleNamespace(program=SimpleNamespace(instructions=[])))
+        patch.setattr(
+            mutations, "_compiled", lambda launch, text, arch: SimpleNamespace(program=SimpleNamespace(instructions=[]))
+        )
         patch.setattr(mutations, "_run", lambda launch, compiled, schedule: SimpleNamespace(lines=set(range(1, 61))))
         patch.setattr(mutations, "branches_past", lambda program, executed: [])
         patch.setattr(mutations, "judge", lambda launch, mutant, arch, original: "shared race")
