@@ -181,7 +181,7 @@ class GlobalMemory:
 def _enter(table: ndarray, units: ndarray, stamps: ndarray) -> None:
     """Enters accesses to units at stamps (k, 1) in a table of the last ones."""
     before = table[units]
-    if (before == BLOCKS).all():
+    if (before == BLOCKS).all():  # as after a few loads of what every block reads: nothing can be added
         return
     table[units] = stamps
     after = table[units]

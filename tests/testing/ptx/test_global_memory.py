@@ -1,4 +1,4 @@
-"""Rules for accesses to global memory: bounds, alignment, and what orders those of two blocks, or of a block's threads (ISA 5, 8)."""
+"""Rules for accesses to global memory: bounds, alignment, the order of those of two blocks and of a block's threads (ISA 5, 8)."""
 
 import numpy as np
 import pytest
@@ -124,7 +124,7 @@ PLACES = """ld.param.u64 %rd4, [p0];
     cp.async.commit_group;
     cp.async.wait_group 0;"""
 READ, WRITE = "ld.global.b32 %r2, [%rd4];\n", "st.global.b32 [%rd4], %r5;\n"
-LAST_WRITES = "@%p2 st.global.b32 [%rd4], %r1;"
+LAST_WRITES, WARP_BARRIER = "@%p2 st.global.b32 [%rd4], %r1;", "bar.warp.sync -1;\n"
 READS, OVERWRITES = "reads what another thread of the block wrote", "writes what another thread of the block read"
 REWRITES = "writes another value than another thread of the block"
 
@@ -174,8 +174,9 @@ def test_a_block_may_access_what_nobody_else_does_and_store_a_value_several_time
     "accesses, message",
     [
         (READ + LAST_WRITES, OVERWRITES),
-        (f"{READ}bar.warp.sync -1;\n{LAST_WRITES}", OVERWRITES),
+        (READ + WARP_BARRIER + LAST_WRITES, OVERWRITES),
         (f"@%p1 {READ}@%p2 {READ}@%p2 {READ}{LAST_WRITES}", OVERWRITES),
+        (f"@%p1 {READ}@%p2 {READ}{WARP_BARRIER}@%p2 {READ}{WARP_BARRIER}{LAST_WRITES}", OVERWRITES),
         (WRITE + LAST_WRITES, REWRITES),
         (f"@%p1 {WRITE}@%p2 {WRITE}@%p2 {WRITE}{LAST_WRITES}", REWRITES),
         ("st.global.b32 [%rd4], %r1;", "two threads store different values at one address"),
@@ -188,7 +189,7 @@ def test_an_access_is_ordered_behind_those_of_every_other_thread(execute, access
 
 
 def test_threads_of_one_warp_are_ordered_by_its_barrier(execute):
-    access(execute, f"{READ}bar.warp.sync -1;\n{LAST_WRITES}", threads=32)
+    access(execute, READ + WARP_BARRIER + LAST_WRITES, threads=32)
     with pytest.raises(Fault, match=OVERWRITES):
         access(execute, READ + LAST_WRITES, threads=32)
 

@@ -68,6 +68,26 @@ def test_a_barrier_orders_accesses_of_two_threads_or_nothing(recorded, body, pro
     assert bool(redundancy.barrier_orders_nothing(record, line)) == proved
 
 
+@pytest.mark.parametrize("barriers, proved", [(0, False), (1, True), (64, True)])
+def test_other_barriers_order_what_one_stands_between(barriers, proved):
+    """Addresses of tensors begin at 1 << 38."""
+    both, place = np.array([0, 1]), np.array([[1 << 38]])
+
+    def touch(kind, line, lanes, words):
+        return Touch(kind, line, lanes, words, kind == "global", False)
+
+    def barrier(line):
+        return touch("barrier", line, both, np.zeros((2, 0), np.int64))
+
+    touches = [
+        touch("global", 1, both[:1], place),
+        barrier(9),
+        *[barrier(5)] * barriers,
+        touch("global", 2, both[1:], place),
+    ]
+    assert bool(redundancy.barrier_orders_nothing(SimpleNamespace(touches=[touches], threads=2), 9)) == proved
+
+
 COPIES = """shl.b32 %r30, %tid, 2;
     cp.async.ca.shared.global [%r30], [%a0], 0x4;
     cp.async.commit_group;
@@ -241,6 +261,7 @@ def test_an_invalidation_is_redundant_where_its_bytes_are_not_used_again(recorde
 @pytest.mark.parametrize("at, unread", [(512, True), (0, False)])
 def test_a_copy_is_redundant_where_nothing_reads_it(recorded, at, unread):
     body = COPIES.format("", "") + f"\nst.shared.b32 [%r30+512], %r1;\nld.shared.b32 %r2, [%r30+{at}];"
+    body += "\nld.global.b32 %r3, [%a0];"  # its source is no copy
     record, line = recorded(body, "cp.async.ca")
     assert bool(redundancy.copy_is_not_read(record, line)) == unread
 
