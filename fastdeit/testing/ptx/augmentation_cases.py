@@ -28,19 +28,31 @@ def augmentation(arch: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Name and run of each case; results equal Pillow's bits, so that every error is 0."""
     yield "augment 224x224, layers that ship", functools.partial(_augment, 224, 224, [["EQUALIZE", "AFFINE"]])
     every = [[first, last] for first, last in itertools.pairwise([*Operation.__members__, "NONE"])]
+    every += [["CONTRAST", "NONE"]] * 2 + [["NONE", "CONTRAST"]] * 2
     # One pass of `augment_tables`, of whose loads each has threads within the image.
     yield "augment 61x67, every operation", functools.partial(_augment, 61, 67, every, narrow=True)
+
+
+def _grey_at_a_half(height: int, width: int, below: bool) -> torch.Tensor:
+    """(H, W) levels with a mean as close to a half as their number allows, above or below: another sum has another rounded mean."""
+    pixels = height * width
+    levels = torch.randint(255, (pixels,), dtype=torch.uint8)
+    levels[: (pixels // 2 + 1 - below - int(levels.sum())) % pixels] += 1
+    return levels.view(height, width)
 
 
 def _augment(height: int, width: int, names: list[list[str]], narrow: bool = False) -> dict[str, tuple[Error, Error]]:
     """Bits of the reference, which are Pillow's.
 
-    names: for each image its operations. narrow: each channel of an image has levels of a range of its own, else all of them.
+    names: for each image its operations. narrow: each channel of an image has levels of a range of its own, else all of them; the
+    last four images are grey.
     """
     images = torch.randint(256, (len(names), height, width, 3), dtype=torch.uint8)
     if narrow:
         low, high = torch.randint(256, (2, len(names), 1, 1, 3)).sort(0).values
         images = (low + images * (high - low + 1) // 256).byte()
+        for number, below in ((-4, False), (-3, True), (-2, False), (-1, True)):
+            images[number] = _grey_at_a_half(height, width, below)[..., None]
     images = images.permute(0, 3, 1, 2)
     plan = torch.zeros(len(names), len(names[0]), ROW, dtype=torch.float64)
     for image, chosen in enumerate(names):
