@@ -33,12 +33,17 @@ def augmentation(arch: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     yield "augment 61x67, every operation", functools.partial(_augment, 61, 67, every, narrow=True)
 
 
-def _grey_at_a_half(height: int, width: int, below: bool) -> torch.Tensor:
-    """(H, W) levels with a mean as close to a half as their number allows, above or below: another sum has another rounded mean."""
+def _grey_at_a_half(height: int, width: int) -> torch.Tensor:
+    """(2, H, W) levels of two images that differ by 1 in a pixel, and whose means lie above and below a half.
+
+    What changes the sum of the levels of both in the same way changes the rounded mean of one.
+    """
     pixels = height * width
-    levels = torch.randint(255, (pixels,), dtype=torch.uint8)
-    levels[: (pixels // 2 + 1 - below - int(levels.sum())) % pixels] += 1
-    return levels.view(height, width)
+    above = torch.randint(1, 255, (pixels,), dtype=torch.uint8)
+    above[: (pixels // 2 + 1 - int(above.sum())) % pixels] += 1
+    below = above.clone()
+    below[0] -= 1
+    return torch.stack([above, below]).view(2, height, width)
 
 
 def _augment(height: int, width: int, names: list[list[str]], narrow: bool = False) -> dict[str, tuple[Error, Error]]:
@@ -51,8 +56,8 @@ def _augment(height: int, width: int, names: list[list[str]], narrow: bool = Fal
     if narrow:
         low, high = torch.randint(256, (2, len(names), 1, 1, 3)).sort(0).values
         images = (low + images * (high - low + 1) // 256).byte()
-        for number, below in ((-4, False), (-3, True), (-2, False), (-1, True)):
-            images[number] = _grey_at_a_half(height, width, below)[..., None]
+        for first in (-4, -2):
+            images[[first, first + 1]] = _grey_at_a_half(height, width)[..., None]
     images = images.permute(0, 3, 1, 2)
     plan = torch.zeros(len(names), len(names[0]), ROW, dtype=torch.float64)
     for image, chosen in enumerate(names):
@@ -60,7 +65,7 @@ def _augment(height: int, width: int, names: list[list[str]], narrow: bool = Fal
             arguments = _ARGUMENTS.get(name, ())
             plan[image, layer, : 1 + len(arguments)] = torch.tensor([Operation[name], *arguments])
     given: dict[str, Any] = dict(
-        flips=torch.arange(len(names), dtype=torch.uint8) % 4, levels=torch.randn(3, 256), fill=(124, 116, 104)
+        flips=torch.arange(len(names), dtype=torch.uint8) // 2 % 4, levels=torch.randn(3, 256), fill=(124, 116, 104)
     )
     expected = ops.augment_reference(images, plan, **given)
     with use_backend("triton"), poisoned_memory():
