@@ -1,9 +1,17 @@
 """Global memory: the tensors that a launch was given, in place (PTX ISA 5.1.4).
 
-A tensor's storage occupies addresses of its own, far from every other's. Each access must lie on elements of a tensor that was
-passed, be aligned to its full width, and not meet another block's write: blocks of one launch cannot be ordered.
+A tensor's storage occupies addresses of its own, far from every other's. Every access is held to these rules, each a `Fault` when
+broken:
+
+- it lies on elements of a tensor that was passed, and is aligned to its full width;
+- two accesses to an element, one of them a write, are of one block: blocks of one launch cannot be ordered;
+- within the block they are ordered as in shared memory, by a barrier of the block, or within a warp by `bar.warp.sync` or by being
+  one thread's. Layouts with copies of a value let several threads store the same.
+
+A copy, with a tensor map or without one, accesses global memory where it is issued, for the threads that issue it.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -11,9 +19,9 @@ import torch
 from numpy import ndarray
 
 from fastdeit.testing.ptx.formats import UNSIGNED
+from fastdeit.testing.ptx.stamps import BLOCKS, NOBODY, merged, other_block, unordered
 
 SLOT = 38  # a storage begins at (its number + 1) << SLOT
-_NOBODY, _SEVERAL = 0, -1  # else a block's number + 1: memory of zeros costs nothing until it is written
 
 
 class _Storage:
@@ -26,9 +34,16 @@ class _Storage:
         self.views = {width: self.padded.view(UNSIGNED[width]) for width in UNSIGNED}
         self.covered = False  # every byte belongs to an element
         self.held = np.zeros(len(self.padded), bool)  # bytes of elements, where not all do
-        self.unit = tensor.element_size()  # of the tensors in it the smallest
-        self.writer = np.zeros(len(self.padded), np.int32)  # at the first byte of each unit
-        self.reader = np.zeros(len(self.padded), np.int32)
+        self.unit = 4  # bytes of a word, or of the smallest element if that is less: what has an order of its own
+
+    @functools.cached_property
+    def writers(self) -> ndarray:
+        """The stamp of the last write to each unit. Memory of zeros costs nothing until it is written."""
+        return np.zeros(-(-len(self.padded) // self.unit), np.int64)
+
+    @functools.cached_property
+    def readers(self) -> ndarray:
+        return np.zeros(len(self.writers), np.int64)
 
     def cover(self, tensor: torch.Tensor) -> None:
         self.unit = min(self.unit, tensor.element_size())
@@ -42,9 +57,15 @@ class _Storage:
         shape = (*tensor.shape, size)
         np.lib.stride_tricks.as_strided(self.held[start:], shape, strides)[...] = True
 
-    def units(self, first: ndarray, width: int) -> ndarray:
-        """The first bytes of the units that accesses of `width` bytes at `first` touch, shape (accesses, units of one)."""
-        return (first - first % self.unit)[:, None] + np.arange(0, width, self.unit)
+    def units(self, first: ndarray, nbytes: int) -> ndarray:
+        """The numbers of the units that accesses of `nbytes` at `first` touch, shape (accesses, units of one)."""
+        return (first // self.unit)[:, None] + np.arange(-(-nbytes // self.unit))
+
+    def holds(self, first: ndarray, values: ndarray) -> ndarray:
+        """Whether units hold already what stores of `values` (k, n) at `first` write, shape (k, units of one)."""
+        new = values.view(np.uint8)
+        same = self.padded[first[:, None] + np.arange(new.shape[1])] == new
+        return same.reshape(len(first), -1, min(self.unit, new.shape[1])).all(2)
 
     def write_back(self) -> None:
         if self.padded is not self.bytes:
@@ -71,38 +92,40 @@ class GlobalMemory:
         self._storages[number].cover(tensor)
         return (number + 1 << SLOT) + tensor.storage_offset() * tensor.element_size()
 
+    @property
+    def unit(self) -> int:
+        """Bytes of the smallest unit."""
+        return min(storage.unit for storage in self._storages)
+
     def write_back(self) -> None:
         """Ends a launch: storages whose size is no multiple of 8 bytes were copies."""
         for storage in self._storages:
             storage.write_back()
 
-    def load(self, blocks: ndarray, address: ndarray, width: int, count: int) -> list[ndarray]:
-        """`count` numbers of `width` bytes from each address; `blocks` are the accessing blocks' numbers in the grid."""
+    def load(self, stamps: ndarray, address: ndarray, width: int, count: int) -> list[ndarray]:
+        """`count` numbers of `width` bytes from each address, read by threads at these stamps."""
         parts = _by_storage(address)
         if len(parts) > 1:
             found = [np.empty(len(address), UNSIGNED[width]) for _ in range(count)]
             for part in parts:
-                for whole, numbers in zip(found, self.load(blocks[part], address[part], width, count), strict=True):
+                for whole, numbers in zip(found, self.load(stamps[part], address[part], width, count), strict=True):
                     whole[part] = numbers
             return found
         storage, first = self._locate(address, width, count)
         view, index = storage.views[width], first // width
-        found = []
-        for k in range(count):
-            self._note_read(storage, storage.units(first + k * width, width), blocks[:, None])
-            found.append(view[index + k])
-        return found
+        self._read(storage, storage.units(first, width * count), stamps[:, None])
+        return [view[index + k] for k in range(count)]
 
-    def store(self, blocks: ndarray, address: ndarray, width: int, values: list[ndarray]) -> None:
+    def store(self, stamps: ndarray, address: ndarray, width: int, values: list[ndarray]) -> None:
         parts = _by_storage(address)
         if len(parts) > 1:
             for part in parts:
-                self.store(blocks[part], address[part], width, [value[part] for value in values])
+                self.store(stamps[part], address[part], width, [value[part] for value in values])
             return
         storage, first = self._locate(address, width, len(values))
         view, index = storage.views[width], first // width
+        self._write(storage, first, stamps[:, None], np.stack(values, 1))
         for k, value in enumerate(values):
-            self._note_write(storage, storage.units(first + k * width, width), blocks[:, None])
             view[index + k] = value
             if (view[index + k] != value).any():
                 self.fault("global race", "two threads store different values at one address in one instruction")
@@ -114,26 +137,30 @@ class GlobalMemory:
             self.fault("global access outside the tensors", f"address {address:#x} belongs to none")
         return self._storages[number], address & (1 << SLOT) - 1
 
-    def _note_read(self, storage: _Storage, units: ndarray, blocks: ndarray) -> None:
-        writer = storage.writer[units]
-        blocks = (blocks + 1).astype(np.int32)
-        if ((writer != _NOBODY) & (writer != blocks)).any():
-            self.fault("global race", "reads what another block wrote")
-        before = storage.reader[units]
-        storage.reader[units] = blocks
-        several = (storage.reader[units] != blocks) | ((before != _NOBODY) & (before != blocks))
-        if several.any():
-            storage.reader[units[several]] = _SEVERAL
+    def _read(self, storage: _Storage, units: ndarray, stamps: ndarray) -> None:
+        writers = storage.writers[units]
+        if writers.any():
+            if other_block(writers, stamps).any():
+                self.fault("global race", "reads what another block wrote")
+            if unordered(writers, stamps).any():
+                self.fault("global race", "reads what another thread of the block wrote, without barrier")
+        _enter(storage.readers, units, stamps)
 
-    def _note_write(self, storage: _Storage, units: ndarray, blocks: ndarray) -> None:
-        blocks = (blocks + 1).astype(np.int32)
-        before = storage.writer[units]
-        storage.writer[units] = blocks
-        if ((before != _NOBODY) & (before != blocks)).any() or (storage.writer[units] != blocks).any():
+    def _write(self, storage: _Storage, first: ndarray, stamps: ndarray, values: ndarray) -> None:
+        units = storage.units(first, values.itemsize * values.shape[1])
+        before = storage.writers[units]
+        _enter(storage.writers, units, stamps)
+        if (storage.writers[units] == BLOCKS).any():
             self.fault("global race", "two blocks write one address")
-        reader = storage.reader[units]
-        if ((reader != _NOBODY) & (reader != blocks)).any():
-            self.fault("global race", "writes what another block read")
+        late = unordered(before, stamps)
+        if late.any() and (late & ~storage.holds(first, values)).any():
+            self.fault("global race", "writes another value than another thread of the block, without barrier")
+        readers = storage.readers[units]
+        if readers.any():
+            if other_block(readers, stamps).any():
+                self.fault("global race", "writes what another block read")
+            if unordered(readers, stamps).any():
+                self.fault("global race", "writes what another thread of the block read, without barrier")
 
     def _locate(self, address: ndarray, width: int, count: int) -> tuple[_Storage, ndarray]:
         storage, _ = self.storage_at(int(address[0]))
@@ -144,11 +171,25 @@ class GlobalMemory:
         if int(first.max()) + nbytes > len(storage.bytes):
             self.fault("global access outside the tensors", f"offset {first.max()} of {len(storage.bytes)} bytes")
         for k in range(0 if storage.covered else count):
-            units = storage.units(first + k * width, width)
+            units = storage.units(first + k * width, width) * storage.unit
             if not storage.held[units].all():
                 stray = units[~storage.held[units]]
                 self.fault("global access outside the tensors", f"offset {stray[0]} is no element of the tensor")
         return storage, first
+
+
+def _enter(table: ndarray, units: ndarray, stamps: ndarray) -> None:
+    """Enters accesses to units at stamps (k, 1) in a table of the last ones."""
+    before = table[units]
+    if (before == BLOCKS).all():  # as after a few loads of what every block reads: nothing can be added
+        return
+    table[units] = stamps
+    after = table[units]
+    several = (after != stamps) | (before != NOBODY) & (before != stamps)
+    if several.any():  # threads of this instruction, or with those of earlier ones
+        now = np.broadcast_to(stamps, units.shape)[several]
+        for last in (before, after):
+            np.maximum.at(table, units[several], merged(last[several], now))
 
 
 def _by_storage(address: ndarray) -> list[ndarray]:

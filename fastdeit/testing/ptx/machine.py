@@ -137,7 +137,7 @@ class Machine(Threads):
 
     def _start(self, blocks: ndarray) -> None:
         self.start_threads(blocks, self.grid, self._garbage)
-        self.shared = self.start_memory(len(blocks))
+        self.shared = self.start_memory(blocks)
         self.copies = self.start_groups(self.lane_count)  # cp.async
         self.bulk_copies = self.start_groups(self.lane_count)  # cp.async.bulk stores
         self.products = self.start_groups(self.lane_count // 128)  # wgmma
@@ -145,7 +145,7 @@ class Machine(Threads):
         self.matrix = warpgroup.MatrixRegisters(self)
         self.poll_failed = False
 
-    def start_memory(self, blocks: int, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
+    def start_memory(self, blocks: ndarray, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
         """Shared memory of the blocks that start."""
         return kind(blocks, self.threads, self.shared_bytes, lambda n: self._garbage(n, 4).copy(), self.fault)
 

@@ -95,7 +95,7 @@ def load(machine: "Machine", instruction: Instruction) -> Step:
         if shared:
             values = machine.shared.load(lanes, at, width, count)
         else:
-            values = machine.memory.load(machine.block[lanes], at, width, count)
+            values = machine.memory.load(machine.shared.stamps[lanes], at, width, count)
         for write, value in zip(writes, values, strict=True):
             write(machine.spread(value))
 
@@ -119,7 +119,7 @@ def store(machine: "Machine", instruction: Instruction) -> Step:
         if shared:
             machine.shared.store(lanes, at, width, values)
         else:
-            machine.memory.store(machine.block[lanes], at, width, values)
+            machine.memory.store(machine.shared.stamps[lanes], at, width, values)
 
     return step
 

@@ -91,11 +91,22 @@ KINDS: dict[str, tuple[str, Callable[[re.Match], str]]] = {
 }
 
 
-def mutants(ptx: str, executed: set[int], most: int, random: np.random.Generator) -> Iterator[Mutant]:
-    """At most so many of every kind, chosen at random from the lines that are executed."""
+def kinds_named(texts: Sequence[str]) -> list[str]:
+    """The kinds whose name contains one of these texts; all of them without any."""
+    return [kind for kind in KINDS if not texts or any(text in kind for text in texts)]
+
+
+def mutants(
+    ptx: str, executed: set[int], most: int, random: np.random.Generator, kinds: Sequence[str] = ()
+) -> Iterator[Mutant]:
+    """At most so many of every kind that `kinds` names, chosen at random from the lines that are executed."""
+    named = kinds_named(kinds)
     for kind, (pattern, change) in KINDS.items():
         found = [m for m in re.finditer(pattern, ptx, re.M) if ptx.count("\n", 0, m.start()) + 1 in executed]
-        for index in sorted(random.permutation(len(found))[:most]):
+        chosen = sorted(
+            random.permutation(len(found))[:most]
+        )  # drawn for every kind: the others' choice stays the same
+        for index in chosen if kind in named else ():
             match = found[index]
             line = ptx.count("\n", 0, match.start()) + 1
             mutated = ptx[: match.start()] + change(match) + ptx[match.end() :]
@@ -285,7 +296,7 @@ def run(
     most: int,
     seed: int,
     print_line: Callable[[str], None] = print,
-    kinds: str = "",
+    kinds: Sequence[str] = (),
     rest: list[Case] | None = None,
 ) -> Counter:
     """Makes mutants of every kernel that these cases launch, and runs each in all of its launches until one catches it.
@@ -297,7 +308,7 @@ def run(
         most: mutants of a kind and kernel.
         seed: of the choice among them.
         print_line: receives the report.
-        kinds: only those whose name contains this; a kind has the same mutants whichever others are left out.
+        kinds: only those whose name contains one of these; a kind has the same mutants whichever others are left out.
         rest: other cases, which may catch what is else a hole.
 
     Returns how often each (kind, outcome) happened: what caught it, or "redundant" with a proof, or "hole".
@@ -321,9 +332,7 @@ def run(
         for branch in branches_past(original[0].program, executed):
             print_line(f"sm_{arch} {variant.kernel.__name__}: the others are behind {branch}")
         found: Counter = Counter()
-        for mutant in mutants(ptx, executed, most, random):
-            if kinds not in mutant.kind:
-                continue
+        for mutant in mutants(ptx, executed, most, random, kinds):
             caught = next(
                 filter(None, (judge(s, mutant.text, arch, r) for s, r in zip(launches, runs, strict=True))), None
             )

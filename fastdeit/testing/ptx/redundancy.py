@@ -20,15 +20,15 @@ from fastdeit.testing.ptx.shared import SharedMemory
 
 
 class Touch(NamedTuple):
-    """Threads that access words of shared memory; a barrier of whole blocks, or a proxy fence (no words).
+    """Threads that access words of shared memory or elements of tensors; a barrier of whole blocks, or a proxy fence (no words).
 
-    kind: "generic", "asynchronous" or "mbarrier" of an access, else "barrier" or "fence".
+    kind: "generic", "asynchronous" or "mbarrier" of an access to shared memory, "global", "barrier" or "fence".
     """
 
     kind: str
     line: int
     lanes: ndarray  # (k,) threads
-    words: ndarray  # (k, n), numbered over all blocks that run together
+    words: ndarray  # (k, n), numbered over all blocks that run together; of "global" addresses, which no word has as its number
     writes: bool
     ends: bool  # completes an asynchronous access that was told of when it began
 
@@ -109,7 +109,7 @@ class Record(Machine):
         line: of the instruction whose values are remembered; 0 for none.
 
     Attributes:
-        touches: every access to shared memory, in order.
+        touches: every access to shared and global memory, in order; of tensor copies, the former alone.
         completions: (operation, line of the wait) -> threads or warpgroups for which it completed there.
         digest: of the values that the instruction in that line gave, or of the addresses to which it stored.
         times: that a thread executed it, its guard true.
@@ -133,7 +133,7 @@ class Record(Machine):
             elif instruction.opcode.startswith(("ld.shared", "ld.global", "ldmatrix")):
                 self._code[at] = self._watched(step, instruction, self.loaded), group
 
-    def start_memory(self, blocks: int, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
+    def start_memory(self, blocks: ndarray, kind: type[SharedMemory] = SharedMemory) -> SharedMemory:
         self.touches.append([])
         return super().start_memory(blocks, type("Recorded", (_Recorded,), {"record": self}))
 
@@ -152,6 +152,12 @@ class Record(Machine):
             self.accesses.update(np.ascontiguousarray(numbers).tobytes())
         if instruction.line == self._watched_line and instruction.opcode.startswith("st."):
             self.digest.update(np.ascontiguousarray(address).tobytes())
+        if (space or ("global" if ".global" in instruction.opcode else "shared")) == "global":
+            unit = self.memory.unit
+            elements = (address // unit)[:, None] * unit + np.arange(0, nbytes, unit)
+            self.touches[-1].append(
+                Touch("global", instruction.line, lanes, elements, instruction.opcode.startswith("st."), False)
+            )
 
     def tensor_copy(self, instruction: Instruction, nbytes: int) -> None:
         self.accesses.update(np.array([instruction.line, nbytes]).tobytes())
@@ -185,11 +191,11 @@ def _registers(operand: object) -> Iterator[Register]:
 
 
 def barrier_orders_nothing(original: Record, line: int) -> str | None:
-    """The accesses on its two sides do not conflict: no word is touched on both by different threads, one of them writing."""
+    """The accesses on its two sides do not conflict: nothing is touched on both by different threads, one of them writing."""
     for touches in original.touches:
         if touches and _conflicts(touches, line, original.threads):
             return None
-    return "redundant: no word is written on one side and touched by another thread on the other"
+    return "redundant: nothing is written on one side and touched by another thread on the other"
 
 
 def _conflicts(touches: list[Touch], line: int, threads: int) -> bool:
@@ -220,6 +226,7 @@ def _conflicts(touches: list[Touch], line: int, threads: int) -> bool:
     if not columns:
         return False
     group, word, thread, when, writes = (np.concatenate(column) for column in zip(*columns, strict=True))
+    _, word = np.unique(word, return_inverse=True)
     _, key = np.unique(group << 32 | word, return_inverse=True)  # words are numbered over all blocks
     count = int(key.max()) + 1
 
@@ -273,10 +280,14 @@ def completes_elsewhere(original: Record, mutant: Record) -> str | None:
     return f"redundant: what it waits for completes at the wait in line {where}, and is not touched before"
 
 
+def _of_shared_memory(touches: list[Touch]) -> Iterator[Touch]:
+    return (touch for touch in touches if touch.kind != "global")
+
+
 def memory_is_not_used_again(original: Record, line: int) -> str | None:
     for touches in original.touches:
         freed: set[int] = set()
-        for touch in touches:
+        for touch in _of_shared_memory(touches):
             words = set(touch.words.reshape(-1).tolist())
             if words & freed:
                 return None
@@ -293,7 +304,7 @@ def fence_orders_nothing(original: Record, line: int) -> str | None:
     for touches in original.touches:
         before: set[int] = set()
         ordered: set[int] = set()
-        for touch in touches:
+        for touch in _of_shared_memory(touches):
             words = set(touch.words.reshape(-1).tolist())
             if touch.kind == "fence" and touch.line == line:
                 ordered |= before
@@ -309,7 +320,7 @@ def fence_orders_nothing(original: Record, line: int) -> str | None:
 def copy_is_not_read(original: Record, line: int) -> str | None:
     for touches in original.touches:
         fresh: set[int] = set()  # words that the copy wrote, and nobody since
-        for touch in touches:
+        for touch in _of_shared_memory(touches):
             if touch.ends or not (fresh or touch.line == line):
                 continue
             words = set(touch.words.reshape(-1).tolist())

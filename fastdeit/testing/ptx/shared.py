@@ -10,8 +10,7 @@ Every access is held to these rules, each a `Fault` when broken:
 - the asynchronous proxy reads what generic stores wrote only behind `fence.proxy.async`;
 - what a tensor copy wrote is read only by threads that waited on its mbarrier, or behind a barrier after such a thread.
 
-A word is 4 bytes. Stamps order accesses: bits 40 and up count the block's barriers, bits 10 to 39 those of the warp, the lowest ten
-bits name the thread.
+A word is 4 bytes. Stamps order accesses (stamps.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,24 +19,29 @@ import numpy as np
 from numpy import ndarray
 
 from fastdeit.testing.ptx.formats import UNSIGNED
+from fastdeit.testing.ptx.stamps import (
+    THREAD,
+    WARP,
+    after_barrier,
+    after_warp_barrier,
+    first_stamps,
+    floor_of,
+    unordered,
+)
 
-EPOCH = 40  # position of the block's barrier count in a stamp
-STEP = np.int64(1 << 10)  # a stamp's warp barrier count
-_THREAD = np.int64(1023)
-_WARP = np.int64(0x3E0)
 _NEVER = np.int64(-1)
 
 
 class SharedMemory:
     """Args:
-    blocks, threads, nbytes: blocks that run together, threads of one and bytes of its allocation.
+    blocks, threads, nbytes: numbers of the blocks that run together, threads of one and bytes of its allocation.
     garbage: fills words with what unwritten memory holds.
     fault: called as fault(kind, detail) where a rule is broken; raises.
     """
 
     def __init__(
         self,
-        blocks: int,
+        blocks: ndarray,
         threads: int,
         nbytes: int,
         garbage: Callable[[int], ndarray],
@@ -45,15 +49,15 @@ class SharedMemory:
     ) -> None:
         self.nbytes, self.threads, self.fault = nbytes, threads, fault
         self.stride = -(-nbytes // 1024) * 256 + 32  # words from one block's memory to the next
-        total = blocks * self.stride
+        total = len(blocks) * self.stride
         self.words = garbage(total)
         self.views = {width: self.words.view(UNSIGNED[width]) for width in (1, 2, 4, 8)}
-        lane = np.arange(blocks * threads)
+        lane = np.arange(len(blocks) * threads)
         self.base = lane // threads * self.stride  # of each thread's block, in words
-        self.stamps = (lane % threads).astype(np.int64)  # the next access of each thread
-        self.floors = np.zeros(blocks * threads, np.int64)  # the lowest stamp since the block's last barrier
-        self.fenced = np.full(blocks * threads, _NEVER)  # clock of each thread's last proxy fence
-        self.acquired = np.zeros(blocks * threads, np.int64)  # the last tensor copy that each thread has waited for
+        self.stamps = first_stamps(blocks, threads)  # the next access of each thread
+        self.floors = floor_of(self.stamps)  # the lowest stamp since the block's last barrier
+        self.fenced = np.full(len(lane), _NEVER)  # clock of each thread's last proxy fence
+        self.acquired = np.zeros(len(lane), np.int64)  # the last tensor copy that each thread has waited for
         self.clock = np.int64(0)  # of generic writes and proxy fences
         self.written = np.zeros(total, np.uint8)  # a bit a byte
         self.filling = np.zeros(total, np.int16)  # asynchronous copies under way into the word
@@ -73,15 +77,15 @@ class SharedMemory:
     def barrier(self, active: ndarray | None) -> None:
         """bar.sync of whole blocks."""
         lanes = slice(None) if active is None else active
-        raised = (self.stamps[lanes] >> EPOCH) + 1 << EPOCH
-        self.floors[lanes] = raised
-        self.stamps[lanes] = raised | (self.stamps[lanes] & _THREAD)
+        self.stamps[lanes] = after_barrier(self.stamps[lanes])
+        self.floors[lanes] = floor_of(self.stamps[lanes])
         by_block = self.acquired.reshape(-1, self.threads)
         latest = np.broadcast_to(by_block.max(1, keepdims=True), by_block.shape).reshape(-1)
         self.acquired[lanes] = latest[lanes]
 
     def warp_barrier(self, active: ndarray | None) -> None:
-        self.stamps[slice(None) if active is None else active] += STEP
+        lanes = slice(None) if active is None else active
+        self.stamps[lanes] = after_warp_barrier(self.stamps[lanes])
 
     def fence(self, active: ndarray | None) -> None:
         """fence.proxy.async of the active threads."""
@@ -134,7 +138,7 @@ class SharedMemory:
         stamps, floors = self.stamps[lanes, None], self.floors[lanes, None]
         for last in self._written_by(words, mask):
             if (last >= floors).any():
-                self._require_order(last, stamps, floors, "read after write")
+                self._require_order(last, stamps, "read after write")
         if self.acquired.any() or self.copied.any():
             if (self.copied[words] > self.acquired[lanes, None]).any():
                 self.fault("shared race", "reads what a tensor copy wrote without having waited on its mbarrier")
@@ -145,7 +149,7 @@ class SharedMemory:
         several = (after != stamps) | ((before >= floors) & (before != stamps))
         if several.any():
             others = np.where(after != stamps, after, before)
-            same_warp = (others ^ stamps) & _WARP == 0
+            same_warp = (others ^ stamps) & WARP == 0
             marked = np.broadcast_to(floors, words.shape)
             here = several & same_warp
             self.read_by_lanes[words[here]] = marked[here]
@@ -173,10 +177,10 @@ class SharedMemory:
         others_add = self.added[words] >= floors  # then the order of this one and theirs does not matter
         last = np.where(others_add, _NEVER, self.write_stamp[words])
         if (last >= floors).any():
-            self._require_order(last, stamps, floors, "atomic after write")
+            self._require_order(last, stamps, "atomic after write")
         last = np.where(others_add, _NEVER, self.read_stamp[words])
         if (last >= floors).any():
-            self._require_order(last, stamps, floors, "atomic after read")
+            self._require_order(last, stamps, "atomic after read")
         order = np.argsort(words, kind="stable")
         sums = np.cumsum(values[order], dtype=np.uint32) - values[order]  # of the threads before
         starts = np.r_[True, np.diff(words[order]) != 0]
@@ -204,12 +208,12 @@ class SharedMemory:
         stamps, floors = self.stamps[lanes, None], self.floors[lanes, None]
         for last in self._written_by(words, mask):
             if (last >= floors).any():
-                self._require_order(np.where(unchanged(), _NEVER, last), stamps, floors, "write after write")
+                self._require_order(np.where(unchanged(), _NEVER, last), stamps, "write after write")
         last = self.read_stamp[words]
         if (last >= floors).any():
-            self._require_order(last, stamps, floors, "write after read")
+            self._require_order(last, stamps, "write after read")
             recent = last >= floors
-            same_step = (last & ~_THREAD) == (stamps & ~_THREAD)
+            same_step = (last & ~THREAD) == (stamps & ~THREAD)
             bad = recent & (self.read_by_warps[words] >= floors)
             bad |= recent & same_step & (self.read_by_lanes[words] >= floors)
             if bad.any():
@@ -235,10 +239,8 @@ class SharedMemory:
             here = np.broadcast_to(np.asarray(mask >> byte & 1, bool), words.shape)
             self.byte_stamps[words[here], byte] = stamps[here]
 
-    def _require_order(self, last: ndarray, stamps: ndarray, floors: ndarray, what: str) -> None:
-        differ = last ^ stamps
-        unordered = (differ & _WARP != 0) | ((last & ~_THREAD) == (stamps & ~_THREAD)) & (differ != 0)
-        if ((last >= floors) & unordered).any():
+    def _require_order(self, last: ndarray, stamps: ndarray, what: str) -> None:
+        if unordered(last, stamps).any():
             self.fault("shared race", f"{what} of another thread without barrier")
 
     def _why_unwritten(self, words: ndarray) -> None:
@@ -300,7 +302,7 @@ class SharedMemory:
 
     def _unfenced(self, words: ndarray, issuers: ndarray, stamps: ndarray, clocks: ndarray) -> bool:
         """Whether neither those who accessed words at these stamps and clocks, -1 for nobody, nor the issuers fenced since."""
-        accessors = words // self.stride * self.threads + np.where(clocks >= 0, stamps & _THREAD, 0)
+        accessors = words // self.stride * self.threads + np.where(clocks >= 0, stamps & THREAD, 0)
         covered = (self.fenced[accessors] > clocks) | (self.fenced[issuers].min(1)[:, None] > clocks)
         return bool(((clocks >= 0) & ~covered).any())
 

@@ -151,13 +151,13 @@ def _read_global(machine: "Machine", lanes: ndarray, address: ndarray, length: n
     full = length == _CHUNK
     who = np.broadcast_to(lanes[:, None], full.shape)[full]
     if full.any():
-        found = machine.memory.load(machine.block[who], address[full], 4, 4)
+        found = machine.memory.load(machine.shared.stamps[who], address[full], 4, 4)
         values[full] = np.stack(found, 1)
     part = (length > 0) & ~full
     if part.any():
         who = np.broadcast_to(lanes[:, None], part.shape)[part]
         words, held, owners = _rows(address[part][:, None], length[part][:, None], who)
-        (found,) = machine.memory.load(machine.block[owners], words, 4, 1)
+        (found,) = machine.memory.load(machine.shared.stamps[owners], words, 4, 1)
         partial = np.zeros(held.shape, np.uint32)
         partial[held] = found
         values[part] = partial[:, 0]
@@ -170,12 +170,12 @@ def _write_global(
     full = length == _CHUNK
     if full.any():
         who = np.broadcast_to(lanes[:, None], full.shape)[full]
-        machine.memory.store(machine.block[who], address[full], 4, list(values[full].T))
+        machine.memory.store(machine.shared.stamps[who], address[full], 4, list(values[full].T))
     part = (length > 0) & ~full
     if part.any():
         who = np.broadcast_to(lanes[:, None], part.shape)[part]
         words, held, owners = _rows(address[part][:, None], length[part][:, None], who)
-        machine.memory.store(machine.block[owners], words, 4, [values[part][:, None][held]])
+        machine.memory.store(machine.shared.stamps[owners], words, 4, [values[part][:, None][held]])
 
 
 def commit(machine: "Machine", instruction: Instruction) -> Step:

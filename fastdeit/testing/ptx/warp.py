@@ -148,7 +148,7 @@ def async_copy(machine: "Machine", instruction: Instruction) -> Step:
             address = of()[copied]
             if machine.observer:
                 machine.observer.access(instruction, lanes[copied], address, nbytes, space="global")
-            found = machine.memory.load(machine.block[lanes[copied]], address, 4, nbytes // 4)
+            found = machine.memory.load(machine.shared.stamps[lanes[copied]], address, 4, nbytes // 4)
             values[copied] = np.stack(found, 1)
         if machine.observer:
             machine.observer.access(instruction, lanes, at, nbytes, space="shared")

@@ -21,6 +21,12 @@ def _type_of(register: str) -> tuple:
 def program_of(
     body: str, inputs: Sequence[str], outputs: Sequence[str], threads: int, arch: int = 90, maps: int = 0
 ) -> Program:
+    return Program(text_of(body, inputs, outputs, threads, arch, maps))
+
+
+def text_of(
+    body: str, inputs: Sequence[str], outputs: Sequence[str], threads: int, arch: int = 90, maps: int = 0
+) -> str:
     """Each thread loads its element of every input, executes the body and stores its element of every output."""
     parameters = [f"\t.param .u64 p{i}" for i in range(len(inputs) + len(outputs))]
     parameters = ",\n".join([*parameters, *(f"\t.param .align 64 .b8 map{i}[128]" for i in range(maps))])
@@ -36,7 +42,7 @@ def program_of(
             lines += [f"\tselp.b32 \t%flag, 1, 0, {register};", f"\tst.global.b32 \t[%a{i}], %flag;"]
         else:
             lines.append(f"\tst.global.{_type_of(register)[1]} \t[%a{i}], {register};")
-    return Program(
+    return (
         f".version 8.7\n.target sm_{arch}a\n.address_size 64\n.extern .shared .align 16 .b8 global_smem[];\n"
         f".visible .entry test(\n{parameters}\n)\n.reqntid {threads}\n{{\n"
         "\t.reg .pred \t%p<40>;\n\t.reg .b16 \t%rs<40>;\n\t.reg .b32 \t%r<400>;\n\t.reg .b64 \t%rd<40>;\n"

@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from fastdeit.testing.ptx import mutations, redundancy
 from fastdeit.testing.ptx.cases import Case
+from fastdeit.testing.ptx.compiler import Variant
+from fastdeit.testing.ptx.harness import storage_of
 from fastdeit.testing.ptx.machine import Fault
-from fastdeit.testing.ptx.mutations import KINDS, mutants, table
+from fastdeit.testing.ptx.mutations import KINDS, Launch, mutants, table
 from fastdeit.testing.ptx.redundancy import Record, Touch
 from fastdeit.testing.ptx.selections import Replaced
-from tests.testing.ptx.conftest import program_of
+from tests.testing.ptx.conftest import program_of, text_of
 
 LANES = np.arange(64, dtype=np.uint32)
 
@@ -39,9 +42,19 @@ def recorded(execute):
 OWN = "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\n{}\nxor.b32 %r31, %r30, {};\nld.shared.b32 %r2, [%r31];\n{}"
 
 
+GLOBAL = """ld.param.u64 %rd1, [p0];
+    xor.b32 %r30, %tid, {};
+    mad.wide.u32 %rd2, %r30, 4, %rd1;
+    st.global.b32 [%a0], %r1;
+    bar.sync 0;
+    ld.global.b32 %r2, [%rd2];"""
+
+
 @pytest.mark.parametrize(
     "body, proved",
     [
+        (GLOBAL.format(0), True),  # of each thread's own element
+        (GLOBAL.format(32), False),
         (OWN.format("bar.sync 0;", 0, ""), True),  # each thread reads its own word
         (OWN.format("bar.sync 0;", 128, ""), False),
         (OWN.format("bar.sync 0;\nbar.sync 0;", 128, ""), True),  # the second of two
@@ -53,6 +66,26 @@ OWN = "shl.b32 %r30, %tid, 2;\nst.shared.b32 [%r30], %r1;\n{}\nxor.b32 %r31, %r3
 def test_a_barrier_orders_accesses_of_two_threads_or_nothing(recorded, body, proved):
     record, line = recorded(body, "bar.sync")
     assert bool(redundancy.barrier_orders_nothing(record, line)) == proved
+
+
+@pytest.mark.parametrize("barriers, proved", [(0, False), (1, True), (64, True)])
+def test_other_barriers_order_what_one_stands_between(barriers, proved):
+    """Addresses of tensors begin at 1 << 38."""
+    both, place = np.array([0, 1]), np.array([[1 << 38]])
+
+    def touch(kind, line, lanes, words):
+        return Touch(kind, line, lanes, words, kind == "global", False)
+
+    def barrier(line):
+        return touch("barrier", line, both, np.zeros((2, 0), np.int64))
+
+    touches = [
+        touch("global", 1, both[:1], place),
+        barrier(9),
+        *[barrier(5)] * barriers,
+        touch("global", 2, both[1:], place),
+    ]
+    assert bool(redundancy.barrier_orders_nothing(SimpleNamespace(touches=[touches], threads=2), 9)) == proved
 
 
 COPIES = """shl.b32 %r30, %tid, 2;
@@ -228,6 +261,7 @@ def test_an_invalidation_is_redundant_where_its_bytes_are_not_used_again(recorde
 @pytest.mark.parametrize("at, unread", [(512, True), (0, False)])
 def test_a_copy_is_redundant_where_nothing_reads_it(recorded, at, unread):
     body = COPIES.format("", "") + f"\nst.shared.b32 [%r30+512], %r1;\nld.shared.b32 %r2, [%r30+{at}];"
+    body += "\nld.global.b32 %r3, [%a0];"  # its source is no copy
     record, line = recorded(body, "cp.async.ca")
     assert bool(redundancy.copy_is_not_read(record, line)) == unread
 
@@ -295,6 +329,76 @@ def test_another_lane_is_one_that_a_butterfly_reads_twice():
     text = "\tshfl.sync.bfly.b32 \t%r42, %r41, 8, 31, -1;"
     (mutant,) = mutants(text, {1}, 1, np.random.default_rng(0))
     assert mutant.text == text.replace(" 8,", " 16,")
+
+
+TEXT = "\n".join(["\tbar.sync \t0;", "\tsetp.lt.s32 \t%p8, %r91, %r63;", "\tcp.async.wait_group \t1;"] * 20)
+
+
+def variant_of(name):
+    """What a kernel of this name compiles to."""
+    return Variant(type("Kernel", (), {"__name__": name})(), (), frozenset(), 4, 1)
+
+
+def chosen(seed=0, kinds=(), kernel="layer_norm_forward"):
+    """(kind, line) of the mutants of a kernel with this text that `run` plants."""
+    found = []
+    variant = variant_of(kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mutations, "launches_of", lambda case, arch: [SimpleNamespace(variant=variant)])
+        patch.setattr(mutations, "compile_to_ptx", lambda variant, arch: (TEXT, 0, []))
+        patch.setattr(
+            mutations, "_compiled", lambda launch, text, arch: SimpleNamespace(program=SimpleNamespace(instructions=[]))
+        )
+        patch.setattr(mutations, "_run", lambda launch, compiled, schedule: SimpleNamespace(lines=set(range(1, 61))))
+        patch.setattr(mutations, "branches_past", lambda program, executed: [])
+        patch.setattr(mutations, "judge", lambda launch, mutant, arch, original: "shared race")
+        make = mutations.mutants
+
+        def noted(*args):
+            for mutant in make(*args):
+                found.append((mutant.kind, mutant.line))
+                yield mutant
+
+        patch.setattr(mutations, "mutants", noted)
+        outcomes = mutations.run([Case("a", None)], 90, 3, seed, print_line=lambda line: None, kinds=kinds)
+    assert outcomes == Counter((kind, "shared race") for kind, _ in found)
+    return found
+
+
+def test_a_kind_has_the_same_mutants_whichever_others_are_left_out():
+    every = chosen()
+    assert Counter(kind for kind, _ in every) == Counter(
+        dict.fromkeys(
+            [
+                "bar.sync dropped",
+                "cp.async.wait_group dropped",
+                "cp.async.wait_group weakened",
+                "mask widened",
+                "mask dropped",
+            ],
+            3,
+        )
+    )
+    for texts in (["mask"], ["widened"], ["dropped"], ["mask d", "wait_group w"], ["bar.sync"]):
+        assert chosen(kinds=texts) == [pair for pair in every if any(text in pair[0] for text in texts)]
+
+
+def test_a_seed_fixes_the_choice_of_mutants_in_each_kernel():
+    assert chosen(seed=0) == chosen(seed=0)
+    others = [chosen(seed=1), chosen(seed=2), chosen(kernel="layer_norm_backward")]
+    assert all(other != chosen(seed=0) for other in others) and others[0] != others[1]
+    assert all(Counter(k for k, _ in other) == Counter(k for k, _ in chosen(seed=0)) for other in others)
+
+
+@pytest.mark.parametrize("other, outcome", [(0, "redundant"), (1, "global race"), (32, "global race")])
+def test_a_barrier_that_orders_accesses_to_global_memory_alone_is_missed(monkeypatch, other, outcome):
+    text, x = text_of(GLOBAL.format(other), ["%r1"], ["%r2"], 64), torch.arange(64, dtype=torch.int32)
+    args = (x, torch.zeros(64, dtype=torch.int32))
+    launch = Launch(variant_of("exchange"), (1,), args, [storage_of(a).clone() for a in args])
+    monkeypatch.setattr(mutations, "launches_of", lambda case, arch: [launch])
+    monkeypatch.setattr(mutations, "compile_to_ptx", lambda variant, arch: (text, 0, []))
+    found = mutations.run([Case("a", None)], 90, 1, 0, print_line=lambda line: None, kinds=["bar.sync"])
+    assert found == Counter({("bar.sync dropped", outcome): 1})
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def test_vectors_of_global_memory(execute, count):
     body = f"""and.b32 %r20, %tid, {count - 1};
         setp.eq.b32 %p1, %r20, 0;
         @%p1 ld.global.v{count}.b32 {{{", ".join(registers)}}}, [%a0];
+        bar.sync 0;
         @%p1 st.global.v{count}.b32 [%a0], {{{", ".join(reversed(registers))}}};
+        bar.sync 0;
         ld.global.b32 %r2, [%a0];"""
     (found,) = execute(body, {"%r1": LANES + 9}, ["%r2"], threads=64)
     assert (found == (LANES ^ (count - 1)) + 9).all()
@@ -204,100 +206,6 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_a_kept_rule_is_none(execute, name, schedule):
     execute(KEPT[name], {"%r1": LANES, "%rs1": LANES.astype(np.uint16)}, threads=64, shared=256, schedule=schedule)
-
-
-def global_copy(change):
-    return f"""setp.lt.u32 %p1, %tid, 32;
-        add.s64 %rd2, %a1, {change};
-        ld.global.b32 %r3, [%a0];
-        @%p1 st.global.b32 [%rd2], %r3;"""
-
-
-@pytest.mark.parametrize(
-    "change, message", [(4096, "outside the tensors"), (2, "misaligned global access"), (1 << 38, "outside the")]
-)
-def test_global_accesses_stay_on_the_tensor(execute, change, message):
-    with pytest.raises(Fault, match=message):
-        execute(global_copy(change), {"%r1": LANES}, ["%r2"], threads=64)
-
-
-def test_one_instruction_may_access_several_tensors(execute):
-    body = """setp.lt.u32 %p1, %tid, 16;
-        selp.b64 %rd2, %a0, %a1, %p1;
-        ld.global.b32 %r5, [%rd2];
-        add.s32 %r5, %r5, 1000;
-        st.global.b32 [%rd2], %r5;
-        ld.global.b32 %r6, [%rd2];"""
-    (found,) = execute(body, {"%r1": LANES, "%r2": LANES + 100}, ["%r6"], threads=64)
-    np.testing.assert_array_equal(found, 1000 + LANES + 100 * (np.arange(64) >= 16))
-
-
-def test_blocks_do_not_write_one_address(execute):
-    execute("mov.b32 %r2, 1;", {"%r1": LANES}, [], threads=64, blocks=2)
-    with pytest.raises(Fault, match="two blocks write one address"):
-        execute("mov.b32 %r2, 1;", {"%r1": LANES}, ["%r2"], threads=64, blocks=2)
-
-
-def test_blocks_do_not_read_what_another_wrote(execute):
-    body = "mov.u32 %r5, %ctaid.x;\nsetp.eq.b32 %p1, %r5, 0;\n@%p1 st.global.b32 [%a1], %r1;\n@!%p1 ld.global.b32 %r6, [%a1];"
-    with pytest.raises(Fault, match=r"reads what another block wrote|writes what another block read"):
-        execute(body + "\n@%p1 mov.b32 %r2, 0;", {"%r1": LANES, "%r7": LANES}, [], threads=64, blocks=2)
-
-
-@pytest.fixture
-def halves():
-    """Memory with 8 numbers of 16 bits, and accesses of a block at a byte: block, offset, width."""
-
-    def fault(kind, detail):
-        raise Fault(kind, detail, None)
-
-    memory, tensor = GlobalMemory(fault), torch.arange(8, dtype=torch.int16)
-    base = memory.add(tensor)
-
-    def load(block, offset, width):
-        return int(memory.load(np.array([block]), np.array([base + offset]), width, 1)[0][0])
-
-    def store(block, offset, width):
-        memory.store(np.array([block]), np.array([base + offset]), width, [np.zeros(1, f"u{width}")])
-
-    return load, store
-
-
-@pytest.mark.parametrize("offset, width", [(2, 2), (0, 2), (0, 4), (0, 8)])
-def test_blocks_do_not_access_parts_of_what_another_wrote(halves, offset, width):
-    load, store = halves
-    store(0, 0, 4)
-    for access, message in ((load, "reads what another block wrote"), (store, "two blocks write one address")):
-        with pytest.raises(Fault, match=message):
-            access(1, offset, width)
-
-
-@pytest.mark.parametrize("offset, width", [(2, 2), (0, 4), (0, 8)])
-def test_blocks_do_not_write_parts_of_what_another_read(halves, offset, width):
-    load, store = halves
-    load(0, 0, 8)
-    with pytest.raises(Fault, match="writes what another block read"):
-        store(1, offset, width)
-
-
-def test_blocks_may_write_neighbours(halves):
-    load, store = halves
-    store(0, 0, 4)
-    store(1, 4, 2)
-    store(2, 6, 2)
-    assert load(0, 0, 4) == load(1, 4, 2) == load(2, 6, 2) == 0
-    assert load(3, 8, 8) == 0x0007_0006_0005_0004
-
-
-def test_every_element_of_an_access_belongs_to_a_tensor():
-    def fault(kind, detail):
-        raise Fault(kind, detail, None)
-
-    memory = GlobalMemory(fault)
-    base = memory.add(torch.zeros(8, dtype=torch.int16)[::2])
-    assert memory.load(np.array([0]), np.array([base + 4]), 2, 1)[0] == 0
-    with pytest.raises(Fault, match="offset 2 is no element"):
-        memory.load(np.array([0]), np.array([base]), 4, 1)
 
 
 def test_an_unwritten_register_holds_other_garbage_on_each_schedule(execute):
