@@ -107,6 +107,10 @@ class AutomaticGraph:
     def captured(self) -> bool:
         return self._graph is not None
 
+    def leave_out(self, reason: str) -> None:
+        """There will be no graph."""
+        self._decided, self.state = True, f"launched: {reason}"
+
     def drop(self) -> None:
         """Gives the memory back. After more and more calls there may be another graph."""
         self._graph, self._decided, self.state = None, False, "launched"

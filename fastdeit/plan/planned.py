@@ -36,7 +36,7 @@ from fastdeit.plan.training import Attempt, Output, TrainingPlan
 from fastdeit.plan.workspace import lifetimes, packed
 
 MOST_KEYS = 16  # of a model, the last used
-MOST_ATTEMPTS = 2  # at a recording with gradients, until a backward pass follows
+MOST_ATTEMPTS = 2  # at a recording with gradients, until a backward pass follows that can be recorded
 SEEN = "called once"
 _needs_gradient = attrgetter("requires_grad")
 
@@ -68,6 +68,8 @@ class Plan:
         self._make = functools.partial(_in_one_workspace, tape.events, given, out, self._device)
         self.still_holds = Reads(tape.events, parameters).still_hold
         self.graph = AutomaticGraph()
+        if any(size > 1 and not stride for size, stride in zip(x.shape, x.stride(), strict=True)):  # expanded images
+            self.graph.leave_out("the images share memory, to which nothing can be copied")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.graph.run(self, x)
@@ -165,8 +167,9 @@ class Plans:
         if (reason := why_not_recorded(self.parameters)) is not None:
             self.put(key, reason)
             return None
-        attempt = Attempt(spans, self._tensors, self.gathered, lambda plan: self._finish(key, plan))
-        self.put(key, weakref.ref(attempt))
+        attempt = Attempt(spans, self._tensors, self.gathered, lambda plan: self._finish(key, reference, plan))
+        reference = weakref.ref(attempt)
+        self.put(key, reference)
         return attempt(x)
 
     def rehearse(self, key: tuple, spans: Sequence[Span], x: Tensor) -> None:
@@ -182,14 +185,18 @@ class Plans:
                 with torch.autocast("cuda", enabled=False):
                     torch.autograd.grad(ends, wanted, zeros, allow_unused=True)
 
-    def _finish(self, key: tuple, plan: TrainingPlan | str) -> None:
-        if isinstance(self.entries.get(key), weakref.ref):
+    def _finish(self, key: tuple, attempt: weakref.ref, plan: TrainingPlan | str | None) -> None:
+        if self.entries.get(key) is not attempt:
+            return
+        if plan is None:
+            self._seen_again(key, "backward passes fail, or find other data in parameters than forward")
+        else:
             self.put(key, plan)
 
-    def _seen_again(self, key: tuple) -> str:
-        """The entry after a recording that no backward pass has followed: record again, or the reason to stop trying."""
+    def _seen_again(self, key: tuple, reason: str = "no backward pass follows") -> str:
+        """The entry after a recording that came to nothing: record again, or the reason to stop trying."""
         self._attempts[key] = self._attempts.get(key, 0) + 1
-        entry = SEEN if self._attempts[key] < MOST_ATTEMPTS else "no backward pass follows"
+        entry = SEEN if self._attempts[key] < MOST_ATTEMPTS else reason
         self.put(key, entry)
         return entry
 

@@ -25,8 +25,7 @@ class Reads:
     def __init__(self, events: Sequence[Launch | Operation], tensors: Sequence[Tensor]) -> None:
         read = {buffer.address for event in events for buffer in event.buffers}
         self.parameters = [p for p in tensors if p.untyped_storage().data_ptr() in read]
-        self._addresses = list(map(Tensor.data_ptr, self.parameters))
-        self._found, self._guard = _facts(self.parameters), None
+        (self._addresses, *self._found), self._guard = places(self.parameters), None
         launches = [event.made.kernel for event in events if isinstance(event, Launch)]
         self._kernels = list({id(kernel): kernel for kernel in launches}.values())
 
@@ -51,14 +50,19 @@ class Reads:
 
     def changed(self) -> list[Tensor]:
         """The parameters whose address or facts are others."""
-        now = zip(map(Tensor.data_ptr, self.parameters), *_facts(self.parameters), strict=True)
+        now = zip(*places(self.parameters), strict=True)
         before = zip(self._addresses, *self._found, strict=True)
         return [each for each, old, new in zip(self.parameters, before, now, strict=True) if old != new]
 
 
-def _facts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
-    """The facts that assigning to `data` may change besides the address."""
-    return tuple(list(map(fact, tensors)) for fact in _FACTS)
+def places(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Addresses and facts: all that assigning to `data` may change."""
+    return list(map(Tensor.data_ptr, tensors)), *_facts(tensors)
+
+
+def _facts(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """What assigning to `data` may change besides the address."""
+    return [list(map(fact, tensors)) for fact in _FACTS]
 
 
 def _guard(tensors: list[Tensor]) -> Any:

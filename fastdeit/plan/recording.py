@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 from fastdeit.blocks.spans import Span
 from fastdeit.ops.first_derivative import first_derivative_only
 from fastdeit.plan.code import Unsupported, why_not_gradients, why_not_output
-from fastdeit.plan.span import SpanPlan, received_gradients
+from fastdeit.plan.span import SpanPlan, only_reached, received_gradients
 from fastdeit.plan.surroundings import nothing_called
 from fastdeit.plan.tape import Buffer, Tape, View
 
@@ -30,12 +30,14 @@ class Recording:
     Args:
         span: of the model.
         read: all tensors that it may read beside what it is given.
-        finish: called with the plan, or with the reason why there is none, once that is known.
+        finish: called with the plan, or with the reason why there is none, once that is known; with None after a backward pass that
+            failed.
     """
 
-    def __init__(self, span: Span, read: Sequence[Tensor], finish: Callable[["SpanPlan | str"], None]) -> None:
+    def __init__(self, span: Span, read: Sequence[Tensor], finish: Callable[["SpanPlan | str | None"], None]) -> None:
         self._span, self._read, self._finish = span, read, finish
-        self._parameters = [parameter for parameter in span.parameters if parameter.requires_grad]
+        # Each once, also one that several blocks share: its gradient is the sum over all that the span does with it.
+        self._parameters = list({id(p): p for p in span.parameters if p.requires_grad}.values())
         self._finished = False  # whether the first backward pass is over
 
     def __call__(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -61,6 +63,7 @@ class Recording:
         self._layouts = [(t.shape, t.dtype) if t is not None and t.requires_grad else None for t in outputs]
         self._starts = [get_gradient_edge(t) for t in outputs if t is not None and t.requires_grad]
         self._ends = [get_gradient_edge(t) if t is not None and t.requires_grad else None for t in given]
+        self._reached = self._reached_from(outputs)
         if not self._starts:
             self._end([], ())
         return tuple(t if t is None else t.detach() for t in outputs)
@@ -69,7 +72,7 @@ class Recording:
         """The outputs that have no gradient."""
         return [t for t, layout in zip(outputs, self._layouts, strict=True) if layout is None and t is not None]
 
-    def backward(self, gradients: _Tensors) -> list[Tensor | None]:
+    def backward(self, gradients: _Tensors) -> _Tensors:
         received = [t for t in received_gradients(gradients, self._layouts, self._device) if t is not None]
         learned = [*self._ends, *self._parameters]
         wanted: Any = [each for each in learned if each is not None]
@@ -82,13 +85,27 @@ class Recording:
                 received[i] = gradient.clone() if gradient.data_ptr() in known else gradient
                 known.add(received[i].data_ptr())
             buffers = self._tape.receive(received)
-            with nothing_called(self._tape), self._tape:
-                made = torch.autograd.grad(self._starts, wanted, received, **options)
+            try:
+                with nothing_called(self._tape), self._tape:
+                    made = torch.autograd.grad(self._starts, wanted, received, **options)
+            except BaseException:  # another one may follow, if the graph is retained
+                self._finished = True
+                self._finish(None)
+                raise
             self._end(buffers, made)
         if not options["retain_graph"]:
             self._starts, self._ends = [], []
         each = iter(made)
-        return [end if end is None else next(each) for end in learned]
+        return only_reached([end if end is None else next(each) for end in learned], gradients, self._reached)
+
+    def _reached_from(self, outputs: _Tensors) -> list[set[int]] | None:
+        """For each output the places, among inputs and parameters, of those that it was computed from; None where one output has a
+        gradient, which then comes."""
+        if len(self._starts) < 2:
+            return None
+        ends: list[Any] = [*self._ends, *map(get_gradient_edge, self._parameters)]
+        places = {end.node: place for place, end in enumerate(ends) if end is not None}
+        return [set() if t is None or t.grad_fn is None else _places_behind(t.grad_fn, places) for t in outputs]
 
     def _given_of(self, tensors: _Tensors) -> _Tensors:
         return tensors[: len(tensors) - len(self._parameters)]
@@ -109,14 +126,37 @@ class Recording:
         reason = tape.refused or self._refused or why_not_gradients(views, made)
         if reason is None:
             events = tape.events[: self._events], tape.events[self._events :]
+            of_plan = [at for at, g in enumerate((*of_inputs, *of_parameters)) if g is not None or at < len(of_inputs)]
+            reached = self._reached and [
+                {new for new, at in enumerate(of_plan) if at in each} for each in self._reached
+            ]
             try:
                 plan = SpanPlan(
-                    *events, self._given, self._results, gradients, views, learned, self._read, self._device
+                    *events,
+                    self._given,
+                    self._results,
+                    gradients,
+                    views,
+                    learned,
+                    reached,
+                    self._read,
+                    self._device,
                 )
             except Unsupported as unsupported:
                 reason = str(unsupported)
         self._finish(reason or plan)
         del self._tape
+
+
+def _places_behind(node: Any, places: dict[Any, int]) -> set[int]:
+    """Which of these nodes, by their places, a gradient at a node comes to."""
+    seen, found = {node}, [node]
+    while found:
+        for behind, _ in found.pop().next_functions:
+            if behind is not None and behind not in seen:
+                seen.add(behind)
+                found.append(behind)
+    return {places[each] for each in seen & places.keys()}
 
 
 def _why_not_outputs(views: Sequence[View | None], tensors: _Tensors) -> str | None:

@@ -37,6 +37,8 @@ class SpanPlan:
         gradients: buffers of the results' that backward is given; None for a result that has none.
         made: backward's: gradients of what is given and of the parameters.
         learned: those parameters.
+        reached: for each result the places, among what is given and the parameters, of those that its gradient comes to; None where
+            only one result has a gradient.
         read: all tensors that the events may read beside what is given.
 
     Attributes:
@@ -55,10 +57,11 @@ class SpanPlan:
         gradients: Sequence[Buffer | None],
         made: Sequence[View | None],
         learned: Sequence[Tensor],
+        reached: list[set[int]] | None,
         read: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        self.learned, self.device = tuple(learned), device
+        self.learned, self.reached, self.device = tuple(learned), reached, device
         self.layouts = [
             None if buffer is None or view is None else (view.shape, view.dtype)
             for buffer, view in zip(gradients, results, strict=True)
@@ -291,11 +294,25 @@ class _Planned(torch.autograd.Function):
         made = plan.backward(workspaces, received + read)
         if not _keeps_graph():
             ctx.storages = None
-        return None, None, *made
+        return None, None, *only_reached(made, gradients, plan.reached)
 
 
 # What `Function.apply` calls once it has looked at each of its arguments; the parameters are those of the recording.
 _apply: Any = super(torch.autograd.Function, _Planned).apply
+
+
+def only_reached(made: _Tensors, gradients: _Tensors, reached: list[set[int]] | None) -> _Tensors:
+    """Gradients, without those that come from outputs alone which have none: PyTorch's optimizers skip a parameter without one.
+
+    Args:
+        made: of inputs and parameters.
+        gradients: of the outputs. In the place of one that is missing, `made` was computed from zeros.
+        reached: as `SpanPlan` has it.
+    """
+    if reached is None or not any(g is None and places for g, places in zip(gradients, reached, strict=True)):
+        return made
+    found = set().union(*(places for g, places in zip(gradients, reached, strict=True) if g is not None))
+    return [gradient if place in found else None for place, gradient in enumerate(made)]
 
 
 def received_gradients(

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor
 
 from fastdeit.blocks.spans import Span
-from fastdeit.plan.reads import Reads
+from fastdeit.plan.reads import Reads, places
 from fastdeit.plan.recording import NotFused, Recording
 from fastdeit.plan.span import SpanPlan
 
@@ -55,7 +55,8 @@ class Attempt:
         spans: of the call.
         read: all tensors that they may read beside their inputs, but for
         gathered: parameters whose memory is other at each call. With some there is one span.
-        finish: called with the plan, or with the reason why there is none, once that is known.
+        finish: called with the plan, or with the reason why there is none, once that is known; with None where the recording says
+            nothing about other calls.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Attempt:
         spans: Sequence[Span],
         read: Sequence[Tensor],
         gathered: Sequence[Tensor],
-        finish: Callable[[TrainingPlan | str], None],
+        finish: Callable[[TrainingPlan | str | None], None],
     ) -> None:
         self._spans, self._read, self._gathered, self._finish = spans, read, gathered, finish
+        self._places = places(read)
         self._plans: list[SpanPlan | None] = [None] * len(spans)
 
     def __call__(self, x: Tensor) -> Output | None:
@@ -79,8 +81,10 @@ class Attempt:
             return None
         return _output(tensors)
 
-    def _found(self, index: int, plan: SpanPlan | str) -> None:
-        if isinstance(plan, str):
+    def _found(self, index: int, plan: SpanPlan | str | None) -> None:
+        if places(self._read) != self._places:  # what was recorded reads the data that a parameter had then
+            plan = None
+        if plan is None or isinstance(plan, str):
             self._finish(plan)
             return
         self._plans[index] = plan

@@ -164,6 +164,18 @@ def test_the_graph_that_was_not_used_for_longest_gives_way(model):
 
 
 @pytest.mark.fake_device
+def test_expanded_images_are_launched(model):
+    x = images(1).expand(3, -1, -1, -1)
+    for _ in range(2 * CALLS):
+        assert not is_replayed(model, x)
+    assert described(model) == [
+        "3 x 3 x 64 x 64 bfloat16: planned, launched: the images share memory, to which nothing can be copied"
+    ]
+    capture(model, x.contiguous())
+    assert is_replayed(model, x.contiguous())
+
+
+@pytest.mark.fake_device
 def test_a_call_that_the_device_bounds_is_launched(model, monkeypatch):
     monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda start, end: 1e4)
     for _ in range(2 * CALLS):

@@ -16,7 +16,7 @@ from fastdeit.plan import span as span_plans
 from fastdeit.plan.planned import described
 from fastdeit.plan.training import TrainingPlan
 from fastdeit.testing import fake_cuda
-from tests.plan.changes import CHANGES
+from tests.plan.changes import CHANGES, replaced_data, transposed_data
 from tests.plan.events import (
     KINDS,
     WithoutPlans,
@@ -493,3 +493,86 @@ def test_a_dispatch_mode_around_the_backward_pass_sees_the_products_of_the_plan(
     with Sees():
         found = recorded(loss.backward)
     assert of_parameters(found, model) == of_parameters(expected, model) and "aten::mm" in seen
+
+
+def own_work(events, model):
+    """Kernels and products, without what autograd launches for gradients."""
+    return [event for event in of_parameters(events, model) if event.kind in ("triton_launch", "gemm")]
+
+
+def test_a_loss_of_one_output_leaves_parameters_of_the_other_without_gradients(monkeypatch):
+    def gradients(which):
+        model.zero_grad()
+        with precision(torch.bfloat16):
+            model(x)[which].sum().backward()
+        return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    model = build().train()
+    model.set_distilled_training()
+    x, expected = images(model), []
+    for which in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(planning, "why_not_plannable", lambda _: "a test")
+            expected.append(gradients(which))
+    assert "head_dist.weight" not in expected[0] and "head.weight" not in expected[1]
+    gradients(0)
+    assert gradients(0) == expected[0]  # recorded
+    only_plan(model)
+    assert [gradients(which) for which in (0, 1)] == expected
+    step(model, x, torch.bfloat16)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_parameters_that_blocks_share_have_one_gradient(monkeypatch):
+    model = build().train()
+    model.blocks[1].norm1.weight = model.blocks[0].norm1.weight
+    model.blocks[1].mlp = model.blocks[0].mlp
+    x = images(model)
+    steps = [recorded(lambda: step(model, x, torch.bfloat16)) for _ in range(3)]
+    only_plan(model)
+    ops = of_parameters(unplanned(monkeypatch, lambda: step(model, x, torch.bfloat16)), model)
+    assert sum("CUDAFunctor_add" in event.name for event in ops) >= 5  # of the gradients of shared parameters
+    assert [unmerged(of_parameters(events, model), ops) for events in steps[1:]] == [ops] * 2
+
+
+@pytest.mark.parametrize("change", [replaced_data, transposed_data])
+def test_a_weight_that_gets_other_data_before_the_recorded_backward_pass_is_read_at_the_next_step(change, monkeypatch):
+    model = build().train()
+    x, weight = images(model), model.blocks[1].attn.proj.weight
+    twin = copy.deepcopy(model)
+    change(twin.blocks[1].attn.proj.weight)
+    step(twin, x, torch.bfloat16)  # compiles kernels
+    step(model, x, torch.bfloat16)
+    with precision(torch.bfloat16):
+        loss = sum(output.sum() for output in model(x))
+    change(weight)
+    loss.backward()
+    del loss
+    assert plans(model) == ["called once"]
+    events = [recorded(lambda: step(model, x, torch.bfloat16)) for _ in range(3)]
+    only_plan(model)
+    ops = own_work(unplanned(monkeypatch, lambda: step(model, x, torch.bfloat16)), model)
+    assert [unmerged(own_work(each, model), ops) for each in events] == [ops] * 3
+
+
+def test_a_recorded_backward_pass_that_fails_makes_no_plan(monkeypatch):
+    def failing(*args, grad=torch.autograd.grad, **options):
+        grad(*args, **options)
+        raise torch.OutOfMemoryError
+
+    model = build().train()
+    x = images(model)
+    step(model, x, torch.bfloat16)
+    with precision(torch.bfloat16):
+        loss = sum(output.sum() for output in model(x))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward(retain_graph=True)
+    assert plans(model) == ["called once"]
+    loss.backward()
+    assert plans(model) == ["called once"]
+    events = [recorded(lambda: step(model, x, torch.bfloat16)) for _ in range(3)]
+    only_plan(model)
+    ops = of_parameters(unplanned(monkeypatch, lambda: step(model, x, torch.bfloat16)), model)
+    assert [unmerged(of_parameters(each, model), ops) for each in events[1:]] == [ops] * 2

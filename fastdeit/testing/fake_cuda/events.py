@@ -33,7 +33,7 @@ class Event(NamedTuple):
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     bytes: int  # copied, set or allocated; shared memory of a launch
-    arguments: tuple[builtins.bytes, ...]  # of a Triton launch, in the order of the compiled kernel's parameters
+    arguments: tuple[builtins.bytes, ...]  # of a Triton launch, as the compiled kernel's parameters; a GEMM's two factors and product
 
 
 class TensorMap(NamedTuple):

@@ -14,7 +14,8 @@ static cublasStatus_t gemm(cudaStream_t stream, const char *name, const void *a,
     refuse(cudaErrorIllegalAddress, "%s: a matrix that is not in the memory of device %d", name, current);
     return CUBLAS_STATUS_EXECUTION_FAILED;
   }
-  NOTE(GEMM, name, .stream = (uint64_t)stream);
+  Event event = {GEMM, .stream = (uint64_t)stream, .count = 3, .size = {sizeof a, sizeof b, sizeof c}};
+  note_event(event, name, (void *[]){&a, &b, &c});
   return CUBLAS_STATUS_SUCCESS;
 }
 /* "cublasGemmEx tn 768x2304x197 bfloat16": transposes, sizes and the element type's number in library_types.h. */

@@ -70,7 +70,7 @@ typedef struct {
   char *name; /* of the kernel or GEMM, or the text of an error */
   unsigned grid[3], block[3];
   uint64_t bytes; /* copied or allocated, or shared memory of a launch */
-  int count;      /* of arguments, of a Triton launch */
+  int count;      /* of arguments, of a Triton launch or a GEMM */
   int size[MAX_PARAMETERS];
   unsigned char *arguments; /* one after the other */
 } Event;
