@@ -33,7 +33,7 @@ class Event(NamedTuple):
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     bytes: int  # copied, set or allocated; shared memory of a launch
-    arguments: tuple[builtins.bytes, ...]  # of a Triton launch, as the compiled kernel's parameters; a GEMM's two factors and product
+    arguments: tuple[builtins.bytes, ...]  # of a Triton launch, as the compiled kernel has them; a GEMM's matrices
 
 
 class TensorMap(NamedTuple):
