@@ -26,7 +26,7 @@ from fastdeit.kernels.runtime.refusal import refusal
 _TESTED_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 _DIRECT = triton.__version__.startswith(_TESTED_VERSIONS)
 # Triton 3.6 compiles a launcher in C for each signature; later versions have one for all, which is given the signature.
-_LAUNCHER_OF_KERNEL = triton.__version__.startswith("3.6.")
+LAUNCHER_OF_KERNEL = triton.__version__.startswith("3.6.")
 runtime = knobs.runtime
 HookChain: Any = getattr(knobs, "HookChain", None)  # Triton 3.4 has a function or None in its place
 
@@ -341,7 +341,7 @@ def _direct_call(kernel: CompiledKernel) -> _Compiled:
     if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
         return _Compiled(kernel, launcher, (kernel.function, kernel.packed_metadata))  # its own call allocates memory
     attributes = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-    if _LAUNCHER_OF_KERNEL:
+    if LAUNCHER_OF_KERNEL:
         return _Compiled(kernel, launcher.launch, (kernel.function, *attributes, None, None, kernel.packed_metadata))
     signature = (None, None, launcher.arg_annotations, launcher.kernel_signature)
     return _Compiled(kernel, launcher.launch, (kernel.function, *attributes, kernel.packed_metadata), signature)

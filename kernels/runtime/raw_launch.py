@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.runtime.driver import driver
 
-from fastdeit.kernels.runtime.launch import DirectLaunch, launches_directly
+from fastdeit.kernels.runtime.launch import LAUNCHER_OF_KERNEL, DirectLaunch, launches_directly
 
 # None where `raw_launcher` works, else why not.
 WHY_NO_RAW_LAUNCHES: str | None = None
@@ -65,12 +65,12 @@ def tensor_map_arguments(address: int, shape: Sequence[int], strides: Sequence[i
         like: of `RawLauncher.maps`; None where the kernel was lowered to pointers.
     """
     if like is None:
-        options = (False,) if triton.__version__.startswith("3.6.") else (False, False)  # NaN as padding, TF32
+        options = (False,) if LAUNCHER_OF_KERNEL else (False, False)  # NaN as padding, TF32
         return [address, *shape, *strides, *options, *shape, *strides]
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     utils = driver.active.utils
-    encode = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # the latter in Triton 3.6
+    encode = utils.fill_tma_descriptor if LAUNCHER_OF_KERNEL else utils.fill_tma_descriptor_tiled
     kind = TMA_DTYPE_DEVICE_TO_HOST[like["elem_type"]]
     shape, strides = list(shape), list(strides)
     made = encode(address, like["swizzle"], like["elem_size"], kind, like["block_size"], shape, strides, 0)

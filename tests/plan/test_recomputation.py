@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils import checkpoint as torchs
 from torch.utils.checkpoint import checkpoint
 
 import fastdeit
 from fastdeit.kernels.mlp.activation import activation_forward_kernel
+from fastdeit.plan import checkpointing
 from fastdeit.plan.training import TrainingPlan
 from tests.plan import models as whole_models
 from tests.plan.changes import replaced_data
@@ -119,3 +121,33 @@ def test_a_whole_model_without_a_plan_repeats_its_backend(between):
     step(backend)
     assert step(between) == step(backend)
     assert not any(isinstance(entry, TrainingPlan) for entry in plans(model))
+
+
+def test_a_hook_that_the_compiler_is_kept_from_is_known():
+    """As PyTorch 2.14 keeps it from the recomputation's."""
+
+    class Frame:
+        metadata_fn = unpack_error_cb = None
+
+    frame = Frame()
+    hooks = torchs._checkpoint_hook(frame)
+    wrapped = lambda x: hooks.pack_hook(x)  # noqa: E731
+    push, pop = (getattr(torch._C._autograd, f"_{what}_saved_tensors_default_hooks") for what in ("push", "pop"))
+    for known in (False, True):
+        if known:
+            wrapped._torchdynamo_orig_callable = hooks.pack_hook
+        push(wrapped, hooks.unpack_hook)
+        try:
+            call = checkpointing.checkpointed_call()
+        finally:
+            pop()
+        assert (call is not None and call.frame is frame) is known
+
+
+@pytest.mark.parametrize("unknown", ["_FORWARD", "_RECOMPUTATION"])
+def test_where_one_hook_is_unknown_neither_pass_is_planned(unknown, monkeypatch):
+    monkeypatch.setattr(checkpointing, unknown, None)
+    block, x = block_and_tokens("ViT", torch.bfloat16)
+    for _ in range(3):
+        checkpoint(lambda x: called(block, x), x, use_reentrant=False).sum().backward()
+    assert not any(isinstance(entry, TrainingPlan) for entry in plans(block))
