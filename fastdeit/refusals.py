@@ -63,7 +63,10 @@ def or_reference(op: _F) -> _F:
                 _compile_backward(op.__name__, result, (*args, *kwargs.values()))
             return result
         except RuntimeError as error:
-            _hand_over(error)
+            # A function that raised it again, as its argument, would hold it, and it that function's frame and all of a failed
+            # call's tensors: until Python collects garbage, where memory has run out.
+            if not _hand_over(error):
+                raise
         return op(*args, **kwargs)
 
     return call
@@ -149,13 +152,17 @@ def _own_nodes(outputs: list[Tensor], beyond: set[int]) -> list[Any]:
     return found
 
 
-def _hand_over(error: RuntimeError) -> None:
-    """Records a refusal and warns once; raises the error where it is no refusal, or where the ops must not fall back."""
+def _hand_over(error: RuntimeError) -> bool:
+    """Records a refusal and warns once. False where the error is none.
+
+    Raises:
+        RuntimeError: the ops must not fall back.
+    """
     from fastdeit import backends
     from fastdeit.kernels.runtime.refusal import KernelRefused  # which imports Triton
 
     if not isinstance(error, KernelRefused) or error.subject in refused:
-        raise error
+        return False
     if backends.get_backend() == "triton":
         raise RuntimeError(f"backend 'triton' cannot run here: {error}. Use backend 'auto' or 'reference'.") from error
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -169,3 +176,4 @@ def _hand_over(error: RuntimeError) -> None:
         file=sys.stderr,
         flush=True,
     )
+    return True

@@ -22,6 +22,7 @@ from fastdeit.plan.code import Place, Unsupported, why_not_code, why_not_output
 from fastdeit.plan.graphs import AutomaticGraph
 from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
+from fastdeit.plan.recording import Passing
 from fastdeit.plan.sharding import gathered, managed_otherwise
 from fastdeit.plan.surroundings import (
     is_training,
@@ -36,7 +37,7 @@ from fastdeit.plan.training import Attempt, Output, TrainingPlan
 from fastdeit.plan.workspace import lifetimes, packed
 
 MOST_KEYS = 16  # of a model, the last used
-MOST_ATTEMPTS = 2  # at a recording with gradients, until a backward pass follows that can be recorded
+MOST_ATTEMPTS = 2  # at a recording in which kernels are compiled, or until a backward pass follows that can be recorded
 SEEN = "called once"
 _needs_gradient = attrgetter("requires_grad")
 
@@ -159,7 +160,10 @@ class Plans:
         try:
             self.put(key, Plan(tape, self._tensors, self.gathered, x, out))
         except Unsupported as reason:
-            self.put(key, str(reason))
+            if tape.compiled:
+                self._seen_again(key, str(reason))
+            else:
+                self.put(key, str(reason))
         return out
 
     def record_training(self, key: tuple, spans: Sequence[Span], x: Tensor) -> Output | None:
@@ -170,10 +174,28 @@ class Plans:
         attempt = Attempt(spans, self._tensors, self.gathered, lambda plan: self._finish(key, reference, plan))
         reference = weakref.ref(attempt)
         self.put(key, reference)
-        return attempt(x)
+        try:
+            return attempt(x)
+        except BaseException:  # of which the attempt, then gone, would say that no backward pass follows
+            self.put(key, SEEN)
+            raise
 
     def rehearse(self, key: tuple, spans: Sequence[Span], x: Tensor) -> None:
-        """Makes the plan at once, by a run forward and backward whose results are thrown away."""
+        """Makes the plan at once, by a run forward and backward whose results are thrown away.
+
+        If memory runs out there is none yet, and the ops run, which may need less. The error goes no further: raised by the thread
+        of backward passes, which may free it last, it would there end what its traceback holds, such as the hooks of
+        checkpointing, which are those of this thread.
+        """
+        attempts = self._attempts.get(key, 0)
+        try:
+            self._rehearse(key, spans, x)
+        except torch.OutOfMemoryError as error:
+            error.__traceback__ = None  # which holds tensors
+            self._attempts[key] = attempts
+            self._seen_again(key, "no memory for the run of its own that makes the plan")
+
+    def _rehearse(self, key: tuple, spans: Sequence[Span], x: Tensor) -> None:
         with rehearsing(x) as given:
             out = self.record_training(key, spans, given)
             made = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None and t.requires_grad]
@@ -188,8 +210,8 @@ class Plans:
     def _finish(self, key: tuple, attempt: weakref.ref, plan: TrainingPlan | str | None) -> None:
         if self.entries.get(key) is not attempt:
             return
-        if plan is None:
-            self._seen_again(key, "backward passes fail, or find other data in parameters than forward")
+        if plan is None or isinstance(plan, Passing):
+            self._seen_again(key, plan or "backward passes fail, or find other data in parameters than forward")
         else:
             self.put(key, plan)
 

@@ -22,6 +22,10 @@ class NotFused(Exception):
     """A span's run is not that of the ops."""
 
 
+class Passing(str):
+    """A reason that may not be there at the next call."""
+
+
 class Recording:
     """A span as it runs at one call, forward and at its first backward pass.
 
@@ -144,7 +148,7 @@ class Recording:
                 )
             except Unsupported as unsupported:
                 reason = str(unsupported)
-        self._finish(reason or plan)
+        self._finish(Passing(reason) if reason and tape.compiled else reason or plan)
         del self._tape
 
 

@@ -183,6 +183,7 @@ class Tape(LaunchObserver):
     Attributes:
         events: launches and operations in their order.
         refused: why the recording cannot be repeated, None if it can.
+        compiled: a kernel was launched that was not compiled before, so that another recording may be one that can.
     """
 
     def __init__(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor], differentiated: bool = False) -> None:
@@ -190,6 +191,7 @@ class Tape(LaunchObserver):
         self._differentiated = differentiated
         self.events: list[Launch | Operation] = []
         self.refused: str | None = None
+        self.compiled = False
         self._buffers: dict[int, Buffer] = {}  # by the address of the storage that lives there now
         self._starts: dict[Buffer, int] = {}  # what offsets count from
         self._storages: dict[Buffer, StorageWeakRef] = {}  # of all but parameters
@@ -251,6 +253,7 @@ class Tape(LaunchObserver):
         self.events.append(Launch(launch._replace(args=()), args))
 
     def launched_publicly(self) -> None:
+        self.compiled = True
         self.refuse("a kernel was launched by Triton's public interface")
 
     def _argument(self, arg: Any) -> Any:

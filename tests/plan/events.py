@@ -1,5 +1,6 @@
 """What a call launched, in forms that can be compared: the addresses differ from call to call, and what they are of must not."""
 
+import functools
 import gc
 
 import torch
@@ -59,10 +60,16 @@ def dataflow(events):
 def of_parameters(events, model):
     """Events with addresses as names of the model's parameters, and nothing for other memory."""
 
+    places = [
+        (name, parameter.data_ptr(), parameter.untyped_storage().nbytes())
+        for name, parameter in model.state_dict(keep_vars=True).items()
+    ]
+
+    @functools.cache
     def name(address):
-        for name, parameter in model.state_dict(keep_vars=True).items():
-            if 0 <= address - parameter.data_ptr() < parameter.untyped_storage().nbytes():
-                return name, address - parameter.data_ptr()
+        for name, start, size in places:
+            if 0 <= address - start < size:
+                return name, address - start
         return "elsewhere"
 
     return list(_with_arguments(events, name))

@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from triton.knobs import runtime
 import fastdeit
 from fastdeit import ops
 from fastdeit.blocks.snapshot import KEY
+from fastdeit.kernels.runtime import launch
 from fastdeit.plan import planned as planning
 from fastdeit.plan import surroundings
 from fastdeit.plan.planned import Plan, described
@@ -365,3 +367,34 @@ def test_a_plan_runs_on_the_device_of_its_model():
         away = recorded(lambda: model(x))  # on another device than the current one the ops run
     assert {event.device for event in planned} == {event.device for event in away} == {1}
     assert of_parameters(planned, model) == of_parameters(away, model)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_recording_in_which_kernels_are_compiled_is_made_again(gradients, monkeypatch):
+    model = build(dtype=torch.bfloat16).train(gradients)
+
+    def call(backward=gradients):
+        with torch.set_grad_enabled(gradients):
+            made = model(images(model))
+            if backward:
+                sum(each.sum() for each in made).backward()
+
+    call(backward=False)  # which leaves the kernels of backward to the recording
+    monkeypatch.setattr(launch, "_kernels", {})  # as in a new process
+    call()
+    assert [line.partition(": ")[2] for line in described(model)] == ["called once"]
+    call()
+    only_plan(model)
+
+
+def test_blocks_hold_nothing_that_is_no_longer_part_of_the_model():
+    model = build(dtype=torch.bfloat16).train()
+    model.set_grad_checkpointing()
+    for _ in range(3):
+        sum(y.sum() for y in model(images(model))).backward()
+    model.set_grad_checkpointing(False)
+    before = weakref.ref(model.blocks[0].mlp.fc1.weight)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    model(images(model))  # as a whole: no block is called by itself
+    gc.collect()
+    assert before() is None

@@ -99,6 +99,11 @@ def record(*wanted: str) -> Iterator[list[Event]]:
         events += [event for event in everything if not wanted or event.kind in wanted]
 
 
+def recorded() -> int:
+    """How many events, of all kinds, the list of the `record()` around will begin with if it goes on from here."""
+    return _library().fake_cuda_events()
+
+
 @contextlib.contextmanager
 def observe_waits() -> Iterator[list[Wait]]:
     """Appends to a list each wait, and each error, inside a with statement. Does not nest."""
