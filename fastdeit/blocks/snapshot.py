@@ -85,10 +85,13 @@ class Snapshot:
 
     def unchanged(self) -> bool:
         """Whether all is as it was."""
+        versions = (
+            list(map(_version, self.dicts)) if self.dicts else None
+        )  # before they are read: threads may change them
         try:
             return (
                 not any(self.empty)
-                and self._dicts_unchanged()
+                and ((versions is not None and versions == self.versions) or self._dicts_unchanged(versions))
                 and list(map(type, self.modules)) == self.kinds
                 and list(starmap(getattr, self.watched)) == self.methods
             )
