@@ -85,9 +85,8 @@ class Snapshot:
 
     def unchanged(self) -> bool:
         """Whether all is as it was."""
-        versions = (
-            list(map(_version, self.dicts)) if self.dicts else None
-        )  # before they are read: threads may change them
+        # Before anything is read: another thread may change it.
+        versions = list(map(_version, self.dicts)) if self.dicts else None
         try:
             return (
                 not any(self.empty)
@@ -102,12 +101,8 @@ class Snapshot:
         ):  # an attribute that does not compare to a truth value, such as a tensor
             return False
 
-    def _dicts_unchanged(self) -> bool:
-        versions = (
-            list(map(_version, self.dicts)) if self.dicts else None
-        )  # before they are read: threads may change them
-        if versions is not None and versions == self.versions:
-            return True
+    def _dicts_unchanged(self, versions: list[int] | None) -> bool:
+        """Whether they hold what they held. `versions` were asked for before."""
         unchanged = (
             all(map(eq, self.states, self.before))  # the same objects are not looked into
             and list(map(len, self.views)) == self.sizes
