@@ -78,7 +78,8 @@ class Snapshot:
         self.entries = list(chain.from_iterable(self.views))
         dicts = [*self.states, *filter(None, (*hooks, *tables))]
         known = _version is not None and {type(each) for each in dicts} <= {dict, OrderedDict}
-        self.dicts, self.versions = dicts if known else [], None
+        self.dicts = dicts if known else []
+        self.versions: list[int] | None = None
         classes = {base for kind in set(self.kinds) for base in kind.__mro__}
         self.watched = [key for key in OWN_METHODS if key not in HOST_METHODS or key[0] in classes]
         self.methods = list(starmap(getattr, self.watched))
