@@ -163,10 +163,28 @@ class Plans:
         attempt = Attempt(spans, self._tensors, self.gathered, lambda plan: self._finish(kind, reference, plan))
         reference = weakref.ref(attempt)
         kind.entry = reference
-        return attempt(x)
+        try:
+            return attempt(x)
+        except BaseException:  # of which the attempt, then gone, would say that no backward pass follows
+            kind.entry = SEEN
+            raise
 
     def rehearse(self, kind: Kind, spans: Sequence[Span], x: Tensor) -> None:
-        """Makes the plan at once, by a run forward and backward whose results are thrown away."""
+        """Makes the plan at once, by a run forward and backward whose results are thrown away.
+
+        If memory runs out there is none yet, and the ops run, which may need less. The error goes no further: raised by the thread
+        of backward passes, which may free it last, it would there end what its traceback holds, such as the hooks of
+        checkpointing, which are those of this thread.
+        """
+        attempts = kind.attempts
+        try:
+            self._rehearse(kind, spans, x)
+        except torch.OutOfMemoryError as error:
+            error.__traceback__ = None  # which holds tensors
+            kind.attempts = attempts
+            self._came_to_nothing(kind, "no memory for the run of its own that makes the plan")
+
+    def _rehearse(self, kind: Kind, spans: Sequence[Span], x: Tensor) -> None:
         with rehearsing(x) as given:
             out = self.record_training(kind, spans, given)
             made = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None and t.requires_grad]

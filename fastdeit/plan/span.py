@@ -274,7 +274,7 @@ class _Planned(torch.autograd.Function):
         read = [given[i] for i in plan.inputs_read] + [results[i] for i in plan.results_read]
         # What autograd saves lives until the whole node is through, but checkpointing looks at that alone, and keeps none of it.
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        ctx.workspaces = None if hooked else workspaces
+        ctx.workspaces, ctx.failed = None if hooked else workspaces, False
         ctx.save_for_backward(*read, *plan.saved, *(workspaces if hooked else ()))
         return results
 
@@ -287,11 +287,20 @@ class _Planned(torch.autograd.Function):
             raise RuntimeError("the memory of a parameter was given back or moved between forward and backward")
         read = saved[: len(plan.inputs_read) + len(plan.results_read)]
         workspaces = saved[len(read) + len(plan.saved) :] if ctx.workspaces is None else ctx.workspaces
+        if ctx.failed:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time, of which the first one failed and may have written over what "
+                "forward saved. Run forward again, or pass retain_graph=True to the first one"
+            )
         if [workspace.nbytes for workspace in workspaces] != plan.saved_sizes:
             raise RuntimeError("checkpointing: the recomputation of a block differs from its forward pass")
         del saved  # backward gives back the workspaces, of which there is no other owner now
         received = received_gradients(gradients, plan.layouts, plan.device)
-        made = plan.backward(workspaces, received + read)
+        try:
+            made = plan.backward(workspaces, received + read)
+        except BaseException:
+            ctx.failed = not _keeps_graph() and ctx.workspaces is not None
+            raise
         if not _keeps_graph():
             ctx.storages = None
         return None, None, *only_reached(made, gradients, plan.reached)
