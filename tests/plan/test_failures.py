@@ -1,4 +1,4 @@
-"""Calls and backward passes that fail, for lack of memory for instance, do nothing silently wrong, and the next ones are planned."""
+"""Calls and backward passes that fail, for lack of memory for instance, do nothing silently wrong; the next ones are planned."""
 
 import pytest
 import torch
