@@ -4,6 +4,8 @@ Every attribute, child, parameter, class, hook and forward is compared, not a se
 cannot depend on anything that is not compared.
 """
 
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain, starmap
 from operator import eq, is_
@@ -11,6 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _dynamo
+
+# A number that is another one after each change of a dict (PEP 509). From Python 3.12 on PyTorch counts by watching the dict, which
+# was not tested here: everything is compared instead.
+_version: Any = _dynamo.guards.dict_version if sys.version_info < (3, 12) else None
 
 KEY = "_fastdeit_record"  # in a module's __dict__
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -37,11 +44,13 @@ class Snapshot:
     """Everything about a module and its descendants that a rule could read, as it was.
 
     What is compared: attributes, by identity or equality; entries of parameters, buffers and children, by identity; classes; hooks;
-    the methods of known classes. What a tensor itself may change, such as its dtype, is asked of it at each call.
+    the methods of known classes. What a tensor itself may change, such as its dtype, is asked of it at each call. Dicts of an
+    unchanged version are not looked into.
     """
 
     __slots__ = (
         "before",
+        "dicts",
         "empty",
         "entries",
         "hooked",
@@ -50,6 +59,7 @@ class Snapshot:
         "modules",
         "sizes",
         "states",
+        "versions",
         "views",
         "watched",
     )
@@ -66,21 +76,24 @@ class Snapshot:
         self.views = [table.values() for table in tables if table]
         self.sizes = list(map(len, self.views))
         self.entries = list(chain.from_iterable(self.views))
+        dicts = [*self.states, *filter(None, (*hooks, *tables))]
+        known = _version is not None and {type(each) for each in dicts} <= {dict, OrderedDict}
+        self.dicts = dicts if known else []
+        self.versions: list[int] | None = None
         classes = {base for kind in set(self.kinds) for base in kind.__mro__}
         self.watched = [key for key in OWN_METHODS if key not in HOST_METHODS or key[0] in classes]
         self.methods = list(starmap(getattr, self.watched))
 
     def unchanged(self) -> bool:
         """Whether all is as it was."""
+        # Before anything is read: another thread may change it.
+        versions = list(map(_version, self.dicts)) if self.dicts else None
         try:
             return (
                 not any(self.empty)
-                and all(map(eq, self.states, self.before))  # the same objects are not looked into
-                and list(map(len, self.views)) == self.sizes
-                and all(map(is_, chain.from_iterable(self.views), self.entries))
+                and ((versions is not None and versions == self.versions) or self._dicts_unchanged(versions))
                 and list(map(type, self.modules)) == self.kinds
                 and list(starmap(getattr, self.watched)) == self.methods
-                and all(starmap(eq, self.hooked))
             )
         except (
             RuntimeError,
@@ -88,6 +101,18 @@ class Snapshot:
             TypeError,
         ):  # an attribute that does not compare to a truth value, such as a tensor
             return False
+
+    def _dicts_unchanged(self, versions: list[int] | None) -> bool:
+        """Whether they hold what they held. `versions` were asked for before."""
+        unchanged = (
+            all(map(eq, self.states, self.before))  # the same objects are not looked into
+            and list(map(len, self.views)) == self.sizes
+            and all(map(is_, chain.from_iterable(self.views), self.entries))
+            and all(starmap(eq, self.hooked))
+        )
+        if unchanged:
+            self.versions = versions
+        return unchanged
 
 
 class Record:

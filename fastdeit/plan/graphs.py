@@ -226,7 +226,8 @@ class _Side:
         with torch.cuda.stream(self.stream):
             # PyTorch 2.11 ends the process if there is no memory for the two numbers that a capture begins with: here the error is
             # one like others, and the allocator keeps their place.
-            del [torch.empty(1, dtype=torch.int64, device=self.stream.device) for _ in range(2)][:]
+            numbers = [torch.empty(1, dtype=torch.int64, device=self.stream.device) for _ in range(2)]
+            del numbers
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:

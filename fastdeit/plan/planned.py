@@ -3,10 +3,8 @@
 import functools
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from types import NoneType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from fastdeit.plan.bound import Bound
 from fastdeit.plan.checkpointing import can_rehearse, checkpointed_call, refuse_unrepeated, rehearsing
 from fastdeit.plan.code import Place, Unsupported, why_not_code, why_not_output
 from fastdeit.plan.graphs import AutomaticGraph
+from fastdeit.plan.kinds import MOST_PLANS, SEEN, Kind, Kinds
 from fastdeit.plan.program import Program
 from fastdeit.plan.reads import Reads
 from fastdeit.plan.recording import Passing
@@ -36,9 +35,7 @@ from fastdeit.plan.tape import Buffer, Tape, View
 from fastdeit.plan.training import Attempt, Output, TrainingPlan
 from fastdeit.plan.workspace import lifetimes, packed
 
-MOST_KEYS = 16  # of a model, the last used
 MOST_ATTEMPTS = 2  # at a recording in which kernels are compiled, or until a backward pass follows that can be recorded
-SEEN = "called once"
 _needs_gradient = attrgetter("requires_grad")
 
 
@@ -116,88 +113,84 @@ class Plans:
     """The plans of one module, valid for one answer of `looked_at`.
 
     Attributes:
-        entries: by key a plan, the attempt to make one whose backward pass is still to come, or in words what stands in the place
-            of one.
+        kinds: of its calls. The entry of each is a plan, the attempt to make one whose backward pass is still to come, or in words
+            what stands in the place of one.
         parameters: the module's.
         gathered: those whose memory is other at each call.
         followed: it is known which those are.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self.kinds = Kinds()
         self.parameters = list(root.parameters())
         self.gathered, self.followed = gathered(self.parameters), not managed_otherwise()
         moving = set(map(id, self.gathered))
         self._tensors = [*(p for p in self.parameters if id(p) not in moving), *root.buffers()]
         self.recording = threading.Lock()
-        self._attempts: dict[tuple, int] = {}
-        self._changing = threading.Lock()
 
-    def find(self, key: tuple) -> "_Entry | None":
-        entry = self.entries.get(key)
+    def called(self, key: tuple) -> Kind:
+        """The kind of a call, with an entry that holds now; None is that of a first call."""
+        kind = self.kinds.called(key)
+        entry = kind.entry
+        if entry is None or isinstance(entry, str):
+            return kind
         if isinstance(entry, weakref.ref):
-            return entry if entry() is not None else self._seen_again(key)
-        if not isinstance(entry, (str, NoneType)) and not entry.still_holds():
-            with self._changing:
-                self.entries.clear()
-            return None
-        return entry
+            if entry() is None:
+                self._came_to_nothing(kind)
+        elif not entry.still_holds():
+            self.kinds.clear()
+            return self.kinds.called(key)
+        return kind
 
-    def put(self, key: tuple, entry: "_Entry") -> None:
-        with self._changing:
-            while len(self.entries) >= MOST_KEYS and key not in self.entries:
-                self.entries.popitem(last=False)
-            self.entries[key] = entry
-
-    def record(self, key: tuple, run: _Run, x: Tensor) -> Output | None:
+    def record(self, kind: Kind, run: _Run, x: Tensor) -> Output | None:
         """run(x). What is kept is its plan, or the reason why there is none."""
         tape = Tape(self._tensors, [x, *self.gathered])
         with nothing_called(tape), torch._C._AutoDispatchBelowAutograd(), tape:
             out = run(x)
         if out is None:
-            self.put(key, "timm's code runs around everything")
+            kind.entry = "timm's code runs around everything"
             return None
         try:
-            self.put(key, Plan(tape, self._tensors, self.gathered, x, out))
+            kind.entry = Plan(tape, self._tensors, self.gathered, x, out)
         except Unsupported as reason:
             if tape.compiled:
-                self._seen_again(key, str(reason))
+                self._came_to_nothing(kind, str(reason))
             else:
-                self.put(key, str(reason))
+                kind.entry = str(reason)
         return out
 
-    def record_training(self, key: tuple, spans: Sequence[Span], x: Tensor) -> Output | None:
+    def record_training(self, kind: Kind, spans: Sequence[Span], x: Tensor) -> Output | None:
         """What the spans give of x. The plan is kept after the backward pass."""
         if (reason := why_not_recorded(self.parameters)) is not None:
-            self.put(key, reason)
+            kind.entry = reason
             return None
-        attempt = Attempt(spans, self._tensors, self.gathered, lambda plan: self._finish(key, reference, plan))
+        attempt = Attempt(spans, self._tensors, self.gathered, lambda plan: self._finish(kind, reference, plan))
         reference = weakref.ref(attempt)
-        self.put(key, reference)
+        kind.entry = reference
         try:
             return attempt(x)
         except BaseException:  # of which the attempt, then gone, would say that no backward pass follows
-            self.put(key, SEEN)
+            kind.entry = SEEN
             raise
 
-    def rehearse(self, key: tuple, spans: Sequence[Span], x: Tensor) -> None:
+    def rehearse(self, kind: Kind, spans: Sequence[Span], x: Tensor) -> None:
         """Makes the plan at once, by a run forward and backward whose results are thrown away.
 
         If memory runs out there is none yet, and the ops run, which may need less. The error goes no further: raised by the thread
         of backward passes, which may free it last, it would there end what its traceback holds, such as the hooks of
         checkpointing, which are those of this thread.
         """
-        attempts = self._attempts.get(key, 0)
+        attempts = kind.attempts
         try:
-            self._rehearse(key, spans, x)
+            self._rehearse(kind, spans, x)
         except torch.OutOfMemoryError as error:
             error.__traceback__ = None  # which holds tensors
-            self._attempts[key] = attempts
-            self._seen_again(key, "no memory for the run of its own that makes the plan")
+            kind.attempts = attempts
+            self._came_to_nothing(kind, "no memory for the run of its own that makes the plan")
 
-    def _rehearse(self, key: tuple, spans: Sequence[Span], x: Tensor) -> None:
+    def _rehearse(self, kind: Kind, spans: Sequence[Span], x: Tensor) -> None:
         with rehearsing(x) as given:
-            out = self.record_training(key, spans, given)
+            out = self.record_training(kind, spans, given)
             made = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None and t.requires_grad]
             ends = list(map(get_gradient_edge, made))
             zeros = [t.new_zeros(()).expand(t.shape) for t in made]  # which backward makes tensors of, and gives back
@@ -207,23 +200,18 @@ class Plans:
                 with torch.autocast("cuda", enabled=False):
                     torch.autograd.grad(ends, wanted, zeros, allow_unused=True)
 
-    def _finish(self, key: tuple, attempt: weakref.ref, plan: TrainingPlan | str | None) -> None:
-        if self.entries.get(key) is not attempt:
+    def _finish(self, kind: Kind, attempt: weakref.ref, plan: TrainingPlan | str | None) -> None:
+        if kind.entry is not attempt:
             return
         if plan is None or isinstance(plan, Passing):
-            self._seen_again(key, plan or "backward passes fail, or find other data in parameters than forward")
+            self._came_to_nothing(kind, plan or "backward passes fail, or find other data in parameters than forward")
         else:
-            self.put(key, plan)
+            kind.entry = plan
 
-    def _seen_again(self, key: tuple, reason: str = "no backward pass follows") -> str:
-        """The entry after a recording that came to nothing: record again, or the reason to stop trying."""
-        self._attempts[key] = self._attempts.get(key, 0) + 1
-        entry = SEEN if self._attempts[key] < MOST_ATTEMPTS else reason
-        self.put(key, entry)
-        return entry
-
-
-_Entry = Plan | TrainingPlan | str | weakref.ref
+    def _came_to_nothing(self, kind: Kind, reason: str = "no backward pass follows") -> None:
+        """After a recording without a plan: record again, or stop trying for this reason."""
+        kind.attempts += 1
+        kind.entry = SEEN if kind.attempts < MOST_ATTEMPTS else reason
 
 
 def described(module: nn.Module) -> list[str]:
@@ -233,9 +221,9 @@ def described(module: nn.Module) -> list[str]:
     if not isinstance(plans, Plans):
         return []
     lines = []
-    for key, entry in list(plans.entries.items()):
+    for key, kind in plans.kinds:
         shape, _, dtype, *_ = key
-        state = f"not planned: {entry}"
+        entry, state = kind.entry, f"not planned: {kind.entry}"
         if isinstance(entry, weakref.ref):
             state = "recorded until a backward pass"
         elif isinstance(entry, Plan):
@@ -243,9 +231,9 @@ def described(module: nn.Module) -> list[str]:
         elif not isinstance(entry, str):
             state = "planned"
         elif entry is SEEN:
-            state = entry
-        kind = f"{' x '.join(map(str, shape))} {backends.dtype_name(dtype)}"
-        lines.append(f"{kind}{' with gradients' if is_training(key) else ''}: {state}")
+            state = f"not planned: {MOST_PLANS} other kinds have plans" if plans.kinds.full() else entry
+        images = f"{' x '.join(map(str, shape))} {backends.dtype_name(dtype)}"
+        lines.append(f"{images}{' with gradients' if is_training(key) else ''}: {state}")
     return lines
 
 
@@ -298,15 +286,15 @@ def planned(
         if plans.gathered:
             plan = _rehearsed(plans, key_of(x, needs), spans, x, why_called, False)
             return run(x) if plan is None else plan(x)
-    key = key_of(x, needs if any(needs) else ())
-    entry = plans.find(key)
+    kind = plans.called(key := key_of(x, needs if any(needs) else ()))
+    entry = kind.entry
     if isinstance(entry, (Plan, TrainingPlan)):
         return entry(x) if captured or isinstance(entry, TrainingPlan) else entry.launch(x)
     if entry is None:
-        plans.put(key, why_called() or SEEN)
+        kind.entry = why_called() or SEEN
     elif entry is SEEN and plans.recording.acquire(blocking=False):
         try:
-            out = _recorded(plans, key, run, spans, x)
+            out = _recorded(plans, kind, run, spans if is_training(key) else None, x)
         finally:
             plans.recording.release()
         if out is not None:
@@ -325,27 +313,29 @@ def _rehearsed(
     fits = not checkpointed or x.is_contiguous()
     if torch.is_anomaly_enabled():
         return None
-    entry = plans.find(key)
-    if entry is None:
-        plans.put(key, why_called() or (SEEN if fits else "checkpointed tokens that are not contiguous"))
-    elif entry is SEEN and fits and can_rehearse() and plans.recording.acquire(blocking=False):
+    kind = plans.called(key)
+    if kind.entry is None:
+        kind.entry = why_called() or (SEEN if fits else "checkpointed tokens that are not contiguous")
+    elif kind.entry is SEEN and fits and can_rehearse() and plans.recording.acquire(blocking=False):
         try:
-            if (made := spans(x)) is None:
-                plans.put(key, "timm's code makes the tokens")
-            else:
-                plans.rehearse(key, made, x)
+            if plans.kinds.make_room(kind):
+                if (made := spans(x)) is None:
+                    kind.entry = "timm's code makes the tokens"
+                else:
+                    plans.rehearse(kind, made, x)
         finally:
             plans.recording.release()
-        entry = plans.find(key)
-    return entry if isinstance(entry, TrainingPlan) and fits else None
+    return kind.entry if isinstance(kind.entry, TrainingPlan) and fits else None
 
 
-def _recorded(plans: Plans, key: tuple, run: _Run, spans: Callable | None, x: Tensor) -> Output | None:
-    """Runs x while recording it, span by span where it trains, and returns the output; None where there are no spans."""
-    if not is_training(key) or spans is None:
-        return plans.record(key, run, x)
+def _recorded(plans: Plans, kind: Kind, run: _Run, spans: _Spans | None, x: Tensor) -> Output | None:
+    """Runs x while recording it, span by span where it trains, and returns the output; None where nothing was done."""
+    if not plans.kinds.make_room(kind):
+        return None
+    if spans is None:
+        return plans.record(kind, run, x)
     made = spans(x)
     if made is None:
-        plans.put(key, "timm's code makes the tokens")
+        kind.entry = "timm's code makes the tokens"
         return None
-    return plans.record_training(key, made, x)
+    return plans.record_training(kind, made, x)

@@ -40,7 +40,7 @@ def images(model, batch=2):
 def plans(model):
     """Its plans, where others stand the reason in words."""
     record = model.__dict__[KEY]
-    return [] if record.made is None else list(record.made[1].entries.values())
+    return [] if record.made is None else [kind.entry for _, kind in record.made[1].kinds]
 
 
 def only_plan(model):

@@ -283,7 +283,7 @@ def checkpointed_block():
 CHANGES_BETWEEN = {
     "nothing": lambda block: None,
     "another mode": lambda block: block.eval() and None,
-    "other plans": lambda block: block.__dict__[KEY].made[1].entries.clear(),
+    "other plans": lambda block: block.__dict__[KEY].made[1].kinds.clear(),
     "an attribute": lambda block: setattr(block, "of_the_user", 1),
     "a dispatch mode": lambda block: Looks(),
     "another backend": lambda block: fastdeit.use_backend("triton"),

@@ -65,7 +65,7 @@ def is_replayed(model, x=None):
 
 
 def entries(model):
-    return list(model.__dict__[KEY].made[1].entries.values())
+    return [kind.entry for _, kind in model.__dict__[KEY].made[1].kinds]
 
 
 def graphs_of(model):

@@ -1,6 +1,5 @@
 """Calls for which memory runs out leave nothing behind, and the next ones are planned. On the fake runtime."""
 
-import functools
 import gc
 from collections import Counter
 
@@ -15,7 +14,7 @@ from fastdeit.testing import fake_cuda
 from tests.plan import models, test_blocks
 from tests.plan.actions import Program, checkpointed, infer, step
 from tests.plan.memory import little_memory, memory, use_both_threads, without_old_garbage
-from tests.plan.models import needs_plans, plan_it, plans
+from tests.plan.models import needs_plans, plans
 from tests.plan.test_blocks import planned_kinds
 
 pytestmark = [pytest.mark.fake_device, needs_plans]
@@ -139,45 +138,6 @@ def test_where_memory_runs_out_in_a_rehearsal_the_ops_run(monkeypatch):
     for _ in range(3):
         called(program, "checkpointed blocks")
     assert planned_kinds(model)[0] == [TrainingPlan]
-
-
-def test_a_recording_that_runs_out_of_memory_is_no_attempt(monkeypatch):
-    program = program_of("step")
-    called(program, "step")
-    for _ in range(3):
-        with little_memory(128, large=0), pytest.raises(torch.OutOfMemoryError):
-            called(program, "step")
-        assert states(program.model) == {"called once"}
-    called(program, "step")
-    assert states(program.model) == {"planned"}
-
-
-def failing(run, *args):
-    run(*args)
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_a_backward_pass_that_failed_half_way_is_not_run_again_on_what_it_wrote(monkeypatch):
-    model = models.build(dtype=torch.bfloat16).train()
-    x = models.images(model)
-    plan_it(lambda: sum(y.sum() for y in model(x)).backward())
-    (plan,) = plans(model)
-    (span,) = plan._spans
-    loss = sum(y.sum() for y in model(x))  # a sum saves nothing, so that this error is the plan's
-    made = span.once
-    monkeypatch.setitem(span.__dict__, "once", functools.partial(failing, made))
-    with pytest.raises(torch.OutOfMemoryError):
-        loss.backward()
-    monkeypatch.setitem(span.__dict__, "once", made)
-    with pytest.raises(RuntimeError, match="a second time, of which the first one failed"):
-        loss.backward()
-    loss = sum(y.sum() for y in model(x))
-    repeatable = span.repeatable
-    monkeypatch.setitem(span.__dict__, "repeatable", functools.partial(failing, repeatable))
-    with pytest.raises(torch.OutOfMemoryError):
-        loss.backward(retain_graph=True)
-    monkeypatch.setitem(span.__dict__, "repeatable", repeatable)
-    loss.backward()  # which the ops do too
 
 
 def test_a_capture_for_which_there_is_no_memory(monkeypatch):
