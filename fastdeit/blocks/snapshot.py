@@ -148,17 +148,8 @@ def looked_at(module: nn.Module) -> tuple[Any, Any]:
     if snapshot is None or not snapshot.unchanged():
         description = module.describe()
         record.state, record.answer = state, (answer := (description, module.judge(description)))
-        record.made, record.snapshot = None, (snapshot := Snapshot(module))
-        _forget_changed(snapshot.modules)
+        record.made, record.snapshot = None, Snapshot(module)
     return answer
-
-
-def _forget_changed(modules: list[nn.Module]) -> None:
-    """Empties the records of modules that have changed: they hold what was part of them, which may not be called again."""
-    for module in modules:
-        record = module.__dict__.get(KEY)
-        if record is not None and record.snapshot is not None and not record.snapshot.unchanged():
-            record.state = record.snapshot = record.answer = record.made = None
 
 
 def made_from(module: nn.Module, answer: tuple[Any, Any], make: Callable[[], Any]) -> Any:
