@@ -22,7 +22,7 @@ class Kind:
         calls: when the last ones were, by the clock of its `Kinds`.
     """
 
-    __slots__ = ("__weakref__", "attempts", "calls", "entry")
+    __slots__ = ("attempts", "calls", "entry")
 
     def __init__(self) -> None:
         self.entry: Any = None

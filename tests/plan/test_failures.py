@@ -72,13 +72,3 @@ def test_where_memory_for_a_run_of_its_own_is_lacking_the_ops_run(monkeypatch):
         assert plans(block) == ["called once"]
     step()
     assert [type(entry) for entry in plans(block)] == [TrainingPlan]
-
-
-def test_what_is_said_where_memory_for_it_is_lacking_again(monkeypatch):
-    block = build(depth=1).blocks[0]
-    x = torch.zeros(2, 17, block.norm1.weight.numel(), device="cuda", requires_grad=True)
-    monkeypatch.setattr(Plans, "_rehearse", fail)
-    for _ in range(4):
-        with precision(torch.bfloat16):
-            torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
-    assert plans(block) == ["no memory for the run of its own that makes the plan"]
